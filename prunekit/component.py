@@ -1,0 +1,147 @@
+"""What a plugin declares. Data only: nothing here or in a declaration imports torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import pluggy
+
+if TYPE_CHECKING:
+    from prunekit.contracts import Context, Threat
+
+API_VERSION = 1
+"""Version of the plugin API: declarations, hooks and contracts together."""
+
+hookimpl = pluggy.HookimplMarker("prunekit")
+"""Marks a function of a plugin's module as the answer to one of the hooks of `hookspecs`."""
+
+KINDS = ("objective", "pruner", "architecture", "dataset", "evaluator", "reporter")
+"""The kinds that plugins can add to; each has a hook `prunekit_<kind>s`."""
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """A component without options."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a data set before a file is touched.
+
+    `shape` is (C, H, W) of an image, `train` and `test` are numbers of images, and `augment` names
+    the augmentations that suit the data: "crop" (zero padding of an eighth, random crop), "flip".
+    """
+
+    shape: tuple[int, int, int]
+    classes: int
+    train: int
+    test: int
+    augment: tuple[str, ...] = ()
+
+
+def once(options: Any) -> int:
+    """The default of `Component.passes`: one forward pass."""
+    return 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Component:
+    """The declaration of one component: what a recipe calls it, its options, how to build it.
+
+    >>> Component(name="lwm", summary="Least weight magnitude", build="my_package.lwm:build").name
+    'lwm'
+    """
+
+    name: str
+    """What a recipe writes after `use =`; kebab-case."""
+    summary: str
+    """One line in `prunekit list`."""
+    build: str
+    """"module:function", imported when first used; called as `function(options, context)`."""
+    options: type = NoOptions
+    """Frozen dataclass; its fields (see `option`) are the recipe's keys."""
+    needs: tuple[str, ...] = ()
+    """Import names that must be there; looked for, never imported, by `prunekit list`."""
+    paper: str = ""
+    """The source: authors, venue, identifier."""
+    passes: Callable[[Any], int] = once
+    """options -> forward passes an image takes, in a training step or in an evaluation."""
+    select: str = "accuracy"
+    """Objectives: the validation metric that chooses the best epoch."""
+    learns: bool = False
+    """Pruners: scores are trained, so the stage needs `epochs` and an `optimizer`."""
+    facts: Callable[[Any], Facts] | None = None
+    """Data sets: options -> Facts; None where only the files tell."""
+
+
+class Radius(float):
+    """A radius in pixel units of [0, 1]; recipes may write it as a fraction: "8/255"."""
+
+
+Kind = TypeVar("Kind")
+
+
+@dataclass(frozen=True)
+class Use(Generic[Kind]):
+    """A component that a recipe chose, with its options.
+
+    An options field that names another component is typed `Use[Pruner]` (one of the Protocols of
+    `prunekit.contracts`), or `tuple[Use[Evaluator], ...]`; the core resolves it.
+    """
+
+    kind: str
+    component: Component
+    options: Any
+    plugin: str = ""
+    """The plugin and its distribution, for messages: "adversarial (prunekit 0.1.0)"."""
+    name: str = ""
+    """What results are called in this recipe; the component's name where it gives none."""
+    threat: Threat | None = None
+    """The recipe's threat, with the `norm` and `eps` of the options where they are given."""
+
+    def build(self, context: Context) -> Kind:
+        """Import the implementation and build it; errors name the plugin."""
+        from prunekit.errors import UserError
+
+        module, _, function = self.component.build.partition(":")
+        owner = f"{self.kind} '{self.component.name}' of plugin {self.plugin}"
+        try:
+            build = getattr(importlib.import_module(module), function)
+        except (ImportError, AttributeError) as error:
+            raise UserError(f"{owner} cannot be loaded: {error}") from error
+        return build(self.options, dataclasses.replace(context, threat=self.threat))
+
+
+def option(
+    default: Any = dataclasses.MISSING,
+    *,
+    help: str,
+    unit: str = "",
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    smoke: Any = None,
+    exists: bool = False,
+) -> Any:
+    """A field of an options dataclass, with what `show` prints and `check` holds it against.
+
+    `low` and `high` are allowed values, `above` and `below` are not; `smoke` is the most that
+    `--smoke` uses (attack steps, samples); a path that must be there says `exists=True`. Without
+    `default` the recipe has to give a value.
+
+    >>> @dataclass(frozen=True)
+    ... class Options:
+    ...     steps: int = option(10, help="steps of the attack", low=1, smoke=2)
+    >>> Options().steps
+    10
+    """
+    limits = {"low": low, "high": high, "above": above, "below": below}
+    return dataclasses.field(
+        default=default,
+        metadata={"help": help, "unit": unit, "smoke": smoke, "exists": exists, **limits},
+    )

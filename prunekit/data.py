@@ -1,0 +1,163 @@
+"""Images in memory as uint8, batched, cropped and flipped where they lie."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from prunekit import seeds
+from prunekit.contracts import Data, Split
+from prunekit.errors import UserError
+
+AUGMENTATIONS = ("crop", "flip")
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """A split in memory: uint8 images (N, C, H, W), int64 labels (N,)."""
+
+    images: Tensor
+    labels: Tensor
+
+    def batches(self, indices: Sequence[Tensor]) -> Iterator[Tensor]:
+        for index in indices:
+            yield self.images[index.to(self.images.device)]
+
+
+@dataclass(frozen=True)
+class Subset:
+    """The images of another split that `index` (M,) names, in that order."""
+
+    split: Split
+    index: Tensor
+
+    @property
+    def labels(self) -> Tensor:
+        return self.split.labels[self.index]
+
+    def batches(self, indices: Sequence[Tensor]) -> Iterator[Tensor]:
+        return self.split.batches([self.index[index] for index in indices])
+
+
+def subset(split: Split, index: Tensor) -> Split:
+    """A part of a split; arrays are copied, so that what is left out frees its memory."""
+    if isinstance(split, Arrays):
+        return Arrays(split.images[index], split.labels[index])
+    return Subset(split, index)
+
+
+def to_device(split: Split, device: torch.device) -> Split:
+    """Move a split that is in memory to the device; one that streams stays where it is."""
+    if isinstance(split, Arrays):
+        return Arrays(split.images.to(device), split.labels)
+    return split
+
+
+def hold_out(split: Split, fraction: float, part: float, seed: int) -> tuple[Split, Split]:
+    """(training part, validation part): `fraction` of all images is used, `part` of it held out.
+
+    The choice depends on `seed` alone, never on the run's seed: runs of a sweep share it.
+
+    Raises `UserError` where one of the parts would be empty.
+    """
+    n = len(split.labels)
+    order = torch.randperm(n, generator=seeds.generator(seed, "hold-out"))
+    order = order[: round(fraction * n)]
+    held = round(part * len(order))
+    if held == len(order) or (part and not held):
+        raise UserError(
+            f"validation = {part} of {len(order)} training images leaves {len(order) - held} to "
+            f"train on and {held} to validate with; give a part that leaves some of each"
+        )
+    # Sorted, so that the part of a small set is a subset in its own order.
+    return subset(split, order[held:].sort().values), subset(split, order[:held].sort().values)
+
+
+def fingerprint(data: Data) -> str:
+    """SHA-256 over the images and labels of both parts, or what the data set says of itself."""
+    if data.fingerprint:
+        return data.fingerprint
+    digest = hashlib.sha256()
+    for split in (data.train, data.test):
+        if not isinstance(split, Arrays):
+            raise UserError("a data set that is not in memory must give its own fingerprint")
+        digest.update(str(tuple(split.images.shape)).encode())
+        digest.update(split.images.contiguous().cpu().numpy().tobytes())
+        digest.update(split.labels.contiguous().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def to_pixels(images: Tensor, device: torch.device | str) -> Tensor:
+    """uint8 (B, C, H, W) -> float32 in [0, 1] on the device."""
+    return images.to(device, non_blocking=True).float().div_(255)
+
+
+def augment(images: Tensor, names: Sequence[str], generator: torch.Generator) -> Tensor:
+    """Augment uint8 images (B, C, H, W), each in its own way, where they lie.
+
+    "crop" pads by an eighth of the height with zeros and crops back at random; "flip" mirrors left
+    and right with probability 1/2. Offsets are drawn on the CPU from `generator`, so that they do
+    not depend on the device.
+    """
+    device = images.device
+    if "crop" in names:
+        b, _, h, w = images.shape
+        pad = max(h // 8, 1)
+        rows = torch.randint(2 * pad + 1, (b, 1), generator=generator) + torch.arange(h)
+        columns = torch.randint(2 * pad + 1, (b, 1), generator=generator) + torch.arange(w)
+        padded = F.pad(images, (pad, pad, pad, pad)).permute(0, 2, 3, 1)
+        image = torch.arange(b, device=device)[:, None, None]
+        rows, columns = rows.to(device), columns.to(device)
+        # (B, H, W, C): gathered with the channels last, handed back in the usual order.
+        images = padded[image, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    if "flip" in names:
+        flips = (torch.rand(len(images), generator=generator) < 0.5).to(device)
+        images = torch.where(flips[:, None, None, None], images.flip(3), images)
+    return images.contiguous()
+
+
+def train_batches(
+    split: Split,
+    size: int,
+    names: Sequence[str],
+    device: torch.device,
+    seed: int,
+    *,
+    skip: int = 0,
+    most: int | None = None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """One epoch of shuffled, augmented batches (x, y) on the device, decided by `seed`.
+
+    `skip` leaves out the first batches (of a resumed epoch) and changes nothing in the others. A
+    last batch of a single image is left out: batch normalisation cannot use it.
+    """
+    order = torch.randperm(len(split.labels), generator=seeds.generator(seed, "order"))
+    chunks = [c for c in order.split(size) if len(c) > 1 or size == 1][:most]
+    for number, (index, images) in enumerate(
+        zip(chunks[skip:], split.batches(chunks[skip:]), strict=True), start=skip
+    ):
+        if names:
+            images = augment(images, names, seeds.generator(seed, "augment", number))
+        yield to_pixels(images, device), split.labels[index].to(device)
+
+
+def count_batches(split: Split, size: int, most: int | None = None) -> int:
+    """How many batches `train_batches` yields."""
+    n = len(split.labels)
+    count = n // size + (n % size > 1 or (size == 1 and n % size > 0))
+    return min(count, most) if most is not None else count
+
+
+def eval_batches(
+    split: Split, size: int, device: torch.device, *, images: int | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The first `images` (default all) in their own order as batches (x, y) on the device."""
+    n = len(split.labels) if images is None else min(images, len(split.labels))
+    chunks = list(torch.arange(n).split(size))
+    for index, batch in zip(chunks, split.batches(chunks), strict=True):
+        yield to_pixels(batch, device), split.labels[index].to(device)
