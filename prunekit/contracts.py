@@ -145,8 +145,19 @@ class Architecture(Protocol):
     def __call__(self, x: Tensor) -> Tensor: ...
 
 
-class Dataset(Protocol):
-    """Stands for `Data` in `Use[Dataset]`."""
+class Schedule(Protocol):
+    """`schedule(clock)`: the factor of the learning rate at that moment of the stage."""
+
+    def __call__(self, clock: Clock) -> float: ...
+
+
+@dataclass(frozen=True)
+class OptimizerChoice:
+    """What an optimiser of the core's list builds: how to make it, its rate and schedule."""
+
+    make: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+    lr: float
+    schedule: Schedule
 
 
 def _absent(*_: Any) -> Any:

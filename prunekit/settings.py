@@ -1,0 +1,100 @@
+"""The core's own sections and stages of a recipe, as options dataclasses."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from prunekit.component import Radius, Use, option
+from prunekit.contracts import Evaluator, Norm, Objective, OptimizerChoice, Pruner
+from prunekit.errors import OptionError
+
+
+@dataclass(frozen=True)
+class ThreatOptions:
+    eps: Radius = option(help="radius of the attacks", unit="pixels in [0, 1]")
+    norm: Norm = option("linf", help="norm of the attacks")
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Keys of [dataset] that are the core's."""
+
+    batch_size: int = option(128, help="images in a batch", low=1)
+    validation: float = option(0.1, help="part of the training images held out", low=0, below=1)
+    validation_seed: int = option(0, help="chooses which images are held out")
+    fraction: float = option(1.0, help="part of the training images used", above=0, high=1)
+    augment: tuple[Literal["crop", "flip"], ...] | None = option(
+        None, help="augmentations in training; default: what suits the data set"
+    )
+
+
+@dataclass(frozen=True)
+class ArchitectureOptions:
+    """Keys of [architecture] that are the core's."""
+
+    init: Path | None = option(None, help="start from the weights in this file", exists=True)
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """A pretrain stage."""
+
+    epochs: int = option(help="passes over the training images", low=1)
+    optimizer: Use[OptimizerChoice] = option({"use": "sgd", "lr": 0.1}, help="optimizer")
+    objective: Use[Objective] | None = option(None, help="loss; default: the recipe's")
+    select: str | None = option(
+        None, help='validation metric whose best epoch is kept, or "last"; default: the objective\'s'
+    )
+    clip_norm: float | None = option(None, help="largest norm of a step's gradients", above=0)
+
+
+@dataclass(frozen=True)
+class FinetuneOptions(TrainOptions):
+    """A finetune stage."""
+
+    optimizer: Use[OptimizerChoice] = option({"use": "sgd", "lr": 0.01}, help="optimizer")
+
+
+@dataclass(frozen=True)
+class PruneOptions(TrainOptions):
+    """A prune stage."""
+
+    epochs: int | None = option(None, help="passes over the training images", low=1)
+    sparsity: float = option(help="fraction of the weights removed", above=0, below=1)
+    pruner: Use[Pruner] = option("score", help="how much each weight matters")
+    budget: Literal["layer", "global"] = option(
+        "layer", help="every layer keeps the same fraction, or layers compete"
+    )
+    bn: Literal["train", "freeze"] = option(
+        "train", help="batch normalisation while scores are learned"
+    )
+    exclude: tuple[str, ...] = option((), help='names of weights left dense, such as "fc.*"')
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """An evaluate stage."""
+
+    with_: tuple[Use[Evaluator], ...] = option(help="evaluators")
+    images: int | None = option(None, help="judge the first so many test images", low=1)
+
+    def __post_init__(self) -> None:
+        names = [use.name for use in self.with_]
+        twice = {name for name in names if names.count(name) > 1}
+        if twice:
+            raise OptionError("with_", f"{min(twice)!r} is there twice; give each a name = \"...\"")
+        if not names:
+            raise OptionError("with_", 'name at least one evaluator, such as with = ["clean"]')
+
+
+STAGES: dict[str, type] = {
+    "pretrain": TrainOptions,
+    "prune": PruneOptions,
+    "finetune": FinetuneOptions,
+    "evaluate": EvaluateOptions,
+}
+
+DATA_KEYS = tuple(f.name for f in dataclasses.fields(DataOptions))
