@@ -72,7 +72,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
                 f"{relative(path)} cannot be read as tensors and is not unpickled further "
                 f"({str(error).splitlines()[0]}); save a plain state dict, best as .safetensors"
             ) from None
-        state = content.get("state_dict", content) if isinstance(content, dict) else None
+        state = content.get("state_dict", content) if isinstance(content, dict) else {}
     if not state or not all(isinstance(v, Tensor) for v in state.values()):
         raise UserError(f"{relative(path)} holds no state dict of tensors")
     if all(key.startswith("module.") for key in state):

@@ -77,6 +77,11 @@ class Component:
     facts: Callable[[Any], Facts] | None = None
     """Data sets: options -> Facts; None where only the files tell."""
 
+    @property
+    def package(self) -> str:
+        """The import name of the top-level package that implements it."""
+        return self.build.partition(":")[0].partition(".")[0]
+
 
 class Radius(float):
     """A radius in pixel units of [0, 1]; recipes may write it as a fraction: "8/255"."""
@@ -141,7 +146,14 @@ def option(
     10
     """
     limits = {"low": low, "high": high, "above": above, "below": below}
-    return dataclasses.field(
-        default=default,
-        metadata={"help": help, "unit": unit, "smoke": smoke, "exists": exists, **limits},
-    )
+    metadata = {"help": help, "unit": unit, "smoke": smoke, "exists": exists, **limits}
+    if isinstance(default, dict):  # a component with options; dataclasses want a factory for it
+        return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def default_of(field: dataclasses.Field[Any]) -> Any:
+    """What an option is without a value from the recipe; `dataclasses.MISSING` where required."""
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default

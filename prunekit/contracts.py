@@ -93,7 +93,8 @@ class Pruner(Protocol):
 class Split(Protocol):
     """One part of a data set, labels (N,) int64 in memory, images fetched by index."""
 
-    labels: Tensor
+    @property
+    def labels(self) -> Tensor: ...
 
     def batches(self, indices: Sequence[Tensor]) -> Iterator[Tensor]:
         """For each index tensor (B,), the uint8 images (B, C, H, W), in order, on any device."""
@@ -134,7 +135,10 @@ class Evaluator(Protocol):
 
 
 class Reporter(Protocol):
-    """`reporter(event)`: told of everything that happens; must not change results."""
+    """`reporter(event)`: told of everything that happens; must not change results.
+
+    It may also have `close()`, called once when nothing more comes, or after it raised.
+    """
 
     def __call__(self, event: Event) -> None: ...
 

@@ -21,7 +21,7 @@ from prunekit.errors import RunError
 Masks = dict[str, Tensor]
 
 
-def find_prunable(model: nn.Module, exclude: Sequence[str] = ()) -> dict[str, nn.Parameter]:
+def find_prunable(model: nn.Module, exclude: Sequence[str] = ()) -> dict[str, Tensor]:
     """Parameter name -> weight of every Conv2d and Linear, in the model's order.
 
     A weight that several layers share is there once, under its first name. Weight-standardised
@@ -29,7 +29,7 @@ def find_prunable(model: nn.Module, exclude: Sequence[str] = ()) -> dict[str, nn
 
     Raises `RunError` where nothing is left to prune, or a pattern matches nothing.
     """
-    found: dict[str, nn.Parameter] = {}
+    found: dict[str, Tensor] = {}
     for prefix, module in model.named_modules():
         if not isinstance(module, nn.Conv2d | nn.Linear) or "Std" in type(module).__name__:
             continue
@@ -57,7 +57,10 @@ def count_kept(n: int, sparsity: float) -> int:
 
 
 def select(
-    scores: Scores, sparsity: float, budget: str = "layer", alive: Mapping[str, Tensor] | None = None
+    scores: Scores,
+    sparsity: float,
+    budget: str = "layer",
+    alive: Mapping[str, Tensor] | None = None,
 ) -> Masks:
     """Keep the highest scores: exactly `count_kept` of each layer, or of all with "global".
 
@@ -69,7 +72,9 @@ def select(
     values = {name: value.detach() for name, value in scores.values.items()}
     if alive:
         lowest = float("-inf")
-        values = {n: v.masked_fill(~alive[n], lowest) if n in alive else v for n, v in values.items()}
+        values = {
+            n: v.masked_fill(~alive[n], lowest) if n in alive else v for n, v in values.items()
+        }
     if budget == "layer":
         masks = {n: _keep_top(v, count_kept(v.numel(), sparsity)) for n, v in values.items()}
     elif budget == "global":

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 from prunekit import contracts
-from prunekit.component import Radius, Use
+from prunekit.component import Radius, Use, default_of
 from prunekit.contracts import Threat
 from prunekit.errors import OptionError, Place, Problem, UserError
 from prunekit.registry import Registry
@@ -36,7 +36,7 @@ def key_of(field_name: str) -> str:
     return field_name.removesuffix("_")
 
 
-def annotations(options: type) -> dict[str, Any]:
+def field_types(options: type) -> dict[str, Any]:
     """Field name -> type of an options dataclass."""
     return typing.get_type_hints(options)
 
@@ -67,11 +67,10 @@ class Resolver:
     def problem(self, path: KeyPath, message: str) -> None:
         self.problems.append(Problem(self.locate(path), message))
 
-    def options(
-        self, cls: type, table: Mapping[str, Any], path: KeyPath, owner: str
-    ) -> Any | None:
+    def options(self, cls: type, table: Mapping[str, Any], path: KeyPath, owner: str) -> Any | None:
         """Build the options dataclass from a table; None where a problem was recorded."""
-        hints, values = annotations(cls), {}
+        hints = field_types(cls)
+        values: dict[str, Any] = {}
         fields = {key_of(f.name): f for f in dataclasses.fields(cls)}
         before = len(self.problems)
         for key in table:
@@ -79,7 +78,7 @@ class Resolver:
                 advice = suggest(key, fields)
                 self.problem((*path, key), f"unknown option {key!r} of {owner}; {advice}")
         for key, f in fields.items():
-            default = f.default
+            default = default_of(f)
             if key not in table:
                 if default is dataclasses.MISSING:
                     self.problem(path, f"{owner} needs {key}: {f.metadata['help']}")
@@ -156,9 +155,9 @@ class Resolver:
             return dict(value)
         return self._plain(hint, value, path, f, owner)
 
-    def use(self, kind: str, value: Any, path: KeyPath, core: Mapping[str, Any] | None = None) -> (
-        Use[Any] | None
-    ):
+    def use(
+        self, kind: str, value: Any, path: KeyPath, core: Mapping[str, Any] | None = None
+    ) -> Use[Any] | None:
         """A component named by a string, or by a table with `use` and options."""
         table = {"use": value} if isinstance(value, str) else value
         if not isinstance(table, Mapping) or not isinstance(table.get("use"), str):
@@ -192,7 +191,7 @@ class Resolver:
         if self.threat is None and eps is None:
             self.problem(
                 path,
-                f"{owner} needs a threat; write [threat] with norm = \"linf\" and eps = \"8/255\"",
+                f'{owner} needs a threat; write [threat] with norm = "linf" and eps = "8/255"',
             )
             return None
         base = self.threat or Threat("linf", 0.0)
@@ -252,9 +251,7 @@ class Resolver:
             self._limit(value, path, f, owner)
         return value
 
-    def _limit(
-        self, value: float, path: KeyPath, f: dataclasses.Field[Any], owner: str
-    ) -> None:
+    def _limit(self, value: float, path: KeyPath, f: dataclasses.Field[Any], owner: str) -> None:
         low, high, above, below = (f.metadata.get(k) for k in ("low", "high", "above", "below"))
         if (
             value == value  # not NaN

@@ -19,8 +19,8 @@ from prunekit.settings import (
     STAGES,
     ArchitectureOptions,
     DataOptions,
+    FitOptions,
     ThreatOptions,
-    TrainOptions,
 )
 from prunekit.sweep import label, unroll
 
@@ -44,6 +44,8 @@ class Run:
 
     label: str
     settings: Mapping[str, Any]
+    folder: Path
+    """Of the recipe: where its relative paths start."""
     seed: int
     dataset: Use[Data]
     data: DataOptions
@@ -51,6 +53,10 @@ class Run:
     init: Path | None
     threat: Threat | None
     stages: tuple[Stage, ...]
+
+    def uses(self) -> list[Use[Any]]:
+        """All components it names, at any depth."""
+        return list(uses_in((self.dataset, self.architecture, [s.options for s in self.stages])))
 
     def describe(self) -> dict[str, Any]:
         """The run as a recipe: defaults written out, sweep and overrides taken in."""
@@ -62,9 +68,7 @@ class Run:
                 **({"init": str(self.init)} if self.init else {}),
             },
             **({"threat": threat} if threat else {}),
-            "stage": [
-                {"kind": s.kind, "name": s.name, **describe(s.options)} for s in self.stages
-            ],
+            "stage": [{"kind": s.kind, "name": s.name, **describe(s.options)} for s in self.stages],
         }
         return {"seed": self.seed, **sections}
 
@@ -91,7 +95,8 @@ def make_plan(recipe: Recipe, registry: Registry) -> Plan:
 
     Raises `RecipeError` with every problem that was found.
     """
-    problems, notes = _check_top(recipe), []
+    problems = _check_top(recipe)
+    notes: list[str] = []
     combinations = list(unroll(recipe, problems))
     runs, labels = [], label([settings for settings, _ in combinations])
     for name, (settings, variant) in zip(labels, combinations, strict=True):
@@ -106,9 +111,7 @@ def make_plan(recipe: Recipe, registry: Registry) -> Plan:
     if problems:
         raise RecipeError(problems)
     name = recipe.data.get("name", recipe.path.stem)
-    return Plan(
-        name, recipe.path, tuple(runs), reporters, recipe.data, tuple(dict.fromkeys(notes))
-    )
+    return Plan(name, recipe.path, tuple(runs), reporters, recipe.data, tuple(dict.fromkeys(notes)))
 
 
 # The recipe's tables
@@ -174,17 +177,17 @@ def _resolve_run(
         return None
     if data_options.validation == 0:
         for stage in stages:
-            if isinstance(stage.options, TrainOptions) and stage.options.select != "last":
+            if isinstance(stage.options, FitOptions) and stage.options.select != "last":
                 resolver.problem(
                     ("dataset", "validation"),
                     f"validation = 0 leaves nothing to choose the best epoch of stage "
-                    f"{stage.name!r} with; write select = \"last\" in it",
+                    f'{stage.name!r} with; write select = "last" in it',
                 )
                 return None
     _note_threats(resolver.threat, stages, notes)
     return Run(
-        label, settings, seed, dataset, data_options, architecture, net_options.init,
-        resolver.threat, stages,
+        label, settings, recipe.path.parent, seed, dataset, data_options, architecture,
+        net_options.init, resolver.threat, stages,
     )  # fmt: skip
 
 
@@ -193,15 +196,17 @@ def _section(data: Mapping[str, Any], resolver: Resolver, key: str, core: type) 
     if key not in data:
         names = resolver.registry.names(key)
         resolver.problem(
-            (), f"there is no [{key}]; write [{key}] and use = \"{names[0] if names else '...'}\""
+            (), f'there is no [{key}]; write [{key}] and use = "{names[0] if names else "..."}"'
         )
         return None, None
     table = {"use": data[key]} if isinstance(data[key], str) else data[key]
     if not isinstance(table, dict):
-        resolver.problem((key,), f"write [{key}] with use = \"...\"")
+        resolver.problem((key,), f'write [{key}] with use = "..."')
         return None, None
     own = {f.name for f in dataclasses.fields(core)}
-    options = resolver.options(core, {k: v for k, v in table.items() if k in own}, (key,), f"[{key}]")
+    options = resolver.options(
+        core, {k: v for k, v in table.items() if k in own}, (key,), f"[{key}]"
+    )
     use = resolver.use(key, {k: v for k, v in table.items() if k not in own}, (key,))
     return use, options
 
@@ -224,15 +229,21 @@ def _resolve_stages(
         path: KeyPath = ("stage", position)
         kind = table.get("kind") if isinstance(table, dict) else None
         if not isinstance(kind, str) or kind not in STAGES:
-            way = f'write kind = "{next(iter(STAGES))}"' if kind is None else suggest(str(kind), STAGES)
+            way = (
+                f'write kind = "{next(iter(STAGES))}"'
+                if kind is None
+                else suggest(str(kind), STAGES)
+            )
             resolver.problem((*path, "kind"), f"a stage's kind cannot be {kind!r}; {way}")
             continue
         name = table.get("name", kind)
         if not isinstance(name, str) or not re.fullmatch(r"[\w+-]+", name):
-            resolver.problem((*path, "name"), f"name of a stage is letters and digits, got {name!r}")
+            resolver.problem(
+                (*path, "name"), f"name of a stage is letters and digits, got {name!r}"
+            )
             continue
         if name in names:
-            resolver.problem(path, f"there are two stages {name!r}; give each a name = \"...\"")
+            resolver.problem(path, f'there are two stages {name!r}; give each a name = "..."')
         names.add(name)
         if kind == "finetune" and not any(t.get("kind") == "prune" for t in tables[:position]):
             resolver.problem(path, "finetune before any prune; put a prune stage before it")
@@ -246,8 +257,8 @@ def _resolve_stages(
             if options.sparsity <= sparsity:
                 resolver.problem(
                     (*path, "sparsity"),
-                    f"sparsity is of the dense network: {options.sparsity} after {sparsity} removes "
-                    "nothing; write more than that",
+                    f"sparsity is of the dense network: {options.sparsity} after {sparsity} "
+                    "removes nothing; write more than that",
                 )
             sparsity = max(sparsity, options.sparsity)
             if options.pruner.component.learns and options.epochs is None:
@@ -327,5 +338,3 @@ def uses_in(value: Any) -> Iterator[Use[Any]]:
     elif isinstance(value, tuple | list):
         for item in value:
             yield from uses_in(item)
-
-

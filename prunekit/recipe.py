@@ -152,8 +152,11 @@ def _merge(base: Recipe, top: Recipe) -> Recipe:
         for key, value in table.items():
             here = (*path, key)
             old = into.get(key)
-            same = isinstance(value, dict) and isinstance(old, dict)
-            if same and value.get("use", old.get("use")) == old.get("use"):
+            if (
+                isinstance(value, dict)
+                and isinstance(old, dict)
+                and value.get("use", old.get("use")) == old.get("use")
+            ):
                 put(old, value, here)
                 merged.places[here] = top.places[here]
                 continue

@@ -99,7 +99,5 @@ class RunFailed:
     error: str
 
 
-Event = (
-    RunStarted | StageStarted | Progress | EpochDone | StageDone | Note | RunDone | RunFailed
-)
+Event = RunStarted | StageStarted | Progress | EpochDone | StageDone | Note | RunDone | RunFailed
 Report = Callable[[Event], None]

@@ -24,9 +24,9 @@ FORMAT = 1
 """The version of `run.json` that is read."""
 SCHEMA_VERSION = 1
 """The version of what `to_json` returns."""
-FRACTIONS = frozenset("abstained accuracy certified fraction rate sparsity verified".split())
-"""A metric with one of these words in the last part of its name is shown in percent."""
-DIAGNOSTICS = frozenset({"zero_gradient"})
+FRACTIONS = {"abstained", "accuracy", "certified", "fraction", "rate", "sparsity", "verified"}
+"""A metric with one of these words in its name, the evaluator's apart, is shown in percent."""
+DIAGNOSTICS = {"zero_gradient"}
 """Numbers that say how far to trust a metric; not columns of the table."""
 
 
@@ -66,7 +66,7 @@ class Value:
     seeds: int = 1
     low: float | None = None
     high: float | None = None
-    images: int | None = None
+    images: float | None = None
 
 
 @dataclass(frozen=True)
@@ -234,7 +234,7 @@ def _read_metrics(metrics: Mapping[str, Any]) -> dict[str, Value]:
     values = {}
     for name, number in numbers.items():
         if not _is_part(name):
-            owner = name.rpartition(".")[0]
+            owner, _ = split_metric(name)
             images = numbers.get(f"{owner}.n" if owner else "n")
             low, high = numbers.get(f"{name}_low"), numbers.get(f"{name}_high")
             values[name] = Value(number, low=low, high=high, images=images)
@@ -274,8 +274,23 @@ def _average(metric: str, rows: Sequence[Row]) -> Value:
     return Value(statistics.fmean(means), statistics.stdev(means), len(means))
 
 
+def split_metric(metric: str) -> tuple[str, str]:
+    """(evaluator, what it measured); the evaluator is empty for what is of the network itself.
+
+    >>> split_metric("certify.certified@0.25")
+    ('certify', 'certified@0.25')
+    """
+    # A dot before a digit is a decimal point.
+    *owner, measure = re.split(r"\.(?!\d)", metric)
+    return ".".join(owner), measure
+
+
 def _is_part(metric: str) -> bool:
-    return metric.endswith(("_low", "_high")) or metric.rpartition(".")[2] == "n"
+    return metric.endswith(("_low", "_high")) or split_metric(metric)[1] == "n"
+
+
+def _is_diagnosis(metric: str) -> bool:
+    return split_metric(metric)[1] in DIAGNOSTICS
 
 
 def is_main(metric: str) -> bool:
@@ -284,7 +299,7 @@ def is_main(metric: str) -> bool:
     >>> [is_main(name) for name in ("pgd.accuracy", "pgd.accuracy_low", "pgd.n")]
     [True, False, False]
     """
-    return not _is_part(metric) and metric.rpartition(".")[2] not in DIAGNOSTICS
+    return not _is_part(metric) and not _is_diagnosis(metric)
 
 
 def is_fraction(metric: str) -> bool:
@@ -293,7 +308,7 @@ def is_fraction(metric: str) -> bool:
     >>> [is_fraction(name) for name in ("certify.certified@0.25", "certify.acr")]
     [True, False]
     """
-    return not FRACTIONS.isdisjoint(re.split(r"[^a-z]+", metric.rpartition(".")[2]))
+    return not FRACTIONS.isdisjoint(re.split(r"[^a-z]+", split_metric(metric)[1]))
 
 
 def format_metric(metric: str, value: float, unit: str = "%") -> str:
@@ -308,12 +323,17 @@ def format_metric(metric: str, value: float, unit: str = "%") -> str:
     return f"{value:.4g}" if abs(value) < 1e4 else f"{value:.0f}"
 
 
-def _format_setting(value: Any) -> str:
+def format_setting(value: Any) -> str:
+    """A recipe's value in short; a component with its options in brackets.
+
+    >>> format_setting(0.9), format_setting({"use": "snip", "batches": 2})
+    ('0.9', 'snip(batches=2)')
+    """
     if isinstance(value, Mapping):
-        options = [f"{k}={_format_setting(v)}" for k, v in value.items() if k != "use"]
+        options = [f"{k}={format_setting(v)}" for k, v in value.items() if k != "use"]
         return str(value.get("use", "")) + (f"({', '.join(options)})" if options else "")
     if isinstance(value, list):
-        return ", ".join(map(_format_setting, value))
+        return ", ".join(map(format_setting, value))
     if value is None:
         return "-"
     return value if isinstance(value, str) else json.dumps(value)
@@ -329,26 +349,29 @@ def tabulate(rows: Sequence[Row], plus_minus: str = "±") -> list[list[str]]:
 
     def shorten(address: str) -> str:
         last = address.rpartition(".")[2]
-        return last if taken.count(last) == 1 else address
+        return last if taken.count(last) == 1 else address.replace(".", "\n")
 
     def entitle(metric: str) -> str:
-        return metric.replace(".", "\n", 1) + (" %" if is_fraction(metric) else "")
+        return "\n".join(split_metric(metric)).lstrip() + (" %" if is_fraction(metric) else "")
 
     def fill(metric: str, row: Row) -> str:
         value = row.metrics.get(metric)
         if value is None:
             return "-"
         text = format_metric(metric, value.mean, unit="")
-        if value.sd is not None:
-            text += f" {plus_minus} {format_metric(metric, value.sd, unit='')}"
+        # The same sparsity in every seed is how it should be, and needs no room.
+        if value.sd is not None and (value.sd or metric != "sparsity"):
+            fraction = is_fraction(metric)
+            sd = format_metric(metric, value.sd, unit="") if fraction else f"{value.sd:.2g}"
+            text += f" {plus_minus} {sd}"
         return text + (f" ({value.seeds})" if value.seeds < len(row.seeds) else "")
 
     titles = ["stage", *map(shorten, addresses), *["seed"] * seeds, *map(entitle, metrics)]
     cells = [
         [
             row.stage or "-",
-            *(_format_setting(row.settings[address]) for address in addresses),
-            *[", ".join(map(str, row.seeds)) or "-"] * seeds,
+            *(format_setting(row.settings[address]) for address in addresses),
+            *[",".join(map(str, row.seeds)) or "-"] * seeds,
             *(fill(metric, row) for metric in metrics),
             *[f"{row.status}, SMOKE" if row.smoke else row.status] * marks,
         ]
@@ -370,7 +393,7 @@ def write_notes(rows: Sequence[Row]) -> list[str]:
         for row in rows
         if not row.stage
     ]
-    for name in _list_metrics(rows, lambda name: name.rpartition(".")[2] in DIAGNOSTICS):
+    for name in _list_metrics(rows, _is_diagnosis):
         most = max(row.metrics[name].mean for row in rows if name in row.metrics)
         if most > 0:
             notes.append(f"{name} is up to {most:.4g}: without gradients attacks find too little")
@@ -387,7 +410,7 @@ def render(rows: Sequence[Row], console: Console) -> None:
     from rich.text import Text
 
     titles, *lines = tabulate(rows, "+-" if console.options.ascii_only else "±")
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for place, title in enumerate(titles):
         number = any(line[place][0].isdigit() for line in lines)
         table.add_column(Text(title), justify="right" if number else "left", overflow="fold")
@@ -420,7 +443,7 @@ def to_csv(rows: Sequence[Row]) -> str:
             "error": row.error,
         }
         for address, setting in row.settings.items():
-            record[address] = None if setting is None else _format_setting(setting)
+            record[address] = None if setting is None else format_setting(setting)
         for name, value in row.metrics.items():
             record |= {name: value.mean, f"{name}_sd": value.sd, f"{name}_seeds": value.seeds}
         records.append(record)

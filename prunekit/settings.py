@@ -12,13 +12,13 @@ from prunekit.contracts import Evaluator, Norm, Objective, OptimizerChoice, Prun
 from prunekit.errors import OptionError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ThreatOptions:
     eps: Radius = option(help="radius of the attacks", unit="pixels in [0, 1]")
     norm: Norm = option("linf", help="norm of the attacks")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DataOptions:
     """Keys of [dataset] that are the core's."""
 
@@ -31,35 +31,43 @@ class DataOptions:
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ArchitectureOptions:
     """Keys of [architecture] that are the core's."""
 
     init: Path | None = option(None, help="start from the weights in this file", exists=True)
 
 
-@dataclass(frozen=True)
-class TrainOptions:
-    """A pretrain stage."""
+@dataclass(frozen=True, kw_only=True)
+class FitOptions:
+    """What pretrain, prune and finetune stages share."""
 
-    epochs: int = option(help="passes over the training images", low=1)
     optimizer: Use[OptimizerChoice] = option({"use": "sgd", "lr": 0.1}, help="optimizer")
     objective: Use[Objective] | None = option(None, help="loss; default: the recipe's")
     select: str | None = option(
-        None, help='validation metric whose best epoch is kept, or "last"; default: the objective\'s'
+        None,
+        help='validation metric whose best epoch is kept, or "last"; default: the objective\'s',
     )
     clip_norm: float | None = option(None, help="largest norm of a step's gradients", above=0)
 
 
-@dataclass(frozen=True)
-class FinetuneOptions(TrainOptions):
+@dataclass(frozen=True, kw_only=True)
+class PretrainOptions(FitOptions):
+    """A pretrain stage."""
+
+    epochs: int = option(help="passes over the training images", low=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneOptions(FitOptions):
     """A finetune stage."""
 
+    epochs: int = option(help="passes over the training images", low=1)
     optimizer: Use[OptimizerChoice] = option({"use": "sgd", "lr": 0.01}, help="optimizer")
 
 
-@dataclass(frozen=True)
-class PruneOptions(TrainOptions):
+@dataclass(frozen=True, kw_only=True)
+class PruneOptions(FitOptions):
     """A prune stage."""
 
     epochs: int | None = option(None, help="passes over the training images", low=1)
@@ -74,7 +82,7 @@ class PruneOptions(TrainOptions):
     exclude: tuple[str, ...] = option((), help='names of weights left dense, such as "fc.*"')
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EvaluateOptions:
     """An evaluate stage."""
 
@@ -85,13 +93,13 @@ class EvaluateOptions:
         names = [use.name for use in self.with_]
         twice = {name for name in names if names.count(name) > 1}
         if twice:
-            raise OptionError("with_", f"{min(twice)!r} is there twice; give each a name = \"...\"")
+            raise OptionError("with_", f'{min(twice)!r} is there twice; give each a name = "..."')
         if not names:
             raise OptionError("with_", 'name at least one evaluator, such as with = ["clean"]')
 
 
 STAGES: dict[str, type] = {
-    "pretrain": TrainOptions,
+    "pretrain": PretrainOptions,
     "prune": PruneOptions,
     "finetune": FinetuneOptions,
     "evaluate": EvaluateOptions,

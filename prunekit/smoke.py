@@ -5,19 +5,20 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from prunekit.component import Use
-from prunekit.plan import Plan, Run, uses_in
+from prunekit.component import Facts, Use
+from prunekit.contracts import Data
+from prunekit.plan import Plan, Run
+from prunekit.settings import DataOptions
 
 SMOKE_BATCHES, SMOKE_BATCH_SIZE = 2, 8
 
 
 def reduce_plan(plan: Plan) -> Plan:
     """The smoke plan: one run for each distinct component, tiny batches, short attacks."""
-    runs, seen = [], set()
+    runs: list[Run] = []
+    seen: set[tuple[str, str]] = set()
     for run in plan.runs:
-        parts = {(use.kind, use.component.name) for use in uses_in((run.dataset, run.architecture))}
-        for stage in run.stages:
-            parts |= {(use.kind, use.component.name) for use in uses_in(stage.options)}
+        parts = {(use.kind, use.component.name) for use in run.uses()}
         if parts - seen:
             seen |= parts
             runs.append(reduce_run(run, SMOKE_BATCHES, SMOKE_BATCH_SIZE))
@@ -49,3 +50,22 @@ def _reduce_options(value: Any) -> Any:
         old, most = getattr(value, f.name), f.metadata.get("smoke")
         changes[f.name] = min(old, most) if most is not None and old else _reduce_options(old)
     return dataclasses.replace(value, **changes)
+
+
+def random_data(facts: Facts, options: DataOptions) -> Data:
+    """Random images of the data set's shape, just enough of them for a smoke run."""
+    import torch
+
+    from prunekit.data import Arrays
+
+    generator = torch.Generator().manual_seed(0)
+
+    def part(n: int) -> Arrays:
+        images = torch.randint(256, (n, *facts.shape), generator=generator, dtype=torch.uint8)
+        return Arrays(images, torch.randint(facts.classes, (n,), generator=generator))
+
+    # Validation and `fraction` are parts of this: both must stay above nothing.
+    share = options.fraction * min(options.validation or 1, 1 - options.validation)
+    n = round(SMOKE_BATCHES * SMOKE_BATCH_SIZE / share) + 2
+    train, test = part(n), part(SMOKE_BATCHES * SMOKE_BATCH_SIZE)
+    return Data(train, test, facts.shape, facts.classes, facts.augment)

@@ -24,8 +24,12 @@ def unroll(recipe: Recipe, problems: list[Problem]) -> Iterator[tuple[dict[str, 
     for address, values in flatten({k: v for k, v in sweep.items() if k != "case"}):
         place = recipe.locate(("sweep", address))
         if not isinstance(values, list) or not values:
-            problems.append(Problem(place, f"{address} is a list of the values to try, such as "
-                                    f"[{values!r}]" if values != [] else f"{address} lists nothing"))  # fmt: skip
+            example = f"write a list of the values to try, such as [{values!r}]"
+            problems.append(
+                Problem(
+                    place, f"{address} has no values; {example if values != [] else 'list some'}"
+                )
+            )
             continue
         axes[address] = values
     if not isinstance(cases, list) or not all(isinstance(c, dict) for c in cases):

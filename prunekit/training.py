@@ -3,178 +3,30 @@
 from __future__ import annotations
 
 import math
-import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from prunekit import seeds
 from prunekit.checkpoint import read_checkpoint, write_checkpoint
-from prunekit.contracts import Clock, Objective, OptimizerChoice, Scores, Split
+from prunekit.contracts import Clock, Objective, OptimizerChoice, Split
 from prunekit.data import count_batches, eval_batches, train_batches
-from prunekit.errors import Interrupted, RunError, UserError
+from prunekit.errors import RunError, UserError
 from prunekit.evaluation import eval_mode
-from prunekit.masks import (
-    Masks,
-    assert_masked,
-    attach_scores,
-    check_layers,
-    detach_scores,
-    effective_weights,
-    select,
-)
 from prunekit.report import EpochDone, Progress, Report, StageStarted
+from prunekit.stop import Stop
+from prunekit.variables import Variables
+
+IMAGES = "#"
+"""Key of the number of images among the sums of an epoch; no term can be called so."""
 
 CHECKPOINT_SECONDS = 300.0
 """In epochs longer than this, a checkpoint is also written between batches."""
-
-NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
-
-
-class Variables(Protocol):
-    """What `fit` trains. Everything lives in the model, so its state dict is all there is."""
-
-    model: nn.Module
-
-    def parameters(self) -> list[nn.Parameter]: ...
-
-    def step(self) -> AbstractContextManager[None]:
-        """Around one forward and one backward (or around a validation)."""
-        ...
-
-    def after_backward(self) -> None:
-        """Between the backward and the clipping of gradients."""
-        ...
-
-    def check(self) -> None:
-        """Once an epoch: raise `RunError` where a promise is broken."""
-        ...
-
-
-@dataclass
-class Weights:
-    """Trains the weights; those that a mask removed stay exactly zero."""
-
-    model: nn.Module
-    masks: Masks
-
-    def __post_init__(self) -> None:
-        self.model.requires_grad_(True)
-        self.model.train()
-        named = dict(self.model.named_parameters())
-        self._masked = [(named[name], ~mask) for name, mask in self.masks.items()]
-
-    def parameters(self) -> list[nn.Parameter]:
-        return list(self.model.parameters())
-
-    def step(self) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def after_backward(self) -> None:
-        for weight, removed in self._masked:
-            if weight.grad is not None:
-                # Filled, not multiplied: inf * 0 is NaN, and w * 0 may be -0.
-                weight.grad.masked_fill_(removed, 0)
-
-    def check(self) -> None:
-        assert_masked(self.model, self.masks)
-
-
-class LearnedScores:
-    """Trains scores of frozen weights; masks follow the scores, once an optimiser step.
-
-    Biases are frozen too. Normalisation layers train, affine parameters and running statistics,
-    unless `bn` is "freeze".
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        start: Scores,
-        sparsity: float,
-        budget: str,
-        alive: Masks,
-        bn: str,
-    ) -> None:
-        self.model, self.start, self.alive = model, start, alive
-        self.sparsity, self.budget = sparsity, budget
-        model.requires_grad_(False)
-        model.train()
-        for module in model.modules():
-            if isinstance(module, NORMS):
-                module.train(bn == "train")
-                module.requires_grad_(bn == "train")
-        self.parts = attach_scores(model, start.values)
-        self.refresh()
-        check_layers({name: part.mask for name, part in self.parts.items()}, sparsity)
-
-    def scores(self) -> Scores:
-        """Importance: |score|."""
-        values = {name: part.score.detach().abs() for name, part in self.parts.items()}
-        return Scores(values, self.start.layerwise)
-
-    @torch.no_grad()
-    def refresh(self) -> None:
-        """Write the masks of the present scores."""
-        for name, mask in select(self.scores(), self.sparsity, self.budget, self.alive).items():
-            self.parts[name].mask.copy_(mask)
-
-    def parameters(self) -> list[nn.Parameter]:
-        return [p for p in self.model.parameters() if p.requires_grad]
-
-    @contextmanager
-    def step(self) -> Iterator[None]:
-        self.refresh()
-        with effective_weights(self.model):
-            yield
-
-    def after_backward(self) -> None:
-        pass
-
-    def check(self) -> None:
-        pass
-
-    def detach(self) -> None:
-        """Give the model its plain weights back."""
-        detach_scores(self.model)
-
-
-@dataclass
-class Stop:
-    """Asks a running loop to stop at the next safe moment; a second signal stops at once."""
-
-    requested: bool = False
-
-    def check(self) -> None:
-        """Raise `Interrupted` where a stop was asked for."""
-        if self.requested:
-            raise Interrupted
-
-    @contextmanager
-    def listen(self) -> Iterator[None]:
-        """Inside, SIGINT and SIGTERM ask for a stop."""
-
-        def request(number: int, frame: Any) -> None:
-            if self.requested:
-                raise KeyboardInterrupt
-            self.requested = True
-
-        try:
-            old = {s: signal.signal(s, request) for s in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError:  # not in the main thread, which alone gets signals
-            yield
-            return
-        try:
-            yield
-        finally:
-            for number, handler in old.items():
-                signal.signal(number, handler)
 
 
 @dataclass
@@ -230,7 +82,8 @@ def fit(job: Fit) -> list[dict[str, Any]]:
     if not parameters:
         raise RunError(f"stage {job.stage!r}: nothing to train, every parameter is frozen")
     optimizer = job.optimizer.make(parameters)
-    at, best = _Position(), {}
+    at = _Position()
+    best: dict[str, Tensor] = {}
     if job.progress.exists():
         at, best = _restore(job, optimizer)
     per_epoch = count_batches(job.train, job.batch_size, job.most)
@@ -304,7 +157,7 @@ def _train_epoch(
         }
         for name, value in values.items():
             sums[name] = sums.get(name, 0) + value.detach().double() * len(y)
-        sums["images"] = sums.get("images", 0) + torch.tensor(
+        sums[IMAGES] = sums.get(IMAGES, 0) + torch.tensor(
             float(len(y)), dtype=torch.float64, device=job.device
         )
         at.batch += 1
@@ -314,7 +167,7 @@ def _train_epoch(
             _check_finite(job, int(bad_step), at.epoch)
         if now - told > 0.2 or last:
             told = now
-            means = {k: float(v / sums["images"]) for k, v in sums.items() if k != "images"}
+            means = {k: float(v / sums[IMAGES]) for k, v in sums.items() if k != IMAGES}
             job.report(
                 Progress(job.stage, at.batch, per_epoch, at.epoch, job.epochs, means, "training")
             )
@@ -336,9 +189,9 @@ def _check_finite(job: Fit, step: int, epoch: int) -> None:
 
 
 def _summarise(job: Fit, at: _Position) -> dict[str, Any]:
-    images = at.sums["images"]
+    images = at.sums[IMAGES]
     row: dict[str, Any] = {"epoch": at.epoch + 1}
-    row |= {name: value / images for name, value in at.sums.items() if name != "images"}
+    row |= {name: value / images for name, value in at.sums.items() if name != IMAGES}
     for name, parameter in job.variables.model.named_parameters():
         if not parameter.isfinite().all():
             raise RunError(
@@ -429,9 +282,7 @@ def _save(
     write_checkpoint(job.progress, tensors, {"at": vars(at), "optimizer": scalars})
 
 
-def _restore(
-    job: Fit, optimizer: torch.optim.Optimizer
-) -> tuple[_Position, dict[str, Tensor]]:
+def _restore(job: Fit, optimizer: torch.optim.Optimizer) -> tuple[_Position, dict[str, Tensor]]:
     tensors, header = read_checkpoint(job.progress)
 
     def part(prefix: str) -> dict[str, Tensor]:
@@ -448,7 +299,9 @@ def _restore(
     for key, value in part("optimizer/").items():
         index, name = key.split("/", 1)
         state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    optimizer.load_state_dict(
+        {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
+    )
     if hasattr(job.objective, "load_state_dict"):
         job.objective.load_state_dict(part("objective/"))
     return _Position(**header["at"]), part("best/")

@@ -9,8 +9,6 @@ from typing import Literal
 from prunekit import Component, Radius, hookimpl, option
 from prunekit.contracts import Norm
 
-STEP_SIZE = "size of an attack step; default eps / 4 (linf), 2 eps / steps (l2)"
-
 
 @dataclass(frozen=True)
 class Attacked:
@@ -18,7 +16,9 @@ class Attacked:
 
     eps: Radius | None = option(None, help="radius of the attack; default that of [threat]")
     norm: Norm | None = option(None, help="norm of the attack; default that of [threat]")
-    step_size: Radius | None = option(None, help=STEP_SIZE, unit="pixels in [0, 1]", above=0)
+    step_size: Radius | None = option(
+        None, help="size of an attack step; default eps / 4 (trades in l2: 2 eps / steps)", above=0
+    )
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,9 @@ class TradesOptions(PgdAtOptions):
 @dataclass(frozen=True)
 class PgdOptions(Attacked):
     steps: int = option(50, help="steps of each restart", low=1, smoke=2)
-    restarts: int = option(10, help="random starts, of which the worst counts", low=1, smoke=1)
+    restarts: int = option(
+        10, help="random starts, of which the worst counts", low=1, high=1000, smoke=1
+    )
     iterate: Literal["last", "any"] = option(
         "last", help="what has to fool the network: the last iterate, or any (stronger, faster)"
     )

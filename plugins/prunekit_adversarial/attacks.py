@@ -26,10 +26,6 @@ KL_NOISE = 0.001
 class Ball(Protocol):
     """All images within `eps` of x, inside [0, 1]; images (B, C, H, W), lengths in pixel units."""
 
-    def default_step(self, steps: int) -> float:
-        """The step size where a recipe gives none."""
-        ...
-
     def start(self, x: Tensor) -> Tensor:
         """Draw from the uniform distribution on the ball, then clamp to [0, 1]."""
         ...
@@ -49,9 +45,6 @@ class Linf:
 
     eps: float
 
-    def default_step(self, steps: int) -> float:
-        return self.eps / 4
-
     def start(self, x: Tensor) -> Tensor:
         return (x + torch.empty_like(x).uniform_(-self.eps, self.eps)).clamp_(0, 1)
 
@@ -67,9 +60,6 @@ class L2:
     """||adversarial - x||_2 <= eps for each image."""
 
     eps: float
-
-    def default_step(self, steps: int) -> float:
-        return 2 * self.eps / steps
 
     def start(self, x: Tensor) -> Tensor:
         """A direction from the sphere times a radius eps * U^(1 / dimensions)."""
@@ -100,19 +90,22 @@ class Attack:
 
 
 def plan_attack(threat: Threat | None, steps: int, step_size: float | None = None) -> Attack:
-    """The attack for a threat; `step_size` defaults to the norm's own.
+    """The attack for a threat; `step_size` defaults to eps / 4.
+
+    In L2, steps that shrink with their number (2 eps / steps) never turn the random start all the
+    way to the gradient: PGD-50 then finds markedly fewer adversarial images.
 
     Raises `UserError` without a threat.
 
     >>> plan_attack(Threat("l2", 0.5), steps=10).step_size
-    0.1
+    0.125
     """
     if threat is None:
         raise UserError(
             'an attack needs a radius; write [threat] with norm = "linf", eps = "8/255"'
         )
     ball: Ball = Linf(threat.eps) if threat.norm == "linf" else L2(threat.eps)
-    return Attack(ball, steps, ball.default_step(steps) if step_size is None else step_size)
+    return Attack(ball, steps, threat.eps / 4 if step_size is None else step_size)
 
 
 def predict(model: nn.Module, x: Tensor) -> Tensor:

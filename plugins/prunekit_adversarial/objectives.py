@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from prunekit import NoOptions
 from prunekit.contracts import Clock, Context, Loss
 from prunekit_adversarial import PgdAtOptions, TradesOptions
 from prunekit_adversarial.attacks import (
+    L2,
     Attack,
     is_correct,
     kl_divergence,
@@ -92,16 +93,14 @@ def build_benign(options: NoOptions, context: Context) -> Benign:
 
 
 def build_pgd_at(options: PgdAtOptions, context: Context) -> PgdAt:
-    return PgdAt(context.model, *_plan_attacks(options, context))
+    attack = plan_attack(context.threat, options.steps, options.step_size)
+    return PgdAt(context.model, attack, plan_attack(context.threat, options.validation_steps))
 
 
 def build_trades(options: TradesOptions, context: Context) -> Trades:
-    return Trades(context.model, options.beta, *_plan_attacks(options, context))
-
-
-def _plan_attacks(options: PgdAtOptions, context: Context) -> tuple[Attack, Attack]:
-    """(training attack, validation attack); `step_size` is of the first alone."""
-    return (
-        plan_attack(context.threat, options.steps, options.step_size),
-        plan_attack(context.threat, options.validation_steps),
-    )
+    attack = plan_attack(context.threat, options.steps, options.step_size)
+    if options.step_size is None and isinstance(attack.ball, L2):
+        # The authors' rule: from next to x, the steps reach twice as far as the ball's edge.
+        attack = replace(attack, step_size=2 * attack.ball.eps / options.steps)
+    validation = plan_attack(context.threat, options.validation_steps)
+    return Trades(context.model, options.beta, attack, validation)

@@ -1,0 +1,42 @@
+"""Data sets that are arrays: the digits that come with prunekit, and anybody's `.npz` file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from prunekit.component import Component, Facts, NoOptions, hookimpl, option
+
+
+@dataclass(frozen=True)
+class NpzOptions:
+    """A file with the arrays x_train, y_train, x_test, y_test."""
+
+    file: Path = option(help="the .npz file: x_train, y_train, x_test, y_test", exists=True)
+    classes: int | None = option(None, help="number of classes; default: largest label + 1", low=2)
+    channels: Literal["last", "first"] = option(
+        "last", help="whether colour images are (N, H, W, C) or (N, C, H, W)"
+    )
+
+
+def _describe_digits(options: NoOptions) -> Facts:
+    return Facts((1, 8, 8), 10, train=1437, test=360)
+
+
+@hookimpl
+def prunekit_datasets() -> Iterable[Component]:
+    yield Component(
+        name="digits",
+        summary="1,797 real handwritten digits, 8x8, no download",
+        build="prunekit_arrays.digits:build",
+        paper="Alpaydin & Kaynak, UCI Machine Learning Repository 1998, doi 10.24432/C50P49",
+        facts=_describe_digits,
+    )
+    yield Component(
+        name="npz",
+        summary="Your own arrays, in an .npz file with Keras' keys",
+        build="prunekit_arrays.npz:build",
+        options=NpzOptions,
+    )

@@ -1,0 +1,12 @@
+"""Anybody's arrays."""
+
+from __future__ import annotations
+
+from prunekit.contracts import Context, Data
+from prunekit.npz import read_npz
+from prunekit_arrays import NpzOptions
+
+
+def build(options: NpzOptions, context: Context) -> Data:
+    """Read the file; raises `UserError` with what is wrong with it."""
+    return read_npz(options.file, classes=options.classes, channels=options.channels)

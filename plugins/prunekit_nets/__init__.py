@@ -1,0 +1,59 @@
+"""Networks for small images: VGG, wide ResNets, and the small CNNs of verified training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from prunekit.component import Component, hookimpl, option
+
+VGG_DEPTHS = (2, 4, 6, 8, 11, 13, 16)
+WIDE_RESNETS = ((28, 1), (28, 4), (28, 10), (34, 10), (40, 2))
+
+VGG_PAPER = "Simonyan & Zisserman, ICLR 2015, arXiv 1409.1556; for CIFAR as in arXiv 2002.10509"
+WIDE_RESNET_PAPER = "Zagoruyko & Komodakis, BMVC 2016, arXiv 1605.07146"
+VERIFIED_PAPER = "Wong & Kolter, ICML 2018, arXiv 1711.00851"
+
+Initialization = Literal["kaiming-normal", "kaiming-uniform", "signed-constant"]
+
+
+@dataclass(frozen=True)
+class NetOptions:
+    """What every network of this plugin can be told."""
+
+    initialize: Initialization = option(
+        "kaiming-normal", help="how weights start; signed-constant: one size, random signs"
+    )
+
+
+def _declare(name: str, summary: str, build: str, paper: str = "") -> Component:
+    return Component(
+        name=name, summary=summary, build=f"prunekit_nets.{build}", options=NetOptions, paper=paper
+    )
+
+
+@hookimpl
+def prunekit_architectures() -> Iterable[Component]:
+    yield _declare("small-cnn", "3 convolutions, 2 linear layers; fast", "small_cnns:small_cnn")
+    yield _declare(
+        "cifar-small", "The small verified CNN, 2 convolutions", "small_cnns:cifar_small",
+        VERIFIED_PAPER,
+    )  # fmt: skip
+    yield _declare(
+        "cifar-large", "The large verified CNN, 4 convolutions", "small_cnns:cifar_large",
+        VERIFIED_PAPER,
+    )  # fmt: skip
+    for depth in VGG_DEPTHS:
+        summary, build = f"VGG with {depth} convolutions", f"vgg:vgg{depth}"
+        if depth > 8:
+            summary = f"VGG-{depth} for small images"
+        yield _declare(f"vgg{depth}", summary, build, VGG_PAPER)
+        yield _declare(
+            f"vgg{depth}-bn", f"{summary}, batch normalisation", f"{build}_bn", VGG_PAPER
+        )
+    for depth, width in WIDE_RESNETS:
+        yield _declare(
+            f"wrn-{depth}-{width}", f"Wide ResNet, {depth} layers, {width} times as wide",
+            f"wide_resnet:wrn_{depth}_{width}", WIDE_RESNET_PAPER,
+        )  # fmt: skip

@@ -1,0 +1,16 @@
+"""What a network can take in."""
+
+from __future__ import annotations
+
+from prunekit.contracts import Context
+from prunekit.errors import UserError
+
+
+def require_size(network: str, context: Context, smallest: int) -> None:
+    """Raise `UserError` where images are lower or narrower than `smallest` pixels."""
+    _, height, width = context.shape
+    if min(height, width) < smallest:
+        raise UserError(
+            f"{network} needs images of at least {smallest} x {smallest} pixels, these are "
+            f'{height} x {width}; choose another architecture, such as "small-cnn"'
+        )

@@ -1,0 +1,128 @@
+"""Looks for a data set's files in the places where they may be, and fetches them at last."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from prunekit.contracts import Context, Data
+from prunekit.errors import DataMissingError, UserError, relative
+from prunekit.npz import read_npz, to_data
+from prunekit_vision import VISION_SETS, VisionOptions, VisionSet
+
+SILENCE_SECONDS = 20
+"""How long a server may say nothing."""
+
+
+def load(known: VisionSet, options: VisionOptions, context: Context) -> Data:
+    """Read `<root>/<name>.npz`, else torchvision's files in `<root>` or `<root>/torchvision`.
+
+    Raises `DataMissingError` where there is neither and nothing can be fetched, `UserError` where
+    there is something else than the data set.
+    """
+    root = options.root or Path(os.environ.get("PRUNEKIT_DATA") or ".data").expanduser()
+    file = root / f"{known.name}.npz"
+    folders = [folder for folder in (root, root / "torchvision") if (folder / known.files).exists()]
+    source = file
+    if file.exists():
+        data = read_npz(file, classes=known.facts.classes)
+    elif folders:
+        source = folders[0] / known.files
+        data = _read_files(known, source)
+    else:
+        data = _fetch(known, options, root, file)
+    if data.shape != known.facts.shape:
+        raise UserError(
+            f"{relative(source)} holds images {data.shape}, {known.name} has {known.facts.shape} "
+            '(channels, height, width); for arrays of your own write use = "npz"'
+        )
+    return replace(data, augment=known.facts.augment)
+
+
+def _fetch(known: VisionSet, options: VisionOptions, root: Path, file: Path) -> Data:
+    reason = "download = false"
+    if options.download:
+        try:
+            return _download(known, root)
+        # urllib, zipfile, tarfile and torchvision each have their own errors for a bad network.
+        except Exception as error:
+            reason = f"the download failed: {' '.join(str(error).split()) or type(error).__name__}"
+    raise DataMissingError(
+        f"{known.name} is not here: no {relative(file)}, no {known.files} in {relative(root)} or "
+        f"its folder torchvision, and {reason}; put one of them there, or say where it is with "
+        "root or PRUNEKIT_DATA"
+    )
+
+
+def _download(known: VisionSet, root: Path) -> Data:
+    root.mkdir(parents=True, exist_ok=True)
+    # Beside, then renamed: nobody else, and no later run, sees a part of the files.
+    with tempfile.TemporaryDirectory(dir=root, prefix=f".{known.name}-") as folder:
+        with _patience(SILENCE_SECONDS), _quiet():
+            arrays = _call_torchvision(known, Path(folder), download=True)
+        # Fails where another process was faster, whose files are the same.
+        with contextlib.suppress(OSError):
+            (Path(folder) / known.files).rename(root / known.files)
+    return to_data(arrays, known.name, classes=known.facts.classes)
+
+
+def _read_files(known: VisionSet, source: Path) -> Data:
+    name = relative(source)
+    try:
+        arrays = _call_torchvision(known, source.parent, download=False)
+    # torchvision raises whatever a wrong byte leads to, AssertionError included.
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(
+            f"{name} is incomplete or damaged (torchvision: {reason}); delete it, and the next run "
+            "downloads it"
+        ) from error
+    return to_data(arrays, name, classes=known.facts.classes)
+
+
+def _call_torchvision(known: VisionSet, folder: Path, *, download: bool) -> dict[str, np.ndarray]:
+    """The four arrays; CIFAR's pickles are opened only after torchvision has compared their MD5."""
+    from torchvision import datasets
+
+    arrays = {}
+    for part in ("train", "test"):
+        found = getattr(datasets, known.torchvision)(
+            str(folder), train=part == "train", download=download
+        )
+        arrays[f"x_{part}"] = np.asarray(found.data)
+        arrays[f"y_{part}"] = np.asarray(found.targets)
+    return arrays
+
+
+@contextlib.contextmanager
+def _patience(seconds: float) -> Iterator[None]:
+    """Let sockets made here give up, as torchvision sets no time limit of its own."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torchvision's prints off stdout, and its progress bar off everything but a terminal."""
+    with contextlib.ExitStack() as stack:
+        if not sys.stderr.isatty():
+            sink = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stderr(sink))
+        stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+        yield
+
+
+cifar10, cifar100, mnist, fashion_mnist = (partial(load, known) for known in VISION_SETS)

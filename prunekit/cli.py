@@ -1,0 +1,313 @@
+"""The command line. Results go to stdout, everything else to stderr; torch only where it runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from prunekit import __version__
+from prunekit.errors import Interrupted, RecipeError, UserError, relative
+
+if TYPE_CHECKING:
+    from prunekit.plan import Plan
+    from prunekit.runfolder import RunFolder
+
+SCHEMA = 1
+"""Version of everything that `--json` prints."""
+
+
+class Cli(click.Group):
+    """Turns every exception into a message and an exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except RecipeError as error:
+            fail("\n".join(map(str, error.problems)), 2, ctx, plain=True)
+        except UserError as error:
+            fail(str(error), error.code, ctx)
+        except Interrupted:
+            fail("interrupted", 130, ctx)
+        except KeyboardInterrupt:
+            fail("interrupted", 130, ctx)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(0)
+        except Exception as error:
+            fail(
+                f"{type(error).__name__}: {error} (a defect of prunekit; --debug shows where)",
+                1,
+                ctx,
+            )
+
+
+def fail(message: str, code: int, ctx: click.Context, *, plain: bool = False) -> None:
+    """Print one message, with the traceback under `--debug`, and end."""
+    if ctx.params.get("debug") and sys.exc_info()[0] is not None:
+        import traceback
+
+        traceback.print_exc()
+    click.echo(message if plain else f"prunekit: {message}", err=True)
+    sys.exit(code)
+
+
+@click.group(cls=Cli, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.version_option(__version__, prog_name="prunekit")
+def main(debug: bool) -> None:
+    """Prune robust neural networks: learn the mask against the robust objective itself."""
+
+
+def print_json(value: Any) -> None:
+    click.echo(json.dumps({"schema_version": SCHEMA, **value}, indent=2, allow_nan=False))
+
+
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+settings_option = click.option(
+    "--set", "settings", multiple=True, metavar="ADDRESS=VALUE",
+    help="Override, by a sweep's address: prune.sparsity=0.95. May be given again.",
+)  # fmt: skip
+
+
+# What there is
+
+
+@main.command("list")
+@click.argument("kind", required=False)
+@as_json
+def list_components(kind: str | None, as_json: bool) -> None:
+    """List all components, or those of one KIND (objectives, pruners, ...)."""
+    from prunekit.registry import load_registry
+
+    registry = load_registry()
+    kinds = list(dict.fromkeys(entry.kind for entry in registry.entries))
+    wanted = kind and kind.removesuffix("s")
+    if wanted and wanted not in kinds:
+        from prunekit.options import suggest
+
+        raise UserError(f"unknown kind {kind!r}; {suggest(f'{wanted}s', [f'{k}s' for k in kinds])}")
+    entries = [e for e in registry.entries if wanted in (None, e.kind)]
+    if as_json:
+        print_json(
+            {
+                "components": [
+                    {
+                        "kind": e.kind,
+                        "name": e.component.name,
+                        "summary": e.component.summary,
+                        "plugin": e.plugin,
+                        "distribution": e.distribution,
+                        "status": e.status,
+                    }
+                    for e in entries
+                ],
+                "broken": [vars(b) for b in registry.broken],
+            }
+        )
+        return
+    rows = [
+        (e.kind, e.component.name, e.component.summary, e.distribution, e.status)
+        for e in sorted(entries, key=lambda e: kinds.index(e.kind))
+    ]
+    rows += [
+        ("plugin", b.plugin, "", b.distribution, f"broken: {b.reason}") for b in registry.broken
+    ]
+    print_table(("kind", "name", "what it is", "from", "status"), rows)
+
+
+def print_table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
+    """A plain table; a terminal's width is kept by wrapping, a pipe gets whole lines."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for number, title in enumerate(header):
+        table.add_column(title, no_wrap=number < 2)
+    for row in rows:
+        table.add_row(*(text.replace("[", "\\[") for text in row))
+    console = Console()
+    Console(width=None if console.is_terminal else 250).print(table)
+
+
+@main.command()
+@click.argument("name")
+@as_json
+def show(name: str, as_json: bool) -> None:
+    """Show a component: its options, its paper, a recipe fragment that works."""
+    from prunekit.registry import load_registry
+    from prunekit.showing import describe_component, find_anywhere, render_component
+
+    entries = find_anywhere(load_registry(), name)
+    if as_json:
+        print_json({"components": [describe_component(entry) for entry in entries]})
+        return
+    click.echo("\n\n".join(render_component(entry) for entry in entries))
+
+
+# Recipes
+
+
+def plan_recipe(path: Path, settings: tuple[str, ...], *, smoke: bool = False) -> Plan:
+    """Read and resolve a recipe."""
+    from prunekit.plan import make_plan
+    from prunekit.recipe import load_recipe
+    from prunekit.registry import load_registry
+    from prunekit.smoke import reduce_plan
+
+    plan = make_plan(load_recipe(path, settings), load_registry())
+    return reduce_plan(plan) if smoke else plan
+
+
+@main.command()
+@click.argument("recipes", nargs=-1, required=True, type=click.Path(path_type=Path))
+@settings_option
+@as_json
+def check(recipes: tuple[Path, ...], settings: tuple[str, ...], as_json: bool) -> None:
+    """Check recipes: everything that is wrong, at once. Trains nothing."""
+    results: list[dict[str, Any]] = []
+    problems: list[str] = []
+    for path in recipes:
+        try:
+            plan = plan_recipe(path, settings)
+        except UserError as error:
+            found = (
+                [str(p) for p in error.problems] if isinstance(error, RecipeError) else [str(error)]
+            )
+            problems += found
+            results.append({"recipe": str(path), "problems": found})
+            continue
+        results.append({"recipe": str(path), "problems": [], "runs": len(plan.runs)})
+        if not as_json:
+            for note in plan.notes:
+                click.echo(f"note: {path}: {note}", err=True)
+            click.echo(f"{path}: good ({count(len(plan.runs), 'run')})")
+    if as_json:
+        print_json({"recipes": results})
+    else:
+        for problem in problems:
+            click.echo(problem, err=True)
+    if problems:
+        sys.exit(2)
+
+
+def count(n: int, word: str) -> str:
+    return f"{n} {word}" if n == 1 else f"{n} {word}s"
+
+
+@main.command()
+@click.argument("recipe", type=click.Path(path_type=Path))
+@settings_option
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Folder to write; runs/NAME by default."
+)
+@click.option("--store", type=click.Path(path_type=Path), envvar="PRUNEKIT_STORE",
+              help="Folder of stage results; .stages beside --out by default.")  # fmt: skip
+@click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps.", show_default=True)
+@click.option("--dry-run", is_flag=True, help="Print what would be done, and do nothing.")
+@click.option(
+    "--smoke", is_flag=True, help="Prove the recipe: the same stages, two tiny batches each."
+)
+@click.option("--force", is_flag=True, help="Move what is in the way aside.")
+@as_json
+def run(
+    recipe: Path,
+    settings: tuple[str, ...],
+    out: Path | None,
+    store: Path | None,
+    device: str,
+    dry_run: bool,
+    smoke: bool,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Run a recipe: pretrain, prune, finetune, judge, compare."""
+    plan = plan_recipe(recipe, settings, smoke=smoke)
+    out = out or Path("runs") / (plan.name + ("-smoke" if smoke else ""))
+    store = store or out.parent / ".stages"
+    from prunekit.running import preview_plan, run_plan
+
+    if dry_run:
+        preview_plan(plan, out, store, device, as_json)
+        return
+    folders = run_plan(plan, out, store, device, force=force, resume=_command())
+    if folders is None:
+        click.echo(f"{relative(out)} is done already: these are its results", err=True)
+    _print_results(out, as_json)
+    failed = [folder for folder in folders or [] if folder.status == "failed"]
+    for folder in failed:
+        _show_failure(folder)
+    if failed:
+        sys.exit(1)
+    click.echo(f"in {relative(out)}", err=True)
+
+
+def _command() -> str:
+    """The command line that was given, to be given again."""
+    return shlex.join(["prunekit", *sys.argv[1:]])
+
+
+def _show_failure(folder: RunFolder) -> None:
+    context = click.get_current_context().find_root()
+    if context.params.get("debug") and folder.cause is not None:
+        import traceback
+
+        traceback.print_exception(folder.cause)
+    click.echo(f"prunekit: run {folder.run.label} failed: {folder.error}", err=True)
+
+
+# Results
+
+
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path), default="runs")
+@as_json
+@click.option("--csv", "as_csv", is_flag=True, help="Print CSV.")
+def results(folder: Path, as_json: bool, as_csv: bool) -> None:
+    """Compare all runs below FOLDER (mean and spread over seeds)."""
+    if as_json and as_csv:
+        raise click.UsageError("--json and --csv exclude each other")
+    _print_results(folder, as_json, as_csv)
+
+
+def _print_results(folder: Path, as_json: bool, as_csv: bool = False) -> None:
+    from rich.console import Console
+
+    from prunekit import results as tables
+
+    rows = tables.compare(tables.find_runs(folder))
+    if as_json:
+        click.echo(json.dumps(tables.to_json(rows), indent=2, allow_nan=False))
+    elif as_csv:
+        click.echo(tables.to_csv(rows), nl=False)
+    else:
+        tables.render(rows, Console())
+
+
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path), default="runs")
+@click.option("--store", type=click.Path(path_type=Path), envvar="PRUNEKIT_STORE",
+              help="Folder of stage results; .stages in FOLDER by default.")  # fmt: skip
+@click.option("--dry-run", is_flag=True, help="Say what would be freed, and keep it.")
+def clean(folder: Path, store: Path | None, dry_run: bool) -> None:
+    """Free the stored stages that no run below FOLDER refers to."""
+    from prunekit.results import find_runs
+    from prunekit.store import Store
+
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}")
+    root = store or folder / ".stages"
+    used = {stage.key for found in find_runs(folder) for stage in found.stages}
+    freed = Store(root).remove_unused(used, keep=dry_run)
+    for key, size in freed:
+        click.echo(f"{key}  {size / 1e6:.1f} MB")
+    verb = "would be freed" if dry_run else "freed"
+    click.echo(f"{sum(s for _, s in freed) / 1e6:.1f} MB {verb} ({count(len(freed), 'stage')})")

@@ -1,0 +1,294 @@
+"""run(plan): the fold over stages, with what is stored already left as it is."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from prunekit import seeds
+from prunekit.checkpoint import load_weights, read_model, read_weights, write_model
+from prunekit.contracts import Context, Data, Split
+from prunekit.data import fingerprint, hold_out, to_device
+from prunekit.errors import DataMissingError, Interrupted, RunError
+from prunekit.evaluation import eval_mode
+from prunekit.failures import explain
+from prunekit.options import describe
+from prunekit.plan import Plan, Run, Stage, uses_in
+from prunekit.report import EpochDone, Note, Report, RunDone, RunFailed, RunStarted, StageDone
+from prunekit.runfolder import RunFolder
+from prunekit.smoke import random_data, reduce_run
+from prunekit.stages import STAGES, Outcome, State, Work, describe_counts
+from prunekit.stop import Stop
+from prunekit.store import StageFolder, StageResult, Store, hash_file, hash_stage, version_of
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A data set ready for training: parts on the device, and what identifies the content."""
+
+    data: Data
+    train: Split
+    validation: Split
+    fingerprint: str
+
+
+@dataclass
+class Engine:
+    """Executes plans on one device against one store."""
+
+    store: Store
+    device: torch.device
+    report: Report
+    stop: Stop = field(default_factory=Stop)
+    smoke: bool = False
+    _loaded: dict[str, Loaded] = field(default_factory=dict)
+    _failed: dict[str, str] = field(default_factory=dict)
+
+    def run(self, plan: Plan, out: Path) -> list[RunFolder]:
+        """Execute all runs of a plan; a failed one does not stop the others.
+
+        Returns the run folders, in the plan's order. Raises `Interrupted` where a stop was asked
+        for; the same call then goes on from there.
+        """
+        folders = []
+        broken = {} if self.smoke else self._rehearse(plan)
+        for number, run in enumerate(plan.runs, start=1):
+            folder = RunFolder(out / run.label if plan.swept else out, plan, run)
+            folder.start(self.device)
+            self.report(
+                RunStarted(
+                    run.label, folder.path, tuple(s.name for s in run.stages), run.settings,
+                    number, len(plan.runs), plan.smoke,
+                )
+            )  # fmt: skip
+            started = time.monotonic()
+            try:
+                if run.label in broken:
+                    raise RunError(broken[run.label])
+                self._run_one(run, folder)
+            except (Interrupted, KeyboardInterrupt):
+                folder.close("interrupted")
+                raise Interrupted from None
+            except Exception as error:
+                message = explain(error, run)
+                folder.close("failed", message)
+                self.report(RunFailed(run.label, folder.path, message))
+                folder.cause = error
+            else:
+                folder.close("done")
+                spent = time.monotonic() - started
+                self.report(RunDone(run.label, folder.path, folder.metrics, spent))
+            folders.append(folder)
+        return folders
+
+    def _rehearse(self, plan: Plan) -> dict[str, str]:
+        """One batch through every missing stage, before hours are spent on the first of them.
+
+        Returns label -> what would fail. Runs that differ in numbers only are rehearsed once.
+        """
+        failures: dict[str, str] = {}
+        told = False
+        seen: set[frozenset[tuple[str, str]]] = set()
+        for run in plan.runs:
+            parts = frozenset((u.kind, u.component.name) for u in run.uses())
+            if parts in seen:
+                continue
+            seen.add(parts)
+            try:
+                keys = self.keys(run)
+                if all(map(self.store.is_done, keys)):
+                    continue
+                if not told:
+                    self.report(Note("rehearsing: one batch through every stage"))
+                    told = True
+                with tempfile.TemporaryDirectory(prefix="prunekit-") as scratch:
+                    small = reduce_run(run, batches=1)
+                    quiet = Engine(
+                        Store(Path(scratch)), self.device, lambda event: None, self.stop, True,
+                        self._loaded,
+                    )  # fmt: skip
+                    quiet._run_one(small, None)
+            except (Interrupted, KeyboardInterrupt):
+                raise Interrupted from None
+            except Exception as error:
+                failures[run.label] = explain(error, run)
+        return failures
+
+    def _run_one(self, run: Run, folder: RunFolder | None) -> None:
+        loaded = self.load(run)
+        keys = self.keys(run)
+        state: State | None = None
+        latest: StageFolder | None = None
+        for stage, key in zip(run.stages, keys, strict=True):
+            if key in self._failed:
+                raise RunError(self._failed[key])
+            with self.store.locked(key, partial(self._tell_waiting, stage)) as stored:
+                if reused := stored.done:
+                    result = stored.read()
+                    for row in result.history:
+                        self.report(_retell(stage, row))
+                else:
+                    if state is None:
+                        state = self.build(run, loaded.data, latest)
+                    try:
+                        result = self._compute(run, stage, key, stored, state, loaded)
+                    except Exception as error:
+                        if not isinstance(error, Interrupted):
+                            self._failed[key] = explain(error, run)
+                        raise
+                if stage.kind != "evaluate":
+                    latest, state = stored, None if reused else state
+                spent = 0.0 if reused else result.seconds
+                self.report(StageDone(stage.name, stage.kind, key, result.metrics, spent, reused))
+                if folder is not None:
+                    folder.add(stage, key, result, stored, reused)
+
+    def _tell_waiting(self, stage: Stage) -> None:
+        self.report(Note(f"stage {stage.name!r} is computed by another process; waiting for it"))
+
+    def _compute(
+        self, run: Run, stage: Stage, key: str, stored: StageFolder, state: State, loaded: Loaded
+    ) -> StageResult:
+        started = time.monotonic()
+        work = Work(
+            run, loaded.data, loaded.train, loaded.validation, self.device, stored, key,
+            self.report, self.stop,
+        )  # fmt: skip
+        outcome: Outcome = STAGES[stage.kind](state, stage, work)
+        if stage.kind == "evaluate":
+            stored.write_records(outcome.records)
+        else:
+            write_model(stored.model, state.model, state.masks, self._header(run, stage, loaded))
+        counts = describe_counts(state)
+        result = StageResult(
+            {**outcome.metrics, "counts": counts}, outcome.history, time.monotonic() - started
+        )
+        stored.finish(result, _describe_stage(stage))
+        return result
+
+    def _header(self, run: Run, stage: Stage, loaded: Loaded) -> dict[str, Any]:
+        return {
+            "architecture": describe(run.architecture),
+            "shape": list(loaded.data.shape),
+            "classes": loaded.data.classes,
+            "dataset": run.dataset.component.name,
+            "pixels": "[0, 1]; any normalisation is inside the network",
+            "threat": dataclasses.asdict(run.threat) if run.threat else None,
+            "stage": _describe_stage(stage),
+            "sparsity": stage.sparsity,
+            "seed": run.seed,
+            "smoke": self.smoke,
+        }
+
+    def load(self, run: Run) -> Loaded:
+        """The run's data, loaded once for all runs that share it."""
+        name = str({**describe(run.dataset), **describe(run.data)})
+        if name not in self._loaded:
+            context = Context(seed=run.seed, folder=run.folder)
+            try:
+                data = run.dataset.build(context)
+            except DataMissingError:
+                facts = run.dataset.component.facts
+                if not self.smoke or facts is None:
+                    raise
+                self.report(Note(f"{run.dataset.name} is not here: random images instead", True))
+                data = random_data(facts(run.dataset.options), run.data)
+            train, validation = hold_out(
+                data.train, run.data.fraction, run.data.validation, run.data.validation_seed
+            )
+            test = to_device(data.test, self.device)
+            self._loaded[name] = Loaded(
+                dataclasses.replace(data, test=test),
+                to_device(train, self.device),
+                to_device(validation, self.device),
+                fingerprint(data),
+            )
+        return self._loaded[name]
+
+    def keys(self, run: Run) -> list[str]:
+        """The hash of every stage of a run, over everything that decides its result."""
+        environment = {
+            "torch": torch.__version__,
+            "device": self.device.type,
+            "threads": torch.get_num_threads() if self.device.type == "cpu" else 0,
+            "precision": "fp32",
+            "ranks": 1,
+        }
+        start = {
+            "seed": run.seed,
+            "data": {**describe(run.dataset), **describe(run.data)},
+            "content": self.load(run).fingerprint,
+            "architecture": describe(run.architecture, hash_file),
+            "init": hash_file(run.init) if run.init else None,
+        }
+        keys, upstream = [], ""
+        for stage in run.stages:
+            uses = list(uses_in((run.dataset, run.architecture, stage.options)))
+            key = hash_stage(
+                upstream,
+                {"start": start, **_describe_stage(stage)},
+                {use.component.package for use in uses},
+                {**environment, **{n: version_of(n) for u in uses for n in u.component.needs}},
+            )
+            keys.append(key)
+            if stage.kind != "evaluate":
+                upstream = key
+        return keys
+
+    def build(self, run: Run, data: Data, latest: StageFolder | None) -> State:
+        """The network of a run: fresh, from the file of `init`, or as a stored stage left it."""
+        context = Context(seed=run.seed, folder=run.folder, shape=data.shape, classes=data.classes)
+        seeds.seed_all(run.seed, "architecture")
+        model = run.architecture.build(context)
+        if not isinstance(model, nn.Module):
+            raise RunError(f"architecture {run.architecture.component.name!r} is no nn.Module")
+        state = State(model)
+        if latest is not None:
+            state.masks = read_model(latest.model, model)
+        elif run.init is not None:
+            load_weights(model, read_weights(run.init), run.init)
+        model.to(self.device)
+        state.masks = {name: mask.to(self.device) for name, mask in state.masks.items()}
+        _check_logits(model, run, data, self.device)
+        return state
+
+
+def _check_logits(model: nn.Module, run: Run, data: Data, device: torch.device) -> None:
+    with eval_mode(model), torch.no_grad():
+        shape = tuple(model(torch.zeros(2, *data.shape, device=device)).shape)
+    if shape != (2, data.classes):
+        raise RunError(
+            f"architecture {run.architecture.component.name!r} of plugin {run.architecture.plugin} "
+            f"gives {shape} for 2 images and {data.classes} classes, not (2, {data.classes})"
+        )
+
+
+def _describe_stage(stage: Stage) -> dict[str, Any]:
+    """What a stage computes, threats resolved: part of its key, and of what is stored of it."""
+    threats = [
+        [use.kind, use.name, use.threat.norm, use.threat.eps]
+        for use in uses_in(stage.options)
+        if use.threat is not None and hasattr(use.options, "eps")
+    ]
+    return {
+        "kind": stage.kind,
+        "position": stage.position,
+        "options": describe(stage.options, hash_file),
+        "threats": threats,
+        "batches": stage.batches,
+    }
+
+
+def _retell(stage: Stage, row: Mapping[str, Any]) -> EpochDone:
+    metrics = {k: v for k, v in row.items() if k not in ("epoch", "best")}
+    epochs = stage.options.epochs
+    return EpochDone(stage.name, row["epoch"], epochs, metrics, row["best"], stored=True)

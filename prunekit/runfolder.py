@@ -1,0 +1,197 @@
+"""The folder of a run: everything a reader needs, and nothing half-written."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import shutil
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from prunekit.errors import UserError, relative
+from prunekit.files import copy, make_folder, read_json, write_bytes, write_json, write_text
+from prunekit.plan import Plan, Run, Stage
+from prunekit.store import StageFolder, StageResult, find_versions
+
+FORMAT = 1
+"""Version of run.json and plan.json."""
+
+
+@dataclass
+class RunFolder:
+    """`recipe.toml`, `run.json`, `model.safetensors`, `records.npz`; reporters add theirs."""
+
+    path: Path
+    plan: Plan
+    run: Run
+    status: str = "running"
+    metrics: dict[str, Any] = field(default_factory=dict)
+    error: str = ""
+    cause: BaseException | None = None
+    """The exception that stopped the run, for `--debug`."""
+    _record: dict[str, Any] = field(default_factory=dict)
+    _records: dict[str, Path] = field(default_factory=dict)
+
+    def start(self, device: Any) -> None:
+        make_folder(self.path)
+        document = {"format": 1, "name": self.plan.name, **self.run.describe()}
+        write_text(self.path / "recipe.toml", tomli_w.dumps(document))
+        self._record = {
+            "format": FORMAT,
+            "name": self.plan.name,
+            "run": self.run.label,
+            "number": self.plan.runs.index(self.run),
+            "status": self.status,
+            "smoke": self.plan.smoke,
+            "seed": self.run.seed,
+            "settings": dict(self.run.settings),
+            "started": _now(),
+            "device": str(device),
+            "versions": find_versions(),
+            "git": _find_commit(self.plan.path.parent),
+            "stages": [],
+            "sparsity": None,
+            "error": None,
+        }
+        self._write()
+
+    def add(
+        self, stage: Stage, key: str, result: StageResult, stored: StageFolder, reused: bool
+    ) -> None:
+        """Take over a finished stage: its metrics, and its model or records."""
+        metrics = {k: v for k, v in result.metrics.items() if k != "counts"}
+        self._record["sparsity"] = result.metrics["counts"]
+        self._record["stages"].append(
+            {
+                "name": stage.name,
+                "kind": stage.kind,
+                "key": key,
+                "seconds": result.seconds,
+                "reused": reused,
+                "metrics": metrics,
+            }
+        )
+        self.metrics[stage.name] = metrics
+        if stage.kind == "evaluate":
+            self._records[stage.name] = stored.records
+            self._write_records()
+        else:
+            copy(stored.model, self.path / "model.safetensors")
+        self._write()
+
+    def close(self, status: str, error: str | None = None) -> None:
+        self.status, self.error = status, error or ""
+        self._record |= {"status": status, "error": error, "finished": _now()}
+        self._record["seconds"] = sum(
+            s["seconds"] for s in self._record["stages"] if not s["reused"]
+        )
+        self._write()
+
+    def _write(self) -> None:
+        write_json(self.path / "run.json", self._record)
+
+    def _write_records(self) -> None:
+        """Arrays of all evaluate stages, named "stage/evaluator.record"."""
+        import io
+
+        import numpy as np
+
+        arrays: dict[str, np.ndarray] = {}
+        for name, path in self._records.items():
+            with np.load(path, allow_pickle=False) as stored:
+                arrays |= {f"{name}/{key}": stored[key] for key in stored.files}
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, **arrays)
+        write_bytes(self.path / "records.npz", buffer.getvalue())
+
+
+@dataclass(frozen=True)
+class OutFolder:
+    """Where a plan writes: the run folder, or for a sweep the folder of its run folders.
+
+    `plan.json` says which plan it belongs to, so that another one cannot overwrite it.
+    """
+
+    path: Path
+    plan: Plan
+
+    @property
+    def _marker(self) -> Path:
+        return self.path / "plan.json"
+
+    def prepare(self, *, force: bool) -> bool:
+        """Make the folder ours. True where this very plan is done there already.
+
+        With `force`, what is there is moved aside. Raises `UserError` where another plan's runs, or
+        files of somebody else, are in the way.
+        """
+        if force and self.path.exists():
+            self._move_aside()
+        if self._marker.is_file():
+            content = read_json(self._marker)
+            if content.get("plan") != digest(self.plan):
+                raise UserError(
+                    f"{relative(self.path)} holds the runs of another recipe "
+                    f"({content.get('recipe', '?')}); choose another folder with --out, or move it "
+                    "aside with --force"
+                )
+            return bool(content.get("done"))
+        if self.path.is_dir() and any(p for p in self.path.iterdir() if p.name != ".lock"):
+            raise UserError(
+                f"{relative(self.path)} holds files that are no run of prunekit; choose another "
+                "folder with --out, or move it aside with --force"
+            )
+        make_folder(self.path)
+        self.mark(done=False)
+        if self.plan.swept:
+            document = {"format": 1, "name": self.plan.name, **self.plan.document}
+            write_text(self.path / "recipe.toml", tomli_w.dumps(document))
+        return False
+
+    def mark(self, *, done: bool) -> None:
+        write_json(
+            self._marker,
+            {
+                "format": FORMAT,
+                "recipe": relative(self.plan.path),
+                "plan": digest(self.plan),
+                "runs": [run.label for run in self.plan.runs],
+                "done": done,
+            },
+        )
+
+    def _move_aside(self) -> None:
+        number = 1
+        while (aside := self.path.with_name(f"{self.path.name}.old{number}")).exists():
+            number += 1
+        try:
+            shutil.move(self.path, aside)
+        except OSError as error:
+            raise UserError(f"cannot move {relative(self.path)} aside: {error.strerror}") from None
+
+
+def digest(plan: Plan) -> str:
+    """What makes a plan this plan: its runs as resolved, reduced or not."""
+    content = [plan.name, plan.smoke, [[run.label, run.describe()] for run in plan.runs]]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _find_commit(folder: Path) -> str | None:
+    """The git commit of the recipe's folder, "+" behind it where files differ from it."""
+    try:
+        commit = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+", "--abbrev=40", "--exclude=*"],
+            cwd=folder, capture_output=True, text=True, timeout=10,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return commit.stdout.strip() or None if commit.returncode == 0 else None

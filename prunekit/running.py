@@ -1,0 +1,199 @@
+"""What `prunekit run` does: devices, folders and reporters around the engine."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import click
+import filelock
+import torch
+
+from prunekit.contracts import Context, Reporter
+from prunekit.data import count_batches
+from prunekit.engine import Engine
+from prunekit.errors import Interrupted, UserError, relative
+from prunekit.files import make_folder
+from prunekit.plan import Plan, Run, Stage
+from prunekit.report import Event, Note, Report
+from prunekit.runfolder import OutFolder, RunFolder
+from prunekit.store import Store
+
+
+def find_device(name: str) -> torch.device:
+    """The device of this name; "auto" takes the fastest there is. Raises `UserError`."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"device {name!r} is not to be had ({reason}); write --device cpu"
+        ) from None
+    if device.type == "cuda":
+        # fp32 means fp32; and the same run gives the same bits.
+        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cudnn.deterministic = True
+        torch.backends.cudnn.benchmark = False
+    return device
+
+
+def run_plan(
+    plan: Plan, out: Path, store: Path, device: str, *, force: bool, resume: str
+) -> list[RunFolder] | None:
+    """Run a plan into a folder; None where its results are there already.
+
+    Raises `Interrupted` after printing how to go on.
+    """
+    chosen = find_device(device)
+    folder = OutFolder(out, plan)
+    if folder.prepare(force=force):
+        return None
+    make_folder(store)
+    try:
+        with _alone(out), reporters(plan, out) as report:
+            for note in plan.notes:
+                report(Note(note))
+            engine = Engine(Store(store), chosen, report, smoke=plan.smoke)
+            with engine.stop.listen():
+                folders = engine.run(plan, out)
+            folder.mark(done=all(f.status == "done" for f in folders))
+    except Interrupted:
+        # Only now: before, the live display would draw over it.
+        click.echo(f"everything up to here is saved; go on with: {resume}", err=True)
+        raise
+    return folders
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    lock = filelock.FileLock(out / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise UserError(
+            f"another process is running in {relative(out)}; wait for it, or choose another --out"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def reporters(plan: Plan, out: Path) -> Iterator[Report]:
+    """One report function for all reporters; one that fails is dropped with a message."""
+    import sys
+
+    live = (
+        sys.stderr.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    )
+    listeners: list[tuple[str, Reporter]] = [
+        (use.component.name, use.build(Context(folder=out, live=live))) for use in plan.reporters
+    ]
+
+    def report(event: Event) -> None:
+        for name, listener in list(listeners):
+            try:
+                listener(event)
+            except Exception as error:
+                listeners.remove((name, listener))
+                _close(listener)
+                click.echo(
+                    f"prunekit: reporter {name!r} failed and is left out: "
+                    f"{type(error).__name__}: {error}", err=True,
+                )  # fmt: skip
+
+    try:
+        yield report
+    finally:
+        for _, listener in listeners:
+            _close(listener)
+
+
+def _close(listener: Reporter) -> None:
+    with suppress(Exception):
+        getattr(listener, "close", lambda: None)()
+
+
+def preview_plan(plan: Plan, out: Path, store: Path, device: str, as_json: bool) -> None:
+    """Print what a run would do: resolved recipes, stages, stored or not, steps, passes."""
+    import tomli_w
+
+    from prunekit.masks import find_prunable
+
+    engine = Engine(Store(store), find_device(device), lambda event: None, smoke=plan.smoke)
+    seen: set[str] = set()
+    runs: list[dict[str, Any]] = []
+    for run in plan.runs:
+        data = engine.load(run)
+        model = engine.build(run, data.data, None).model
+        stages: list[dict[str, Any]] = []
+        for stage, key in zip(run.stages, engine.keys(run), strict=True):
+            steps, passes = _count_work(engine, run, stage)
+            status = "stored" if engine.store.is_done(key) else "shared" if key in seen else "to do"
+            seen.add(key)
+            stages.append(
+                {"name": stage.name, "kind": stage.kind, "key": key, "status": status,
+                 "steps": steps, "forward_passes": passes}
+            )  # fmt: skip
+        runs.append(
+            {
+                "run": run.label,
+                "parameters": sum(p.numel() for p in model.parameters()),
+                "prunable": sum(w.numel() for w in find_prunable(model).values()),
+                "recipe": run.describe(),
+                "stages": stages,
+            }
+        )
+    if as_json:
+        content = {"schema_version": 1, "out": str(out), "notes": plan.notes, "runs": runs}
+        click.echo(json.dumps(content, indent=2))
+        return
+    for note in plan.notes:
+        click.echo(f"note: {note}", err=True)
+    click.echo(f"# {count_runs(plan)} into {relative(out)}, stages in {relative(store)}\n")
+    click.echo(tomli_w.dumps({"name": plan.name, **plan.document}))
+    for entry in runs:
+        click.echo(
+            f"# {entry['run']}: {entry['parameters']:,} parameters, {entry['prunable']:,} prunable"
+        )
+        for stage in entry["stages"]:
+            click.echo(
+                f"#   {stage['name']:<12} {stage['status']:<7} {stage['steps']:>9,} steps "
+                f"{stage['forward_passes']:>11,} forward passes   {stage['key'][:12]}"
+            )
+    todo = {
+        s["key"]: s["forward_passes"] for r in runs for s in r["stages"] if s["status"] == "to do"
+    }
+    click.echo(f"# to do: {len(todo)} stages, {sum(todo.values()):,} forward passes of a batch")
+
+
+def count_runs(plan: Plan) -> str:
+    smoke = "smoke " if plan.smoke else ""
+    return f"{len(plan.runs)} {smoke}run{'s' if len(plan.runs) > 1 else ''}"
+
+
+def _count_work(engine: Engine, run: Run, stage: Stage) -> tuple[int, int]:
+    """(optimiser steps, forward passes of a batch) of a stage."""
+    options, size = stage.options, run.data.batch_size
+    loaded = engine.load(run)
+    if stage.kind == "evaluate":
+        images = min(options.images or math.inf, len(loaded.data.test.labels))
+        batches = min(math.ceil(images / size), stage.batches or math.inf)
+        return 0, int(batches) * sum(u.component.passes(u.options) for u in options.with_)
+    if options.epochs is None:
+        return 0, 0
+    use = options.objective
+    per_epoch = count_batches(loaded.train, size, stage.batches)
+    checked = math.ceil(len(loaded.validation.labels) / size)
+    steps = options.epochs * per_epoch * getattr(use.options, "replays", 1)
+    return steps, steps * use.component.passes(use.options) + options.epochs * checked

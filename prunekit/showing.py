@@ -1,0 +1,160 @@
+"""What `prunekit show` says of a component."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+from prunekit.component import Radius, Use, default_of
+from prunekit.errors import UserError
+from prunekit.options import KIND_OF, field_types, key_of, limits, suggest
+from prunekit.registry import Entry, Registry
+
+WORDS: dict[Any, str] = {
+    bool: "true or false",
+    int: "whole number",
+    float: "number",
+    str: "text",
+    Path: "path",
+    Radius: "radius",
+}
+
+
+def find_anywhere(registry: Registry, name: str) -> list[Entry]:
+    """All components of that name, of whatever kind; "plugin:name" asks one plugin."""
+    plugin, _, bare = name.rpartition(":")
+    found = [e for e in registry.entries if e.component.name == bare and plugin in ("", e.plugin)]
+    if not found:
+        names = {e.component.name for e in registry.entries}
+        advice = suggest(name, names)
+        advice = advice if advice.startswith("did") else "see: prunekit list"
+        raise UserError(f"there is no component {name!r}; {advice}")
+    return found
+
+
+def describe_component(entry: Entry) -> dict[str, Any]:
+    """Everything of a declaration, as plain data."""
+    component = entry.component
+    return {
+        "kind": entry.kind,
+        "name": component.name,
+        "summary": component.summary,
+        "plugin": entry.plugin,
+        "distribution": entry.distribution,
+        "status": entry.status,
+        "paper": component.paper,
+        "options": [
+            {
+                "name": key_of(f.name),
+                "type": name_type(field_types(component.options)[f.name]),
+                "default": _plain(default_of(f)),
+                "required": default_of(f) is dataclasses.MISSING,
+                "limits": limits(f),
+                "unit": f.metadata.get("unit", ""),
+                "help": f.metadata.get("help", ""),
+            }
+            for f in dataclasses.fields(component.options)
+        ],
+        "recipe": fragment(entry),
+    }
+
+
+def render_component(entry: Entry) -> str:
+    """The same for a reader."""
+    facts = describe_component(entry)
+    lines = [f"{facts['name']}: {facts['summary']}"]
+    lines += [
+        f"  kind    {facts['kind']}",
+        f"  from    {facts['distribution']}, plugin {facts['plugin']}",
+    ]
+    if facts["status"] != "ready":
+        lines.append(f"  status  {facts['status']}")
+    if facts["paper"]:
+        lines.append(f"  paper   {facts['paper']}")
+    lines += ["", "options" if facts["options"] else "It has no options."]
+    for option in facts["options"]:
+        default = "required" if option["required"] else f"default {_toml(option['default'])}"
+        details = ", ".join(
+            filter(None, (option["type"], option["limits"], option["unit"], default))
+        )
+        lines += [f"  {option['name']} ({details})", f"      {option['help']}"]
+    lines += ["", "in a recipe", *(f"  {line}" for line in facts["recipe"].splitlines())]
+    return "\n".join(lines)
+
+
+def name_type(hint: Any) -> str:
+    """The type of an option in words."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return " | ".join(f'"{a}"' if isinstance(a, str) else str(a) for a in arguments)
+    if origin is Use:
+        return f"a {KIND_OF[arguments[0]]}"
+    if origin is tuple:
+        if arguments[-1] is Ellipsis:
+            return f"list of {name_type(arguments[0])}"
+        return f"list of {len(arguments)}: {', '.join(map(name_type, arguments))}"
+    if arguments and origin is not dict:
+        return " | ".join(name_type(a) for a in arguments if a is not type(None))
+    return WORDS.get(hint, "table" if origin is dict else str(getattr(hint, "__name__", hint)))
+
+
+EXAMPLES = {"path": '"my-file"', "text": '"..."', "number": "0.5", "whole number": "1"}
+
+
+def fragment(entry: Entry) -> str:
+    """A piece of a recipe that names the component; required options with an example."""
+    component = entry.component
+    types = field_types(component.options)
+    needed = [
+        f"{key_of(f.name)} = {EXAMPLES.get(name_type(types[f.name]), '...')}"
+        for f in dataclasses.fields(component.options)
+        if default_of(f) is dataclasses.MISSING
+    ]
+    first = next(
+        (
+            f"{key_of(f.name)} = {_toml(_plain(default_of(f)))}"
+            for f in dataclasses.fields(component.options)
+            if default_of(f) not in (dataclasses.MISSING, None)
+        ),
+        None,
+    )
+    pairs = needed or ([first] if first else [])
+    use = f'use = "{component.name}"'
+    inline = "{ " + ", ".join([use, *pairs]) + " }" if pairs else f'"{component.name}"'
+    stage = '[[stage]]\nkind = "{kind}"\n'
+    match entry.kind:
+        case "dataset" | "architecture" | "objective":
+            return "\n".join([f"[{entry.kind}]", use, *pairs])
+        case "pruner":
+            epochs = "epochs = 20\n" if component.learns else ""
+            return stage.format(kind="prune") + f"sparsity = 0.9\n{epochs}pruner = {inline}"
+        case "evaluator":
+            return stage.format(kind="evaluate") + f"with = [{inline}]"
+        case "reporter":
+            return f'report = ["console", "jsonl", {inline}]'
+        case "optimizer":
+            return stage.format(kind="pretrain") + f"epochs = 100\noptimizer = {inline}"
+        case _:
+            return (
+                stage.format(kind="pretrain")
+                + f'epochs = 100\noptimizer = {{ use = "sgd", schedule = {inline} }}'
+            )
+
+
+def _plain(value: Any) -> Any:
+    if value is dataclasses.MISSING:
+        return None
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return f'"{value}"'
+    if isinstance(value, list):
+        return f"[{', '.join(map(_toml, value))}]"
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{k} = {_toml(v)}" for k, v in value.items()) + " }"
+    return "none" if value is None else str(value)

@@ -1,0 +1,245 @@
+"""pretrain, prune, finetune, evaluate: (State, Stage, Work) -> Outcome."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from prunekit import seeds
+from prunekit.contracts import Context, Data, Scores, Split
+from prunekit.data import eval_batches, train_batches
+from prunekit.errors import RunError
+from prunekit.evaluation import eval_mode
+from prunekit.masks import (
+    Masks,
+    apply_masks,
+    check_layers,
+    count_weights,
+    find_prunable,
+    hash_masks,
+    measure_sparsity,
+    select,
+)
+from prunekit.plan import Run, Stage
+from prunekit.report import Progress, Report, StageStarted
+from prunekit.stop import Stop
+from prunekit.store import StageFolder
+from prunekit.training import Fit, fit
+from prunekit.variables import LearnedScores, Variables, Weights
+
+
+@dataclass
+class State:
+    """The network between stages; changed in place by them."""
+
+    model: nn.Module
+    masks: Masks = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a stage works with: its run, the split data, and where it writes and reports."""
+
+    run: Run
+    data: Data
+    train: Split
+    validation: Split
+    device: torch.device
+    folder: StageFolder
+    key: str
+    report: Report
+    stop: Stop
+
+    def context(self, stage: Stage, state: State) -> Context:
+        return Context(
+            seed=self.run.seed,
+            folder=self.run.folder,
+            shape=self.data.shape,
+            classes=self.data.classes,
+            device=self.device,
+            stage=stage.kind,
+            sparsity=stage.sparsity,
+            model=state.model,
+        )
+
+    @property
+    def augment(self) -> tuple[str, ...]:
+        chosen = self.run.data.augment
+        return self.data.augment if chosen is None else chosen
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a stage found."""
+
+    metrics: dict[str, Any]
+    history: list[dict[str, Any]] = field(default_factory=list)
+    records: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+
+def train(state: State, stage: Stage, work: Work) -> Outcome:
+    """Pretrain, and finetune: train the weights, masked ones staying zero."""
+    variables = Weights(state.model, state.masks)
+    history = _fit(variables, state, stage, work)
+    return Outcome({**_best(history), **_sparsity(state)}, history)
+
+
+def prune(state: State, stage: Stage, work: Work) -> Outcome:
+    """Score the weights and set all but the chosen ones to zero."""
+    options, history = stage.options, []
+    weights = find_prunable(state.model, options.exclude)
+    frozen = {name: weight.detach().clone() for name, weight in weights.items()}
+    context = work.context(stage, state)
+
+    def learn(start: Scores) -> Scores:
+        _check_scores(start, frozen, options.pruner.component.name)
+        variables = LearnedScores(
+            state.model, start, options.sparsity, options.budget, state.masks, options.bn
+        )
+        try:
+            history.extend(_fit(variables, state, stage, work))
+            return variables.scores()
+        finally:
+            variables.detach()
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        seed = seeds.derive(work.run.seed, stage.position, "score")
+        size = work.run.data.batch_size
+        return train_batches(work.train, size, work.augment, work.device, seed, most=stage.batches)
+
+    if not options.pruner.component.learns:
+        work.report(StageStarted(stage.name, stage.kind, work.key))
+    objective = options.objective and options.objective.build(context)
+    context = replace(
+        context,
+        weights=frozen,
+        generator=seeds.generator(work.run.seed, stage.position, "pruner"),
+        objective=objective,
+        batches=batches,
+        learn=learn,
+    )
+    seeds.seed_all(work.run.seed, stage.position, "pruner")
+    scores = options.pruner.build(context)(context)
+    _check_scores(scores, frozen, options.pruner.component.name)
+    masks = select(scores, options.sparsity, options.budget, state.masks)
+    check_layers(masks, options.sparsity)
+    state.masks = {**state.masks, **masks}
+    apply_masks(state.model, state.masks)
+    return Outcome({**_best(history), **_sparsity(state)}, history)
+
+
+def evaluate(state: State, stage: Stage, work: Work) -> Outcome:
+    """Judge the network on the test images, each evaluator by itself."""
+    options, size = stage.options, work.run.data.batch_size
+    labels = work.data.test.labels[: options.images]
+    if stage.batches is not None:
+        labels = labels[: stage.batches * size]
+    metrics: dict[str, Any] = {}
+    records: dict[str, np.ndarray] = {"label": labels.cpu().numpy()}
+    work.report(StageStarted(stage.name, stage.kind, work.key))
+    context = work.context(stage, state)
+    state.model.requires_grad_(False)
+    for use in options.with_:
+        seeds.seed_all(work.run.seed, stage.position, "evaluate", use.name)
+        evaluator = use.build(context)
+        with eval_mode(state.model):
+            result = evaluator(state.model, _watched(work, stage, use.name, len(labels)))
+        metrics |= {f"{use.name}.{name}": value for name, value in result.metrics.items()}
+        for name, values in result.records.items():
+            if len(values) != len(labels):
+                raise RunError(
+                    f"evaluator {use.component.name!r} of plugin {use.plugin} gave "
+                    f"{len(values)} records {name!r} for {len(labels)} images"
+                )
+            records[f"{use.name}.{name}"] = values
+    return Outcome({**metrics, **_sparsity(state)}, records=records)
+
+
+def _watched(work: Work, stage: Stage, name: str, images: int) -> Iterator[tuple[Tensor, Tensor]]:
+    size = work.run.data.batch_size
+    total = -(-images // size)
+    batches = eval_batches(work.data.test, size, work.device, images=images)
+    for done, batch in enumerate(batches):
+        work.stop.check()
+        work.report(Progress(stage.name, done, total, label=name))
+        yield batch
+    work.report(Progress(stage.name, total, total, label=name))
+
+
+STAGES: dict[str, Callable[[State, Stage, Work], Outcome]] = {
+    "pretrain": train,
+    "prune": prune,
+    "finetune": train,
+    "evaluate": evaluate,
+}
+
+
+def _fit(variables: Variables, state: State, stage: Stage, work: Work) -> list[dict[str, Any]]:
+    options = stage.options
+    if not len(work.validation.labels) and options.select not in (None, "last"):
+        raise RunError(f"stage {stage.name!r}: select = {options.select!r} needs validation images")
+    context = work.context(stage, state)
+    return fit(
+        Fit(
+            variables=variables,
+            objective=options.objective.build(context),
+            optimizer=options.optimizer.build(context),
+            train=work.train,
+            validation=work.validation,
+            epochs=options.epochs,
+            batch_size=work.run.data.batch_size,
+            augment=work.augment,
+            device=work.device,
+            seed=(work.run.seed, stage.position),
+            stage=stage.name,
+            kind=stage.kind,
+            key=work.key,
+            report=work.report,
+            stop=work.stop,
+            progress=work.folder.progress,
+            select=options.select or options.objective.component.select,
+            clip_norm=options.clip_norm,
+            most=stage.batches,
+        )
+    )
+
+
+def _best(history: list[dict[str, Any]]) -> dict[str, Any]:
+    """The row of the epoch whose weights are kept."""
+    rows = [row for row in history if row["best"]]
+    return {k: v for k, v in rows[-1].items() if k != "best"} if rows else {}
+
+
+def _sparsity(state: State) -> dict[str, Any]:
+    counts = count_weights(state.model, state.masks)
+    return {"sparsity": measure_sparsity(counts), "masks": hash_masks(state.masks)}
+
+
+def _check_scores(scores: Scores, weights: Mapping[str, Tensor], pruner: str) -> None:
+    if scores.values.keys() != weights.keys():
+        wrong = sorted(scores.values.keys() ^ weights.keys())
+        raise RunError(f"pruner {pruner!r} must score every weight it is given, and no other; "
+                       f"wrong: {', '.join(wrong)}")  # fmt: skip
+    for name, value in scores.values.items():
+        if value.shape != weights[name].shape:
+            raise RunError(
+                f"pruner {pruner!r}: the scores of {name} are {tuple(value.shape)}, its weights "
+                f"{tuple(weights[name].shape)}"
+            )
+        if value.isnan().any():
+            raise RunError(f"pruner {pruner!r}: the scores of {name} hold NaN")
+
+
+def describe_counts(state: State) -> dict[str, Any]:
+    """Kept and all weights, in total and layer by layer."""
+    layers = count_weights(state.model, state.masks)
+    return {
+        "kept": sum(layer["kept"] for layer in layers.values()),
+        "weights": sum(layer["weights"] for layer in layers.values()),
+        "layers": layers,
+    }

@@ -1,0 +1,179 @@
+"""Stage results on disk, by the hash of everything that decides them."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import platform
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from prunekit.files import make_folder, read_json, write_bytes, write_json
+
+STORE = ".stages"
+"""Name of the store's folder, beside the run folders that share it."""
+
+PRESENTATION = ("cli.py", "results.py", "report.py", "testing.py", "__main__.py")
+"""Files of the core that decide no result."""
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What a stage found: metrics, a row for each epoch, and how long it took."""
+
+    metrics: Mapping[str, Any]
+    history: list[dict[str, Any]] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class StageFolder:
+    """The folder of one stage in the store. `result.json` is written last and says it is done."""
+
+    path: Path
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model.safetensors"
+
+    @property
+    def records(self) -> Path:
+        return self.path / "records.npz"
+
+    @property
+    def progress(self) -> Path:
+        return self.path / "progress.safetensors"
+
+    @property
+    def done(self) -> bool:
+        return (self.path / "result.json").is_file()
+
+    def read(self) -> StageResult:
+        content = read_json(self.path / "result.json")
+        return StageResult(content["metrics"], content["history"], content["seconds"])
+
+    def finish(self, result: StageResult, description: Mapping[str, Any]) -> None:
+        """Mark the stage as done; its checkpoint has served."""
+        write_json(self.path / "result.json", {**vars(result), "stage": description})
+        self.progress.unlink(missing_ok=True)
+
+    def write_records(self, records: Mapping[str, Any]) -> None:
+        """Per-image records as npz."""
+        import io
+
+        import numpy as np
+
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, **records)
+        write_bytes(self.records, buffer.getvalue())
+
+
+@dataclass(frozen=True)
+class Store:
+    """All stage results below one folder; processes that share it wait for each other."""
+
+    root: Path
+
+    def folder(self, key: str) -> StageFolder:
+        return StageFolder(self.root / key)
+
+    def is_done(self, key: str) -> bool:
+        return self.folder(key).done
+
+    @contextmanager
+    def locked(self, key: str, wait: Any) -> Iterator[StageFolder]:
+        """The stage's folder, this process alone in it; `wait()` is called before waiting."""
+        folder = self.folder(key)
+        make_folder(folder.path)
+        lock = filelock.FileLock(folder.path / "lock")
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            wait()
+            lock.acquire()
+        try:
+            yield folder
+        finally:
+            lock.release()
+
+    def remove_unused(self, used: set[str], *, keep: bool = False) -> list[tuple[str, int]]:
+        """Delete the stages that are not in `used`; (key, bytes) of each. `keep` only looks."""
+        freed = []
+        for path in sorted(self.root.iterdir()) if self.root.is_dir() else []:
+            if path.is_dir() and path.name not in used:
+                size = sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
+                if not keep:
+                    shutil.rmtree(path)
+                freed.append((path.name, size))
+        return freed
+
+
+def hash_stage(
+    upstream: str, description: Mapping[str, Any], plugins: set[str], environment: Mapping[str, Any]
+) -> str:
+    """The key of a stage: 32 hexadecimal digits over all that decides its result.
+
+    `plugins` are import names of packages, hashed by their source; so is the core.
+    """
+    content = {
+        "upstream": upstream,
+        "stage": description,
+        "source": {name: hash_source(name) for name in sorted({"prunekit", *plugins})},
+        "environment": environment,
+    }
+    text = json.dumps(content, sort_keys=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+@cache
+def hash_source(package: str) -> str:
+    """SHA-256 of a package's (or module's) Python files: an editable install has no version."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        return "unknown"
+    origin = Path(spec.origin)
+    digest = hashlib.sha256()
+    files = sorted(origin.parent.rglob("*.py")) if spec.submodule_search_locations else [origin]
+    for file in files:
+        name = file.relative_to(origin.parent).as_posix()
+        if package == "prunekit" and name in PRESENTATION:
+            continue
+        digest.update(name.encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()
+
+
+@cache
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file's content."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def version_of(name: str) -> str:
+    """Installed version of the distribution that has this import name."""
+    for distribution in importlib.metadata.packages_distributions().get(name, [name]):
+        try:
+            return importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "unknown"
+
+
+def find_versions() -> dict[str, str]:
+    """Versions worth recording with a result."""
+    names = ("prunekit", "torch", "torchvision", "timm", "numpy")
+    versions = {name: importlib.metadata.version(name) for name in names if _has(name)}
+    return {"python": platform.python_version(), **versions}
+
+
+def _has(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
