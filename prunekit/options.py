@@ -148,7 +148,7 @@ class Resolver:
         if hint is Path:
             return self._path(value, path, f, owner)
         if hint is Radius:
-            return self._radius(value, path, owner, table)
+            return self._radius(value, path, f, owner, table)
         if origin is dict:
             if not isinstance(value, Mapping):
                 self._reject(path, owner, value, "a table")
@@ -218,8 +218,13 @@ class Resolver:
         return file
 
     def _radius(
-        self, value: Any, path: KeyPath, owner: str, table: Mapping[str, Any]
-    ) -> Radius | None:
+        self,
+        value: Any,
+        path: KeyPath,
+        f: dataclasses.Field[Any],
+        owner: str,
+        table: Mapping[str, Any],
+    ) -> Radius:
         number = value
         if isinstance(value, str):
             top, slash, bottom = value.partition("/")
@@ -233,6 +238,7 @@ class Resolver:
         if not 0 <= number < float("inf") or (number > 1 and norm == "linf"):
             way = f'; write "{number:g}/255"' if 1 < number <= 255 else ""
             self._fail(path, f"{path[-1]} is a radius in [0, 1] pixel units, got {value}{way}")
+        self._limit(number, path, f, owner)
         return Radius(number)
 
     def _plain(

@@ -30,7 +30,7 @@ def reduce_run(run: Run, batches: int, batch_size: int | None = None) -> Run:
     size = min(run.data.batch_size, batch_size or run.data.batch_size)
     stages = []
     for stage in run.stages:
-        options = _reduce_options(stage.options)
+        options = reduce_options(stage.options)
         if getattr(options, "epochs", None) is not None:
             options = dataclasses.replace(options, epochs=1)
         stages.append(dataclasses.replace(stage, options=options, batches=batches))
@@ -38,17 +38,17 @@ def reduce_run(run: Run, batches: int, batch_size: int | None = None) -> Run:
     return dataclasses.replace(run, stages=tuple(stages), data=data)
 
 
-def _reduce_options(value: Any) -> Any:
+def reduce_options(value: Any) -> Any:
     if isinstance(value, Use):
-        return dataclasses.replace(value, options=_reduce_options(value.options))
+        return dataclasses.replace(value, options=reduce_options(value.options))
     if isinstance(value, tuple):
-        return tuple(map(_reduce_options, value))
+        return tuple(map(reduce_options, value))
     if not dataclasses.is_dataclass(value) or isinstance(value, type):
         return value
     changes: dict[str, Any] = {}
     for f in dataclasses.fields(value):
         old, most = getattr(value, f.name), f.metadata.get("smoke")
-        changes[f.name] = min(old, most) if most is not None and old else _reduce_options(old)
+        changes[f.name] = min(old, most) if most is not None and old else reduce_options(old)
     return dataclasses.replace(value, **changes)
 
 

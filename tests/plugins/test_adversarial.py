@@ -13,7 +13,16 @@ import numpy as np
 import prunekit_adversarial
 import pytest
 import torch
-from prunekit_adversarial.attacks import L2, Attack, Linf, is_correct, maximize_kl, pgd, plan_attack
+from prunekit_adversarial.attacks import (
+    L2,
+    Attack,
+    Linf,
+    is_correct,
+    maximize_kl,
+    pgd,
+    plan_attack,
+    predict,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
@@ -407,6 +416,17 @@ def test_clean_records_predictions() -> None:
     assert result.metrics["accuracy_low"] < 0.5 < result.metrics["accuracy_high"]
 
 
+def test_losses_are_taken_in_float32_under_autocast() -> None:
+    model, (x, y) = make_net().float(), make_batch()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert model(x.float()).dtype == torch.bfloat16
+        loss = build("trades", LINF, model)(x.float(), y, CLOCK)
+    assert loss.logits.dtype == torch.float32
+    loss.value.backward()
+    assert all(p.grad is not None for p in model.parameters())
+    assert predict(make_net(), x).dtype == torch.float64
+
+
 def test_what_is_not_a_number_is_not_correct() -> None:
     logits = torch.tensor([[float("nan"), 0.0], [1.0, 0.0]])
     assert is_correct(logits, torch.tensor([0, 0])).tolist() == [False, True]
@@ -474,7 +494,10 @@ def test_pgd_decides_by_the_last_iterate_or_by_any(iterate: str) -> None:
 
 @pytest.mark.parametrize(
     ("iterate", "expected"),
-    [("last", [4, 3, 3, 3, 3, 1, 1, 1, 1]), ("any", [4, 3, 3, 1, 1, 1, 1, 1, 1])],
+    [
+        ("last", [4, 3, 3, 3, 3, 1, 1, 1, 1, 2, 1, 1, 1, 1, 1]),
+        ("any", [4, 3, 3, 1, 1, 1, 1, 1, 1, 2, 1, 1, 1]),
+    ],
 )
 def test_fooled_images_leave_the_batch(iterate: str, expected: list[int]) -> None:
     sizes = []
@@ -484,11 +507,11 @@ def test_fooled_images_leave_the_batch(iterate: str, expected: list[int]) -> Non
         return v - 0.4001  # of the images at 1/2, fooled at 0.4 only: the first step goes there
 
     model = Margin(margin)
-    x, y = make_pixels([0.1, 0.5, 0.5, 0.9])
+    batches = [make_pixels([0.1, 0.5, 0.5, 0.9]), make_pixels([0.1, 0.1]), make_pixels([0.5])]
     torch.manual_seed(0)
     options = {"steps": 3, "restarts": 2, "step_size": 0.2, "iterate": iterate}
-    result = build("pgd", LINF, model, **options)(model, [(x, y)])
-    assert result.records["restart"].tolist() == [-2, 0, 0, -1]
+    result = build("pgd", LINF, model, **options)(model, batches)
+    assert result.records["restart"].tolist() == [-2, 0, 0, -1, -2, -2, 0]
     assert sizes == expected
 
 
@@ -512,13 +535,22 @@ def test_pgd_counts_its_passes_and_takes_batches_one_by_one() -> None:
     assert component.passes(component.options()) == 511
 
 
-def test_pgd_counts_images_without_a_gradient() -> None:
-    # Flat below 1/2; the third image is misclassified and never attacked.
-    model = Margin(lambda v: torch.where(v > 0.9, -1.0, 5 - F.relu(v - 0.5)))
-    x, y = make_pixels([0.2, 0.3, 0.95, 0.7])
-    result = build("pgd", LINF, model, steps=2, restarts=2)(model, [(x, y), (x, y)])
-    assert result.metrics["zero_gradient"] == 4
-    assert result.records["restart"].tolist() == [-1, -1, -2, -1] * 2
+def test_pgd_counts_images_without_a_gradient_at_their_first_start() -> None:
+    def margin(v: Tensor) -> Tensor:
+        first = v[:, :1]  # the other pixel never has a gradient
+        fooled = ((first > 0.32) & (first < 0.4)) | (first > 0.9)
+        return torch.where(fooled, -1.0, 5 - (first - 0.5).clamp(0, 0.195))
+
+    # Flat, and fooled by chance; misclassified, never attacked; flat only after some steps.
+    values = torch.tensor([0.3] * 8 + [0.95] + [0.6] * 3, dtype=torch.float64)
+    x = torch.stack([values, torch.full_like(values, 0.5)], 1).reshape(-1, 1, 1, 2)
+    y = torch.zeros(len(x), dtype=torch.long)
+    model = Margin(margin)
+    torch.manual_seed(13)
+    result = build("pgd", LINF, model, steps=9, restarts=2)(model, [(x, y), (x, y)])
+    assert result.metrics["zero_gradient"] == 16
+    assert result.records["restart"].tolist()[8:12] == [-2, -1, -1, -1]
+    assert (result.records["restart"] >= 0).any()
 
 
 def test_declarations_do_not_import_torch() -> None:

@@ -1,0 +1,141 @@
+"""Every registered component keeps the contract of its kind; and the contract test can fail."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from prunekit import Component, option
+from prunekit.component import KINDS
+from prunekit.contracts import Loss, Result, Scores
+from prunekit.registry import load_registry
+from prunekit.testing import check_component, find_components
+
+REGISTRY = load_registry()
+ENTRIES = [e for e in REGISTRY.entries if e.kind in KINDS]
+COLOUR = ("cifar", "vgg", "wrn")
+
+
+@pytest.fixture
+def table(tmp_path):
+    """Options that a component cannot do without."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (6, 8, 8), dtype=np.uint8)
+    labels = np.arange(6) % 3
+    np.savez(tmp_path / "my.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
+    return {"npz": {"file": "my.npz"}}
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda e: f"{e.kind}-{e.component.name}")
+def test_component_keeps_its_contract(entry, table, tmp_path, monkeypatch):
+    monkeypatch.setenv("PRUNEKIT_DATA", str(tmp_path / "nothing"))
+    options = table.get(entry.component.name, {})
+    if entry.kind == "dataset" and "download" in {
+        f.name for f in dataclasses.fields(entry.component.options)
+    }:
+        options = {"download": False}
+    big = entry.kind == "architecture" and entry.component.name.startswith(COLOUR)
+    shape = (3, 32, 32) if big else (1, 8, 8)
+    if entry.component.name in ("wrn-28-10", "wrn-34-10"):
+        shape = (3, 16, 16)
+    check_component(entry.kind, entry.component, options, shape=shape, folder=tmp_path)
+
+
+def test_nothing_is_broken():
+    assert REGISTRY.broken == ()
+    assert [e.component.name for e in REGISTRY.entries if e.problem] == []
+
+
+def test_find_components_reads_a_plugin_module():
+    names = [(kind, c.name) for kind, c in find_components("prunekit_pruners")]
+    assert names == [("pruner", "score"), ("pruner", "lwm"), ("pruner", "random")]
+
+
+def changes_weights(options, context):
+    def step(x, y, clock):
+        with torch.no_grad():
+            next(context.model.parameters()).add_(1)
+        logits = context.model(x)
+        return Loss(torch.nn.functional.cross_entropy(logits, y), logits)
+
+    return step
+
+
+def leaves_eval_mode(options, context):
+    def step(x, y, clock):
+        context.model.eval()
+        logits = context.model(x)
+        return Loss(torch.nn.functional.cross_entropy(logits, y), logits)
+
+    return step
+
+
+def detaches_scores(options, context):
+    def step(x, y, clock):
+        weights = dict(context.model.named_parameters())
+        logits = context.model(x)
+        value = torch.nn.functional.cross_entropy(logits.detach(), y)
+        return Loss(value + 0 * sum(w.sum() for w in weights.values() if w.dim() == 1), logits)
+
+    return step
+
+
+def forgets_a_layer(options, context):
+    def score(context):
+        name, weight = next(iter(context.weights.items()))
+        return Scores({name: weight.abs()})
+
+    return score
+
+
+def forgets_an_image(options, context):
+    return lambda model, batches: Result({"accuracy": 0.5}, {"correct": np.zeros(3, bool)})
+
+
+def prints(options, context):
+    return print
+
+
+@pytest.mark.parametrize(
+    ("kind", "build", "words"),
+    [
+        ("objective", "changes_weights", "changed the weights"),
+        ("objective", "leaves_eval_mode", "left train mode"),
+        ("objective", "detaches_scores", "no gradient"),
+        ("pruner", "forgets_a_layer", "every weight"),
+        ("evaluator", "forgets_an_image", "not one an image"),
+        ("reporter", "prints", "stdout"),
+    ],
+)
+def test_a_broken_component_is_found(kind, build, words):
+    component = Component(name="broken", summary="Broken on purpose", build=f"{__name__}:{build}")
+    with pytest.raises(AssertionError, match=words):
+        check_component(kind, component)
+
+
+@dataclasses.dataclass(frozen=True)
+class NoHelp:
+    steps: int = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Taken:
+    name: str = option("x", help="collides with the core's own key")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"name": "Not_Kebab"}, "kebab-case"),
+        ({"summary": "two\nlines"}, "one line"),
+        ({"options": NoHelp}, "option\\(help"),
+        ({"options": Taken}, "key of the core"),
+        ({"build": "math"}, "module:function"),
+        ({"build": "math:nothing"}, "no function"),
+    ],
+)
+def test_a_broken_declaration_is_found(changes, words):
+    good = {"name": "good", "summary": "Good", "build": f"{__name__}:forgets_an_image"}
+    with pytest.raises(AssertionError, match=words):
+        check_component("evaluator", Component(**{**good, **changes}))

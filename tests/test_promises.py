@@ -1,0 +1,114 @@
+"""Promises about the whole."""
+
+import ast
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from prunekit import hookspecs
+from prunekit.component import KINDS
+from prunekit.plan import make_plan
+from prunekit.recipe import load_recipe
+from prunekit.registry import load_registry
+
+ROOT = Path(__file__).parent.parent
+CORE = sorted((ROOT / "prunekit").glob("*.py"))
+PLUGINS = sorted(p for p in (ROOT / "plugins").iterdir() if p.name.startswith("prunekit_"))
+RECIPES = sorted((ROOT / "recipes").rglob("*.toml"))
+
+
+def imported(path: Path) -> set[str]:
+    """Top-level packages that a file imports, at whatever depth."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module.partition(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("path", CORE, ids=lambda p: p.name)
+def test_core_imports_no_plugin(path):
+    assert not imported(path) & {p.name for p in PLUGINS}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["list"], ["--help"], ["show", "trades"], ["check", "recipes/quickstart.toml"]],
+    ids=lambda a: a[0],
+)
+def test_reading_commands_import_no_torch(arguments):
+    code = (
+        "import sys\n"
+        "from prunekit.cli import main\n"
+        "try:\n    main()\n"
+        "except SystemExit as end:\n    assert not end.code, end.code\n"
+        "loaded = {'torch', 'numpy', 'torchvision', 'timm'} & set(sys.modules)\n"
+        "assert not loaded, loaded\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)
+def test_recipe_resolves(recipe):
+    plan = make_plan(load_recipe(recipe), load_registry())
+    assert plan.runs
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)
+def test_recipe_begins_with_the_command_that_runs_it(recipe):
+    first = recipe.read_text().splitlines()[0]
+    assert first == f"# uv run prunekit run {recipe.relative_to(ROOT).as_posix()}"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_hook_shows_a_plugin_that_works(kind, tmp_path, monkeypatch):
+    """The example in the docstring of each hook, written to disk, keeps the contract."""
+    from prunekit.testing import check_component, find_components
+
+    hook = getattr(hookspecs, f"prunekit_{kind}s")
+    package = f"documented_{kind}"
+    for name, code in read_example(hook.__doc__).items():
+        file = tmp_path / name.replace("my_plugin", package)
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(code.replace("my_plugin", package))
+    monkeypatch.syspath_prepend(tmp_path)
+    ((found, component),) = find_components(package)
+    assert found == kind
+    check_component(kind, component)
+
+
+def read_example(doc: str) -> dict[str, str]:
+    """File name -> code of the example in a docstring; a comment names each file."""
+    files: dict[str, list[str]] = {}
+    name = ""
+    for line in inspect.cleandoc(doc).splitlines():
+        if found := re.fullmatch(r"# (my_plugin/\w+\.py)", line):
+            name = found[1]
+            files[name] = []
+        elif name:
+            files[name].append(line)
+    return {name: "\n".join(lines) + "\n" for name, lines in files.items()}
+
+
+def test_every_plugin_has_a_test_file():
+    missing = [
+        p.name
+        for p in PLUGINS
+        if not (ROOT / "tests/plugins" / f"test_{p.name.removeprefix('prunekit_')}.py").exists()
+    ]
+    assert missing == []
+
+
+def test_declarations_import_no_torch():
+    modules = [p.name for p in PLUGINS]
+    code = f"import sys, {', '.join(modules)}; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
