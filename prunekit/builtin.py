@@ -58,7 +58,9 @@ class SgdOptions:
 @dataclass(frozen=True)
 class AdamOptions:
     lr: float = _rate(1e-3)
-    betas: tuple[float, float] = option((0.9, 0.999), help="decay of the two moments")
+    betas: tuple[float, float] = option(
+        (0.9, 0.999), help="decay of the two moments", low=0, below=1
+    )
     weight_decay: float = option(1e-4, help="L2 penalty, on every trained parameter", low=0)
     schedule: Use[Schedule] = option("cosine", help="how the rate changes")
 
@@ -66,7 +68,9 @@ class AdamOptions:
 @dataclass(frozen=True)
 class AdamWOptions:
     lr: float = _rate(1e-3)
-    betas: tuple[float, float] = option((0.9, 0.999), help="decay of the two moments")
+    betas: tuple[float, float] = option(
+        (0.9, 0.999), help="decay of the two moments", low=0, below=1
+    )
     weight_decay: float = option(1e-2, help="decoupled weight decay", low=0)
     schedule: Use[Schedule] = option("cosine", help="how the rate changes")
 

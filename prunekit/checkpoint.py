@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -39,11 +38,11 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get("prunekit", "{}"))
+            header = dict(json.loads((file.metadata() or {}).get("prunekit", "{}")))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
         raise UserError(f"there is no file {relative(path)}") from None
-    except (SafetensorError, ValueError, OSError) as error:
+    except (SafetensorError, ValueError, TypeError, OSError) as error:
         raise UserError(
             f"{relative(path)} is damaged or not a safetensors file ({error})"
         ) from None
@@ -67,10 +66,13 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     else:
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
+        except FileNotFoundError:
+            raise UserError(f"there is no file {relative(path)}") from None
+        except Exception as error:  # whatever unpickling foreign bytes may raise
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
             raise UserError(
                 f"{relative(path)} cannot be read as tensors and is not unpickled further "
-                f"({str(error).splitlines()[0]}); save a plain state dict, best as .safetensors"
+                f"({reason}); save a plain state dict, best as .safetensors"
             ) from None
         state = content.get("state_dict", content) if isinstance(content, dict) else {}
     if not state or not all(isinstance(v, Tensor) for v in state.values()):
@@ -127,7 +129,6 @@ def read_model(path: Path, model: nn.Module) -> Masks:
     masks: Masks = {}
     for name in header.get("masked", []):
         mask = weights[name].detach() != 0
-        for index in header["kept_zeros"].get(name, []):
-            mask.view(-1)[index] = True
+        mask.view(-1)[torch.tensor(header["kept_zeros"].get(name, []), dtype=torch.long)] = True
         masks[name] = mask
     return masks

@@ -35,19 +35,17 @@ class Cli(click.Group):
             fail("\n".join(map(str, error.problems)), 2, ctx, plain=True)
         except UserError as error:
             fail(str(error), error.code, ctx)
-        except Interrupted:
-            fail("interrupted", 130, ctx)
-        except KeyboardInterrupt:
+        except (Interrupted, KeyboardInterrupt):
             fail("interrupted", 130, ctx)
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(0)
+        except OSError as error:
+            where = f"{relative(Path(error.filename))}: " if error.filename else ""
+            fail(f"{where}{error.strerror or error}", 1, ctx)
         except Exception as error:
-            fail(
-                f"{type(error).__name__}: {error} (a defect of prunekit; --debug shows where)",
-                1,
-                ctx,
-            )
+            message = f"{type(error).__name__}: {error} (a defect of prunekit; --debug shows where)"
+            fail(message, 1, ctx)
 
 
 def fail(message: str, code: int, ctx: click.Context, *, plain: bool = False) -> None:
@@ -92,7 +90,7 @@ def list_components(kind: str | None, as_json: bool) -> None:
     kinds = list(dict.fromkeys(entry.kind for entry in registry.entries))
     wanted = kind and kind.removesuffix("s")
     if wanted and wanted not in kinds:
-        from prunekit.options import suggest
+        from prunekit.values import suggest
 
         raise UserError(f"unknown kind {kind!r}; {suggest(f'{wanted}s', [f'{k}s' for k in kinds])}")
     entries = [e for e in registry.entries if wanted in (None, e.kind)]
@@ -127,15 +125,16 @@ def list_components(kind: str | None, as_json: bool) -> None:
 def print_table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
     """A plain table; a terminal's width is kept by wrapping, a pipe gets whole lines."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     for number, title in enumerate(header):
         table.add_column(title, no_wrap=number < 2)
     for row in rows:
-        table.add_row(*(text.replace("[", "\\[") for text in row))
-    console = Console()
-    Console(width=None if console.is_terminal else 250).print(table)
+        table.add_row(*map(escape, row))
+    wide = sum(max(map(len, column)) + 2 for column in zip(header, *rows, strict=True))
+    Console(width=None if Console().is_terminal else wide).print(table)
 
 
 @main.command()
@@ -236,7 +235,7 @@ def run(
     from prunekit.running import preview_plan, run_plan
 
     if dry_run:
-        preview_plan(plan, out, store, device, as_json)
+        _print_preview(plan, preview_plan(plan, out, store, device), as_json)
         return
     folders = run_plan(plan, out, store, device, force=force, resume=_command())
     if folders is None:
@@ -248,6 +247,20 @@ def run(
     if failed:
         sys.exit(1)
     click.echo(f"in {relative(out)}", err=True)
+
+
+def _print_preview(plan: Plan, preview: dict[str, Any], as_json: bool) -> None:
+    import tomli_w
+
+    from prunekit.showing import render_preview
+
+    if as_json:
+        print_json(preview)
+        return
+    for note in plan.notes:
+        click.echo(f"note: {note}", err=True)
+    document = plan.document if plan.swept else plan.describe(plan.runs[0])
+    click.echo(render_preview(preview, tomli_w.dumps(dict(document))))
 
 
 def _command() -> str:
@@ -281,9 +294,10 @@ def results(folder: Path, as_json: bool, as_csv: bool) -> None:
 def _print_results(folder: Path, as_json: bool, as_csv: bool = False) -> None:
     from rich.console import Console
 
-    from prunekit import results as tables
+    from prunekit import tables
+    from prunekit.results import compare, find_runs
 
-    rows = tables.compare(tables.find_runs(folder))
+    rows = compare(find_runs(folder))
     if as_json:
         click.echo(json.dumps(tables.to_json(rows), indent=2, allow_nan=False))
     elif as_csv:

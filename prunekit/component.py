@@ -107,6 +107,8 @@ class Use(Generic[Kind]):
     """What results are called in this recipe; the component's name where it gives none."""
     threat: Threat | None = None
     """The recipe's threat, with the `norm` and `eps` of the options where they are given."""
+    reference: str = ""
+    """What a recipe writes after `use =`, where that is more than the component's name."""
 
     def build(self, context: Context) -> Kind:
         """Import the implementation and build it; errors name the plugin."""

@@ -174,8 +174,8 @@ class Context:
 
     | kind | has |
     |---|---|
-    | dataset | `folder`, `seed` |
-    | architecture | and `shape`, `classes` |
+    | dataset | `folder` |
+    | architecture | and `seed`, `shape`, `classes` |
     | objective, evaluator | and `model`, `device`, `threat`, `stage` |
     | pruner | and `weights`, `generator`, `objective`, `batches`, `learn` |
     | reporter | `folder` (the run's), `live` |

@@ -108,13 +108,11 @@ def augment(images: Tensor, names: Sequence[str], generator: torch.Generator) ->
     if "crop" in names:
         b, _, h, w = images.shape
         pad = max(h // 8, 1)
-        rows = torch.randint(2 * pad + 1, (b, 1), generator=generator) + torch.arange(h)
-        columns = torch.randint(2 * pad + 1, (b, 1), generator=generator) + torch.arange(w)
-        padded = F.pad(images, (pad, pad, pad, pad)).permute(0, 2, 3, 1)
-        image = torch.arange(b, device=device)[:, None, None]
-        rows, columns = rows.to(device), columns.to(device)
-        # (B, H, W, C): gathered with the channels last, handed back in the usual order.
-        images = padded[image, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+        rows = torch.randint(2 * pad + 1, (b,), generator=generator).to(device)
+        columns = torch.randint(2 * pad + 1, (b,), generator=generator).to(device)
+        # (B, C, 2 pad + 1, 2 pad + 1, H, W): a view of all windows, of which one each is copied.
+        windows = F.pad(images, (pad, pad, pad, pad)).unfold(2, h, 1).unfold(3, w, 1)
+        images = windows[torch.arange(b, device=device), :, rows, columns]
     if "flip" in names:
         flips = (torch.rand(len(images), generator=generator) < 0.5).to(device)
         images = torch.where(flips[:, None, None, None], images.flip(3), images)
@@ -149,8 +147,8 @@ def train_batches(
 def count_batches(split: Split, size: int, most: int | None = None) -> int:
     """How many batches `train_batches` yields."""
     n = len(split.labels)
-    count = n // size + (n % size > 1 or (size == 1 and n % size > 0))
-    return min(count, most) if most is not None else count
+    count = n // size + (n % size > 1)
+    return count if most is None else min(count, most)
 
 
 def eval_batches(

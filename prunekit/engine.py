@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import tempfile
 import time
 from collections.abc import Mapping
@@ -20,7 +21,7 @@ from prunekit.contracts import Context, Data, Split
 from prunekit.data import fingerprint, hold_out, to_device
 from prunekit.errors import DataMissingError, Interrupted, RunError
 from prunekit.evaluation import eval_mode
-from prunekit.failures import explain
+from prunekit.failures import explain, release
 from prunekit.options import describe
 from prunekit.plan import Plan, Run, Stage, uses_in
 from prunekit.report import EpochDone, Note, Report, RunDone, RunFailed, RunStarted, StageDone
@@ -73,7 +74,7 @@ class Engine:
             started = time.monotonic()
             try:
                 if run.label in broken:
-                    raise RunError(broken[run.label])
+                    raise broken[run.label]
                 self._run_one(run, folder)
             except (Interrupted, KeyboardInterrupt):
                 folder.close("interrupted")
@@ -82,6 +83,7 @@ class Engine:
                 message = explain(error, run)
                 folder.close("failed", message)
                 self.report(RunFailed(run.label, folder.path, message))
+                release(error)
                 folder.cause = error
             else:
                 folder.close("done")
@@ -90,19 +92,19 @@ class Engine:
             folders.append(folder)
         return folders
 
-    def _rehearse(self, plan: Plan) -> dict[str, str]:
+    def _rehearse(self, plan: Plan) -> dict[str, Exception]:
         """One batch through every missing stage, before hours are spent on the first of them.
 
-        Returns label -> what would fail. Runs that differ in numbers only are rehearsed once.
+        Returns label -> what would fail. Of runs that differ in numbers only, one that passes
+        speaks for the others.
         """
-        failures: dict[str, str] = {}
+        failures: dict[str, Exception] = {}
         told = False
         seen: set[frozenset[tuple[str, str]]] = set()
         for run in plan.runs:
             parts = frozenset((u.kind, u.component.name) for u in run.uses())
             if parts in seen:
                 continue
-            seen.add(parts)
             try:
                 keys = self.keys(run)
                 if all(map(self.store.is_done, keys)):
@@ -117,10 +119,12 @@ class Engine:
                         self._loaded,
                     )  # fmt: skip
                     quiet._run_one(small, None)
+                seen.add(parts)
             except (Interrupted, KeyboardInterrupt):
                 raise Interrupted from None
             except Exception as error:
-                failures[run.label] = explain(error, run)
+                release(error)
+                failures[run.label] = error
         return failures
 
     def _run_one(self, run: Run, folder: RunFolder | None) -> None:
@@ -131,7 +135,7 @@ class Engine:
         for stage, key in zip(run.stages, keys, strict=True):
             if key in self._failed:
                 raise RunError(self._failed[key])
-            with self.store.locked(key, partial(self._tell_waiting, stage)) as stored:
+            with self.store.locked(key, partial(self._tell_waiting, stage), self.stop) as stored:
                 if reused := stored.done:
                     result = stored.read()
                     for row in result.history:
@@ -170,7 +174,9 @@ class Engine:
             write_model(stored.model, state.model, state.masks, self._header(run, stage, loaded))
         counts = describe_counts(state)
         result = StageResult(
-            {**outcome.metrics, "counts": counts}, outcome.history, time.monotonic() - started
+            {**_finite(outcome.metrics), "counts": counts},
+            [_finite(row) for row in outcome.history],
+            time.monotonic() - started,
         )
         stored.finish(result, _describe_stage(stage))
         return result
@@ -191,9 +197,12 @@ class Engine:
 
     def load(self, run: Run) -> Loaded:
         """The run's data, loaded once for all runs that share it."""
-        name = str({**describe(run.dataset), **describe(run.data)})
+        chosen = run.data
+        name = str([describe(run.dataset), chosen.fraction, chosen.validation,
+                    chosen.validation_seed])  # fmt: skip
         if name not in self._loaded:
-            context = Context(seed=run.seed, folder=run.folder)
+            # Without the run's seed: runs of all seeds share the data.
+            context = Context(folder=run.folder)
             try:
                 data = run.dataset.build(context)
             except DataMissingError:
@@ -201,17 +210,17 @@ class Engine:
                 if not self.smoke or facts is None:
                     raise
                 self.report(Note(f"{run.dataset.name} is not here: random images instead", True))
-                data = random_data(facts(run.dataset.options), run.data)
+                data = random_data(facts(run.dataset.options), chosen)
+            content = fingerprint(data)
             train, validation = hold_out(
-                data.train, run.data.fraction, run.data.validation, run.data.validation_seed
+                data.train, chosen.fraction, chosen.validation, chosen.validation_seed
             )
-            test = to_device(data.test, self.device)
-            self._loaded[name] = Loaded(
-                dataclasses.replace(data, test=test),
-                to_device(train, self.device),
-                to_device(validation, self.device),
-                fingerprint(data),
+            train, validation, test = (
+                to_device(part, self.device) for part in (train, validation, data.test)
             )
+            # The whole training set is let go: a large one would fill memory twice.
+            data = dataclasses.replace(data, train=train, test=test)
+            self._loaded[name] = Loaded(data, train, validation, content)
         return self._loaded[name]
 
     def keys(self, run: Run) -> list[str]:
@@ -286,6 +295,11 @@ def _describe_stage(stage: Stage) -> dict[str, Any]:
         "threats": threats,
         "batches": stage.batches,
     }
+
+
+def _finite(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the numbers that JSON has no word for (a term of a loss may be NaN)."""
+    return {k: v for k, v in row.items() if not isinstance(v, float) or math.isfinite(v)}
 
 
 def _retell(stage: Stage, row: Mapping[str, Any]) -> EpochDone:

@@ -28,9 +28,18 @@ def explain(error: BaseException, run: Run) -> str:
     return f"{_find_owner(error, run)}{reason} (--debug shows where)"
 
 
+def release(error: BaseException) -> None:
+    """Let go of all tensors that an error's traceback holds; the lines it shows stay."""
+    link: BaseException | None = error
+    while link is not None:
+        traceback.clear_frames(link.__traceback__)
+        link = link.__cause__ or link.__context__
+
+
 def _find_owner(error: BaseException, run: Run) -> str:
     """The plugin whose code is the innermost of the traceback, of those this run uses."""
     owners = {use.component.package: use for use in run.uses()}
+    owners.pop("prunekit", None)
     for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))):
         package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
         if package in owners:

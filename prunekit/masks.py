@@ -24,17 +24,19 @@ Masks = dict[str, Tensor]
 def find_prunable(model: nn.Module, exclude: Sequence[str] = ()) -> dict[str, Tensor]:
     """Parameter name -> weight of every Conv2d and Linear, in the model's order.
 
-    A weight that several layers share is there once, under its first name. Weight-standardised
-    layers are left out (standardising revives zeros), and names that match a pattern of `exclude`.
+    A weight that several layers share is there once, under the model's name for it. Left out are
+    weight-standardised layers (standardising revives zeros), weights that are no parameter but
+    computed from others, and names that match a pattern of `exclude`.
 
     Raises `RunError` where nothing is left to prune, or a pattern matches nothing.
     """
+    names = {parameter: name for name, parameter in model.named_parameters()}
     found: dict[str, Tensor] = {}
-    for prefix, module in model.named_modules():
-        if not isinstance(module, nn.Conv2d | nn.Linear) or "Std" in type(module).__name__:
-            continue
-        if not any(module.weight is weight for weight in found.values()):
-            found[f"{prefix}.weight" if prefix else "weight"] = module.weight
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear) and "Std" not in type(module).__name__:
+            weight = module._parameters.get("weight")
+            if weight is not None:
+                found[names[weight]] = weight
     for pattern in exclude:
         if not any(fnmatchcase(name, pattern) for name in found):
             raise RunError(
@@ -69,24 +71,22 @@ def select(
 
     Raises `RunError` where a layer would keep nothing.
     """
+    alive = alive or {}
     values = {name: value.detach() for name, value in scores.values.items()}
-    if alive:
-        lowest = float("-inf")
-        values = {
-            n: v.masked_fill(~alive[n], lowest) if n in alive else v for n, v in values.items()
-        }
+    if budget == "global" and scores.layerwise:
+        values = {n: v / _root_mean_square(v, alive.get(n)) for n, v in values.items()}
+    lowest = float("-inf")
+    values = {n: v.masked_fill(~alive[n], lowest) if n in alive else v for n, v in values.items()}
     if budget == "layer":
         masks = {n: _keep_top(v, count_kept(v.numel(), sparsity)) for n, v in values.items()}
     elif budget == "global":
-        flat = torch.cat([_comparable(v, scores.layerwise).flatten() for v in values.values()])
+        flat = torch.cat([v.flatten() for v in values.values()])
         chosen = _keep_top(flat, count_kept(flat.numel(), sparsity))
         parts = chosen.split([v.numel() for v in values.values()])
         masks = {n: p.view_as(v) for (n, v), p in zip(values.items(), parts, strict=True)}
     else:
         raise ValueError(f"unknown budget {budget!r}")
-    if alive:
-        masks = {n: m & alive[n] if n in alive else m for n, m in masks.items()}
-    return masks
+    return {n: m & alive[n] if n in alive else m for n, m in masks.items()}
 
 
 def check_layers(masks: Masks, sparsity: float) -> None:
@@ -100,24 +100,44 @@ def check_layers(masks: Masks, sparsity: float) -> None:
 
 
 def _keep_top(values: Tensor, kept: int) -> Tensor:
-    """Bool mask of the `kept` largest values; the smaller side is looked for."""
+    """Bool mask of the `kept` largest values."""
     flat = values.flatten()
-    n = flat.numel()
-    if kept <= n - kept:
-        mask = torch.zeros(n, dtype=torch.bool, device=flat.device)
-        mask[torch.topk(flat, kept, sorted=False).indices] = True
+    if flat.device.type == "cpu" and flat.dtype == torch.float32:
+        mask, undecided, missing = _split_by_exponent(flat, kept)
+        chosen = torch.topk(flat[undecided], missing, sorted=False).indices
+        mask[undecided[chosen]] = True
     else:
-        mask = torch.ones(n, dtype=torch.bool, device=flat.device)
-        mask[torch.topk(flat, n - kept, largest=False, sorted=False).indices] = False
+        mask = torch.zeros_like(flat, dtype=torch.bool)
+        mask[torch.topk(flat, kept, sorted=False).indices] = True
     return mask.view_as(values)
 
 
-def _comparable(values: Tensor, layerwise: bool) -> Tensor:
-    """Divide by the layer's root mean square, where values compare within a layer only."""
-    if not layerwise:
-        return values
-    finite = values[values.isfinite()]
-    return values / finite.square().mean().sqrt().clamp_min(torch.finfo(values.dtype).tiny)
+def _split_by_exponent(flat: Tensor, kept: int) -> tuple[Tensor, Tensor, int]:
+    """Decide about nearly all values by their upper 16 bits: one step of a radix selection.
+
+    Returns the mask of those that are surely among the `kept` largest, the indices of the
+    undecided, and how many of them are still missing. On a CPU it makes `topk` 3 times faster.
+    """
+    bits = flat.view(torch.int32)
+    if (flat < 0).any():
+        # As integers, negative floats run backwards.
+        bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    high = bits >> 16
+    lowest = int(high.min())
+    # At i: how many values have one of the i + 1 highest patterns.
+    counts = torch.bincount(high - lowest).flip(0).cumsum(0)
+    edge = int(torch.searchsorted(counts, kept))
+    sure = int(counts[edge - 1]) if edge else 0
+    edge_bits = lowest + len(counts) - 1 - edge
+    return high > edge_bits, (high == edge_bits).nonzero().flatten(), kept - sure
+
+
+def _root_mean_square(values: Tensor, alive: Tensor | None) -> Tensor:
+    """Of the finite values of a layer that are alive; never zero."""
+    counted = values.isfinite() if alive is None else values.isfinite() & alive
+    squares = torch.where(counted, values, 0).square()
+    mean = squares.sum() / torch.count_nonzero(counted)
+    return mean.sqrt().clamp_min(torch.finfo(values.dtype).tiny)
 
 
 class StraightThrough(torch.autograd.Function):
@@ -130,7 +150,7 @@ class StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, score: Tensor, mask: Tensor) -> Tensor:
         ctx.save_for_backward(weight, score)
-        return weight.masked_fill(~mask, 0)
+        return weight * mask
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, None]:
@@ -156,18 +176,33 @@ def attach_scores(model: nn.Module, start: Mapping[str, Tensor]) -> dict[str, Sc
     """Parametrize the named weights by scores that start as given; changes the model."""
     weights = dict(model.named_parameters())
     scored = {name: ScoredWeight(value) for name, value in start.items()}
+    parts = {weights[name]: part for name, part in scored.items()}
     for module in list(model.modules()):
-        for name, part in scored.items():
-            if getattr(module, "weight", None) is weights[name]:
-                parametrize.register_parametrization(module, "weight", part, unsafe=True)
+        weight = module._parameters.get("weight")
+        if weight in parts:
+            parametrize.register_parametrization(module, "weight", parts[weight], unsafe=True)
     return scored
 
 
 def detach_scores(model: nn.Module) -> None:
     """Undo `attach_scores`: the plain weights are back, unmasked."""
     for module in list(model.modules()):
-        if parametrize.is_parametrized(module, "weight"):
+        if _is_scored(module):
             parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
+            # Comes back as the last parameter, but is the first in these layers: a resumed
+            # optimiser, whose network was built anew, tells parameters apart by their order.
+            parameters = module._parameters
+            for name in [n for n in parameters if n != "weight"]:
+                parameters[name] = parameters.pop(name)
+
+
+def _is_scored(module: nn.Module) -> bool:
+    lists = module._modules.get("parametrizations")
+    return (
+        isinstance(lists, nn.ModuleDict)
+        and "weight" in lists
+        and isinstance(next(lists["weight"].children(), None), ScoredWeight)
+    )
 
 
 @contextmanager
@@ -180,7 +215,7 @@ def effective_weights(model: nn.Module) -> Iterator[None]:
     with parametrize.cached():
         with torch.enable_grad():
             for module in model.modules():
-                if parametrize.is_parametrized(module, "weight"):
+                if _is_scored(module):
                     _ = module.weight
         yield
 

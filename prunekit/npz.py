@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -34,8 +34,16 @@ def read_npz(path: Path, *, classes: int | None = None, channels: Channels = "la
 
     Raises `UserError` with what is wrong with the file and what to write instead.
     """
+    return to_data(read_arrays(path, KEYS), relative(path), classes=classes, channels=channels)
+
+
+def read_arrays(path: Path, keys: Sequence[str]) -> dict[str, np.ndarray]:
+    """Those of the arrays that the file has; nothing else in it is looked at.
+
+    Raises `UserError` where the file or one of the arrays cannot be read.
+    """
     name = relative(path)
-    arrays = {}
+    arrays: dict[str, np.ndarray] = {}
     try:
         with path.open("rb") as file:
             # Else numpy takes the file for a pickle, and says how to open it all the same.
@@ -43,7 +51,7 @@ def read_npz(path: Path, *, classes: int | None = None, channels: Channels = "la
                 raise ValueError("it is no complete archive")
             file.seek(0)
             with np.load(file, allow_pickle=False) as archive:
-                for key in (key for key in KEYS if key in archive.files):
+                for key in (key for key in keys if key in archive.files):
                     arrays[key] = archive[key]
                     if not isinstance(arrays[key], np.ndarray):
                         raise ValueError(f"its {key} is no array")
@@ -55,9 +63,9 @@ def read_npz(path: Path, *, classes: int | None = None, channels: Channels = "la
             ) from error
         raise UserError(
             f"{name} cannot be read as an .npz file ({_first_line(error)}); write it with "
-            f"numpy.savez_compressed(file, {', '.join(f'{key}=...' for key in KEYS)})"
+            f"numpy.savez_compressed(file, {', '.join(f'{key}=...' for key in keys)})"
         ) from error
-    return to_data(arrays, name, classes=classes, channels=channels)
+    return arrays
 
 
 def to_data(
@@ -81,17 +89,9 @@ def to_data(
             f"{source} has no {' and no '.join(missing)}; the arrays have to be called "
             f"{', '.join(KEYS)}"
         )
-    parts = {}
-    for part in ("train", "test"):
-        images = _to_images(arrays[f"x_{part}"], f"{source}: x_{part}", channels)
-        labels = _to_labels(arrays[f"y_{part}"], f"{source}: y_{part}")
-        if len(images) != len(labels):
-            raise UserError(
-                f"{source}: x_{part} has {len(images)} images, y_{part} {len(labels)} labels; "
-                "save one label for each image"
-            )
-        parts[part] = Arrays(images, labels)
-    train, test = parts["train"], parts["test"]
+    train, test = (
+        to_split(arrays, (f"x_{part}", f"y_{part}"), source, channels) for part in ("train", "test")
+    )
     if train.images.shape[1:] != test.images.shape[1:]:
         raise UserError(
             f"{source}: training images are {_size(train.images)}, test images "
@@ -109,6 +109,21 @@ def to_data(
         raise UserError(f"{source}: all labels are 0; a classifier needs at least two classes")
     _, c, h, w = train.images.shape
     return Data(train, test, shape=(c, h, w), classes=classes)
+
+
+def to_split(
+    arrays: Mapping[str, np.ndarray], keys: tuple[str, str], source: str, channels: Channels
+) -> Arrays:
+    """The images and labels under these two keys; see `to_data` for what they may be."""
+    x, y = keys
+    images = _to_images(arrays[x], f"{source}: {x}", channels)
+    labels = _to_labels(arrays[y], f"{source}: {y}")
+    if len(images) != len(labels):
+        raise UserError(
+            f"{source}: {x} has {len(images)} images, {y} {len(labels)} labels; save one label "
+            "for each image"
+        )
+    return Arrays(images, labels)
 
 
 def _to_images(images: np.ndarray, name: str, channels: Channels) -> Tensor:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
@@ -16,8 +16,15 @@ from prunekit.component import Radius, Use, default_of
 from prunekit.contracts import Threat
 from prunekit.errors import OptionError, Place, Problem, UserError
 from prunekit.registry import Registry
-
-KeyPath = tuple[str | int, ...]
+from prunekit.values import (
+    Asked,
+    KeyPath,
+    Mistake,
+    example_of,
+    read_plain,
+    read_radius,
+    suggest,
+)
 
 KIND_OF: dict[Any, str] = {
     contracts.Objective: "objective",
@@ -41,17 +48,8 @@ def field_types(options: type) -> dict[str, Any]:
     return typing.get_type_hints(options)
 
 
-def suggest(word: str, words: typing.Iterable[str]) -> str:
-    """ "; did you mean 'x'?" or the list of what there is."""
-    words = sorted(words)
-    close = difflib.get_close_matches(word, words, n=1)
-    if close:
-        return f"did you mean {close[0]!r}?"
-    return f"there are: {', '.join(words)}" if words else "it takes none"
-
-
-class _Invalid(Exception):
-    """A value that cannot be; its problem is recorded already."""
+class Recorded(Exception):
+    """There is no value; its problems are recorded already."""
 
 
 @dataclass
@@ -67,217 +65,164 @@ class Resolver:
     def problem(self, path: KeyPath, message: str) -> None:
         self.problems.append(Problem(self.locate(path), message))
 
-    def options(self, cls: type, table: Mapping[str, Any], path: KeyPath, owner: str) -> Any | None:
-        """Build the options dataclass from a table; None where a problem was recorded."""
+    @contextmanager
+    def _collecting(self) -> Iterator[None]:
+        """Turns a mistake inside into a problem, and goes on."""
+        try:
+            yield
+        except Recorded:
+            pass
+        except Mistake as mistake:
+            self.problem(mistake.path, str(mistake))
+
+    def options(
+        self,
+        cls: type,
+        table: Mapping[str, Any],
+        path: KeyPath,
+        owner: str,
+        core: Collection[str] = (),
+    ) -> Any | None:
+        """Build the options dataclass from a table; None where a problem was recorded.
+
+        `core` are the keys beside them that the core takes, for suggestions.
+        """
         hints = field_types(cls)
         values: dict[str, Any] = {}
         fields = {key_of(f.name): f for f in dataclasses.fields(cls)}
         before = len(self.problems)
         for key in table:
             if key not in fields:
-                advice = suggest(key, fields)
+                advice = suggest(key, (*fields, *core))
                 self.problem((*path, key), f"unknown option {key!r} of {owner}; {advice}")
+        norm = table.get("norm") or (self.threat.norm if self.threat else "linf")
         for key, f in fields.items():
             default = default_of(f)
-            if key not in table:
-                if default is dataclasses.MISSING:
-                    self.problem(path, f"{owner} needs {key}: {f.metadata['help']}")
-                    continue
-                value = default
-            else:
-                value = table[key]
-                if isinstance(value, Mapping) and isinstance(default, Mapping):
-                    # A table without `use` changes single options of the default component.
-                    value = value if "use" in value else {**default, **value}
-            if value is None:
-                values[f.name] = None
+            if key not in table and default is dataclasses.MISSING:
+                way = f"{f.metadata.get('help', '')}; write {key} = {example_of(hints[f.name])}"
+                self.problem(path, f"{owner} needs {key}: {way}")
                 continue
-            try:
-                values[f.name] = self.value(hints[f.name], value, (*path, key), f, owner, table)
-            except _Invalid:
-                continue
+            value = _over_default(table[key], default) if key in table else default
+            asked = Asked((*path, key), f, owner, norm)
+            with self._collecting():
+                values[f.name] = None if value is None else self._value(hints[f.name], value, asked)
         if len(self.problems) > before:
             return None
         try:
             return cls(**values)
         except OptionError as error:
             self.problem((*path, key_of(error.field)), f"{owner}: {error}")
+        # What a plugin's own check raises instead.
+        except Exception as error:
+            self.problem(path, f"{owner} refuses its options: {type(error).__name__}: {error}")
         return None
 
-    def value(
-        self,
-        hint: Any,
-        value: Any,
-        path: KeyPath,
-        f: dataclasses.Field[Any],
-        owner: str,
-        table: Mapping[str, Any],
-    ) -> Any:
-        """One value, of the type `hint` and within the field's limits."""
-        origin, arguments = get_origin(hint), get_args(hint)
-        if origin in (Union, types.UnionType):
-            (hint,) = (a for a in arguments if a is not type(None))
-            return self.value(hint, value, path, f, owner, table)
-        if origin is Use:
-            use = self.use(KIND_OF[arguments[0]], value, path)
-            if use is None:
-                raise _Invalid
-            return use
-        if origin is tuple:
-            if not isinstance(value, list | tuple):
-                self._reject(path, owner, value, "a list")
-            single = arguments[-1] is Ellipsis
-            if not single and len(value) != len(arguments):
-                self._reject(path, owner, value, f"a list of {len(arguments)} values")
-            items, bad = [], False
-            for i, item in enumerate(value):
-                try:
-                    items.append(
-                        self.value(arguments[0 if single else i], item, (*path, i), f, owner, table)
-                    )
-                except _Invalid:
-                    bad = True
-            if bad:
-                raise _Invalid
-            return tuple(items)
-        if origin is Literal:
-            if value not in arguments or isinstance(value, bool) != isinstance(arguments[0], bool):
-                advice = suggest(str(value), map(str, arguments))
-                self._fail(path, f"{path[-1]} of {owner} cannot be {value!r}; {advice}")
-            return value
-        if hint is Path:
-            return self._path(value, path, f, owner)
-        if hint is Radius:
-            return self._radius(value, path, f, owner, table)
-        if origin is dict:
-            if not isinstance(value, Mapping):
-                self._reject(path, owner, value, "a table")
-            return dict(value)
-        return self._plain(hint, value, path, f, owner)
-
     def use(
-        self, kind: str, value: Any, path: KeyPath, core: Mapping[str, Any] | None = None
+        self, kind: str, value: Any, path: KeyPath, core: Collection[str] = ()
     ) -> Use[Any] | None:
         """A component named by a string, or by a table with `use` and options."""
+        with self._collecting():
+            return self._use(kind, value, path, core)
+        return None
+
+    def _use(self, kind: str, value: Any, path: KeyPath, core: Collection[str] = ()) -> Use[Any]:
         table = {"use": value} if isinstance(value, str) else value
         if not isinstance(table, Mapping) or not isinstance(table.get("use"), str):
-            example = self.registry.names(kind)[:1] or ["NAME"]
-            self.problem(
-                path, f'{path[-1]} needs a name; write use = "{example[0]}" (prunekit list {kind}s)'
-            )
-            return None
+            key = path[-1] if isinstance(path[-1], str) else f"{path[-2]}[{path[-1]}]"
+            example = next(iter(self.registry.names(kind)), "NAME")
+            way = f'write use = "{example}" (prunekit list {kind}s)'
+            raise Mistake(path, f"{key} needs a name; {way}")
         try:
             entry = self.registry.find(kind, table["use"])
         except UserError as error:
-            self.problem((*path, "use") if isinstance(value, Mapping) else path, str(error))
-            return None
+            raise Mistake((*path, "use"), str(error)) from None
         component, owner = entry.component, f"{kind} {entry.component.name!r}"
-        taken = {"use", "name"} if kind == "evaluator" else {"use"}
-        own = {k: v for k, v in table.items() if k not in taken}
-        options = self.options(component.options, own, path, owner)
+        core = ("name", *core) if kind == "evaluator" else core
+        own = {k: v for k, v in table.items() if k != "use" and k not in core}
+        options = self.options(component.options, own, path, owner, core)
         if options is None:
-            return None
-        name = table.get("name", component.name)
-        if not isinstance(name, str):
-            self.problem((*path, "name"), f"name of {owner} is a text, got {name!r}")
-            return None
+            raise Recorded
+        name = table.get("name", component.name) if kind == "evaluator" else component.name
+        if not isinstance(name, str) or not name:
+            raise Mistake((*path, "name"), f"name of {owner} is a text, got {name!r}")
         threat = self._threat(options, path, owner)
-        return Use(kind, component, options, entry.owner, name, threat)
+        return Use(kind, component, options, entry.owner, name, threat, entry.reference)
 
     def _threat(self, options: Any, path: KeyPath, owner: str) -> Threat | None:
-        eps, norm = getattr(options, "eps", None), getattr(options, "norm", None)
         if not (hasattr(options, "eps") and hasattr(options, "norm")):
             return self.threat
-        if self.threat is None and eps is None:
-            self.problem(
-                path,
-                f'{owner} needs a threat; write [threat] with norm = "linf" and eps = "8/255"',
-            )
-            return None
+        if self.threat is None and options.eps is None:
+            way = 'write [threat] with norm = "linf" and eps = "8/255"'
+            raise Mistake(path, f"{owner} needs a threat; {way}")
         base = self.threat or Threat("linf", 0.0)
-        return Threat(norm or base.norm, base.eps if eps is None else eps)
+        return Threat(options.norm or base.norm, base.eps if options.eps is None else options.eps)
 
-    def _fail(self, path: KeyPath, message: str) -> typing.NoReturn:
-        self.problem(path, message)
-        raise _Invalid
+    # Values
 
-    def _reject(self, path: KeyPath, owner: str, value: Any, wanted: str) -> typing.NoReturn:
-        name = path[-1] if isinstance(path[-1], str) else f"{path[-2]}[{path[-1]}]"
-        self._fail(path, f"{name} of {owner} is {wanted}, got {value!r}")
+    def _value(self, hint: Any, value: Any, asked: Asked) -> Any:
+        """One value, of the type `hint`. Raises `Mistake`; those of lists are recorded already."""
+        origin, arguments = get_origin(hint), get_args(hint)
+        if origin in (Union, types.UnionType):
+            (hint,) = (a for a in arguments if a is not type(None))
+            return self._value(hint, value, asked)
+        if origin is Use:
+            return self._use(KIND_OF[arguments[0]], value, asked.path)
+        if origin is tuple:
+            return self._list(arguments, value, asked)
+        if origin is Literal:
+            # 1 == True in Python, not in a recipe.
+            if not any(value == a and type(value) is type(a) for a in arguments):
+                advice = suggest(str(value), map(str, arguments))
+                raise Mistake(asked.path, f"{asked.name} cannot be {value!r}; {advice}")
+            return value
+        if origin is dict:
+            if not isinstance(value, Mapping):
+                raise asked.wants("a table", value)
+            return dict(value)
+        if hint is Any:
+            return value
+        if hint is Path:
+            return self._path(value, asked)
+        return read_radius(value, asked) if hint is Radius else read_plain(hint, value, asked)
 
-    def _path(self, value: Any, path: KeyPath, f: dataclasses.Field[Any], owner: str) -> Path:
+    def _list(self, arguments: tuple[Any, ...], value: Any, asked: Asked) -> tuple[Any, ...]:
+        single = arguments[-1] is Ellipsis
+        if not isinstance(value, list | tuple):
+            raise asked.wants(f"a list; write [{value!r}]" if single else "a list", value)
+        if not single and len(value) != len(arguments):
+            raise asked.wants(f"a list of {len(arguments)} values", value)
+        items = []
+        for i, item in enumerate(value):
+            with self._collecting():
+                items.append(self._value(arguments[0 if single else i], item, asked.item(i)))
+        if len(items) < len(value):
+            raise Recorded
+        return tuple(items)
+
+    def _path(self, value: Any, asked: Asked) -> Path:
         if isinstance(value, Path):
             return value
         if not isinstance(value, str):
-            self._reject(path, owner, value, "a path")
-        file = Path(value).expanduser()
-        file = file if file.is_absolute() else (self.folder / file).absolute()
-        if f.metadata.get("exists") and not file.exists():
-            self._fail(path, f"{path[-1]} of {owner}: there is no {file}; paths start at the "
-                       "recipe's folder")  # fmt: skip
+            raise asked.wants("a path", value)
+        place, folder, way = self.locate(asked.path), self.folder, "its recipe's folder"
+        if place.line:
+            # A recipe that is extended may be in another folder than the one that extends it.
+            folder = Path(place.file).parent
+        elif place.file.startswith("--set"):
+            folder, way = Path(), "the folder you are in"
+        file = folder.absolute() / Path(value).expanduser()
+        if asked.field.metadata.get("exists") and not file.exists():
+            message = f"{asked.name}: there is no {file}; a relative path starts at {way}"
+            raise Mistake(asked.path, message)
         return file
 
-    def _radius(
-        self,
-        value: Any,
-        path: KeyPath,
-        f: dataclasses.Field[Any],
-        owner: str,
-        table: Mapping[str, Any],
-    ) -> Radius:
-        number = value
-        if isinstance(value, str):
-            top, slash, bottom = value.partition("/")
-            try:
-                number = float(top) / float(bottom) if slash else float(top)
-            except (ValueError, ZeroDivisionError):
-                self._reject(path, owner, value, 'a radius such as 0.03 or "8/255"')
-        if isinstance(number, bool) or not isinstance(number, int | float):
-            self._reject(path, owner, value, 'a radius such as 0.03 or "8/255"')
-        norm = table.get("norm") or (self.threat.norm if self.threat else "linf")
-        if not 0 <= number < float("inf") or (number > 1 and norm == "linf"):
-            way = f'; write "{number:g}/255"' if 1 < number <= 255 else ""
-            self._fail(path, f"{path[-1]} is a radius in [0, 1] pixel units, got {value}{way}")
-        self._limit(number, path, f, owner)
-        return Radius(number)
 
-    def _plain(
-        self, hint: Any, value: Any, path: KeyPath, f: dataclasses.Field[Any], owner: str
-    ) -> Any:
-        wanted = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
-        if hint is Any:
-            return value
-        if hint is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
-        if hint is int and isinstance(value, float) and value.is_integer():
-            value = int(value)
-        if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-            self._reject(path, owner, value, wanted.get(hint, hint.__name__))
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            self._limit(value, path, f, owner)
+def _over_default(value: Any, default: Any) -> Any:
+    """A table without `use` changes single options of the component that is the default."""
+    if not isinstance(value, Mapping) or "use" in value:
         return value
-
-    def _limit(self, value: float, path: KeyPath, f: dataclasses.Field[Any], owner: str) -> None:
-        low, high, above, below = (f.metadata.get(k) for k in ("low", "high", "above", "below"))
-        if (
-            value == value  # not NaN
-            and (low is None or value >= low)
-            and (high is None or value <= high)
-            and (above is None or value > above)
-            and (below is None or value < below)
-        ):
-            return
-        top = high if high is not None else below
-        way = f"; write {value / 100:g}" if top == 1 and 1 < value < 100 else ""
-        self._fail(path, f"{path[-1]} of {owner} must be {limits(f)}, got {value}{way}")
-
-
-def limits(f: dataclasses.Field[Any]) -> str:
-    """The allowed values of a field in words; empty where there is no limit."""
-    words = (("low", "at least"), ("above", "above"), ("high", "at most"), ("below", "below"))
-    return " and ".join(
-        f"{word} {f.metadata[key]:g}" for key, word in words if f.metadata.get(key) is not None
-    )
+    base = {"use": default} if isinstance(default, str) else default
+    return {**base, **value} if isinstance(base, Mapping) else value
 
 
 def describe(value: Any, of_path: Callable[[Path], Any] = str) -> Any:
@@ -287,7 +232,8 @@ def describe(value: Any, of_path: Callable[[Path], Any] = str) -> Any:
     """
     if isinstance(value, Use):
         named = {"name": value.name} if value.name != value.component.name else {}
-        return {"use": value.component.name, **named, **describe(value.options, of_path)}
+        reference = value.reference or value.component.name
+        return {"use": reference, **named, **describe(value.options, of_path)}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         pairs = ((key_of(f.name), getattr(value, f.name)) for f in dataclasses.fields(value))
         return {k: describe(v, of_path) for k, v in pairs if v is not None}

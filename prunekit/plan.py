@@ -4,38 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from prunekit.component import Use
-from prunekit.contracts import Architecture, Data, Objective, Reporter, Threat
+from prunekit.contracts import Architecture, Data, Reporter, Threat
 from prunekit.errors import Problem, RecipeError
-from prunekit.options import KeyPath, Resolver, describe, suggest
+from prunekit.options import Resolver, describe, key_of
 from prunekit.recipe import FORMAT, Recipe
 from prunekit.registry import Registry
-from prunekit.settings import (
-    STAGES,
-    ArchitectureOptions,
-    DataOptions,
-    FitOptions,
-    ThreatOptions,
-)
+from prunekit.settings import ArchitectureOptions, DataOptions, ThreatOptions
+from prunekit.staging import Stage, resolve_stages, uses_in
 from prunekit.sweep import label, unroll
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One stage of a run, resolved. `batches` limits an epoch or an evaluation (smoke)."""
-
-    kind: str
-    name: str
-    position: int
-    options: Any
-    sparsity: float = 0.0
-    """Of the network after this stage."""
-    batches: int | None = None
+from prunekit.values import KeyPath, suggest
 
 
 @dataclass(frozen=True)
@@ -68,14 +51,17 @@ class Run:
                 **({"init": str(self.init)} if self.init else {}),
             },
             **({"threat": threat} if threat else {}),
-            "stage": [{"kind": s.kind, "name": s.name, **describe(s.options)} for s in self.stages],
+            "stage": [stage.describe() for stage in self.stages],
         }
         return {"seed": self.seed, **sections}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All that is to be done. `document` is the recipe with overrides and `extends` taken in."""
+    """All that is to be done.
+
+    `document` is the recipe with overrides and `extends` taken in, a sweep left as it is.
+    """
 
     name: str
     path: Path
@@ -88,6 +74,11 @@ class Plan:
     @property
     def swept(self) -> bool:
         return "sweep" in self.document
+
+    def describe(self, run: Run) -> dict[str, Any]:
+        """The complete recipe of one run: it resolves to just that run."""
+        report = [describe(use) for use in self.reporters]
+        return {"format": FORMAT, "name": self.name, **run.describe(), "report": report}
 
 
 def make_plan(recipe: Recipe, registry: Registry) -> Plan:
@@ -110,8 +101,40 @@ def make_plan(recipe: Recipe, registry: Registry) -> Plan:
     problems += resolver.problems
     if problems:
         raise RecipeError(problems)
-    name = recipe.data.get("name", recipe.path.stem)
-    return Plan(name, recipe.path, tuple(runs), reporters, recipe.data, tuple(dict.fromkeys(notes)))
+    name = recipe.data.get("name", recipe.path.stem.lstrip(". "))
+    document = _with_whole_paths({"format": FORMAT, "name": name, **recipe.data}, runs)
+    return Plan(name, recipe.path, tuple(runs), reporters, document, tuple(dict.fromkeys(notes)))
+
+
+def _with_whole_paths(document: dict[str, Any], runs: list[Run]) -> dict[str, Any]:
+    """Relative paths made absolute, so that the recipe may be written to another folder."""
+    known: dict[str, set[Path]] = {}
+
+    def collect(key: str, value: Any) -> None:
+        if isinstance(value, Use):
+            value = value.options
+        if isinstance(value, Path):
+            known.setdefault(key, set()).add(value)
+        elif dataclasses.is_dataclass(value):
+            for f in dataclasses.fields(value):
+                collect(key_of(f.name), getattr(value, f.name))
+        elif isinstance(value, tuple):
+            for item in value:
+                collect(key, item)
+
+    def replace(key: str, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: replace(k.rpartition(".")[2], v) for k, v in value.items()}
+        if isinstance(value, list):
+            return [replace(key, item) for item in value]
+        written = Path(value).parts if isinstance(value, str) and key in known else ()
+        whole = [p for p in known.get(key, ()) if written and p.parts[-len(written) :] == written]
+        return str(whole[0]) if len(whole) == 1 else value
+
+    for run in runs:
+        collect("", (run.dataset, run.architecture, *(stage.options for stage in run.stages)))
+        collect("init", run.init)
+    return {key: replace(key, value) for key, value in document.items()}
 
 
 # The recipe's tables
@@ -131,13 +154,14 @@ def _check_top(recipe: Recipe) -> list[Problem]:
 
     for key in recipe.data:
         if key not in TOP_KEYS:
-            problem((key,), f"unknown key {key!r}; {suggest(key, TOP_KEYS)}")
+            problem((key,), f"unknown key {key!r}; {suggest(key, (*TOP_KEYS, 'extends', 'set'))}")
     version = recipe.data.get("format", FORMAT)
     if version != FORMAT:
         problem(("format",), f"format {version!r} is not known to this prunekit; write {FORMAT}")
-    name = recipe.data.get("name", "")
-    if not isinstance(name, str) or not re.fullmatch(r"[\w .+-]*", name):
-        problem(("name",), f"name is letters, digits, '.', '-' and '_', got {name!r}")
+    name = recipe.data.get("name", "run")
+    # It is the name of a folder.
+    if not isinstance(name, str) or not re.fullmatch(r"[^./\\\s][^/\\\x00-\x1f]*", name):
+        problem(("name",), f"name is that of a folder: a word without '/', got {name!r}")
     return problems
 
 
@@ -160,35 +184,36 @@ def _resolve_run(
         resolver.problem(("seed",), f"seed is a whole number from 0 on, got {seed!r}")
         seed = 0
     if "threat" in data:
-        table = data["threat"]
-        if isinstance(table, dict):
-            found = resolver.options(ThreatOptions, table, ("threat",), "[threat]")
-            # A broken threat must not also be reported as a missing one.
-            resolver.threat = Threat(found.norm, found.eps) if found else Threat("linf", 0.0)
-        else:
-            resolver.problem(("threat",), 'write [threat] with norm = "linf" and eps = "8/255"')
+        resolver.threat = _resolve_threat(data["threat"], resolver)
     dataset, data_options = _section(data, resolver, "dataset", DataOptions)
     architecture, net_options = _section(data, resolver, "architecture", ArchitectureOptions)
-    objective = None
-    if "objective" in data:
-        objective = resolver.use("objective", data["objective"], ("objective",))
-    stages = _resolve_stages(recipe, resolver, objective, settings, notes)
+    stages = resolve_stages(data, resolver, bool(settings), notes)
     if len(resolver.problems) > before:
         return None
-    if data_options.validation == 0:
-        for stage in stages:
-            if isinstance(stage.options, FitOptions) and stage.options.select != "last":
-                resolver.problem(
-                    ("dataset", "validation"),
-                    f"validation = 0 leaves nothing to choose the best epoch of stage "
-                    f'{stage.name!r} with; write select = "last" in it',
-                )
-                return None
+    for stage in stages if data_options.validation == 0 else ():
+        if getattr(stage.options, "epochs", None) and stage.options.select != "last":
+            resolver.problem(
+                ("stage", stage.position),
+                f"stage {stage.name!r} has no images to choose its best epoch with, as validation "
+                'is 0; write select = "last" in it',
+            )
+    if len(resolver.problems) > before:
+        return None
     _note_threats(resolver.threat, stages, notes)
     return Run(
         label, settings, recipe.path.parent, seed, dataset, data_options, architecture,
         net_options.init, resolver.threat, stages,
     )  # fmt: skip
+
+
+def _resolve_threat(table: Any, resolver: Resolver) -> Threat:
+    found = None
+    if isinstance(table, dict):
+        found = resolver.options(ThreatOptions, table, ("threat",), "[threat]")
+    else:
+        resolver.problem(("threat",), 'write [threat] with norm = "linf" and eps = "8/255"')
+    # A broken threat must not also be reported as a missing one.
+    return Threat(found.norm, found.eps) if found else Threat("linf", 0.0)
 
 
 def _section(data: Mapping[str, Any], resolver: Resolver, key: str, core: type) -> tuple[Any, Any]:
@@ -207,111 +232,8 @@ def _section(data: Mapping[str, Any], resolver: Resolver, key: str, core: type) 
     options = resolver.options(
         core, {k: v for k, v in table.items() if k in own}, (key,), f"[{key}]"
     )
-    use = resolver.use(key, {k: v for k, v in table.items() if k not in own}, (key,))
+    use = resolver.use(key, table, (key,), own)
     return use, options
-
-
-def _resolve_stages(
-    recipe: Recipe,
-    resolver: Resolver,
-    objective: Use[Objective] | None,
-    settings: Mapping[str, Any],
-    notes: list[str],
-) -> tuple[Stage, ...]:
-    tables = recipe.data.get("stage", [])
-    if not isinstance(tables, list) or not tables:
-        resolver.problem(("stage",), 'a recipe needs stages; write [[stage]] and kind = "pretrain"')
-        return ()
-    stages: list[Stage] = []
-    names: set[str] = set()
-    sparsity = 0.0
-    for position, table in enumerate(tables):
-        path: KeyPath = ("stage", position)
-        kind = table.get("kind") if isinstance(table, dict) else None
-        if not isinstance(kind, str) or kind not in STAGES:
-            way = (
-                f'write kind = "{next(iter(STAGES))}"'
-                if kind is None
-                else suggest(str(kind), STAGES)
-            )
-            resolver.problem((*path, "kind"), f"a stage's kind cannot be {kind!r}; {way}")
-            continue
-        name = table.get("name", kind)
-        if not isinstance(name, str) or not re.fullmatch(r"[\w+-]+", name):
-            resolver.problem(
-                (*path, "name"), f"name of a stage is letters and digits, got {name!r}"
-            )
-            continue
-        if name in names:
-            resolver.problem(path, f'there are two stages {name!r}; give each a name = "..."')
-        names.add(name)
-        if kind == "finetune" and not any(t.get("kind") == "prune" for t in tables[:position]):
-            resolver.problem(path, "finetune before any prune; put a prune stage before it")
-        own = {k: v for k, v in table.items() if k not in ("kind", "name")}
-        if kind == "prune":
-            own = _drop_unneeded(own, table, resolver, path, name, settings, notes)
-        options = resolver.options(STAGES[kind], own, path, f"stage {name!r}")
-        if options is None:
-            continue
-        if kind == "prune":
-            if options.sparsity <= sparsity:
-                resolver.problem(
-                    (*path, "sparsity"),
-                    f"sparsity is of the dense network: {options.sparsity} after {sparsity} "
-                    "removes nothing; write more than that",
-                )
-            sparsity = max(sparsity, options.sparsity)
-            if options.pruner.component.learns and options.epochs is None:
-                resolver.problem(
-                    path, f"pruner {options.pruner.component.name!r} learns its scores, so stage "
-                    f"{name!r} needs epochs; write epochs = 20"
-                )  # fmt: skip
-        if kind != "evaluate" and options.objective is None:
-            if objective is None and (kind != "prune" or options.pruner.component.learns):
-                if "objective" not in recipe.data:
-                    resolver.problem(
-                        path, f"stage {name!r} has no objective; write [objective] and "
-                        'use = "trades" for all stages, or objective = "..." in this one'
-                    )  # fmt: skip
-                continue
-            options = dataclasses.replace(options, objective=objective)
-        stages.append(Stage(kind, name, position, options, sparsity))
-    return tuple(stages)
-
-
-TRAINING_KEYS = ("epochs", "optimizer", "select", "clip_norm", "bn")
-
-
-def _drop_unneeded(
-    own: dict[str, Any],
-    table: Mapping[str, Any],
-    resolver: Resolver,
-    path: KeyPath,
-    name: str,
-    settings: Mapping[str, Any],
-    notes: list[str],
-) -> dict[str, Any]:
-    """What a one-shot pruner has no use for: noted where a sweep puts it beside learned ones."""
-    pruner = table.get("pruner", "score")
-    used = pruner.get("use") if isinstance(pruner, dict) else pruner
-    found = [
-        e.component
-        for e in resolver.registry.entries
-        if e.kind == "pruner" and e.component.name == str(used).rpartition(":")[2]
-    ]
-    if not found or found[0].learns:
-        return own
-    idle = [key for key in TRAINING_KEYS if key in own]
-    written = resolver.locate((*path, "pruner"))
-    if idle and (settings or written.file.startswith("--set")):
-        notes.append(f"stage {name!r}: pruner {used!r} is one-shot and does not use "
-                     f"{', '.join(idle)}")  # fmt: skip
-    else:
-        for key in idle:
-            resolver.problem(
-                (*path, key), f"pruner {used!r} is one-shot: {key} does nothing; remove it"
-            )
-    return {k: v for k, v in own.items() if k not in idle}
 
 
 def _note_threats(threat: Threat | None, stages: tuple[Stage, ...], notes: list[str]) -> None:
@@ -325,16 +247,3 @@ def _note_threats(threat: Threat | None, stages: tuple[Stage, ...], notes: list[
                     f"stage {stage.name!r}: {use.name!r} has norm {use.threat.norm}, eps "
                     f"{use.threat.eps:.6g}; the recipe's threat is {threat.norm}, {threat.eps:.6g}"
                 )
-
-
-def uses_in(value: Any) -> Iterator[Use[Any]]:
-    """All components that options name, at any depth."""
-    if isinstance(value, Use):
-        yield value
-        yield from uses_in(value.options)
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        for f in dataclasses.fields(value):
-            yield from uses_in(getattr(value, f.name))
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from uses_in(item)

@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import copy
-import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-from prunekit.errors import Place, Problem, RecipeError, UserError, relative
-from prunekit.options import KeyPath, suggest
+from prunekit.errors import Place, Problem, RecipeError, relative
 from prunekit.settings import DATA_KEYS
+from prunekit.source import read_toml
+from prunekit.values import KeyPath, suggest
 
 FORMAT = 1
 """Version of the recipe format."""
 
 SECTIONS = ("dataset", "architecture", "threat", "objective")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A value for what an address names: of `--set`, of [set], or one of a sweep's."""
+
+    address: str
+    value: Any
+    place: Place
 
 
 @dataclass
@@ -27,44 +35,68 @@ class Recipe:
 
     path: Path
     data: dict[str, Any]
-    places: dict[KeyPath, Place | tuple[Path, KeyPath]] = field(default_factory=dict)
+    places: dict[KeyPath, Place] = field(default_factory=dict)
+    overrides: list[Setting] = field(default_factory=list)
+    """What `--set` said: it is in `data` already, and stays so whatever a sweep replaces."""
 
     def locate(self, path: KeyPath) -> Place:
         """Where the value, or what it is part of, was written."""
         while path and path not in self.places:
             path = path[:-1]
-        place = self.places.get(path, (self.path, path))
-        if isinstance(place, Place):
-            return place
-        file, inner = place
-        lines = find_lines(file)
-        while inner and inner not in lines:
-            inner = inner[:-1]
-        return Place(relative(file), lines.get(inner, 1))
+        return self.places[path] if path else Place(relative(self.path), 1)
 
-    def assign(self, address: str, value: Any, place: Place | tuple[Path, KeyPath]) -> str:
-        """Set what a sweep's address names; returns a message where there is no such thing.
+    def settings(self, table: Mapping[str, Any], path: KeyPath) -> Iterator[Setting]:
+        """The settings that the table at `path` lists."""
+        for inner, value in flatten(table, path):
+            yield Setting(".".join(map(str, inner[len(path) :])), value, self.locate(inner))
+
+    def assign(self, setting: Setting) -> list[Problem]:
+        """Set what the address names; tells where there is no such thing.
 
         Replacing a component drops the options of the old one.
         """
-        path = resolve_address(self.data, address)
+        path = resolve_address(self.data, setting.address)
         if isinstance(path, str):
-            return path
-        if path[-1] == "use":
-            path = path[:-1]
+            return [Problem(setting.place, path)]
         here: Any = self.data
-        for key in path[:-1]:
-            if isinstance(here, dict) and isinstance(here.get(key), str):
-                here[key] = {"use": here[key]}
-            here = here[key] if isinstance(key, int) else here.setdefault(key, {})
-            if not isinstance(here, dict | list):
-                return f"{address!r}: {key!r} is a value, not a table"
+        for depth, key in enumerate(path[:-1], start=1):
+            if isinstance(here, dict):
+                if key not in here:
+                    here[key] = {}
+                    self.places[path[:depth]] = setting.place
+                elif isinstance(here[key], str):
+                    here[key] = {"use": here[key]}
+            here = here[key]
+            # The only list that an address leads into is that of the stages.
+            if not isinstance(here, dict) and path[:depth] != ("stage",):
+                what = "a list; set all of it" if isinstance(here, list) else "no table"
+                return [Problem(setting.place, f"{setting.address!r}: {key!r} is {what}")]
         key = path[-1]
-        here[key] = _replace(here.get(key), copy.deepcopy(value), path)
-        for known in [p for p in self.places if p[: len(path)] == path]:
+        here[key] = _replace(here.get(key), copy.deepcopy(setting.value), path)
+        self._forget(path)
+        self.places[path] = setting.place
+        return []
+
+    def drop_from_sweep(self, address: str) -> None:
+        """Take an address out of the sweep: `--set` has decided it."""
+        sweep = self.data.get("sweep")
+        if not isinstance(sweep, dict):
+            return
+        target = resolve_address(self.data, address)
+        cases = sweep.get("case")
+        cases = [c for c in cases if isinstance(c, dict)] if isinstance(cases, list) else []
+        for table in (sweep, *cases):
+            for inner, _ in flatten(table):
+                if resolve_address(self.data, ".".join(map(str, inner))) == target:
+                    _delete(table, inner)
+        if cases and not any(map(flatten, cases)):
+            del sweep["case"]
+        if not flatten(sweep):
+            del self.data["sweep"]
+
+    def _forget(self, path: KeyPath) -> None:
+        for known in [p for p in self.places if p[: len(path)] == path and not _keeps(path, p)]:
             del self.places[known]
-        self.places[path] = place
-        return ""
 
 
 def load_recipe(path: Path, settings: Sequence[str] = ()) -> Recipe:
@@ -74,15 +106,18 @@ def load_recipe(path: Path, settings: Sequence[str] = ()) -> Recipe:
     """
     recipe = _read(path, ())
     problems = []
-    for setting in settings:
-        address, equals, text = setting.partition("=")
-        place = Place(f"--set {setting}")
+    for text in settings:
+        address, equals, value = text.partition("=")
+        setting = Setting(address.strip(), _parse_value(value), Place(f"--set {text}"))
         if not equals:
-            problems.append(Problem(place, "write ADDRESS=VALUE, such as prune.sparsity=0.95"))
+            message = "write ADDRESS=VALUE, such as prune.sparsity=0.95"
+            problems.append(Problem(setting.place, message))
             continue
-        message = recipe.assign(address.strip(), _parse_value(text), place)
-        if message:
-            problems.append(Problem(place, message))
+        wrong = recipe.assign(setting)
+        problems += wrong
+        if not wrong:
+            recipe.overrides.append(setting)
+            recipe.drop_from_sweep(setting.address)
     if problems:
         raise RecipeError(problems)
     return recipe
@@ -97,51 +132,30 @@ def _parse_value(text: str) -> Any:
 
 
 def _read(path: Path, above: tuple[Path, ...]) -> Recipe:
-    place = Place(relative(path))
+    file = relative(path)
     path = path.resolve()
     if path in above:
         chain = " -> ".join(relative(p) for p in (*above, path))
-        raise RecipeError([Problem(place, f"extends itself: {chain}")])
-    try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"there is no recipe {place}") from None
-    except IsADirectoryError:
-        raise UserError(f"{place} is a folder, not a recipe") from None
-    except UnicodeDecodeError:
-        raise RecipeError([Problem(place, "is not a text file in UTF-8")]) from None
-    except OSError as error:
-        raise UserError(f"cannot read {place}: {error.strerror}") from None
-    except tomllib.TOMLDecodeError as error:
-        message, line = _explain(error, path)
-        raise RecipeError([Problem(Place(place.file, line), message)]) from None
-    recipe = Recipe(path, data, {p: (path, p) for p in _paths(data)})
+        raise RecipeError([Problem(Place(file), f"extends itself: {chain}")])
+    data, places = read_toml(path)
+    recipe = Recipe(path, data, places)
     base = data.pop("extends", None)
     if base is not None:
+        place = recipe.locate(("extends",))
         if not isinstance(base, str):
-            raise RecipeError([Problem(recipe.locate(("extends",)), 'write extends = "FILE.toml"')])
+            raise RecipeError([Problem(place, 'write extends = "FILE.toml"')])
         below = path.parent / base
         if not below.is_file():
-            raise RecipeError(
-                [Problem(recipe.locate(("extends",)), f"there is no recipe {relative(below)}")]
-            )
+            raise RecipeError([Problem(place, f"there is no recipe {relative(below)}")])
         recipe = _merge(_read(below, (*above, path)), recipe)
     settings = recipe.data.pop("set", {})
-    problems = []
-    for address, value in flatten(settings):
-        message = recipe.assign(address, value, (path, _written(path, "set", address)))
-        if message:
-            problems.append(Problem(recipe.locate(("set", address)), message))
+    if not isinstance(settings, dict):
+        message = 'write [set] with addresses, such as "prune.sparsity" = 0.95'
+        raise RecipeError([Problem(recipe.locate(("set",)), message)])
+    problems = [p for s in recipe.settings(settings, ("set",)) for p in recipe.assign(s)]
     if problems:
         raise RecipeError(problems)
     return recipe
-
-
-def _explain(error: tomllib.TOMLDecodeError, path: Path) -> tuple[str, int]:
-    text = str(error)
-    found = re.search(r"\(at line (\d+), column \d+\)", text)
-    line = int(found[1]) if found else len(path.read_text().splitlines())
-    return "is not TOML: " + re.sub(r" \(at .*\)$", "", text), line
 
 
 def _merge(base: Recipe, top: Recipe) -> Recipe:
@@ -151,6 +165,8 @@ def _merge(base: Recipe, top: Recipe) -> Recipe:
     def put(into: dict[str, Any], table: Mapping[str, Any], path: KeyPath) -> None:
         for key, value in table.items():
             here = (*path, key)
+            if isinstance(value, dict) and isinstance(into.get(key), str):
+                into[key] = {"use": into[key]}
             old = into.get(key)
             if (
                 isinstance(value, dict)
@@ -161,12 +177,8 @@ def _merge(base: Recipe, top: Recipe) -> Recipe:
                 merged.places[here] = top.places[here]
                 continue
             into[key] = _replace(old, value, here)
-            for stale in [p for p in merged.places if p[: len(here)] == here]:
-                if not _keeps(here, stale):
-                    del merged.places[stale]
-            merged.places.update(
-                {p: place for p, place in top.places.items() if p[: len(here)] == here}
-            )
+            merged._forget(here)
+            merged.places |= {p: at for p, at in top.places.items() if p[: len(here)] == here}
 
     put(merged.data, top.data, ())
     return merged
@@ -178,25 +190,30 @@ def _keeps(section: KeyPath, path: KeyPath) -> bool:
 
 def _replace(old: Any, new: Any, path: KeyPath) -> Any:
     """The new value; a new data set keeps the old one's batch size and the like."""
-    if path == ("dataset",) and isinstance(old, dict):
-        table = {"use": new} if isinstance(new, str) else new
-        return {**{k: v for k, v in old.items() if k in DATA_KEYS}, **table}
-    return new
+    if path != ("dataset",) or not isinstance(old, dict) or not isinstance(new, dict | str):
+        return new
+    table = {"use": new} if isinstance(new, str) else new
+    return {**{k: v for k, v in old.items() if k in DATA_KEYS}, **table}
 
 
-def flatten(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(address, value) pairs of a table of settings, dotted keys joined again."""
+def _delete(table: dict[str, Any], path: KeyPath) -> None:
+    for key in path[:-1]:
+        table = table[key]  # type: ignore[index]
+    del table[path[-1]]  # type: ignore[arg-type]
+
+
+# Key paths
+
+
+def flatten(table: Mapping[str, Any], path: KeyPath = ()) -> list[tuple[KeyPath, Any]]:
+    """(key path, value) of each setting in a table; a component's table is one value."""
+    found: list[tuple[KeyPath, Any]] = []
     for key, value in table.items():
         if isinstance(value, Mapping) and "use" not in value:
-            yield from flatten(value, f"{prefix}{key}.")
+            found += flatten(value, (*path, key))
         else:
-            yield prefix + key, value
-
-
-def _written(path: Path, table: str, address: str) -> KeyPath:
-    """The key path under which an address stands in a file: as one quoted key, or dotted."""
-    quoted: KeyPath = (table, address)
-    return quoted if quoted in find_lines(path) else (table, *address.split("."))
+            found.append(((*path, key), value))
+    return found
 
 
 def resolve_address(data: Mapping[str, Any], address: str) -> KeyPath | str:
@@ -204,8 +221,11 @@ def resolve_address(data: Mapping[str, Any], address: str) -> KeyPath | str:
 
     The first word is a stage's name, its kind where only one stage has it, or a section.
     """
-    first, *rest = address.split(".")
-    stages = [s for s in data.get("stage", []) if isinstance(s, dict)]
+    first, *rest = address.removesuffix(".use").split(".")
+    listed = data.get("stage")
+    stages = [
+        s if isinstance(s, dict) else {} for s in (listed if isinstance(listed, list) else [])
+    ]
     names = [s.get("name", s.get("kind")) for s in stages]
     if first in names and rest:
         if names.count(first) > 1:
@@ -214,45 +234,9 @@ def resolve_address(data: Mapping[str, Any], address: str) -> KeyPath | str:
     kinds = [s.get("kind") for s in stages]
     if rest and kinds.count(first) == 1:
         return ("stage", kinds.index(first), *rest)
-    if first in (*SECTIONS, "seed", "name"):
+    if first in (*SECTIONS, "seed", "name", "report"):
         return (first, *rest)
     if first in names:
         return f"{address!r} names a stage; say which option, such as {first}.epochs"
-    words = {*SECTIONS, "seed", *map(str, names)}
+    words = {*SECTIONS, "seed", *(str(name) for name in names if name)}
     return f"{address!r} names no stage and no section; {suggest(first, words)}"
-
-
-def _paths(value: Any, path: KeyPath = ()) -> Iterator[KeyPath]:
-    yield path
-    items: Any = ()
-    if isinstance(value, dict):
-        items = value.items()
-    elif isinstance(value, list):
-        items = enumerate(value)
-    for key, inner in items:
-        yield from _paths(inner, (*path, key))
-
-
-@cache
-def find_lines(file: Path) -> dict[KeyPath, int]:
-    """Key path -> line (from 1) of the statement that first mentions it.
-
-    tomllib tells no positions, so growing prefixes of the file are parsed: a path that is new in a
-    prefix belongs to the statement that starts after the last prefix that could be parsed.
-    """
-    lines = file.read_text(encoding="utf-8").splitlines()
-    found: dict[KeyPath, int] = {}
-    start = None
-    for number, line in enumerate(lines, start=1):
-        if start is None and line.strip() and not line.lstrip().startswith("#"):
-            start = number
-        if start is None:
-            continue
-        try:
-            data = tomllib.loads("\n".join(lines[:number]))
-        except tomllib.TOMLDecodeError:
-            continue
-        for path in _paths(data):
-            found.setdefault(path, start)
-        start = None
-    return found

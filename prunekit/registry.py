@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import difflib
 import importlib.util
-from collections import Counter
+import sys
+import typing
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
@@ -32,6 +35,12 @@ class Entry:
     @property
     def owner(self) -> str:
         return f"{self.plugin} ({self.distribution})"
+
+    @property
+    def reference(self) -> str:
+        """What a recipe writes after `use =`: the name, with the plugin where two claim it."""
+        name = self.component.name
+        return f"{self.plugin}:{name}" if self.problem else name
 
     @property
     def missing(self) -> tuple[str, ...]:
@@ -81,10 +90,10 @@ class Registry:
             if (entry.kind, entry.component.name) == (kind, bare) and plugin in ("", entry.plugin)
         ]
         if not found:
-            raise UserError(f"unknown {kind} {name!r}; {self._suggest(kind, name)}")
+            raise UserError(f"unknown {kind} {name!r}; {self._suggest(kind, bare)}")
         if len(found) > 1:
             owners = " and ".join(entry.owner for entry in found)
-            ways = " or ".join(f'"{entry.plugin}:{bare}"' for entry in found)
+            ways = " or ".join(f'"{entry.reference}"' for entry in found)
             raise UserError(f"{kind} {name!r} is claimed by the plugins {owners}; write {ways}")
         if found[0].missing:
             names = " ".join(found[0].missing)
@@ -117,14 +126,15 @@ def load_registry(points: Iterable[EntryPoint] | None = None) -> Registry:
     for point in sorted(points, key=lambda p: (not _is_builtin(p), p.name)):
         distribution = f"{point.dist.name} {point.dist.version}" if point.dist else "unknown"
         try:
-            entries += [
-                Entry(kind, component, point.name, distribution)
-                for kind, component in _load_plugin(point)
-            ]
+            # What a plugin prints at import must not end up in a result.
+            with contextlib.redirect_stdout(sys.stderr):
+                found = _load_plugin(point)
         # A plugin may raise anything at import, SystemExit included.
         except (Exception, SystemExit) as error:
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
             broken.append(BrokenPlugin(point.name, distribution, reason))
+            continue
+        entries += [Entry(kind, c, point.name, distribution) for kind, c in found]
     entries += [
         Entry(kind, component, "core", "prunekit") for kind, component in builtin.COMPONENTS
     ]
@@ -135,38 +145,50 @@ def _load_plugin(point: EntryPoint) -> list[tuple[str, Component]]:
     manager = pluggy.PluginManager(GROUP)
     manager.add_hookspecs(hookspecs)
     manager.register(point.load(), name=point.name)
-    # Without this a misspelt hook would be ignored in silence.
-    manager.check_pending()
+    _check_hooks(manager)
     found = []
     for kind in KINDS:
         for components in getattr(manager.hook, f"prunekit_{kind}s")():
             for component in components:
-                if not isinstance(component, Component):
-                    raise TypeError(
-                        f"prunekit_{kind}s gave a {type(component).__name__}, not a Component"
-                    )
+                _check_declaration(f"prunekit_{kind}s", component)
                 found.append((kind, component))
     if not found:
-        raise LookupError("declares no component; is @hookimpl missing?")
+        raise LookupError("declares no component; is @hookimpl missing, or a return?")
     return found
 
 
+def _check_hooks(manager: pluggy.PluginManager) -> None:
+    """Without this a misspelt hook would be ignored in silence."""
+    hooks = [f"prunekit_{kind}s" for kind in KINDS]
+    for name in vars(manager.hook):
+        if not name.startswith("_") and name not in hooks:
+            close = difflib.get_close_matches(name, hooks, n=1) or hooks
+            raise NameError(f"there is no hook {name!r}; did you mean {close[0]!r}?")
+    manager.check_pending()
+
+
+def _check_declaration(hook: str, component: object) -> None:
+    """What reading commands rely on; `testing.check_component` holds it against more."""
+    if not isinstance(component, Component):
+        raise TypeError(f"{hook} gave a {type(component).__name__}, not a Component")
+    if not dataclasses.is_dataclass(component.options):
+        raise TypeError(f"options of {component.name!r} is no dataclass: {component.options!r}")
+    typing.get_type_hints(component.options)
+
+
 def _mark_conflicts(entries: list[Entry]) -> tuple[Entry, ...]:
-    claims = Counter((e.kind, e.component.name) for e in entries)
     marked = []
     for entry in entries:
-        if claims[entry.kind, entry.component.name] > 1:
-            rivals = [
-                other.owner
-                for other in entries
-                if (other.kind, other.component.name) == (entry.kind, entry.component.name)
-                and other is not entry
-            ]
-            text = f"name also claimed by {', '.join(rivals)}; write"
-            name = f"{entry.plugin}:{entry.component.name}"
-            entry = Entry(
-                entry.kind, entry.component, entry.plugin, entry.distribution, f'{text} "{name}"'
-            )
+        rivals = [
+            other.owner
+            for other in entries
+            if (other.kind, other.component.name) == (entry.kind, entry.component.name)
+            and other is not entry
+        ]
+        if rivals:
+            reference = f"{entry.plugin}:{entry.component.name}"
+            problem = f'name also claimed by {", ".join(rivals)}; write "{reference}"'
+            entry = dataclasses.replace(entry, problem=problem)
         marked.append(entry)
     return tuple(marked)
 

@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 import os
-import re
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prunekit.errors import UserError, relative
+from prunekit.metric_names import is_part, split_metric
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    pass
 
 FILE = "run.json"
 FORMAT = 1
 """The version of `run.json` that is read."""
-SCHEMA_VERSION = 1
-"""The version of what `to_json` returns."""
-FRACTIONS = {"abstained", "accuracy", "certified", "fraction", "rate", "sparsity", "verified"}
-"""A metric with one of these words in its name, the evaluator's apart, is shown in percent."""
-DIAGNOSTICS = {"zero_gradient"}
-"""Numbers that say how far to trust a metric; not columns of the table."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +44,8 @@ class Run:
     settings: Mapping[str, Any]
     stages: tuple[Stage, ...]
     error: str = ""
+    number: int = 0
+    """Its place in the recipe's sweep."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +81,7 @@ class Row:
 
 
 def find_runs(folder: Path) -> list[Run]:
-    """Read all runs in the folder and below, hidden folders apart; numbers in names sort as such.
+    """Read all runs in the folder and below, hidden folders apart; those of a sweep in its order.
 
     Raises `UserError` for a folder that is not there and for a `run.json` that cannot be read.
     """
@@ -98,15 +92,8 @@ def find_runs(folder: Path) -> list[Run]:
         folders[:] = [name for name in folders if not name.startswith(".")]
         if FILE in files:
             found.append(Path(parent))
-    return [read_run(path) for path in sorted(found, key=_sort_naturally)]
-
-
-def _sort_naturally(path: Path) -> list[list[str | float]]:
-    def split(part: str) -> list[str | float]:
-        pieces = re.split(r"(\d+(?:\.\d+)?)", part)
-        return [float(p) if i % 2 else p for i, p in enumerate(pieces)]
-
-    return [split(part) for part in path.parts]
+    runs = [read_run(path) for path in found]
+    return sorted(runs, key=lambda run: (run.folder.parent, run.number, run.folder))
 
 
 def read_run(folder: Path) -> Run:
@@ -137,6 +124,7 @@ def read_run(folder: Path) -> Run:
                 for s in told["stages"]
             ),
             error=told.get("error") or "",
+            number=int(told.get("number", 0)),
         )
     except KeyError as error:
         raise UserError(f"{where}: lacks {error}; run the recipe again") from error
@@ -233,7 +221,7 @@ def _read_metrics(metrics: Mapping[str, Any]) -> dict[str, Value]:
     }
     values = {}
     for name, number in numbers.items():
-        if not _is_part(name):
+        if not is_part(name):
             owner, _ = split_metric(name)
             images = numbers.get(f"{owner}.n" if owner else "n")
             low, high = numbers.get(f"{name}_low"), numbers.get(f"{name}_high")
@@ -272,184 +260,3 @@ def _average(metric: str, rows: Sequence[Row]) -> Value:
         return values[0]
     means = [value.mean for value in values]
     return Value(statistics.fmean(means), statistics.stdev(means), len(means))
-
-
-def split_metric(metric: str) -> tuple[str, str]:
-    """(evaluator, what it measured); the evaluator is empty for what is of the network itself.
-
-    >>> split_metric("certify.certified@0.25")
-    ('certify', 'certified@0.25')
-    """
-    # A dot before a digit is a decimal point.
-    *owner, measure = re.split(r"\.(?!\d)", metric)
-    return ".".join(owner), measure
-
-
-def _is_part(metric: str) -> bool:
-    return metric.endswith(("_low", "_high")) or split_metric(metric)[1] == "n"
-
-
-def _is_diagnosis(metric: str) -> bool:
-    return split_metric(metric)[1] in DIAGNOSTICS
-
-
-def is_main(metric: str) -> bool:
-    """Whether a metric is a result by itself, not the interval, n or diagnosis of another.
-
-    >>> [is_main(name) for name in ("pgd.accuracy", "pgd.accuracy_low", "pgd.n")]
-    [True, False, False]
-    """
-    return not _is_part(metric) and not _is_diagnosis(metric)
-
-
-def is_fraction(metric: str) -> bool:
-    """Whether the name says that the metric is a fraction, to be shown in percent.
-
-    >>> [is_fraction(name) for name in ("certify.certified@0.25", "certify.acr")]
-    [True, False]
-    """
-    return not FRACTIONS.isdisjoint(re.split(r"[^a-z]+", split_metric(metric)[1]))
-
-
-def format_metric(metric: str, value: float, unit: str = "%") -> str:
-    """The value as people read it: percent for fractions, four digits for others.
-
-    >>> format_metric("pgd.accuracy", 0.714), format_metric("loss", 0.123456)
-    ('71.4%', '0.1235')
-    """
-    if is_fraction(metric):
-        # Sparsities are close to 1, where a tenth of a percent is much.
-        return f"{100 * value:.{2 if metric.endswith('sparsity') else 1}f}{unit}"
-    return f"{value:.4g}" if abs(value) < 1e4 else f"{value:.0f}"
-
-
-def format_setting(value: Any) -> str:
-    """A recipe's value in short; a component with its options in brackets.
-
-    >>> format_setting(0.9), format_setting({"use": "snip", "batches": 2})
-    ('0.9', 'snip(batches=2)')
-    """
-    if isinstance(value, Mapping):
-        options = [f"{k}={format_setting(v)}" for k, v in value.items() if k != "use"]
-        return str(value.get("use", "")) + (f"({', '.join(options)})" if options else "")
-    if isinstance(value, list):
-        return ", ".join(map(format_setting, value))
-    if value is None:
-        return "-"
-    return value if isinstance(value, str) else json.dumps(value)
-
-
-def tabulate(rows: Sequence[Row], plus_minus: str = "±") -> list[list[str]]:
-    """The cells of the table as text, titles first; "-" where there is nothing to say."""
-    addresses = dict.fromkeys(address for row in rows for address in row.settings)
-    metrics = _list_metrics(rows, is_main)
-    seeds = len({row.seeds for row in rows if row.seeds}) > 1 or any(len(r.seeds) > 1 for r in rows)
-    marks = any(row.smoke or row.status != "done" for row in rows)
-    taken = [a.rpartition(".")[2] for a in addresses] + [*metrics, "stage", "seed", "status"]
-
-    def shorten(address: str) -> str:
-        last = address.rpartition(".")[2]
-        return last if taken.count(last) == 1 else address.replace(".", "\n")
-
-    def entitle(metric: str) -> str:
-        return "\n".join(split_metric(metric)).lstrip() + (" %" if is_fraction(metric) else "")
-
-    def fill(metric: str, row: Row) -> str:
-        value = row.metrics.get(metric)
-        if value is None:
-            return "-"
-        text = format_metric(metric, value.mean, unit="")
-        # The same sparsity in every seed is how it should be, and needs no room.
-        if value.sd is not None and (value.sd or metric != "sparsity"):
-            fraction = is_fraction(metric)
-            sd = format_metric(metric, value.sd, unit="") if fraction else f"{value.sd:.2g}"
-            text += f" {plus_minus} {sd}"
-        return text + (f" ({value.seeds})" if value.seeds < len(row.seeds) else "")
-
-    titles = ["stage", *map(shorten, addresses), *["seed"] * seeds, *map(entitle, metrics)]
-    cells = [
-        [
-            row.stage or "-",
-            *(format_setting(row.settings[address]) for address in addresses),
-            *[",".join(map(str, row.seeds)) or "-"] * seeds,
-            *(fill(metric, row) for metric in metrics),
-            *[f"{row.status}, SMOKE" if row.smoke else row.status] * marks,
-        ]
-        for row in rows
-    ]
-    return [titles + ["status"] * marks, *cells]
-
-
-def _list_metrics(rows: Sequence[Row], wanted: Callable[[str], bool]) -> list[str]:
-    """Names of metrics in order of first appearance, the network's sparsity first."""
-    names = dict.fromkeys(name for row in rows for name in row.metrics if wanted(name))
-    return sorted(names, key=lambda name: name != "sparsity")
-
-
-def write_notes(rows: Sequence[Row]) -> list[str]:
-    """What a reader of the table has to know besides its numbers."""
-    notes = [
-        f"{relative(row.runs[0])}: {row.status}" + (f": {row.error}" if row.error else "")
-        for row in rows
-        if not row.stage
-    ]
-    for name in _list_metrics(rows, _is_diagnosis):
-        most = max(row.metrics[name].mean for row in rows if name in row.metrics)
-        if most > 0:
-            notes.append(f"{name} is up to {most:.4g}: without gradients attacks find too little")
-    if any(row.smoke for row in rows):
-        notes.append("SMOKE: runs cut short to try them out; their numbers mean nothing")
-    return notes
-
-
-def render(rows: Sequence[Row], console: Console) -> None:
-    """Print the table and its notes; off a terminal the console becomes as wide as the table."""
-    from rich import box
-    from rich.measure import Measurement
-    from rich.table import Table
-    from rich.text import Text
-
-    titles, *lines = tabulate(rows, "+-" if console.options.ascii_only else "±")
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for place, title in enumerate(titles):
-        number = any(line[place][0].isdigit() for line in lines)
-        table.add_column(Text(title), justify="right" if number else "left", overflow="fold")
-    for line in lines:
-        table.add_row(*map(Text, line))
-    if not console.is_terminal:
-        endless = console.options.update(max_width=100_000)
-        console.width = max(console.width, Measurement.get(console, endless, table).maximum)
-    console.print(table)
-    for note in write_notes(rows):
-        console.print(Text(note), soft_wrap=True)
-
-
-def to_json(rows: Sequence[Row]) -> dict[str, Any]:
-    """The rows as plain values for `json.dumps`; `schema_version` changes when their shape does."""
-    plain = [{**asdict(row), "runs": [str(folder) for folder in row.runs]} for row in rows]
-    return {"schema_version": SCHEMA_VERSION, "rows": plain}
-
-
-def to_csv(rows: Sequence[Row]) -> str:
-    """The rows with full precision: of each metric the mean, `_sd` and `_seeds`, their number."""
-    records = []
-    for row in rows:
-        record: dict[str, Any] = {
-            "stage": row.stage,
-            "status": row.status,
-            "smoke": json.dumps(row.smoke),
-            "seeds": " ".join(map(str, row.seeds)),
-            "runs": ";".join(map(str, row.runs)),
-            "error": row.error,
-        }
-        for address, setting in row.settings.items():
-            record[address] = None if setting is None else format_setting(setting)
-        for name, value in row.metrics.items():
-            record |= {name: value.mean, f"{name}_sd": value.sd, f"{name}_seeds": value.seeds}
-        records.append(record)
-    text = io.StringIO()
-    names = dict.fromkeys(name for record in records for name in record)
-    writer = csv.DictWriter(text, list(names), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(records)
-    return text.getvalue()

@@ -7,10 +7,13 @@ import hashlib
 import json
 import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import filelock
 import tomli_w
 
 from prunekit.errors import UserError, relative
@@ -20,6 +23,8 @@ from prunekit.store import StageFolder, StageResult, find_versions
 
 FORMAT = 1
 """Version of run.json and plan.json."""
+
+LOCK = ".lock"
 
 
 @dataclass
@@ -39,8 +44,7 @@ class RunFolder:
 
     def start(self, device: Any) -> None:
         make_folder(self.path)
-        document = {"format": 1, "name": self.plan.name, **self.run.describe()}
-        write_text(self.path / "recipe.toml", tomli_w.dumps(document))
+        write_text(self.path / "recipe.toml", tomli_w.dumps(self.plan.describe(self.run)))
         self._record = {
             "format": FORMAT,
             "name": self.plan.name,
@@ -101,7 +105,7 @@ class RunFolder:
 
         import numpy as np
 
-        arrays: dict[str, np.ndarray] = {}
+        arrays: dict[str, Any] = {}
         for name, path in self._records.items():
             with np.load(path, allow_pickle=False) as stored:
                 arrays |= {f"{name}/{key}": stored[key] for key in stored.files}
@@ -131,9 +135,14 @@ class OutFolder:
         files of somebody else, are in the way.
         """
         if force and self.path.exists():
+            if (self.path / LOCK).exists():
+                with self.alone():
+                    pass
             self._move_aside()
         if self._marker.is_file():
             content = read_json(self._marker)
+            if not isinstance(content, dict) or content.get("format") != FORMAT:
+                raise UserError(f"{relative(self._marker)} is none of ours; choose another --out")
             if content.get("plan") != digest(self.plan):
                 raise UserError(
                     f"{relative(self.path)} holds the runs of another recipe "
@@ -141,7 +150,7 @@ class OutFolder:
                     "aside with --force"
                 )
             return bool(content.get("done"))
-        if self.path.is_dir() and any(p for p in self.path.iterdir() if p.name != ".lock"):
+        if self.path.is_dir() and any(p for p in self.path.iterdir() if p.name != LOCK):
             raise UserError(
                 f"{relative(self.path)} holds files that are no run of prunekit; choose another "
                 "folder with --out, or move it aside with --force"
@@ -149,9 +158,24 @@ class OutFolder:
         make_folder(self.path)
         self.mark(done=False)
         if self.plan.swept:
-            document = {"format": 1, "name": self.plan.name, **self.plan.document}
-            write_text(self.path / "recipe.toml", tomli_w.dumps(document))
+            write_text(self.path / "recipe.toml", tomli_w.dumps(dict(self.plan.document)))
         return False
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """No other process runs in this folder meanwhile; `UserError` where one does already."""
+        lock = filelock.FileLock(self.path / LOCK)
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            raise UserError(
+                f"another process is running in {relative(self.path)}; wait for it, or choose "
+                "another --out"
+            ) from None
+        try:
+            yield
+        finally:
+            lock.release()
 
     def mark(self, *, done: bool) -> None:
         write_json(

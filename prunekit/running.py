@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import click
-import filelock
 import torch
 
 from prunekit.contracts import Context, Reporter
@@ -19,6 +18,7 @@ from prunekit.data import count_batches
 from prunekit.engine import Engine
 from prunekit.errors import Interrupted, UserError, relative
 from prunekit.files import make_folder
+from prunekit.masks import find_prunable
 from prunekit.plan import Plan, Run, Stage
 from prunekit.report import Event, Note, Report
 from prunekit.runfolder import OutFolder, RunFolder
@@ -59,7 +59,7 @@ def run_plan(
         return None
     make_folder(store)
     try:
-        with _alone(out), reporters(plan, out) as report:
+        with folder.alone(), reporters(plan, out) as report:
             for note in plan.notes:
                 report(Note(note))
             engine = Engine(Store(store), chosen, report, smoke=plan.smoke)
@@ -74,25 +74,8 @@ def run_plan(
 
 
 @contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    lock = filelock.FileLock(out / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        raise UserError(
-            f"another process is running in {relative(out)}; wait for it, or choose another --out"
-        ) from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-@contextmanager
 def reporters(plan: Plan, out: Path) -> Iterator[Report]:
     """One report function for all reporters; one that fails is dropped with a message."""
-    import sys
-
     live = (
         sys.stderr.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
     )
@@ -124,18 +107,13 @@ def _close(listener: Reporter) -> None:
         getattr(listener, "close", lambda: None)()
 
 
-def preview_plan(plan: Plan, out: Path, store: Path, device: str, as_json: bool) -> None:
-    """Print what a run would do: resolved recipes, stages, stored or not, steps, passes."""
-    import tomli_w
-
-    from prunekit.masks import find_prunable
-
+def preview_plan(plan: Plan, out: Path, store: Path, device: str) -> dict[str, Any]:
+    """What a run would do: resolved recipes, stages, stored or not, steps, passes."""
     engine = Engine(Store(store), find_device(device), lambda event: None, smoke=plan.smoke)
     seen: set[str] = set()
     runs: list[dict[str, Any]] = []
     for run in plan.runs:
-        data = engine.load(run)
-        model = engine.build(run, data.data, None).model
+        model = engine.build(run, engine.load(run).data, None).model
         stages: list[dict[str, Any]] = []
         for stage, key in zip(run.stages, engine.keys(run), strict=True):
             steps, passes = _count_work(engine, run, stage)
@@ -154,32 +132,10 @@ def preview_plan(plan: Plan, out: Path, store: Path, device: str, as_json: bool)
                 "stages": stages,
             }
         )
-    if as_json:
-        content = {"schema_version": 1, "out": str(out), "notes": plan.notes, "runs": runs}
-        click.echo(json.dumps(content, indent=2))
-        return
-    for note in plan.notes:
-        click.echo(f"note: {note}", err=True)
-    click.echo(f"# {count_runs(plan)} into {relative(out)}, stages in {relative(store)}\n")
-    click.echo(tomli_w.dumps({"name": plan.name, **plan.document}))
-    for entry in runs:
-        click.echo(
-            f"# {entry['run']}: {entry['parameters']:,} parameters, {entry['prunable']:,} prunable"
-        )
-        for stage in entry["stages"]:
-            click.echo(
-                f"#   {stage['name']:<12} {stage['status']:<7} {stage['steps']:>9,} steps "
-                f"{stage['forward_passes']:>11,} forward passes   {stage['key'][:12]}"
-            )
-    todo = {
-        s["key"]: s["forward_passes"] for r in runs for s in r["stages"] if s["status"] == "to do"
-    }
-    click.echo(f"# to do: {len(todo)} stages, {sum(todo.values()):,} forward passes of a batch")
-
-
-def count_runs(plan: Plan) -> str:
-    smoke = "smoke " if plan.smoke else ""
-    return f"{len(plan.runs)} {smoke}run{'s' if len(plan.runs) > 1 else ''}"
+    return {
+        "out": relative(out), "store": relative(store), "smoke": plan.smoke,
+        "notes": list(plan.notes), "runs": runs,
+    }  # fmt: skip
 
 
 def _count_work(engine: Engine, run: Run, stage: Stage) -> tuple[int, int]:

@@ -1,15 +1,18 @@
-"""What `prunekit show` says of a component."""
+"""What `prunekit show` says of a component, and `run --dry-run` of a plan."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from prunekit.component import Radius, Use, default_of
 from prunekit.errors import UserError
-from prunekit.options import KIND_OF, field_types, key_of, limits, suggest
+from prunekit.options import KIND_OF, field_types, key_of
 from prunekit.registry import Entry, Registry
+from prunekit.values import example_of, limits, suggest
 
 WORDS: dict[Any, str] = {
     bool: "true or false",
@@ -74,7 +77,9 @@ def render_component(entry: Entry) -> str:
         lines.append(f"  paper   {facts['paper']}")
     lines += ["", "options" if facts["options"] else "It has no options."]
     for option in facts["options"]:
-        default = "required" if option["required"] else f"default {_toml(option['default'])}"
+        default = "required" if option["required"] else "optional"
+        if option["default"] is not None:
+            default = f"default {_toml(option['default'])}"
         details = ", ".join(
             filter(None, (option["type"], option["limits"], option["unit"], default))
         )
@@ -99,15 +104,12 @@ def name_type(hint: Any) -> str:
     return WORDS.get(hint, "table" if origin is dict else str(getattr(hint, "__name__", hint)))
 
 
-EXAMPLES = {"path": '"my-file"', "text": '"..."', "number": "0.5", "whole number": "1"}
-
-
 def fragment(entry: Entry) -> str:
     """A piece of a recipe that names the component; required options with an example."""
     component = entry.component
     types = field_types(component.options)
     needed = [
-        f"{key_of(f.name)} = {EXAMPLES.get(name_type(types[f.name]), '...')}"
+        f"{key_of(f.name)} = {example_of(types[f.name])}"
         for f in dataclasses.fields(component.options)
         if default_of(f) is dataclasses.MISSING
     ]
@@ -120,8 +122,8 @@ def fragment(entry: Entry) -> str:
         None,
     )
     pairs = needed or ([first] if first else [])
-    use = f'use = "{component.name}"'
-    inline = "{ " + ", ".join([use, *pairs]) + " }" if pairs else f'"{component.name}"'
+    use = f'use = "{entry.reference}"'
+    inline = "{ " + ", ".join([use, *pairs]) + " }" if pairs else f'"{entry.reference}"'
     stage = '[[stage]]\nkind = "{kind}"\n'
     match entry.kind:
         case "dataset" | "architecture" | "objective":
@@ -142,6 +144,23 @@ def fragment(entry: Entry) -> str:
             )
 
 
+def render_preview(preview: Mapping[str, Any], recipe: str) -> str:
+    """What a run would do, as comments behind the recipe itself."""
+    lines = [f"# into {preview['out']}, stages in {preview['store']}", "", recipe]
+    for run in preview["runs"]:
+        lines.append(
+            f"# {run['run']}: {run['parameters']:,} parameters, {run['prunable']:,} prunable"
+        )
+        lines += [
+            f"#   {stage['name']:<12} {stage['status']:<7} {stage['steps']:>9,} steps "
+            f"{stage['forward_passes']:>11,} forward passes   {stage['key'][:12]}"
+            for stage in run["stages"]
+        ]
+    todo = [s for run in preview["runs"] for s in run["stages"] if s["status"] == "to do"]
+    passes = sum(stage["forward_passes"] for stage in todo)
+    return "\n".join([*lines, f"# to do: {len(todo)} stages, {passes:,} forward passes of a batch"])
+
+
 def _plain(value: Any) -> Any:
     if value is dataclasses.MISSING:
         return None
@@ -152,9 +171,9 @@ def _toml(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):
-        return f'"{value}"'
+        return json.dumps(value, ensure_ascii=False)
     if isinstance(value, list):
         return f"[{', '.join(map(_toml, value))}]"
     if isinstance(value, dict):
         return "{ " + ", ".join(f"{k} = {_toml(v)}" for k, v in value.items()) + " }"
-    return "none" if value is None else str(value)
+    return str(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from prunekit import seeds
-from prunekit.contracts import Context, Data, Scores, Split
+from prunekit.contracts import Context, Data, Objective, Scores, Split
 from prunekit.data import eval_batches, train_batches
 from prunekit.errors import RunError
 from prunekit.evaluation import eval_mode
@@ -85,16 +86,23 @@ class Outcome:
 def train(state: State, stage: Stage, work: Work) -> Outcome:
     """Pretrain, and finetune: train the weights, masked ones staying zero."""
     variables = Weights(state.model, state.masks)
-    history = _fit(variables, state, stage, work)
+    context = work.context(stage, state)
+    objective = stage.options.objective.build(context)
+    history = _fit(variables, objective, stage, work, context)
     return Outcome({**_best(history), **_sparsity(state)}, history)
 
 
 def prune(state: State, stage: Stage, work: Work) -> Outcome:
     """Score the weights and set all but the chosen ones to zero."""
     options, history = stage.options, []
+    # As a fresh network is, whatever stages came before.
+    state.model.requires_grad_(True)
+    state.model.train()
     weights = find_prunable(state.model, options.exclude)
     frozen = {name: weight.detach().clone() for name, weight in weights.items()}
     context = work.context(stage, state)
+    # Before scores are attached: an objective that traces the network wants the plain one.
+    objective = options.objective and options.objective.build(context)
 
     def learn(start: Scores) -> Scores:
         _check_scores(start, frozen, options.pruner.component.name)
@@ -102,7 +110,7 @@ def prune(state: State, stage: Stage, work: Work) -> Outcome:
             state.model, start, options.sparsity, options.budget, state.masks, options.bn
         )
         try:
-            history.extend(_fit(variables, state, stage, work))
+            history.extend(_fit(variables, objective, stage, work, context))
             return variables.scores()
         finally:
             variables.detach()
@@ -114,8 +122,7 @@ def prune(state: State, stage: Stage, work: Work) -> Outcome:
 
     if not options.pruner.component.learns:
         work.report(StageStarted(stage.name, stage.kind, work.key))
-    objective = options.objective and options.objective.build(context)
-    context = replace(
+    scoring = replace(
         context,
         weights=frozen,
         generator=seeds.generator(work.run.seed, stage.position, "pruner"),
@@ -124,7 +131,7 @@ def prune(state: State, stage: Stage, work: Work) -> Outcome:
         learn=learn,
     )
     seeds.seed_all(work.run.seed, stage.position, "pruner")
-    scores = options.pruner.build(context)(context)
+    scores = options.pruner.build(scoring)(scoring)
     _check_scores(scores, frozen, options.pruner.component.name)
     masks = select(scores, options.sparsity, options.budget, state.masks)
     check_layers(masks, options.sparsity)
@@ -149,7 +156,12 @@ def evaluate(state: State, stage: Stage, work: Work) -> Outcome:
         evaluator = use.build(context)
         with eval_mode(state.model):
             result = evaluator(state.model, _watched(work, stage, use.name, len(labels)))
-        metrics |= {f"{use.name}.{name}": value for name, value in result.metrics.items()}
+        for name, value in result.metrics.items():
+            if not math.isfinite(value):
+                raise RunError(
+                    f"evaluator {use.component.name!r} of plugin {use.plugin} gave {name} = {value}"
+                )
+            metrics[f"{use.name}.{name}"] = value
         for name, values in result.records.items():
             if len(values) != len(labels):
                 raise RunError(
@@ -179,15 +191,16 @@ STAGES: dict[str, Callable[[State, Stage, Work], Outcome]] = {
 }
 
 
-def _fit(variables: Variables, state: State, stage: Stage, work: Work) -> list[dict[str, Any]]:
+def _fit(
+    variables: Variables, objective: Objective, stage: Stage, work: Work, context: Context
+) -> list[dict[str, Any]]:
     options = stage.options
     if not len(work.validation.labels) and options.select not in (None, "last"):
         raise RunError(f"stage {stage.name!r}: select = {options.select!r} needs validation images")
-    context = work.context(stage, state)
     return fit(
         Fit(
             variables=variables,
-            objective=options.objective.build(context),
+            objective=objective,
             optimizer=options.optimizer.build(context),
             train=work.train,
             validation=work.validation,

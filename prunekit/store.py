@@ -8,8 +8,8 @@ import importlib.util
 import json
 import platform
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -18,11 +18,21 @@ from typing import Any
 import filelock
 
 from prunekit.files import make_folder, read_json, write_bytes, write_json
+from prunekit.stop import Stop
 
 STORE = ".stages"
 """Name of the store's folder, beside the run folders that share it."""
 
-PRESENTATION = ("cli.py", "results.py", "report.py", "testing.py", "__main__.py")
+PRESENTATION = (
+    "__main__.py",
+    "cli.py",
+    "metric_names.py",
+    "report.py",
+    "results.py",
+    "showing.py",
+    "tables.py",
+    "testing.py",
+)
 """Files of the core that decide no result."""
 
 
@@ -90,26 +100,42 @@ class Store:
         return self.folder(key).done
 
     @contextmanager
-    def locked(self, key: str, wait: Any) -> Iterator[StageFolder]:
-        """The stage's folder, this process alone in it; `wait()` is called before waiting."""
+    def locked(
+        self, key: str, tell: Callable[[], None], stop: Stop | None = None
+    ) -> Iterator[StageFolder]:
+        """The stage's folder, this process alone in it; `tell()` is called before waiting for it.
+
+        Raises `Interrupted` where a stop is asked for meanwhile.
+        """
         folder = self.folder(key)
         make_folder(folder.path)
         lock = filelock.FileLock(folder.path / "lock")
         try:
             lock.acquire(timeout=0)
         except filelock.Timeout:
-            wait()
-            lock.acquire()
+            tell()
+        while not lock.is_locked:
+            if stop is not None:
+                stop.check()
+            with suppress(filelock.Timeout):
+                lock.acquire(timeout=1)
         try:
+            for half in folder.path.glob(".*.*"):  # what a killed process was writing
+                half.unlink()
             yield folder
         finally:
             lock.release()
 
     def remove_unused(self, used: set[str], *, keep: bool = False) -> list[tuple[str, int]]:
-        """Delete the stages that are not in `used`; (key, bytes) of each. `keep` only looks."""
+        """Delete the stages that are not in `used`; (key, bytes) of each. `keep` only looks.
+
+        What a process is computing just now stays.
+        """
         freed = []
         for path in sorted(self.root.iterdir()) if self.root.is_dir() else []:
-            if path.is_dir() and path.name not in used:
+            if not path.is_dir() or path.name in used:
+                continue
+            with suppress(filelock.Timeout), filelock.FileLock(path / "lock", timeout=0):
                 size = sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
                 if not keep:
                     shutil.rmtree(path)
@@ -138,20 +164,22 @@ def hash_stage(
 def hash_source(package: str) -> str:
     """SHA-256 of a package's (or module's) Python files: an editable install has no version."""
     spec = importlib.util.find_spec(package)
-    if spec is None or spec.origin is None:
+    if spec is None:
         return "unknown"
-    origin = Path(spec.origin)
     digest = hashlib.sha256()
-    files = sorted(origin.parent.rglob("*.py")) if spec.submodule_search_locations else [origin]
-    for file in files:
-        name = file.relative_to(origin.parent).as_posix()
+    # A package has folders (one without __init__.py has no origin), a module is a file.
+    folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
+    files = [(f, folder) for folder in folders for f in sorted(folder.rglob("*.py"))]
+    if not folders and spec.origin is not None:
+        files = [(Path(spec.origin), Path(spec.origin).parent)]
+    for file, folder in files:
+        name = file.relative_to(folder).as_posix()
         if package == "prunekit" and name in PRESENTATION:
             continue
-        digest.update(name.encode() + b"\0" + file.read_bytes())
+        digest.update(name.encode() + b"\0" + file.read_bytes() + b"\0")
     return digest.hexdigest()
 
 
-@cache
 def hash_file(path: Path) -> str:
     """SHA-256 of a file's content."""
     with open(path, "rb") as file:

@@ -9,47 +9,63 @@ from collections.abc import Iterator
 from typing import Any
 
 from prunekit.errors import Problem
-from prunekit.options import KeyPath
-from prunekit.recipe import Recipe, flatten
+from prunekit.recipe import Recipe, Setting, flatten
+from prunekit.values import KeyPath
+
+LONGEST = 120
+"""Characters of a label; a file system takes 255."""
 
 
 def unroll(recipe: Recipe, problems: list[Problem]) -> Iterator[tuple[dict[str, Any], Recipe]]:
     """Every combination of the sweep: its settings, and the recipe with them applied."""
-    sweep = recipe.data.get("sweep", {})
-    if not isinstance(sweep, dict):
-        problems.append(Problem(recipe.locate(("sweep",)), "write [sweep] with lists of values"))
+    plain = {k: v for k, v in recipe.data.items() if k != "sweep"}
+    seen: list[dict[str, Any]] = []
+    for combination in _combine(recipe, problems):
+        settings = {s.address: s.value for s in combination}
+        if settings in seen:
+            continue
+        seen.append(settings)
+        variant = Recipe(recipe.path, copy.deepcopy(plain), dict(recipe.places))
+        # A component comes before its options, whatever the order they are written in.
+        ordered = sorted(combination, key=lambda s: s.address.removesuffix(".use").count("."))
+        wrong = [p for s in (*ordered, *recipe.overrides) for p in variant.assign(s)]
+        problems += wrong
+        if not wrong:
+            yield settings, variant
+
+
+def _combine(recipe: Recipe, problems: list[Problem]) -> Iterator[list[Setting]]:
+    """The settings of every combination: one value of each list, with every case."""
+    if "sweep" not in recipe.data:
+        yield []
         return
-    cases = sweep.get("case", [{}])
-    axes: dict[str, list[Any]] = {}
-    for address, values in flatten({k: v for k, v in sweep.items() if k != "case"}):
-        place = recipe.locate(("sweep", address))
-        if not isinstance(values, list) or not values:
-            example = f"write a list of the values to try, such as [{values!r}]"
-            problems.append(
-                Problem(
-                    place, f"{address} has no values; {example if values != [] else 'list some'}"
-                )
+    sweep = recipe.data["sweep"]
+    if not isinstance(sweep, dict) or not flatten(sweep):
+        message = '[sweep] lists nothing to try; write "prune.sparsity" = [0.9, 0.95]'
+        problems.append(Problem(recipe.locate(("sweep",)), message))
+        return
+    axes = []
+    for path, values in flatten({k: v for k, v in sweep.items() if k != "case"}, ("sweep",)):
+        address = ".".join(map(str, path[1:]))
+        if isinstance(values, list) and values:
+            axes.append(
+                [Setting(address, v, recipe.locate((*path, i))) for i, v in enumerate(values)]
             )
             continue
-        axes[address] = values
+        message = f"{address} is no list of values to try; write [{values!r}, ...]"
+        if values == []:
+            message = f"{address} lists no values to try; write some, or remove it"
+        problems.append(Problem(recipe.locate(path), message))
+    cases = sweep.get("case", [{}])
     if not isinstance(cases, list) or not all(isinstance(c, dict) for c in cases):
-        problems.append(Problem(recipe.locate(("sweep", "case")), "write [[sweep.case]] tables"))
+        message = "a case is a table of its own; write [[sweep.case]]"
+        problems.append(Problem(recipe.locate(("sweep", "case")), message))
         return
-    plain = copy.deepcopy({k: v for k, v in recipe.data.items() if k != "sweep"})
     for number, case in enumerate(cases):
-        for values in itertools.product(*axes.values()):
-            settings = {**dict(zip(axes, values, strict=True)), **dict(flatten(case))}
-            variant = Recipe(recipe.path, copy.deepcopy(plain), dict(recipe.places))
-            good = True
-            for address, value in settings.items():
-                inner: KeyPath = ("sweep", "case", number) if address in case else ("sweep",)
-                place = recipe.locate((*inner, address))
-                message = variant.assign(address, value, place)
-                if message:
-                    problems.append(Problem(place, message))
-                    good = False
-            if good:
-                yield settings, variant
+        where: KeyPath = ("sweep", "case", number)
+        together = {s.address: s for s in recipe.settings(case, where)}
+        for values in itertools.product(*axes):
+            yield list(({s.address: s for s in values} | together).values())
 
 
 def label(combinations: list[dict[str, Any]]) -> list[str]:
@@ -62,7 +78,7 @@ def label(combinations: list[dict[str, Any]]) -> list[str]:
         for address, value in settings.items():
             tail = address.split(".")[-1]
             parts.append(f"{tail if tails.count(tail) == 1 else address}={_word(value)}")
-        label = re.sub(r"[^\w.=,+-]", "_", ",".join(parts)) or "run"
+        label = re.sub(r"[^A-Za-z0-9_.=,+-]", "_", ",".join(parts))[:LONGEST] or "run"
         while label in labels:
             label += "+"
         labels.append(label)
@@ -72,7 +88,7 @@ def label(combinations: list[dict[str, Any]]) -> list[str]:
 def _word(value: Any) -> str:
     if isinstance(value, dict):
         rest = [f"{k}={_word(v)}" for k, v in value.items() if k != "use"]
-        return "+".join([str(value.get("use", "")), *rest])
+        return "+".join([*([str(value["use"])] if "use" in value else []), *rest])
     if isinstance(value, list):
         return "+".join(map(_word, value))
     return str(value)

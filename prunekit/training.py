@@ -59,11 +59,10 @@ class Fit:
 
 @dataclass
 class _Position:
-    """Where a training is; with the tensors of `_pack`, all that a resume needs."""
+    """Where a training is; with the tensors of `_save`, all that a resume needs."""
 
     epoch: int = 0
     batch: int = 0
-    seconds: float = 0.0
     sums: dict[str, float] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     best_value: float | None = None
@@ -104,10 +103,10 @@ def fit(job: Fit) -> list[dict[str, Any]]:
             best = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
         at.history.append(row)
         at.epoch, at.batch, at.sums = at.epoch + 1, 0, {}
-        spent = time.monotonic() - started
-        at.seconds += spent
         _save(job, optimizer, at, best)
+        spent = time.monotonic() - started
         job.report(EpochDone(job.stage, at.epoch, job.epochs, _metrics(row), row["best"], spent))
+        job.stop.check()
     model.load_state_dict(best)
     return at.history
 
@@ -286,11 +285,7 @@ def _restore(job: Fit, optimizer: torch.optim.Optimizer) -> tuple[_Position, dic
     tensors, header = read_checkpoint(job.progress)
 
     def part(prefix: str) -> dict[str, Tensor]:
-        return {
-            k.removeprefix(prefix): v.to(job.device)
-            for k, v in tensors.items()
-            if k.startswith(prefix)
-        }
+        return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
     job.variables.model.load_state_dict(part("model/"))
     state: dict[int, dict[str, Any]] = {
@@ -303,5 +298,6 @@ def _restore(job: Fit, optimizer: torch.optim.Optimizer) -> tuple[_Position, dic
         {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
     )
     if hasattr(job.objective, "load_state_dict"):
-        job.objective.load_state_dict(part("objective/"))
+        state_dict = {name: value.to(job.device) for name, value in part("objective/").items()}
+        job.objective.load_state_dict(state_dict)
     return _Position(**header["at"]), part("best/")

@@ -21,7 +21,8 @@ from prunekit.masks import (
     select,
 )
 
-NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
+# _NormBase: batch and instance normalisation.
+NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
 
 class Variables(Protocol):
@@ -98,8 +99,7 @@ class LearnedScores:
                 module.train(bn == "train")
                 module.requires_grad_(bn == "train")
         self.parts = attach_scores(model, start.values)
-        self.refresh()
-        check_layers({name: part.mask for name, part in self.parts.items()}, sparsity)
+        self.check()
 
     def scores(self) -> Scores:
         """Importance: |score|."""
@@ -125,7 +125,8 @@ class LearnedScores:
         pass
 
     def check(self) -> None:
-        pass
+        self.refresh()
+        check_layers({name: part.mask for name, part in self.parts.items()}, self.sparsity)
 
     def detach(self) -> None:
         """Give the model its plain weights back."""

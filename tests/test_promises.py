@@ -112,3 +112,21 @@ def test_declarations_import_no_torch():
     modules = [p.name for p in PLUGINS]
     code = f"import sys, {', '.join(modules)}; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_table_of_components_in_the_readme_is_current(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    import readme_tables
+
+    text = (ROOT / "README.md").read_text()
+    assert readme_tables.put(text, "components", readme_tables.write_components()) == text
+
+
+def test_recipe_in_the_readme_passes_check(tmp_path):
+    (block,) = (
+        b for b in re.findall(r"```toml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+        if "[[stage]]" in b
+    )  # fmt: skip
+    recipe = tmp_path / "readme.toml"
+    recipe.write_text(block)
+    assert len(make_plan(load_recipe(recipe), load_registry()).runs) == 18

@@ -14,19 +14,9 @@ import pytest
 from rich.console import Console
 
 from prunekit.errors import UserError
-from prunekit.results import (
-    Row,
-    Value,
-    compare,
-    find_runs,
-    format_setting,
-    is_fraction,
-    is_main,
-    render,
-    tabulate,
-    to_csv,
-    to_json,
-)
+from prunekit.metric_names import format_setting, is_fraction, is_main
+from prunekit.results import Row, Value, compare, find_runs
+from prunekit.tables import render, tabulate, to_csv, to_json
 
 
 def evaluate(key: str, accuracy: float, sparsity: float, name: str = "evaluate") -> dict[str, Any]:
@@ -176,13 +166,12 @@ def test_smoke_runs_are_marked_and_apart(tmp_path: Path) -> None:
     assert "numbers mean nothing" in show(rows)
 
 
-def test_order_is_that_of_first_appearance(tmp_path: Path) -> None:
-    # Numbers in folder names sort as numbers: 5 before 10.
-    for epochs in (10, 5):
-        for pruner in ({"use": "snip"}, "lwm"):
-            name = f"epochs={epochs},pruner={pruner if pruner == 'lwm' else 'score'}"
-            settings = {"finetune.epochs": epochs, "prune.pruner": pruner}
-            write_run(tmp_path / name, settings, evaluate(name, 0.5, 0.9))
+def test_order_is_that_of_the_sweep(tmp_path: Path) -> None:
+    combinations = [(epochs, pruner) for epochs in (5, 10) for pruner in ("lwm", {"use": "snip"})]
+    for number, (epochs, pruner) in enumerate(combinations):
+        name = f"epochs={epochs},pruner={pruner if pruner == 'lwm' else 'score'}"
+        settings = {"finetune.epochs": epochs, "prune.pruner": pruner}
+        write_run(tmp_path / name, settings, evaluate(name, 0.5, 0.9), number=number)
     rows = compare(find_runs(tmp_path))
     assert [tuple(map(format_setting, row.settings.values())) for row in rows] == [
         ("5", "lwm"),

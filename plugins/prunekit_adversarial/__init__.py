@@ -8,14 +8,28 @@ from typing import Literal
 
 from prunekit import Component, Radius, hookimpl, option
 from prunekit.contracts import Norm
+from prunekit.errors import OptionError
+
+ATTACKS = ("apgd-ce", "apgd-t", "fab-t", "square")
+"""The attacks of standard AutoAttack, in its order."""
+FEW_CLASSES = ("apgd-ce", "fab", "square")
+"""Those of them, or their kin, that a network of 2 or 3 classes can be attacked with."""
+TARGETS = 9
+"""Target classes of standard AutoAttack's targeted attacks, where there are that many."""
 
 
 @dataclass(frozen=True)
-class Attacked:
-    """The options of everything that attacks; the core makes `context.threat` of eps and norm."""
+class Threatened:
+    """What an attack may do; the core makes `context.threat` of it and the recipe's [threat]."""
 
     eps: Radius | None = option(None, help="radius of the attack; default that of [threat]")
     norm: Norm | None = option(None, help="norm of the attack; default that of [threat]")
+
+
+@dataclass(frozen=True)
+class Attacked(Threatened):
+    """The options of everything that attacks in steps of one size."""
+
     step_size: Radius | None = option(
         None, help="size of an attack step; default eps / 4 (trades in l2: 2 eps / steps)", above=0
     )
@@ -33,6 +47,22 @@ class TradesOptions(PgdAtOptions):
 
 
 @dataclass(frozen=True)
+class MartOptions(PgdAtOptions):
+    beta: float = option(5.0, help="weight of the consistency term", low=0)
+
+
+@dataclass(frozen=True)
+class FreeAdvOptions(Threatened):
+    replays: int = option(
+        4, help="optimiser steps on each batch; epochs / replays passes are made", low=1, smoke=2
+    )
+    reset: Literal["never", "epoch"] = option(
+        "never", help="when the noise starts again at zero; HYDRA's code did it each epoch"
+    )
+    validation_steps: int = option(10, help="PGD steps in validation", low=1, smoke=2)
+
+
+@dataclass(frozen=True)
 class PgdOptions(Attacked):
     steps: int = option(50, help="steps of each restart", low=1, smoke=2)
     restarts: int = option(
@@ -41,6 +71,35 @@ class PgdOptions(Attacked):
     iterate: Literal["last", "any"] = option(
         "last", help="what has to fool the network: the last iterate, or any (stronger, faster)"
     )
+
+
+@dataclass(frozen=True)
+class AutoAttackOptions(Threatened):
+    attacks: (
+        tuple[Literal["apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square"], ...] | None
+    ) = option(None, help="attacks, one after the other; default: those of standard AutoAttack")
+    steps: int = option(100, help="steps of APGD and FAB", low=1, smoke=2)
+    queries: int = option(5000, help="queries of Square", low=1, smoke=5)
+    restarts: int = option(1, help="starts of the attacks without a target", low=1, smoke=1)
+    seed: int = option(0, help="seed of every attack on every batch", low=0)
+
+    def __post_init__(self) -> None:
+        if self.attacks == ():
+            raise OptionError("attacks", "name an attack, or leave it out for the standard ones")
+
+
+def count_autoattack(options: AutoAttackOptions) -> int:
+    """Forward passes of an image that withstands every attack, of a network of 10 classes."""
+    single = options.restarts * (options.steps + 1)
+    passes = {
+        "apgd-ce": single,
+        "apgd-dlr": single,
+        "apgd-t": TARGETS * (options.steps + 1),
+        "fab": 2 * options.restarts * options.steps,
+        "fab-t": 2 * TARGETS * options.steps,
+        "square": options.queries,
+    }
+    return 1 + sum(passes[name] for name in options.attacks or ATTACKS)
 
 
 @hookimpl
@@ -68,6 +127,23 @@ def prunekit_objectives() -> Iterable[Component]:
         passes=lambda options: options.steps + 3,
         select="robust_accuracy",
     )
+    yield Component(
+        name="mart",
+        summary="Boosted cross-entropy on attacked images + beta * KL, most where x is misjudged",
+        build="prunekit_adversarial.objectives:build_mart",
+        options=MartOptions,
+        paper="Wang et al., ICLR 2020, openreview rklOg6EFwS",
+        passes=lambda options: options.steps + 2,
+        select="robust_accuracy",
+    )
+    yield Component(
+        name="free-adv",
+        summary="Free adversarial training: the backward that trains the weights moves the noise",
+        build="prunekit_adversarial.objectives:build_free_adv",
+        options=FreeAdvOptions,
+        paper="Shafahi et al., NeurIPS 2019, arXiv 1904.12843",
+        select="robust_accuracy",
+    )
 
 
 @hookimpl
@@ -84,4 +160,13 @@ def prunekit_evaluators() -> Iterable[Component]:
         options=PgdOptions,
         paper="Madry et al., ICLR 2018, arXiv 1706.06083",
         passes=lambda options: 1 + options.restarts * (options.steps + 1),
+    )
+    yield Component(
+        name="autoattack",
+        summary="Accuracy under AutoAttack: standard, or attacks of your choice",
+        build="prunekit_adversarial.autoattack:build_autoattack",
+        options=AutoAttackOptions,
+        needs=("pyautoattack",),
+        paper="Croce and Hein, ICML 2020, arXiv 2003.01690",
+        passes=count_autoattack,
     )

@@ -19,8 +19,8 @@ from prunekit.contracts import Threat
 from prunekit.errors import UserError
 from prunekit.evaluation import eval_mode
 
-KL_NOISE = 0.001
-"""Standard deviation of the noise from which the KL attack starts: at x itself KL is flat."""
+START_NOISE = 0.001
+"""Standard deviation of the noise that TRADES and MART start from: at x itself KL is flat."""
 
 
 class Ball(Protocol):
@@ -89,6 +89,15 @@ class Attack:
     step_size: float
 
 
+def check_threat(threat: Threat | None) -> Threat:
+    """The threat; raises `UserError` without one."""
+    if threat is None:
+        raise UserError(
+            'an attack needs a radius; write [threat] with norm = "linf", eps = "8/255"'
+        )
+    return threat
+
+
 def plan_attack(threat: Threat | None, steps: int, step_size: float | None = None) -> Attack:
     """The attack for a threat; `step_size` defaults to eps / 4.
 
@@ -100,10 +109,7 @@ def plan_attack(threat: Threat | None, steps: int, step_size: float | None = Non
     >>> plan_attack(Threat("l2", 0.5), steps=10).step_size
     0.125
     """
-    if threat is None:
-        raise UserError(
-            'an attack needs a radius; write [threat] with norm = "linf", eps = "8/255"'
-        )
+    threat = check_threat(threat)
     ball: Ball = Linf(threat.eps) if threat.norm == "linf" else L2(threat.eps)
     return Attack(ball, steps, threat.eps / 4 if step_size is None else step_size)
 
@@ -119,11 +125,16 @@ def is_correct(logits: Tensor, y: Tensor) -> Tensor:
     return (logits.argmax(1) == y) & ~logits.isnan().any(1)
 
 
-def kl_divergence(logits: Tensor, adversarial: Tensor) -> Tensor:
-    """KL(softmax logits || softmax adversarial), summed over the batch; both (B, K)."""
+def kl_divergences(logits: Tensor, adversarial: Tensor) -> Tensor:
+    """KL(softmax logits || softmax adversarial) of each image, (B,); both are (B, K)."""
     return F.kl_div(
-        F.log_softmax(adversarial, 1), F.log_softmax(logits, 1), reduction="sum", log_target=True
-    )
+        F.log_softmax(adversarial, 1), F.log_softmax(logits, 1), reduction="none", log_target=True
+    ).sum(1)
+
+
+def kl_divergence(logits: Tensor, adversarial: Tensor) -> Tensor:
+    """Its sum over the batch."""
+    return kl_divergences(logits, adversarial).sum()
 
 
 def climb(
@@ -146,18 +157,25 @@ def climb(
     return attack.ball.project(adversarial.detach() + step, x), logits.detach(), gradient
 
 
-def pgd(model: nn.Module, x: Tensor, y: Tensor, attack: Attack) -> Tensor:
+def pgd(
+    model: nn.Module, x: Tensor, y: Tensor, attack: Attack, start: Tensor | None = None
+) -> Tensor:
     """PGD on the cross-entropy in eval mode: the last iterate (B, C, H, W).
 
-    From a uniform start, x_{t+1} = project(x_t + step_size * direction(grad CE(f(x_t), y)))
-    (Madry et al., ICLR 2018, section 2.1).
+    From `start`, by default uniform in the ball, x_{t+1} = project(x_t + step_size *
+    direction(grad CE(f(x_t), y))) (Madry et al., ICLR 2018, section 2.1).
     """
     loss = partial(F.cross_entropy, target=y, reduction="sum")
-    adversarial = attack.ball.start(x)
+    adversarial = attack.ball.start(x) if start is None else start
     with eval_mode(model):
         for _ in range(attack.steps):
             adversarial, _, _ = climb(model, x, adversarial, loss, attack)
     return adversarial
+
+
+def near(x: Tensor) -> Tensor:
+    """x + 0.001 * N(0, 1), where the attacks of TRADES and MART start."""
+    return x + START_NOISE * torch.randn_like(x)
 
 
 def maximize_kl(model: nn.Module, x: Tensor, attack: Attack) -> Tensor:
@@ -166,7 +184,7 @@ def maximize_kl(model: nn.Module, x: Tensor, attack: Attack) -> Tensor:
     Returns the last iterate (B, C, H, W) (Zhang et al., ICML 2019, algorithm 1, and the authors'
     rules for L2, which are those of the ball).
     """
-    adversarial = x + KL_NOISE * torch.randn_like(x)
+    adversarial = near(x)
     with eval_mode(model):
         # Not under no_grad: a weight that is cached there, by parametrize.cached() or by autocast
         # (pytorch issue 112583), would have no gradient in the loss that follows.

@@ -7,17 +7,22 @@ from math import prod, sqrt
 import torch
 from torch import nn
 
-from prunekit_nets import Initialization
+from prunekit_nets import NetOptions
 
 
-def initialize(network: nn.Module, how: Initialization) -> None:
+def initialize(network: nn.Module, options: NetOptions) -> None:
     """Draw new weights for the convolutions and linear layers, in place; their biases are 0.
 
     Each weight has the variance 2 / fan_in (He et al., ICCV 2015, arXiv 1502.01852, eq. 10):
     normal, uniform, or of the one size sqrt(2 / fan_in) with the sign of a normal draw (Ramanujan
     et al., CVPR 2020, arXiv 1911.13299). Batch normalisation starts as torch has it: scale 1,
     shift 0. Draws come from torch's global generator, which the core seeds.
+
+    With a `keep_ratio` k, weights are divided by sqrt(k) (the "scaled" start of arXiv 1911.13299,
+    section 3.2): fan_in * k of them are left in a sparse network, and their variance is
+    2 / (k * fan_in).
     """
+    how = options.initialize
     for module in network.modules():
         if not isinstance(module, nn.Conv2d | nn.Linear):
             continue
@@ -29,5 +34,8 @@ def initialize(network: nn.Module, how: Initialization) -> None:
             size = sqrt(2 / prod(module.weight.shape[1:]))
             with torch.no_grad():
                 module.weight.sign_().mul_(size)
+        if options.keep_ratio is not None:
+            with torch.no_grad():
+                module.weight.div_(sqrt(options.keep_ratio))
         if module.bias is not None:
             nn.init.zeros_(module.bias)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import nn
 
 from prunekit.contracts import Context
@@ -31,16 +33,16 @@ def small_cnn(options: NetOptions, context: Context) -> nn.Sequential:
         nn.ReLU(),
         nn.Linear(32, context.classes),
     )
-    initialize(network, options.initialize)
+    initialize(network, options)
     return network
 
 
-def cifar_small(options: NetOptions, context: Context) -> nn.Sequential:
+def build_small(name: str, options: NetOptions, context: Context) -> nn.Sequential:
     """4x4 convolutions of stride 2 with 16 and 32 channels, linear layers with 100 and K outputs.
 
     Raises `UserError` below 4x4 pixels.
     """
-    require_size("cifar-small", context, 4)
+    require_size(name, context, 4)
     channels, height, width = context.shape
     network = nn.Sequential(
         nn.Conv2d(channels, 16, 4, stride=2, padding=1),
@@ -52,16 +54,19 @@ def cifar_small(options: NetOptions, context: Context) -> nn.Sequential:
         nn.ReLU(),
         nn.Linear(100, context.classes),
     )
-    initialize(network, options.initialize)
+    initialize(network, options)
     return network
 
 
-def cifar_large(options: NetOptions, context: Context) -> nn.Sequential:
+cifar_small, mnist_small = partial(build_small, "cifar-small"), partial(build_small, "mnist-small")
+
+
+def build_large(name: str, options: NetOptions, context: Context) -> nn.Sequential:
     """3x3 convolutions and 4x4 ones of stride 2 in turn, with 32, 32, 64 and 64 channels.
 
     Linear layers with 512, 512 and K outputs. Raises `UserError` below 4x4 pixels.
     """
-    require_size("cifar-large", context, 4)
+    require_size(name, context, 4)
     channels, height, width = context.shape
     network = nn.Sequential(
         nn.Conv2d(channels, 32, 3, padding=1),
@@ -79,5 +84,36 @@ def cifar_large(options: NetOptions, context: Context) -> nn.Sequential:
         nn.ReLU(),
         nn.Linear(512, context.classes),
     )
-    initialize(network, options.initialize)
+    initialize(network, options)
+    return network
+
+
+cifar_large, mnist_large = partial(build_large, "cifar-large"), partial(build_large, "mnist-large")
+
+
+def vgg4_without_maxpool(options: NetOptions, context: Context) -> nn.Sequential:
+    """3x3 convolutions with 64, 64, 128 and 128 channels; every second one has stride 2.
+
+    Linear layers with 256, 256 and K outputs. Unlike those of `vgg4`, the convolutions have biases.
+    """
+    channels, height, width = context.shape
+    for _ in range(2):
+        height, width = (height + 1) // 2, (width + 1) // 2
+    network = nn.Sequential(
+        nn.Conv2d(channels, 64, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(64, 64, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(64, 128, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(128, 128, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(128 * height * width, 256),
+        nn.ReLU(),
+        nn.Linear(256, 256),
+        nn.ReLU(),
+        nn.Linear(256, context.classes),
+    )
+    initialize(network, options)
     return network

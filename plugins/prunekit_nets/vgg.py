@@ -65,7 +65,7 @@ def build_vgg(
             classifier=classifier,
         )
     )
-    initialize(network, options.initialize)
+    initialize(network, options)
     return network
 
 

@@ -64,7 +64,7 @@ def build_wide_resnet(
             fc=nn.Linear(64 * width, context.classes),
         )
     )
-    initialize(network, options.initialize)
+    initialize(network, options)
     return network
 
 

@@ -29,7 +29,7 @@ from prunekit.report import (
     StageDone,
     StageStarted,
 )
-from prunekit.results import format_metric, format_setting, is_fraction, is_main
+from prunekit.metric_names import format_metric, format_setting, is_fraction, is_main
 
 INTERVAL = 0.2
 """Seconds between two drawings; drawing takes milliseconds that training could use."""

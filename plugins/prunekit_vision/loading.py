@@ -31,18 +31,20 @@ def load(known: VisionSet, options: VisionOptions, context: Context) -> Data:
     """
     root = options.root or Path(os.environ.get("PRUNEKIT_DATA") or ".data").expanduser()
     file = root / f"{known.name}.npz"
-    folders = [folder for folder in (root, root / "torchvision") if (folder / known.files).exists()]
-    source = file
+    folders = [
+        folder
+        for folder in (root, root / "torchvision")
+        if any((folder / name).exists() for name in known.files)
+    ]
     if file.exists():
         data = read_npz(file, classes=known.facts.classes)
     elif folders:
-        source = folders[0] / known.files
-        data = _read_files(known, source)
+        data = _read_files(known, folders[0])
     else:
         data = _fetch(known, options, root, file)
     if data.shape != known.facts.shape:
         raise UserError(
-            f"{relative(source)} holds images {data.shape}, {known.name} has {known.facts.shape} "
+            f"{relative(file)} holds images {data.shape}, {known.name} has {known.facts.shape} "
             '(channels, height, width); for arrays of your own write use = "npz"'
         )
     return replace(data, augment=known.facts.augment)
@@ -57,8 +59,8 @@ def _fetch(known: VisionSet, options: VisionOptions, root: Path, file: Path) -> 
         except Exception as error:
             reason = f"the download failed: {' '.join(str(error).split()) or type(error).__name__}"
     raise DataMissingError(
-        f"{known.name} is not here: no {relative(file)}, no {known.files} in {relative(root)} or "
-        f"its folder torchvision, and {reason}; put one of them there, or say where it is with "
+        f"{known.name} is not here: no {relative(file)}, no {known.files[0]} in {relative(root)} "
+        f"or its folder torchvision, and {reason}; put one of them there, or say where it is with "
         "root or PRUNEKIT_DATA"
     )
 
@@ -71,22 +73,23 @@ def _download(known: VisionSet, root: Path) -> Data:
             arrays = _call_torchvision(known, Path(folder), download=True)
         # Fails where another process was faster, whose files are the same.
         with contextlib.suppress(OSError):
-            (Path(folder) / known.files).rename(root / known.files)
+            for name in known.files:
+                (Path(folder) / name).rename(root / name)
     return to_data(arrays, known.name, classes=known.facts.classes)
 
 
-def _read_files(known: VisionSet, source: Path) -> Data:
-    name = relative(source)
+def _read_files(known: VisionSet, folder: Path) -> Data:
+    names = " and ".join(relative(folder / name) for name in known.files)
     try:
-        arrays = _call_torchvision(known, source.parent, download=False)
+        arrays = _call_torchvision(known, folder, download=False)
     # torchvision raises whatever a wrong byte leads to, AssertionError included.
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
-            f"{name} is incomplete or damaged (torchvision: {reason}); delete it, and the next run "
-            "downloads it"
+            f"{names}: incomplete or damaged (torchvision: {reason}); delete what is there, and "
+            "the next run downloads it"
         ) from error
-    return to_data(arrays, name, classes=known.facts.classes)
+    return to_data(arrays, names, classes=known.facts.classes)
 
 
 def _call_torchvision(known: VisionSet, folder: Path, *, download: bool) -> dict[str, np.ndarray]:
@@ -95,11 +98,16 @@ def _call_torchvision(known: VisionSet, folder: Path, *, download: bool) -> dict
 
     arrays = {}
     for part in ("train", "test"):
-        found = getattr(datasets, known.torchvision)(
-            str(folder), train=part == "train", download=download
-        )
-        arrays[f"x_{part}"] = np.asarray(found.data)
-        arrays[f"y_{part}"] = np.asarray(found.targets)
+        if known.name == "svhn":
+            found = datasets.SVHN(str(folder), split=part, download=download)
+            # Channels come first there.
+            images, labels = found.data.transpose(0, 2, 3, 1), found.labels
+        else:
+            found = getattr(datasets, known.torchvision)(
+                str(folder), train=part == "train", download=download
+            )
+            images, labels = found.data, found.targets
+        arrays[f"x_{part}"], arrays[f"y_{part}"] = np.asarray(images), np.asarray(labels)
     return arrays
 
 
@@ -125,4 +133,4 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-cifar10, cifar100, mnist, fashion_mnist = (partial(load, known) for known in VISION_SETS)
+cifar10, cifar100, svhn, mnist, fashion_mnist = (partial(load, known) for known in VISION_SETS)

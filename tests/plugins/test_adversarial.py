@@ -252,7 +252,7 @@ def test_attacks_change_nothing_but_the_images(threat: Threat, attack: str) -> N
         torch.testing.assert_close(run(), found, atol=0, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["pgd", "pgd-at", "trades"])
+@pytest.mark.parametrize("name", ["pgd", "pgd-at", "trades", "mart"])
 def test_step_sizes(name: str) -> None:
     model = make_net()
     attack = build(name, Threat("linf", 8 / 255), model, steps=20).attack
@@ -264,14 +264,14 @@ def test_step_sizes(name: str) -> None:
         assert attack.step_size == 0.0078
 
 
-@pytest.mark.parametrize("name", ["pgd-at", "trades"])
+@pytest.mark.parametrize("name", ["pgd-at", "trades", "mart"])
 def test_validation_attacks_in_its_own_steps(name: str) -> None:
     objective = build(name, BALL, make_net(), steps=7, step_size=0.01)
     assert objective.attack.steps == 7
     assert objective.validation == Attack(L2(BALL.eps), 10, BALL.eps / 4)
 
 
-@pytest.mark.parametrize("name", ["pgd", "pgd-at", "trades"])
+@pytest.mark.parametrize("name", ["pgd", "pgd-at", "trades", "mart", "free-adv"])
 def test_an_attack_without_a_threat_says_what_to_write(name: str) -> None:
     with pytest.raises(UserError, match=r"\[threat\]"):
         build(name, None, make_net())
@@ -309,14 +309,196 @@ def test_trades_loss_gradients_and_statistics(threat: Threat) -> None:
         torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["benign", "pgd-at", "trades"])
+@pytest.mark.parametrize("threat", [LINF, BALL], ids=["linf", "l2"])
+def test_mart_loss_gradients_and_statistics(threat: Threat) -> None:
+    model, (x, y) = make_net(), make_batch()
+    reference = copy.deepcopy(model)
+    torch.manual_seed(6)
+    start = x + 0.001 * torch.randn_like(x)
+    torch.manual_seed(6)
+    loss = build("mart", threat, model, beta=2.5)(x, y, CLOCK)
+    loss.value.backward()
+
+    reference.eval()
+    ball = plan_attack(threat, 1).ball
+    adversarial = start
+    for _ in range(10):
+        adversarial = adversarial.detach().requires_grad_()
+        likelihood = reference(adversarial).log_softmax(1)[range(5), y].sum()
+        (gradient,) = torch.autograd.grad(-likelihood, adversarial)
+        ascent = threat.eps / 4 * ball.direction(gradient)
+        adversarial = ball.project(adversarial.detach() + ascent, x)
+    reference.train()
+    p, q = reference(x).softmax(1), reference(adversarial).softmax(1)
+    boosted = robust = torch.zeros((), dtype=torch.float64)
+    for i, label in enumerate(y.tolist()):
+        rival = max((j for j in range(3) if j != label), key=q[i].tolist().__getitem__)
+        boosted = boosted - q[i, label].log() - (1.0001 - q[i, rival] + 1e-12).log()
+        divergence = sum(p[i, j] * (p[i, j] / q[i, j]).log() for j in range(3))
+        robust = robust + divergence * (1.0000001 - p[i, label])
+    expected = boosted / 5 + 2.5 * robust / 5
+    expected.backward()
+
+    exact = {"atol": 1e-12, "rtol": 1e-12}
+    torch.testing.assert_close(loss.value, expected, **exact)
+    torch.testing.assert_close(loss.terms["boosted"], boosted / 5, **exact)
+    torch.testing.assert_close(loss.terms["robust"], robust / 5, **exact)
+    torch.testing.assert_close(loss.logits.softmax(1), p, **exact)
+    assert loss.terms["robust"] > 0.001
+    assert not any(v.requires_grad for v in (loss.logits, *loss.terms.values()))
+    for found, wanted in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(found.grad, wanted.grad, atol=1e-10, rtol=1e-10)
+    for found, wanted in zip(model.buffers(), reference.buffers(), strict=True):
+        torch.testing.assert_close(found, wanted, **exact)
+
+
+def test_mart_stays_finite_where_the_network_is_sure_and_wrong() -> None:
+    model = Margin(lambda v: 400 * (v - 0.5))
+    x, y = make_pixels([0.1, 0.9])
+    loss = build("mart", LINF, model)(x.float().requires_grad_(), y, CLOCK)
+    assert loss.value.isfinite()
+    # CE of 160 or so, and the largest margin penalty, -log(0.0001), for the first image.
+    assert loss.terms["boosted"] == pytest.approx((200 - np.log(0.0001)) / 2, rel=1e-3)
+
+
+# --- free adversarial training -------------------------------------------------------------------
+
+
+def train_freely(objective: Any, model: nn.Module, batches: Any, epochs: int = 1) -> list[Tensor]:
+    """What `fit` does with an objective that replays; returns the noise after every step."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    steps = epochs * len(batches) * objective.replays
+    step, noises = 0, []
+    for epoch in range(epochs):
+        for x, y in batches:
+            for _ in range(objective.replays):
+                optimizer.zero_grad()
+                objective(x, y, Clock(step, steps, epoch, epochs)).value.backward()
+                optimizer.step()
+                objective.after_step()
+                noises.append(objective.noise.clone())
+                step += 1
+    return noises
+
+
+def test_free_adv_follows_the_reference() -> None:
+    model, (x, y) = make_net(), make_batch()
+    reference = copy.deepcopy(model)
+    batches = [(x, y), (x.flip(0)[:3], y.flip(0)[:3]), (x, y)]
+    objective = build("free-adv", LINF, model, replays=3)
+    noises = train_freely(objective, model, batches)
+
+    optimizer = torch.optim.SGD(reference.parameters(), lr=0.1, momentum=0.9)
+    noise, step = torch.zeros_like(x), 0
+    for images, labels in batches:
+        n = len(images)
+        for _ in range(3):
+            part = noise[:n].clone().requires_grad_()
+            seen = torch.minimum(torch.maximum(images + part, torch.tensor(0.0)), torch.tensor(1.0))
+            loss = -reference(seen).log_softmax(1)[range(n), labels].mean()
+            gradients = torch.autograd.grad(loss, [part, *reference.parameters()])
+            for parameter, gradient in zip(reference.parameters(), gradients[1:], strict=True):
+                parameter.grad = gradient
+            noise[:n] = (part.detach() + LINF.eps * gradients[0].sign()).clamp(-LINF.eps, LINF.eps)
+            optimizer.step()
+            torch.testing.assert_close(noises[step], noise, atol=0, rtol=0)
+            step += 1
+    assert noise.abs().max() == LINF.eps
+    for found, wanted in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-12, rtol=1e-12)
+
+
+def test_free_adv_takes_one_pass_a_step() -> None:
+    model, (x, y) = make_net(), make_batch()
+    seen: list[Tensor] = []
+    model.register_forward_pre_hook(lambda m, args: seen.append(args[0].detach().clone()))
+    objective = build("free-adv", LINF, model, replays=4)
+    train_freely(objective, model, [(x, y)])
+    assert objective.replays == len(seen) == 4
+    assert torch.equal(seen[0], x)  # the noise starts at zero
+    for images in seen:
+        assert 0 <= images.min() <= images.max() <= 1
+        assert (images - x).abs().max() <= LINF.eps + 1e-12
+    component = COMPONENTS["free-adv"]
+    assert component.passes(component.options()) == 1
+    assert component.options().replays == 4
+    assert not build("free-adv", LINF, model)(x, y, CLOCK).logits.requires_grad
+
+
+@pytest.mark.parametrize("cut", [0, 1, 2, 3])
+def test_free_adv_resumes_to_the_same_bits(cut: int) -> None:
+    x, y = make_batch()
+    batches = [(x, y), (x.flip(0), y.flip(0)), (x[:2], y[:2]), (x, y)]
+    model = make_net()
+    whole = train_freely(build("free-adv", LINF, model, replays=2), model, batches)
+    model = make_net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    objective = build("free-adv", LINF, model, replays=2)
+    for number, (images, labels) in enumerate(batches):
+        if number == cut:
+            state = {k: v.clone() for k, v in objective.state_dict().items()}
+            objective = build("free-adv", LINF, model, replays=2)
+            objective.load_state_dict(state)
+        for replay in range(2):
+            optimizer.zero_grad()
+            objective(images, labels, Clock(2 * number + replay, 8, 0, 1)).value.backward()
+            optimizer.step()
+            objective.after_step()
+    assert torch.equal(objective.noise, whole[-1])
+
+
+def test_free_adv_keeps_its_noise_or_resets_it_each_epoch() -> None:
+    x, y = make_batch()
+    for reset in ("never", "epoch"):
+        model = make_net()
+        seen: list[Tensor] = []
+        model.register_forward_pre_hook(lambda m, args, to=seen: to.append(args[0].detach()))
+        objective = build("free-adv", LINF, model, replays=2, reset=reset)
+        train_freely(objective, model, [(x, y), (x, y)], epochs=2)
+        clean = [i for i, images in enumerate(seen) if torch.equal(images, x)]
+        assert clean == ([0] if reset == "never" else [0, 4])
+
+
+def test_free_adv_moves_black_and_white_pixels() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(2, 2))
+    with torch.no_grad():
+        model[1].weight.copy_(torch.tensor([[-1.0, 1.0], [1.0, -1.0]]))
+    x, y = torch.tensor([0.0, 1.0]).reshape(1, 1, 1, 2), torch.tensor([0])
+    objective = build("free-adv", LINF, model, replays=1)
+    (noise,) = train_freely(objective, model, [(x, y)])
+    assert noise.flatten().tolist() == pytest.approx([LINF.eps, -LINF.eps])
+
+
+def test_free_adv_takes_short_batches_before_long_ones() -> None:
+    model, (x, y) = make_net(), make_batch()
+    objective = build("free-adv", LINF, model, replays=1)
+    short, long = train_freely(objective, model, [(x[:2], y[:2]), (x, y)])
+    assert len(short) == 2
+    assert len(long) == 5
+    with pytest.raises(RuntimeError, match="without a step"):
+        objective.after_step()
+
+
+def test_free_adv_is_for_linf() -> None:
+    with pytest.raises(UserError, match=r'norm = "l2".*norm = "linf"'):
+        build("free-adv", BALL, make_net())
+    objective = build("free-adv", Threat("linf", 4 / 255), make_net())
+    assert objective.validation == Attack(Linf(4 / 255), 10, 1 / 255)
+
+
+# --- all objectives ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["benign", "pgd-at", "trades", "mart"])
 def test_forward_passes_their_modes_and_inputs(name: str) -> None:
     model, (x, y) = make_net(), make_batch()
     modes, inputs = [], []
     model.register_forward_pre_hook(lambda m, args: modes.append(m.training))
     model.register_forward_pre_hook(lambda m, args: inputs.append(args[0].detach().clone()))
     build(name, LINF, model)(x, y, CLOCK)
-    attack, loss = {"benign": (0, 1), "pgd-at": (10, 1), "trades": (11, 2)}[name]
+    attack, loss = {
+        "benign": (0, 1), "pgd-at": (10, 1), "trades": (11, 2), "mart": (10, 2)
+    }[name]  # fmt: skip
     assert modes == [False] * attack + [True] * loss
     component = COMPONENTS[name]
     assert component.passes(component.options()) == attack + loss
@@ -353,8 +535,11 @@ def test_pgd_at_is_cross_entropy_at_the_worst_corner() -> None:
     assert float(model[1].bias.grad[0]) == pytest.approx(expected, abs=1e-9)
 
 
-@pytest.mark.parametrize("name", ["pgd-at", "trades"])
-@pytest.mark.parametrize("threat", [LINF, BALL], ids=["linf", "l2"])
+@pytest.mark.parametrize(
+    ("name", "threat"),
+    [(name, threat) for name in ("pgd-at", "trades", "mart") for threat in (LINF, BALL)]
+    + [("free-adv", LINF)],
+)
 def test_validation_knows_the_robust_images(name: str, threat: Threat) -> None:
     model, x, y = make_linear(threat)
     with torch.no_grad():
@@ -385,7 +570,7 @@ class _Masked(nn.Module):
         return weight * self.mask
 
 
-@pytest.mark.parametrize("name", ["pgd-at", "trades"])
+@pytest.mark.parametrize("name", ["pgd-at", "trades", "mart", "free-adv"])
 def test_weights_cached_for_the_step_keep_their_graph(name: str) -> None:
     x, y = make_batch()
     mask = (torch.arange(48) % 2).expand(3, 48).double()

@@ -28,8 +28,10 @@ def build(
     shape: Shape = CIFAR,
     classes: int = 10,
     how: Initialization = "kaiming-normal",
+    keep_ratio: float | None = None,
 ) -> nn.Module:
-    use: Use[nn.Module] = Use("architecture", COMPONENTS[name], NetOptions(how), "nets")
+    options = NetOptions(how, keep_ratio)
+    use: Use[nn.Module] = Use("architecture", COMPONENTS[name], options, "nets")
     return use.build(Context(shape=shape, classes=classes))
 
 
@@ -87,6 +89,60 @@ def test_parameter_counts_by_hand() -> None:
     # 9*16 + 16, 9*16*32 + 32, 9*32*32 + 32, 32*2*2*32 + 32, 330.
     assert count("small-cnn", (1, 8, 8)) == 160 + 4_640 + 9_248 + 4_128 + 330 == 18_506
     assert count("small-cnn", (1, 28, 28)) == 18_506 + 32 * 32 * (49 - 4) == 64_586
+
+
+def resnet_count(blocks: tuple[int, ...], classes: int, *, bottleneck: bool) -> int:
+    """3x3 stem; in each block its convolutions with their norms, and a 1x1 shortcut where needed.
+
+    The shape changes in the first block of each stage, but for the first stage of basic blocks.
+    """
+    total, inputs = 9 * 3 * 64 + 2 * 64, 64
+    for width, count in zip((64, 128, 256, 512), blocks, strict=True):
+        outputs = 4 * width if bottleneck else width
+        for number in range(count):
+            if bottleneck:
+                total += inputs * width + 9 * width * width + width * outputs + 4 * width
+            else:
+                total += 9 * inputs * width + 9 * width * width + 2 * width
+            total += 2 * outputs
+            if number == 0 and inputs != outputs:
+                total += inputs * outputs + 2 * outputs
+            inputs = outputs
+    return total + (inputs + 1) * classes
+
+
+def test_resnet_parameter_counts_by_hand() -> None:
+    # Stem 1728 + 128; a basic block of c channels has 18c^2 + 4c, the first one of a wider stage
+    # 9c^2/2 + 9c^2 + c^2/2 + 6c; head 5130.
+    stages = (2 * 73_984) + (230_144 + 295_424) + (919_040 + 1_180_672) + (3_673_088 + 4_720_640)
+    assert count("cifar-resnet18") == 1_728 + 128 + stages + 5_130 == 11_173_962
+    assert resnet_count((2, 2, 2, 2), 10, bottleneck=False) == 11_173_962
+    assert count("cifar-resnet34") == resnet_count((3, 4, 6, 3), 10, bottleneck=False) == 21_282_122
+    assert count("cifar-resnet50") == resnet_count((3, 4, 6, 3), 10, bottleneck=True) == 23_520_842
+    deep = resnet_count((3, 4, 23, 3), 100, bottleneck=True)
+    assert count("cifar-resnet101", classes=100) == deep == 42_697_380
+    assert (
+        count("cifar-resnet152") == resnet_count((3, 8, 36, 3), 10, bottleneck=True) == 58_156_618
+    )
+
+
+def test_parameter_counts_of_linear_and_verified_networks_by_hand() -> None:
+    assert count("lin-1") == 3072 * 10 + 10 == 30_730
+    assert count("lin-2") == 3072 * 100 + 100 + 1_010 == 308_310
+    assert count("lin-3") == 308_310 + 10_100
+    assert count("lin-4") == 308_310 + 2 * 10_100
+    grey = (1, 28, 28)
+    assert count("mnist-small", grey) == 272 + 8_224 + 156_900 + 1_010 == 166_406
+    # 64*7*7*512 + 512 in the first linear layer.
+    large = 320 + 16_416 + 18_496 + 65_600 + 1_606_144 + 262_656 + 5_130
+    assert count("mnist-large", grey) == large == 1_974_762
+    # Convolutions with biases, then 128*8*8*256 + 256 and 65,792 and 2,570.
+    vgg = 1_792 + 36_928 + 73_856 + 147_584 + 2_097_408 + 65_792 + 2_570
+    assert count("vgg4-without-maxpool") == vgg == 2_425_930
+    # A block of c channels has 9c^2 + c, c^2 + c and 9c^2 + c; the halving ones with c from c/2
+    # channels 8c^2 + c, 2c^2 + c and 9c^2 + c: 4,912, 19,552 and 78,016 both ways.
+    blocks = 6 * 4_912 + 5 * 19_552 + 5 * 78_016
+    assert count("cifar-resnet-verified") == 448 + blocks + 4_097_000 + 10_010 == 4_624_770
 
 
 @pytest.mark.parametrize(
@@ -165,6 +221,92 @@ def test_state_dict_keys_are_those_of_published_checkpoints() -> None:
     assert not any(key.startswith("features.43") for key in vgg)
 
 
+def test_state_dict_keys_of_resnets_are_those_of_published_checkpoints() -> None:
+    basic, deep = outline("cifar-resnet18").state_dict(), outline("cifar-resnet50").state_dict()
+    heads = {"conv1", "bn1", "layer1", "layer2", "layer3", "layer4", "linear"}
+    assert {key.split(".")[0] for key in basic} == heads
+    shortcut = [key for key in basic if key.startswith("layer2.0.shortcut")]
+    assert shortcut[:3] == [
+        "layer2.0.shortcut.0.weight", "layer2.0.shortcut.1.weight", "layer2.0.shortcut.1.bias",
+    ]  # fmt: skip
+    # Basic blocks widen from the second stage on, bottlenecks in all four.
+    for network, first in ((basic, 2), (deep, 1)):
+        places = {key.split(".shortcut")[0] for key in network if "shortcut" in key}
+        assert places == {f"layer{n}.0" for n in range(first, 5)}
+    assert deep["layer3.5.conv3.weight"].shape == (1024, 256, 1, 1)
+    assert deep["layer3.0.conv2.weight"].shape == (256, 256, 3, 3)
+    assert "linear.bias" in deep
+
+
+def test_state_dict_keys_of_linear_and_verified_networks() -> None:
+    assert list(outline("lin-3").state_dict()) == [
+        "1.weight", "1.bias", "2.weight", "2.bias", "3.weight", "3.bias",
+    ]  # fmt: skip
+    for name, numbers in (
+        ("mnist-large", (0, 2, 4, 6, 9, 11, 13)),
+        ("vgg4-without-maxpool", (0, 2, 4, 6, 9, 11, 13)),
+    ):
+        keys = list(outline(name).state_dict())
+        assert keys == [f"{n}.{part}" for n in numbers for part in ("weight", "bias")]
+    keys = list(outline("cifar-resnet-verified").state_dict())
+    blocks = [
+        f"{2 + 4 * block + half}.Ws.{number}.{part}"
+        for block in range(16)
+        for half, number in ((0, 0), (2, 0), (2, 2))
+        for part in ("weight", "bias")
+    ]
+    # Flatten is 66, the ReLU between the linear layers 68.
+    tail = ["67.weight", "67.bias", "69.weight", "69.bias"]
+    assert keys == ["0.weight", "0.bias", *blocks, *tail]
+
+
+def test_verified_resnet_adds_the_input_of_each_block() -> None:
+    """Layer by layer with plain functions, from the keys alone."""
+    from torch.nn import functional as F
+
+    network = build("cifar-resnet-verified", (3, 8, 8))
+    w = network.state_dict()
+    x = torch.rand(2, 3, 8, 8)
+    with torch.no_grad():
+        logits = network(x)
+    x = F.conv2d(x, w["0.weight"], w["0.bias"], padding=1).relu()
+    for block in range(16):
+        first, second = f"{2 + 4 * block}.Ws", f"{4 + 4 * block}.Ws"
+        stride = 2 if block in (6, 11) else 1
+        inner = F.conv2d(x, w[f"{first}.0.weight"], w[f"{first}.0.bias"], stride, padding=1)
+        outer = F.conv2d(inner.relu(), w[f"{second}.2.weight"], w[f"{second}.2.bias"], padding=1)
+        shortcut = F.conv2d(x, w[f"{second}.0.weight"], w[f"{second}.0.bias"], stride)
+        x = (outer + shortcut).relu()
+    assert x.shape == (2, 64, 2, 2)
+    x = F.linear(x.flatten(1), w["67.weight"], w["67.bias"]).relu()
+    torch.testing.assert_close(logits, F.linear(x, w["69.weight"], w["69.bias"]))
+
+
+def test_resnet_block_by_hand() -> None:
+    """The shortcut is added after the second norm, and the sum goes through the last ReLU."""
+    from prunekit_nets.resnet import Basic
+
+    block = Basic(1, 1, stride=1).eval()
+    with torch.no_grad():
+        for convolution, size in ((block.conv1, 2.0), (block.conv2, -1.0)):
+            convolution.weight.zero_()
+            convolution.weight[:, :, 1, 1] = size
+        y = block(torch.tensor([-2.0, 3.0]).reshape(2, 1, 1, 1))
+    # -2: the branch is cut to 0, -2 + 0 is cut to 0; 3: -6 + 3 is cut to 0.
+    assert y.flatten().tolist() == [0.0, 0.0]
+    with torch.no_grad():
+        block.conv2.weight.neg_()
+        y = block(torch.tensor([-2.0, 3.0]).reshape(2, 1, 1, 1))
+    torch.testing.assert_close(y.flatten(), torch.tensor([0.0, 9.0]), rtol=0, atol=1e-3)
+
+
+def test_linear_networks_are_linear() -> None:
+    network = build("lin-4", (1, 4, 4))
+    x, y = torch.rand(2, 3, 1, 4, 4).double().unbind()
+    network.double()
+    torch.testing.assert_close(network(x) + network(y), 2 * network((x + y) / 2))
+
+
 def test_wide_resnet_block_by_hand() -> None:
     """The shortcut starts from the activated input where channels change, else from the input."""
     from prunekit_nets.wide_resnet import Block
@@ -190,7 +332,13 @@ def test_wide_resnet_block_by_hand() -> None:
     torch.testing.assert_close(wider.flatten(1), expected, rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["small-cnn", "cifar-small", "cifar-large", "vgg4-bn", "wrn-28-1"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "small-cnn", "cifar-small", "cifar-large", "vgg4-bn", "wrn-28-1", "mnist-large", "lin-2",
+        "vgg4-without-maxpool", "cifar-resnet18", "cifar-resnet-verified",
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 9, 14)])
 def test_networks_take_the_shape_of_the_data(name: str, shape: Shape) -> None:
     network = build(name, shape, classes=3)
@@ -205,7 +353,8 @@ def test_networks_take_the_shape_of_the_data(name: str, shape: Shape) -> None:
     [
         ("cifar-small", 4), ("cifar-large", 4), ("vgg2", 4), ("vgg4-bn", 4), ("vgg6", 8),
         ("vgg8-bn", 16), ("vgg11", 16), ("vgg13", 16), ("vgg16-bn", 16), ("wrn-28-1", 1),
-        ("small-cnn", 1),
+        ("small-cnn", 1), ("mnist-small", 4), ("mnist-large", 4), ("cifar-resnet-verified", 4),
+        ("vgg4-without-maxpool", 1), ("lin-1", 1), ("cifar-resnet18", 1), ("cifar-resnet50", 1),
     ],
 )  # fmt: skip
 def test_smallest_images(name: str, smallest: int) -> None:
@@ -264,3 +413,16 @@ def test_signed_constant_keeps_the_signs_of_kaiming_normal() -> None:
     constant = prunable(build("small-cnn", how="signed-constant"))
     for (a, _), (b, _) in zip(normal, constant, strict=True):
         assert torch.equal(a.sign(), b.sign())
+
+
+@pytest.mark.parametrize("how", ["kaiming-normal", "kaiming-uniform", "signed-constant"])
+def test_keep_ratio_scales_the_start_once(how: Initialization) -> None:
+    torch.manual_seed(4)
+    dense = build("vgg2-bn", how=how)
+    torch.manual_seed(4)
+    sparse = build("vgg2-bn", how=how, keep_ratio=0.04)
+    for (a, size), (b, _) in zip(prunable(dense), prunable(sparse), strict=True):
+        torch.testing.assert_close(b, 5 * a)
+        if how == "signed-constant":
+            torch.testing.assert_close(b.abs(), torch.full_like(b, 5 * size))
+    assert torch.equal(sparse.state_dict()["features.1.weight"], torch.ones(64))

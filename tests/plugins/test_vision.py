@@ -75,6 +75,7 @@ def _forbid_downloads(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for module in (datasets.cifar, datasets.mnist):
         monkeypatch.setattr(module, "download_and_extract_archive", refuse)
+    monkeypatch.setattr(datasets.svhn, "download_url", refuse)
 
 
 @pytest.fixture
@@ -107,9 +108,9 @@ def write_cifar(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path, Parts], None
     return write
 
 
-@pytest.mark.parametrize("name", ["cifar10", "cifar100", "mnist", "fashion-mnist"])
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "svhn", "mnist", "fashion-mnist"])
 def test_npz_in_the_root(name: str, tmp_path: Path) -> None:
-    arrays = make_arrays(*((32, 32, 3) if "cifar" in name else (28, 28)))
+    arrays = make_arrays(*((28, 28) if "mnist" in name else (32, 32, 3)))
     np.savez(tmp_path / f"{name}.npz", **arrays)
     data = build(name, tmp_path)
     tell = COMPONENTS[name].facts
@@ -122,12 +123,15 @@ def test_npz_in_the_root(name: str, tmp_path: Path) -> None:
 def test_facts_of_the_real_sets() -> None:
     told = {}
     for name, component in COMPONENTS.items():
+        if component.options is not VisionOptions:
+            continue
         assert component.facts is not None
         facts = component.facts(VisionOptions())
         told[name] = (facts.shape, facts.classes, facts.train, facts.test, facts.augment)
     assert told == {
         "cifar10": ((3, 32, 32), 10, 50_000, 10_000, ("crop", "flip")),
         "cifar100": ((3, 32, 32), 100, 50_000, 10_000, ("crop", "flip")),
+        "svhn": ((3, 32, 32), 10, 73_257, 26_032, ("crop",)),
         "mnist": ((1, 28, 28), 10, 60_000, 10_000, ()),
         "fashion-mnist": ((1, 28, 28), 10, 60_000, 10_000, ()),
     }
@@ -143,6 +147,68 @@ def test_mnist_as_torchvision_keeps_it(name: str, folder: str, below: str, tmp_p
     data = build(name, tmp_path)
     check_same(data, arrays)
     assert (data.shape, data.classes) == ((1, 28, 28), 10)
+
+
+def write_svhn(folder: Path, arrays: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SVHN's .mat files: images last, zero is class 10. torchvision is told their MD5."""
+    from scipy.io import savemat
+    from torchvision import datasets
+
+    folder.mkdir(parents=True, exist_ok=True)
+    known = dict(datasets.SVHN.split_list)
+    for part in ("train", "test"):
+        labels = arrays[f"y_{part}"].astype(np.uint8)
+        labels[labels == 0] = 10
+        file = folder / f"{part}_32x32.mat"
+        savemat(file, {"X": arrays[f"x_{part}"].transpose(1, 2, 3, 0), "y": labels[:, None]})
+        known[part] = ["", file.name, hashlib.md5(file.read_bytes()).hexdigest()]
+    monkeypatch.setattr(datasets.SVHN, "split_list", known)
+
+
+@pytest.mark.parametrize("below", ["", "torchvision"])
+def test_svhn_as_torchvision_keeps_it(
+    below: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("scipy")
+    arrays = make_arrays(32, 32, 3)
+    write_svhn(tmp_path / below, arrays, monkeypatch)
+    data = build("svhn", tmp_path)
+    check_same(data, arrays)
+    assert (data.shape, data.classes, data.augment) == ((3, 32, 32), 10, ("crop",))
+
+
+def test_svhn_with_a_file_missing_or_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("scipy")
+    monkeypatch.chdir(tmp_path)
+    write_svhn(tmp_path, make_arrays(32, 32, 3), monkeypatch)
+    test = tmp_path / "test_32x32.mat"
+    for damage in (lambda: test.write_bytes(test.read_bytes()[:-1]), test.unlink):
+        damage()
+        with pytest.raises(UserError) as error:
+            build("svhn", tmp_path)
+        assert str(error.value).startswith(
+            "train_32x32.mat and test_32x32.mat: incomplete or damaged (torchvision: "
+        )
+        assert "\n" not in str(error.value)
+
+
+def test_svhn_is_downloaded_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("scipy")
+    from torchvision.datasets import svhn
+
+    arrays = make_arrays(32, 32, 3)
+    write_svhn(tmp_path / "server", arrays, monkeypatch)
+
+    def fetch(url: str, root: Path, filename: str, md5: str) -> None:
+        (Path(root) / filename).write_bytes((tmp_path / "server" / filename).read_bytes())
+
+    monkeypatch.setattr(svhn, "download_url", fetch)
+    check_same(build("svhn", tmp_path / "data", download=True), arrays)
+    names = sorted(path.name for path in (tmp_path / "data").iterdir())
+    assert names == ["test_32x32.mat", "train_32x32.mat"]
+    check_same(build("svhn", tmp_path / "data"), arrays)
 
 
 @pytest.mark.parametrize("below", ["", "torchvision"])
@@ -230,8 +296,8 @@ def test_pickles_of_another_checksum_are_never_opened(
             build("cifar10", root, download=True)
         assert not isinstance(error.value, DataMissingError)
         text = str(error.value)
-        assert text.startswith(f"{name}/cifar-10-batches-py is incomplete or damaged (torchvision:")
-        assert text.endswith("; delete it, and the next run downloads it")
+        assert text.startswith(f"{name}/cifar-10-batches-py: incomplete or damaged (torchvision:")
+        assert text.endswith("; delete what is there, and the next run downloads it")
 
 
 @pytest.mark.parametrize("keep", [0, 4, 700, 15_000])
@@ -239,7 +305,7 @@ def test_mnist_cut_off(keep: int, tmp_path: Path) -> None:
     write_idx(tmp_path / "MNIST" / "raw", make_arrays(28, 28))
     file = tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte"
     file.write_bytes(file.read_bytes()[:keep])
-    with pytest.raises(UserError, match="MNIST is incomplete or damaged") as error:
+    with pytest.raises(UserError, match="MNIST: incomplete or damaged") as error:
         build("mnist", tmp_path)
     assert "\n" not in str(error.value)
 
@@ -247,7 +313,7 @@ def test_mnist_cut_off(keep: int, tmp_path: Path) -> None:
 def test_mnist_with_a_file_missing(tmp_path: Path) -> None:
     write_idx(tmp_path / "MNIST" / "raw", make_arrays(28, 28))
     (tmp_path / "MNIST" / "raw" / "t10k-labels-idx1-ubyte").unlink()
-    with pytest.raises(UserError, match="MNIST is incomplete or damaged"):
+    with pytest.raises(UserError, match="MNIST: incomplete or damaged"):
         build("mnist", tmp_path)
 
 

@@ -1,0 +1,179 @@
+"""AutoAttack by pyautoattack, the reference implementation's maths, for any number of classes."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from pyautoattack import AutoAttack
+from torch import Tensor, nn
+
+from prunekit.contracts import Context, Result, Threat
+from prunekit.errors import UserError
+from prunekit.evaluation import eval_mode, proportion
+from prunekit.files import read_json, write_json
+from prunekit_adversarial import ATTACKS, FEW_CLASSES, TARGETS, AutoAttackOptions
+from prunekit_adversarial.attacks import check_threat, is_correct, predict
+
+ROBUST, MISCLASSIFIED = "robust", "misclassified"
+"""What the record `attack` says of images that nothing fooled, and that needed no attack."""
+
+DLR = {"apgd-dlr", "apgd-t"}
+"""The attacks whose loss compares the 4 largest logits (untargeted, 3)."""
+
+SQUARE_GAIN = 0.002
+"""Where Square, which sees no gradient, finds more than this part, gradients may mislead."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Accuracy under attacks that follow each other; a fooled image leaves the batch.
+
+    By default the attacks are those of standard AutoAttack (Croce and Hein, ICML 2020), with
+    min(9, K - 1) targets, and for less than 4 classes APGD-CE, FAB and Square. The metric
+    `standard` is 1 where attacks and budgets are standard AutoAttack's, else 0. Records: `correct`
+    (N,) bool, `attack` (N,), the name of the attack that fooled the image, or `ROBUST`, or
+    `MISCLASSIFIED`. What AutoAttack doubts about its own verdict is warned of, with `warnings`.
+
+    Every attack starts from `seed` on every batch, so that batches do not depend on each other.
+    With a folder `scratch`, each is kept there when it is done and an evaluation that was cut off
+    goes on after the last one, to the same result. (pyautoattack's own `state_path` cannot be read
+    back in 0.2.0, and begins the attack that was cut off once more with the images that are left.)
+    """
+
+    threat: Threat
+    options: AutoAttackOptions
+    scratch: Path | None = None
+
+    def __call__(self, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Result:
+        kept = self.scratch / "autoattack.json" if self.scratch else None
+        fooled: list[str] = []
+        doubts: dict[str, str] = {}
+        if kept is not None and kept.exists():
+            fooled, doubts = read_json(kept)
+        done, seen, classes = len(fooled), 0, 0
+        with frozen(model), eval_mode(model), listening(doubts):
+            for x, y in batches:
+                seen += len(y)
+                if not classes:
+                    classes = self.count_classes(model, x)
+                if seen <= done:
+                    continue
+                fooled += self.attack_batch(model, x, y, classes)
+                if kept is not None:
+                    write_json(kept, [fooled, doubts])
+        attack = np.array(fooled)
+        correct = attack == ROBUST
+        self.warn(attack, self.choose(classes), doubts)
+        metrics = proportion("accuracy", correct)
+        metrics |= {"standard": float(self.is_standard(classes)), "seed": self.options.seed}
+        return Result(metrics, {"correct": correct, "attack": attack})
+
+    @torch.no_grad()
+    def count_classes(self, model: nn.Module, x: Tensor) -> int:
+        """K; raises `UserError` where an attack that the recipe names wants more."""
+        classes = predict(model, x[:1]).shape[1]
+        if classes < 4 and (wrong := DLR.intersection(self.options.attacks or ())):
+            raise UserError(
+                f"autoattack: {min(wrong)} takes 4 classes at least, this network has {classes}; "
+                f"leave attacks out, or write attacks = {json.dumps(FEW_CLASSES)}"
+            )
+        return classes
+
+    def choose(self, classes: int) -> Sequence[str]:
+        """The attacks, in their order."""
+        return self.options.attacks or (ATTACKS if classes >= 4 else FEW_CLASSES)
+
+    def is_standard(self, classes: int) -> bool:
+        budgets = (self.options.steps, self.options.queries, self.options.restarts)
+        return tuple(self.choose(classes)) == ATTACKS and budgets == (100, 5000, 1)
+
+    def attack_batch(self, model: nn.Module, x: Tensor, y: Tensor, classes: int) -> list[str]:
+        """The record `attack` of each image."""
+        with torch.no_grad():
+            correct = is_correct(predict(model, x), y).cpu().numpy()
+        found = np.where(correct, ROBUST, MISCLASSIFIED).astype(object)
+        suite = self.make_suite(lambda images: predict(model, images), x.device, classes)
+        for name in self.choose(classes):
+            left = np.flatnonzero(found == ROBUST)
+            if not len(left):
+                break
+            suite.attacks_to_run = [name]
+            index = torch.from_numpy(left).to(x.device)
+            _, prediction = suite.run_standard_evaluation(x[index], y[index], batch_size=len(left))
+            found[left[(prediction != y[index]).cpu().numpy()]] = name
+        return list(found)
+
+    def make_suite(
+        self, logits: Callable[[Tensor], Tensor], device: torch.device, classes: int
+    ) -> AutoAttack:
+        """All attacks, with standard AutoAttack's settings but for what the options say."""
+        norm = {"linf": "Linf", "l2": "L2"}[self.threat.norm]
+        suite = AutoAttack(
+            logits, norm=norm, eps=self.threat.eps, seed=self.options.seed, device=device
+        )
+        steps, targets = self.options.steps, min(TARGETS, classes - 1)
+        for apgd in (suite.apgd, suite.apgd_targeted):
+            # Where its step size is looked at again: parts of the steps, fixed when it was made.
+            apgd.n_iter = steps
+            apgd.n_iter_2 = max(int(0.22 * steps), 1)
+            apgd.n_iter_min = max(int(0.06 * steps), 1)
+            apgd.size_decr = max(int(0.03 * steps), 1)
+        suite.apgd.n_restarts = suite.fab.n_restarts = self.options.restarts
+        suite.apgd_targeted.n_target_classes = suite.fab.n_target_classes = targets
+        suite.fab.n_iter = steps
+        suite.square.n_queries = self.options.queries
+        return suite
+
+    def warn(self, attack: np.ndarray, chosen: Sequence[str], doubts: dict[str, str]) -> None:
+        texts = list(doubts.values())
+        square = float((attack == "square").mean())
+        if "square" in chosen[1:] and square > SQUARE_GAIN:
+            texts.append(
+                f"Square, which uses no gradients, fooled {square:.1%} of the images after attacks "
+                "by gradient could not: gradients may mislead here, and the accuracy be too high"
+            )
+        for text in texts:
+            warnings.warn(f"autoattack: {text}", stacklevel=3)
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter takes gradients inside: FAB calls `backward()`, and would leave some behind."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for p in trained:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in trained:
+            p.requires_grad_(True)
+
+
+@contextmanager
+def listening(doubts: dict[str, str]) -> Iterator[None]:
+    """Collects AutoAttack's warnings, the first of those that differ in numbers alone."""
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            text = record.getMessage().partition(" See flags_doc")[0].strip()
+            doubts.setdefault(re.sub(r"\d+", "#", text), text)
+
+    logger, listener = logging.getLogger("auto-attack"), Listener(logging.WARNING)
+    logger.addHandler(listener)
+    try:
+        yield
+    finally:
+        logger.removeHandler(listener)
+
+
+def build_autoattack(options: AutoAttackOptions, context: Context) -> Evaluation:
+    return Evaluation(check_threat(context.threat), options, getattr(context, "scratch", None))

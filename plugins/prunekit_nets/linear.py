@@ -1,0 +1,32 @@
+"""Linear networks: what a network can do without a single non-linearity."""
+
+from __future__ import annotations
+
+from functools import partial
+from itertools import pairwise
+from math import prod
+
+from torch import nn
+
+from prunekit.contracts import Context
+from prunekit_nets import NetOptions
+from prunekit_nets.initialization import initialize
+
+HIDDEN = 100
+
+
+def build_linear(layers: int, options: NetOptions, context: Context) -> nn.Sequential:
+    """Linear layers one after the other, all but the last with 100 outputs; keys `1`, `2`, ...
+
+    HYDRA's `lin_4` has three layers, as its `lin_3` has: load its weights into `lin-3`.
+    """
+    widths = [prod(context.shape), *[HIDDEN] * (layers - 1), context.classes]
+    network = nn.Sequential(
+        nn.Flatten(),
+        *(nn.Linear(i, o) for i, o in pairwise(widths)),
+    )
+    initialize(network, options)
+    return network
+
+
+lin_1, lin_2, lin_3, lin_4 = (partial(build_linear, layers) for layers in range(1, 5))

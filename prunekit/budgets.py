@@ -1,0 +1,126 @@
+"""Budgets: how much each layer keeps. Structures: which weights are kept or removed together."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+STRUCTURES = re.compile(r"element|channel|([1-9]\d*):([1-9]\d*)")
+"""element; channel (output channels); n:m (n of every m weights along the input dimension)."""
+
+
+def read_ratio(structure: str) -> tuple[int, int] | None:
+    """(n, m) of "n:m"; None for the other structures.
+
+    >>> read_ratio("2:4"), read_ratio("channel")
+    ((2, 4), None)
+    """
+    n, _, m = structure.partition(":")
+    return (int(n), int(m)) if m else None
+
+
+def keep_n_of_m(values: Tensor, n: int, m: int) -> Tensor:
+    """Bool mask of the n largest of every m values along the input dimension (dimension 1).
+
+    Groups are consecutive inputs of the same output and kernel position: weights (O, I, kh, kw)
+    give O * I / m * kh * kw groups.
+    """
+    groups = values.unflatten(1, (-1, m))
+    chosen = torch.topk(groups, n, dim=2).indices
+    return torch.zeros_like(groups, dtype=torch.bool).scatter_(2, chosen, True).flatten(1, 2)
+
+
+def fits(weight: Tensor, structure: str) -> bool:
+    """Whether the structure divides a weight: n:m wants inputs in whole groups of m."""
+    ratio = read_ratio(structure)
+    return ratio is None or weight.shape[1] % ratio[1] == 0
+
+
+def score_channels(values: Tensor) -> Tensor:
+    """Importance (O,) of the output channels: the mean over their weights."""
+    return values.flatten(1).mean(1)
+
+
+def lamp(values: Tensor) -> Tensor:
+    """LAMP scores: s_u^2 / sum of s_v^2 over all v of the layer with |s_v| >= |s_u|, u included.
+
+    Lee et al., ICLR 2021, equation 4. They compare across layers.
+    """
+    flat = values.flatten().double()
+    order = flat.abs().argsort()
+    squares = flat[order].square()
+    left = squares.flip(0).cumsum(0).flip(0).clamp_min(torch.finfo(torch.float64).tiny)
+    scores = torch.empty_like(flat)
+    scores[order] = squares / left
+    return scores.view_as(values)
+
+
+def spread_erk(shapes: Mapping[str, torch.Size], keep: float) -> dict[str, float]:
+    """Density of each layer under Erdos-Renyi-Kernel: c (in + out + kh + kw) / (in out kh kw).
+
+    c is solved so that the kept total is `keep` times all weights; layers that would be above 1
+    are dense and c is solved again (Evci et al., ICML 2020, appendix).
+    """
+    weights = {name: prod(shape) for name, shape in shapes.items()}
+    raw = {name: sum(shape) / prod(shape) for name, shape in shapes.items()}
+    dense: set[str] = set()
+    while True:
+        budget = keep * sum(weights.values()) - sum(weights[name] for name in dense)
+        sparse = [name for name in shapes if name not in dense]
+        share = sum(raw[name] * weights[name] for name in sparse)
+        c = budget / share if sparse else 0.0
+        above = {name for name in sparse if c * raw[name] > 1}
+        if not above:
+            return {name: 1.0 if name in dense else c * raw[name] for name in shapes}
+        dense |= above
+
+
+def share_out(densities: Mapping[str, float], sizes: Mapping[str, int], total: int) -> dict[str, int]:
+    """Kept weights of each layer: whole numbers that follow the densities and sum to `total`."""
+    exact = {name: densities[name] * sizes[name] for name in sizes}
+    kept = {name: min(int(value + 1e-9), sizes[name]) for name, value in exact.items()}
+    # What rounding down left over goes where most was cut off.
+    for name in sorted(sizes, key=lambda n: kept[n] - exact[n]):
+        if sum(kept.values()) >= total:
+            break
+        kept[name] += kept[name] < sizes[name]
+    return kept
+
+
+def find_followers(model: nn.Module, example: Tensor) -> dict[str, list[str]]:
+    """Weight name -> vectors with an entry for each of its output channels.
+
+    These are its own bias and the scale and shift of a batch normalisation that takes nothing but
+    its output: when a channel goes they go with it. `example` (1, C, H, W) is sent through once.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    made: dict[int, str] = {}
+    kept: list[Tensor] = []
+    followers: dict[str, list[str]] = {}
+
+    def join(*parts: str) -> str:
+        return ".".join(filter(None, parts))
+
+    def watch(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        name = names[module]
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            weight = join(name, "weight")
+            followers[weight] = [join(name, "bias")] if module.bias is not None else []
+            made[id(output)] = weight
+            kept.append(output)  # alive, so that no other tensor gets its id
+        elif isinstance(module, nn.modules.batchnorm._BatchNorm) and module.affine:
+            if weight := made.get(id(inputs[0]), ""):
+                followers[weight] += [join(name, "weight"), join(name, "bias")]
+
+    hooks = [module.register_forward_hook(watch) for module in model.modules()]
+    try:
+        with torch.no_grad():
+            model(example)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return followers

@@ -1,0 +1,247 @@
+"""AutoAttack through pyautoattack: its settings, its loop, few classes, resume, side effects."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from prunekit_adversarial import ATTACKS, AutoAttackOptions, count_autoattack, prunekit_evaluators
+from torch import Tensor, nn
+
+from prunekit import Use, UserError
+from prunekit.contracts import Context, Threat
+from prunekit.errors import OptionError
+from prunekit.testing import check_component
+
+pyautoattack = pytest.importorskip("pyautoattack")
+
+LINF, BALL = Threat("linf", 0.03), Threat("l2", 0.4)
+COMPONENT = next(c for c in prunekit_evaluators() if c.name == "autoattack")
+FEW = {"steps": 5, "queries": 20}
+
+
+def build(threat: Threat | None = LINF, **options: Any) -> Any:
+    use: Use[Any] = Use("evaluator", COMPONENT, COMPONENT.options(**options), threat=threat)
+    return use.build(Context())
+
+
+def make_net(classes: int = 10) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, classes)
+    )
+
+
+def make_batches(model: nn.Module, sizes: tuple[int, ...] = (24, 9)) -> list[tuple[Tensor, Tensor]]:
+    """Images that the network knows, but for the second of each batch."""
+    torch.manual_seed(1)
+    batches = []
+    model.eval()
+    for size in sizes:
+        x = torch.rand(size, 1, 8, 8)
+        y = model(x).argmax(1)
+        y[1] = (y[1] + 1) % 3
+        batches.append((x, y))
+    return batches
+
+
+@pytest.mark.parametrize("threat", [LINF, BALL], ids=["linf", "l2"])
+def test_standard_has_the_settings_of_the_reference(threat: Threat) -> None:
+    suite = build(threat).make_suite(make_net(), torch.device("cpu"), 10)
+    norm = {"linf": "Linf", "l2": "L2"}[threat.norm]
+    reference = pyautoattack.AutoAttack(
+        make_net(), norm=norm, eps=threat.eps, seed=0, device=torch.device("cpu")
+    )
+    assert reference.attacks_to_run == list(ATTACKS)
+    for part in ("apgd", "apgd_targeted", "fab", "square"):
+        found, expected = vars(getattr(suite, part)), vars(getattr(reference, part))
+        left_out = ("model", "predict")
+        assert {k: v for k, v in found.items() if k not in left_out} == {
+            k: v for k, v in expected.items() if k not in left_out
+        }
+    shorter = pyautoattack.autopgd_base.APGDAttack(make_net(), n_iter=40, eps=0.1)
+    found = build(steps=40).make_suite(make_net(), torch.device("cpu"), 10).apgd_targeted
+    for name in ("n_iter", "n_iter_2", "n_iter_min", "size_decr"):
+        assert getattr(found, name) == getattr(shorter, name)
+
+
+@pytest.mark.parametrize("threat", [LINF, BALL], ids=["linf", "l2"])
+def test_attacks_follow_each_other_as_in_the_reference(threat: Threat) -> None:
+    model = make_net()
+    batches = make_batches(model)
+    evaluate = build(threat, **FEW)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        result = evaluate(model, iter(batches))
+    expected = []
+    for x, y in batches:
+        suite = evaluate.make_suite(model, torch.device("cpu"), 10)
+        suite.attacks_to_run = list(ATTACKS)
+        _, prediction = suite.run_standard_evaluation(x, y, batch_size=len(x))
+        expected += (prediction == y).tolist()
+    assert result.records["correct"].tolist() == expected
+    attack = result.records["attack"]
+    assert attack.dtype.kind == "U"
+    assert [i for i, name in enumerate(attack) if name == "misclassified"] == [1, 25]
+    assert {"robust", "apgd-ce"} <= {*attack} <= {"robust", "misclassified", *ATTACKS}
+    assert (result.records["correct"] == (attack == "robust")).all()
+    assert result.metrics["accuracy"] == pytest.approx(np.mean(expected))
+    assert result.metrics["n"] == 33
+    assert result.metrics["accuracy_low"] < result.metrics["accuracy"]
+
+
+def test_standard_is_a_label_for_nothing_less() -> None:
+    assert build().is_standard(10)
+    assert build().is_standard(4)
+    assert build(attacks=ATTACKS).is_standard(10)
+    assert not build().is_standard(3)
+    for options in ({"steps": 99}, {"queries": 10}, {"restarts": 2}, {"attacks": ("apgd-ce",)}):
+        assert not build(**options).is_standard(10)
+
+
+@pytest.mark.parametrize(
+    ("classes", "chosen", "targets"),
+    [(2, "apgd-ce fab square", 1), (3, "apgd-ce fab square", 2),
+     (4, "apgd-ce apgd-t fab-t square", 3), (10, "apgd-ce apgd-t fab-t square", 9),
+     (100, "apgd-ce apgd-t fab-t square", 9)],
+)  # fmt: skip
+def test_any_number_of_classes(classes: int, chosen: str, targets: int) -> None:
+    model = make_net(classes)
+    evaluate = build(**FEW, seed=3)
+    assert " ".join(evaluate.choose(classes)) == chosen
+    suite = evaluate.make_suite(model, torch.device("cpu"), classes)
+    assert suite.apgd_targeted.n_target_classes == suite.fab.n_target_classes == targets
+    x = torch.rand(4, 1, 8, 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        result = evaluate(model, [(x, model.eval()(x).argmax(1))])
+    assert result.metrics["standard"] == 0
+    assert result.metrics["seed"] == 3
+
+
+def test_attacks_that_want_more_classes_are_refused() -> None:
+    model = make_net(3)
+    with pytest.raises(UserError, match=r'apgd-t takes 4 classes.*"apgd-ce", "fab", "square"'):
+        build(attacks=("apgd-ce", "apgd-t"))(model, make_batches(model))
+    with pytest.raises(UserError, match=r"\[threat\]"):
+        build(None)
+    with pytest.raises(OptionError):
+        AutoAttackOptions(attacks=())
+
+
+def test_a_chosen_attack_on_a_linear_network_is_exact() -> None:
+    # Logits (w.v, -w.v): robust where w.v > eps * |w|_1.
+    w = torch.randn(64, generator=torch.Generator().manual_seed(3))
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
+    with torch.no_grad():
+        model[1].weight.copy_(torch.stack([w, -w]))
+        model[1].bias.copy_(model[1].weight @ torch.full((64,), -0.5))
+    ratios = torch.tensor([-0.5, 0.5, 0.9, 1.1, 2.0])
+    x = (0.5 + ratios[:, None] * LINF.eps * w.abs().sum() * w / w.dot(w)).reshape(5, 1, 8, 8)
+    for name in ("apgd-ce", "fab"):
+        evaluate = build(attacks=(name,), steps=20)
+        result = evaluate(model, [(x, torch.zeros(5, dtype=torch.long))])
+        expected = ["misclassified", name, name, "robust", "robust"]
+        assert result.records["attack"].tolist() == expected
+
+
+def test_nothing_of_the_network_changes() -> None:
+    model = make_net(3)
+    batches = make_batches(model)
+    model.train()
+    model[0].weight.requires_grad_(False)
+    model[4].bias.grad = torch.ones(3)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    result = build(**FEW, attacks=("fab",))(model, batches)
+    assert "fab" in result.records["attack"]
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert all(m.training for m in model.modules())
+    assert [p.requires_grad for p in model.parameters()] == [False, *[True] * 5]
+    assert model[4].bias.grad.tolist() == [1, 1, 1]
+    assert all(p.grad is None for p in model.parameters() if p is not model[4].bias)
+    assert logging.getLogger("auto-attack").handlers == []
+
+
+def test_goes_on_after_the_last_batch_that_is_done(tmp_path: Path) -> None:
+    model = make_net()
+    batches = make_batches(model, (6, 6, 3))
+
+    def evaluate(given: Any, folder: Path | None) -> Any:
+        use = build(**FEW, attacks=("apgd-ce", "square"))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return type(use)(use.threat, use.options, folder)(model, given)
+
+    def cut_off() -> Iterator[tuple[Tensor, Tensor]]:
+        yield from batches[:2]
+        raise KeyboardInterrupt
+
+    expected = evaluate(batches, None)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(cut_off(), tmp_path)
+    calls: list[int] = []
+    model.register_forward_pre_hook(lambda m, args: calls.append(len(args[0])))
+    found = evaluate(batches, tmp_path)
+    assert found.metrics == expected.metrics
+    assert found.records["attack"].tolist() == expected.records["attack"].tolist()
+    assert max(calls) == 3  # of the batches before, nothing but one image to count classes
+
+
+def test_what_autoattack_doubts_is_warned_of() -> None:
+    class Probabilities(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.flatten(1)[:, :10].softmax(1)
+
+    class Flat(nn.Module):
+        """Without a gradient; only Square moves all pixels of a column the same way."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (20 * x.mean((1, 2))).round()
+
+    x = torch.rand(16, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    model: nn.Module = Probabilities()
+    with pytest.warns(UserWarning, match="probability distribution") as caught:
+        build(steps=2, attacks=("apgd-ce",))(model, [(x, model(x).argmax(1))] * 2)
+    assert len(caught) == 1
+    model = Flat()
+    with pytest.warns(UserWarning, match="autoattack: ") as caught:
+        result = build(steps=2, queries=100)(model, [(x, model(x).argmax(1))])
+    texts = [str(w.message) for w in caught]
+    assert any("points with zero gradient" in text for text in texts)
+    assert any("Square, which uses no gradients" in text for text in texts)
+    assert not any("flags_doc" in text for text in texts)
+    assert "square" in result.records["attack"]
+
+
+def test_counts_its_passes() -> None:
+    model = make_net()
+    with torch.no_grad():  # nothing fools it
+        model[4].weight.zero_()
+        model[4].bias.copy_(torch.arange(10.0))
+    x, y = torch.rand(2, 1, 8, 8), torch.full((2,), 9)
+    for name in ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square"):
+        options = {"steps": 6, "queries": 40, "attacks": (name,), "restarts": 2}
+        calls = 0
+
+        def count(*_: Any) -> None:
+            nonlocal calls
+            calls += 1
+
+        hook = model.register_forward_pre_hook(count)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            build(**options)(model, [(x, y)])
+        hook.remove()
+        checks = calls - count_autoattack(AutoAttackOptions(**options))
+        # Of every attack and target: which images are left, and whether they still are.
+        assert 0 <= checks < 60, (name, checks)
+
+
+def test_contract() -> None:
+    check_component("evaluator", COMPONENT)

@@ -1,0 +1,217 @@
+"""Folders of images: what is listed, how images are decoded and augmented, what can be wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from prunekit_vision import FolderOptions, ImageNetOptions, prunekit_datasets
+from prunekit_vision.folders import Folder
+
+from prunekit.component import Use
+from prunekit.contracts import Context, Data
+from prunekit.data import eval_batches, fingerprint, hold_out
+from prunekit.errors import DataMissingError, RunError, UserError
+from prunekit.testing import check_component
+
+COMPONENTS = {component.name: component for component in prunekit_datasets()}
+CLASSES = ("ant", "bee", "cat")
+
+
+def build(name: str, options: Any) -> Data:
+    use: Use[Data] = Use("dataset", COMPONENTS[name], options, "vision")
+    return use.build(Context())
+
+
+def colours(number: int, width: int, height: int) -> Image.Image:
+    """An image whose pixels tell where they are: no two of them are alike."""
+    rows, columns = np.mgrid[:height, :width]
+    pixels = np.stack([rows * 3, columns * 3, np.full_like(rows, number * 20)], axis=2)
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Five training and two validation images a class, lossless, of several sizes."""
+    for part, count in (("train", 5), ("val", 2)):
+        for label, name in enumerate(CLASSES):
+            folder = tmp_path / "data" / part / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                colours(label, 40 + number, 48 - number).save(folder / f"{number}.PNG")
+            (folder / "notes.txt").write_text("no image")
+    return tmp_path / "data"
+
+
+def folder_of(split: object) -> Folder:
+    assert isinstance(split, Folder)
+    return split
+
+
+def test_classes_are_the_folders_in_order(root: Path) -> None:
+    data = build("image-folder", FolderOptions(root=root, size=16, workers=0))
+    assert (data.shape, data.classes, data.augment) == ((3, 16, 16), 3, ("resized-crop", "flip"))
+    assert data.train.labels.tolist() == [0] * 5 + [1] * 5 + [2] * 5
+    assert data.test.labels.tolist() == [0, 0, 1, 1, 2, 2]
+    assert folder_of(data.train).paths[6] == b"bee/1.PNG"
+    (images,) = data.train.batches([torch.tensor([14, 0])])
+    assert images.dtype == torch.uint8
+    assert images[0, 2].unique().tolist() == [40]
+    assert images[1, 2].unique().tolist() == [0]
+
+
+def test_shorter_side_is_resized_and_the_middle_cut_out(root: Path) -> None:
+    # 35 of 40 columns and 35 of 48 rows would be kept at the full size: 40 is 8/7 of 35.
+    data = build("image-folder", FolderOptions(root=root, size=35, workers=0))
+    (images,) = data.train.batches([torch.tensor([0])])
+    # 48 - 35 = 13 rows, 6 of them above (the half is rounded to even); 40 - 35 = 5 columns, 2.
+    assert images[0, 0, :, 0].tolist() == [3 * row for row in range(6, 41)]
+    assert images[0, 1, 0].tolist() == [3 * column for column in range(2, 37)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_worker_processes_change_nothing(root: Path, workers: int) -> None:
+    here = folder_of(build("image-folder", FolderOptions(root=root, size=16, workers=0)).train)
+    there = folder_of(
+        build("image-folder", FolderOptions(root=root, size=16, workers=workers)).train
+    )
+    indices = [torch.tensor([3, 1, 14]), torch.tensor([0]), torch.tensor([7, 8])]
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    plain = [list(split.batches(indices)) for split in (here, there)]
+    names = ("resized-crop", "flip")
+    varied = [list(split.augmented_batches(indices, names, [5, 6, 7])) for split in (here, there)]
+    for a, b in (plain, varied):
+        assert [len(batch) for batch in a] == [3, 1, 2]
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    # The training step's generator is left alone.
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_augmentation_follows_the_seed_of_the_batch_alone(root: Path) -> None:
+    split = folder_of(build("image-folder", FolderOptions(root=root, size=16, workers=0)).train)
+
+    def draw(index: list[int], seed: int, *names: str) -> torch.Tensor:
+        (images,) = split.augmented_batches([torch.tensor(index)], names, [seed])
+        return images
+
+    both = ("resized-crop", "flip")
+    images = draw([3, 4], 1, *both)
+    # Neither the batches before nor the place in the batch matter.
+    later = list(split.augmented_batches([torch.tensor([0]), torch.tensor([4, 3])], both, [9, 1]))
+    assert torch.equal(images.flip(0), later[1])
+    assert not torch.equal(images, draw([3, 4], 2, *both))
+    (plain,) = split.batches([torch.tensor([3])])
+    assert torch.equal(draw([3], 1)[0], plain[0])
+    flipped = [not torch.equal(draw([3], seed, "flip")[0], plain[0]) for seed in range(20)]
+    assert 3 < sum(flipped) < 17
+    for seed in range(20):
+        image = draw([3], seed, "flip")[0]
+        assert torch.equal(image, plain[0].flip(2) if flipped[seed] else plain[0])
+    # A part of the image is spread over all pixels: neighbours are closer in colour.
+    steps = [int(draw([3], seed, "resized-crop")[0, 1, 8].int().diff().sum()) for seed in range(20)]
+    assert len(set(steps)) > 10
+    assert all(0 < step <= 3 * 43 for step in steps)
+
+
+def test_held_out_images_and_the_contract(root: Path) -> None:
+    options = {"root": str(root), "size": 16, "workers": 0}
+    check_component("dataset", COMPONENTS["image-folder"], options)
+    data = build("image-folder", FolderOptions(root=root, size=16, workers=0))
+    train, validation = hold_out(data.train, 1.0, 0.2, seed=0)
+    assert len(train.labels) == 12
+    batches = list(eval_batches(validation, 2, torch.device("cpu")))
+    assert [len(x) for x, _ in batches] == [2, 1]
+    for x, y in batches:
+        assert torch.equal((x[:, 2, 0, 0] * 255 / 20).round().long(), y)
+
+
+def test_fingerprint_is_of_paths_and_sizes(root: Path) -> None:
+    options = FolderOptions(root=root, size=16, workers=0)
+    first = fingerprint(build("image-folder", options))
+    assert first == fingerprint(build("image-folder", options))
+    moved = root.rename(root.with_name("moved"))
+    options = FolderOptions(root=moved, size=16, workers=0)
+    assert first == fingerprint(build("image-folder", options))
+    file = moved / "val" / "bee" / "1.PNG"
+    file.rename(file.with_name("2.PNG"))
+    renamed = fingerprint(build("image-folder", options))
+    colours(1, 99, 99).save(file.with_name("2.PNG"))
+    assert len({first, renamed, fingerprint(build("image-folder", options))}) == 3
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_damaged_image_is_told_in_one_line(
+    root: Path, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(root.parent)
+    file = root / "train" / "bee" / "1.PNG"
+    file.write_bytes(file.read_bytes()[:60])
+    data = build("image-folder", FolderOptions(root=root, size=16, workers=workers))
+    batches = data.train.batches([torch.tensor([0, 1]), torch.tensor([5, 6])])
+    assert len(next(batches)) == 2
+    with pytest.raises(RunError) as error:
+        next(batches)
+    text = str(error.value)
+    assert text.startswith("data/train/bee/1.PNG cannot be read as an image (")
+    assert text.endswith("); delete or replace it")
+    assert "\n" not in text
+
+
+def test_grey_and_nested_images(root: Path) -> None:
+    deep = root / "train" / "cat" / "more"
+    deep.mkdir()
+    colours(2, 40, 40).convert("L").save(deep / "grey.jpeg")
+    data = build("image-folder", FolderOptions(root=root, size=16, workers=0))
+    assert data.train.labels.tolist()[-1] == 2
+    (images,) = data.train.batches([torch.tensor([15])])
+    assert images.shape == (1, 3, 16, 16)
+    assert torch.equal(images[0, 0], images[0, 2])
+
+
+def test_missing_folders_and_other_classes(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(root.parent)
+    options = FolderOptions(root=root, size=16, workers=0)
+    (root / "val").rename(root / "test")
+    assert build("image-folder", options).classes == 3
+    (root / "test" / "cat").rename(root / "test" / "cow")
+    with pytest.raises(UserError) as error:
+        build("image-folder", options)
+    assert str(error.value) == (
+        "data/train and data/test have not the same classes: 'cat' is only in one of them "
+        "(2 such); give both the same folders"
+    )
+    for file in (root / "test" / "cow").iterdir():
+        file.unlink()
+    with pytest.raises(UserError, match="data/test/cow has no images"):
+        build("image-folder", options)
+    (root / "test").rename(root / "other")
+    with pytest.raises(DataMissingError) as missing:
+        build("image-folder", options)
+    assert str(missing.value) == (
+        "image-folder is not here: data has to have the folders train and val (or test), each "
+        "with a folder for each class; say where it is with root"
+    )
+    # As ImageNet's validation images are handed out.
+    (root / "val").mkdir()
+    colours(0, 40, 40).save(root / "val" / "flat.png")
+    with pytest.raises(UserError, match="data/val has 0 folders; put the images of each class in"):
+        build("image-folder", options)
+
+
+def test_imagenet(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tell = COMPONENTS["imagenet"].facts
+    assert tell is not None
+    facts = tell(ImageNetOptions())
+    assert (facts.shape, facts.classes) == ((3, 224, 224), 1000)
+    assert (facts.train, facts.test) == (1_281_167, 50_000)
+    monkeypatch.setenv("PRUNEKIT_DATA", str(root.parent))
+    with pytest.raises(DataMissingError, match="imagenet is not here: "):
+        build("imagenet", ImageNetOptions())
+    root.rename(root.with_name("imagenet"))
+    with pytest.raises(UserError, match="has 3 classes, imagenet has 1000; for images of your own"):
+        build("imagenet", ImageNetOptions())

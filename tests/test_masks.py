@@ -1,0 +1,369 @@
+"""Scores -> masks, straight-through gradients and attached scores, by hand."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrize
+
+from prunekit import masks as module
+from prunekit.contracts import Scores
+from prunekit.errors import RunError
+from prunekit.masks import (
+    ScoredWeight,
+    apply_masks,
+    assert_masked,
+    attach_scores,
+    check_layers,
+    count_kept,
+    count_weights,
+    detach_scores,
+    effective_weights,
+    find_prunable,
+    hash_masks,
+    measure_sparsity,
+    select,
+)
+
+INFINITY = float("inf")
+
+
+def make_net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+
+
+# Counts
+
+
+@pytest.mark.parametrize(
+    ("n", "sparsity", "kept"),
+    [(1000, 0.9, 100), (10, 0.7, 3), (10, 0.1, 9), (9, 0.999, 1), (7, 0.5, 4), (10, 0.01, 10)],
+)
+def test_recipes_keep_n_minus_the_rounded_down(n, sparsity, kept):
+    """k = 0.1 of 1000 keeps 100, k = 0.3 of 10 keeps 3, k = 0.9 of 10 keeps 9."""
+    assert count_kept(n, sparsity) == kept
+    torch.manual_seed(n)
+    mask = select(Scores({"w": torch.rand(n)}), sparsity)["w"]
+    assert (mask.dtype, int(mask.sum())) == (torch.bool, kept)
+
+
+def test_the_largest_are_kept():
+    scores = Scores({"w": torch.tensor([[0.3, 0.0, 0.1], [0.9, 0.5, 0.2]])})
+    expected = torch.tensor([[True, False, False], [True, True, False]])
+    assert torch.equal(select(scores, 0.5)["w"], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("sparsity", [0.0005, 0.1, 0.5, 0.9, 0.9995])
+@pytest.mark.parametrize("signed", [False, True])
+def test_selection_agrees_with_sorting(dtype, sparsity, signed):
+    torch.manual_seed(0)
+    values = torch.randn(4096, dtype=dtype) * torch.randn(4096, dtype=dtype).exp()
+    values = values if signed else values.abs()
+    kept = count_kept(4096, sparsity)
+    expected = torch.zeros(4096, dtype=torch.bool)
+    expected[values.argsort(descending=True)[:kept]] = True
+    assert torch.equal(select(Scores({"w": values}), sparsity)["w"], expected)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        torch.zeros(1000),
+        torch.full((1000,), -1.0),
+        torch.arange(10.0).repeat(100),
+        torch.full((1000,), 1.0) + torch.arange(1000) % 2 * 2**-23,  # neighbours in float32
+        torch.tensor([-INFINITY] * 990 + [INFINITY] * 5 + [0.0] * 5),
+        torch.tensor([-0.0, 0.0] * 500),
+    ],
+    ids=["zeros", "equal", "ten levels", "neighbours", "infinite", "signed zeros"],
+)
+@pytest.mark.parametrize("sparsity", [0.001, 0.25, 0.995])
+def test_ties_keep_the_exact_count_and_nothing_smaller(values, sparsity):
+    mask = select(Scores({"w": values}), sparsity)["w"]
+    assert int(mask.sum()) == count_kept(1000, sparsity)
+    assert values[mask].min() >= values[~mask].max()
+    assert torch.equal(mask, select(Scores({"w": values.clone()}), sparsity)["w"])
+
+
+def test_nothing_removed():
+    assert select(Scores({"w": torch.rand(10)}), 0.05)["w"].all()
+    assert select(Scores({"w": torch.rand(10)}), 0.05, "global")["w"].all()
+
+
+def test_an_unknown_budget_is_refused():
+    with pytest.raises(ValueError, match="erk"):
+        select(Scores({"w": torch.rand(10)}), 0.5, "erk")
+
+
+# Budgets
+
+
+def test_layer_budget_takes_the_same_fraction_of_each():
+    masks = select(Scores({"a": torch.arange(10.0), "b": torch.arange(20.0) + 100}), 0.8)
+    assert {name: int(m.sum()) for name, m in masks.items()} == {"a": 2, "b": 4}
+
+
+def test_global_budget_lets_layers_compete():
+    values = {"a": torch.tensor([1.0, 2.0, 3.0, 4.0]), "b": torch.tensor([10.0, 0.5, 20.0, 30.0])}
+    masks = select(Scores(values), 0.5, "global")
+    assert masks["a"].tolist() == [False, False, False, True]
+    assert masks["b"].tolist() == [True, False, True, True]
+
+
+def test_global_budget_divides_layerwise_scores_by_their_rms():
+    """RMS: a = sqrt(50 / 2) = 5 -> 0.2, 1.4; b = sqrt(5e4 / 2) = 158.1 -> 0.632, 1.265."""
+    values = {"a": torch.tensor([1.0, 7.0]), "b": torch.tensor([100.0, 200.0])}
+    plain = select(Scores(values), 0.5, "global")
+    assert plain["b"].tolist() == [True, True]
+    masks = select(Scores(values, layerwise=True), 0.5, "global")
+    assert masks["a"].tolist() == [False, True]
+    assert masks["b"].tolist() == [False, True]
+
+
+def test_the_rms_is_that_of_the_weights_still_alive():
+    """Dead, the 100 of a does not count: a -> 1, b -> 0.63, 1.26."""
+    values = {"a": torch.tensor([100.0, 1.0]), "b": torch.tensor([1.0, 2.0])}
+    alive = {"a": torch.tensor([False, True])}
+    masks = select(Scores(values, layerwise=True), 0.5, "global", alive)
+    assert masks["a"].tolist() == [False, True]
+    assert masks["b"].tolist() == [False, True]
+
+
+def test_a_layer_of_zeros_does_not_spoil_the_global_budget():
+    values = {"a": torch.zeros(4), "b": torch.tensor([1.0, 2.0, 3.0, 4.0])}
+    masks = select(Scores(values, layerwise=True), 0.5, "global")
+    assert (int(masks["a"].sum()), int(masks["b"].sum())) == (0, 4)
+
+
+@pytest.mark.parametrize("budget", ["layer", "global"])
+def test_pruned_weights_stay_pruned(budget):
+    values = {"a": torch.tensor([9.0, 8.0, 1.0, 2.0, 3.0, 4.0])}
+    alive = {"a": torch.tensor([False, False, True, True, True, True])}
+    mask = select(Scores(values), 0.5, budget, alive)["a"]
+    assert mask.tolist() == [False, False, False, True, True, True]
+    # Asked for more than is alive: nothing comes back to life.
+    assert torch.equal(select(Scores(values), 0.1, budget, alive)["a"], alive["a"])
+
+
+def test_a_layer_that_keeps_nothing_is_named():
+    masks = select(Scores({"a": torch.zeros(4), "b.weight": torch.ones(4)}), 0.5, "global")
+    with pytest.raises(RunError, match=r"no weight of a \(4 weights\).*exclude = \[\"a\"\]"):
+        check_layers(masks, 0.5)
+    check_layers({"b.weight": masks["b.weight"]}, 0.5)
+
+
+# What can be pruned
+
+
+class StdConv2d(nn.Conv2d):
+    pass
+
+
+def test_prunable_are_convolutions_and_linear_layers():
+    net = nn.Sequential(
+        nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), StdConv2d(2, 2, 1), nn.Flatten(), nn.Linear(2, 3)
+    )
+    found = find_prunable(net)
+    assert list(found) == ["0.weight", "4.weight"]
+    assert found["4.weight"] is net[4].weight
+    assert list(find_prunable(nn.Linear(2, 2))) == ["weight"]
+
+
+def test_exclude_patterns():
+    net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2))
+    assert list(find_prunable(net, ["[02].*"])) == ["1.weight"]
+    with pytest.raises(RunError, match=r"'fc\.\*' matches no.*0\.weight, 1\.weight"):
+        find_prunable(net, ["fc.*"])
+    with pytest.raises(RunError, match="nothing to prune"):
+        find_prunable(net, ["*"])
+    with pytest.raises(RunError, match="nothing to prune"):
+        find_prunable(nn.BatchNorm2d(2))
+
+
+def tie(net):
+    net[2].weight = net[0].weight
+    return net
+
+
+def test_tied_weights_share_one_mask_and_one_score():
+    net = tie(nn.Sequential(nn.Linear(3, 3, bias=False), nn.ReLU(), nn.Linear(3, 3, bias=False)))
+    weights = find_prunable(net)
+    assert list(weights) == ["0.weight"]
+    plain = net[0].weight.detach().clone()
+    (part,) = attach_scores(net, {"0.weight": torch.ones(3, 3)}).values()
+    part.mask.copy_(torch.eye(3, dtype=torch.bool))
+    assert torch.equal(net[0].weight, plain * torch.eye(3))
+    assert torch.equal(net[2].weight, plain * torch.eye(3))
+    with effective_weights(net):
+        net(torch.ones(1, 3)).sum().backward()
+    assert part.score.grad is not None
+    detach_scores(net)
+    assert net[0].weight is net[2].weight
+    assert torch.equal(net[0].weight, plain)
+
+
+def test_a_weight_tied_to_an_embedding_goes_by_the_models_name():
+    net = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 5, bias=False))
+    net[1].weight = net[0].weight
+    (name,) = find_prunable(net)
+    apply_masks(net, {name: torch.zeros(5, 3, dtype=torch.bool)})
+    assert not net[1].weight.any()
+
+
+def test_foreign_parametrizations_are_left_alone():
+    net = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)), nn.Linear(3, 2))
+    assert list(find_prunable(net)) == ["1.weight"]
+    attach_scores(net, {"1.weight": torch.ones(2, 3)})
+    detach_scores(net)
+    assert parametrize.is_parametrized(net[0], "weight")
+    assert not parametrize.is_parametrized(net[1])
+
+
+# Straight through
+
+
+def test_straight_through_gradient_by_hand():
+    """y = w_eff . x, L = 2 y: dL/dw_eff = 2 x, ds = 2 x w sign(s), masked or not."""
+    net = nn.Linear(4, 1, bias=False)
+    weight = torch.tensor([[1.0, -2.0, 3.0, -4.0]])
+    net.weight.data.copy_(weight)
+    net.requires_grad_(False)
+    (part,) = attach_scores(net, {"weight": torch.tensor([[0.5, 0.1, -0.7, -0.2]])}).values()
+    part.mask.copy_(torch.tensor([[True, False, True, False]]))
+    x = torch.tensor([[1.0, 10.0, 100.0, 1000.0]])
+    with effective_weights(net):
+        loss = 2 * net(x).sum()
+        loss.backward()
+    assert loss.item() == 2 * (1 + 300)
+    assert part.score.grad.tolist() == [[2.0, -40.0, -600.0, 8000.0]]
+    assert net.parametrizations.weight.original.grad is None
+
+
+def test_a_trained_weight_gets_no_gradient_either():
+    part = ScoredWeight(torch.tensor([1.0, -1.0]))
+    weight = torch.tensor([2.0, 3.0], requires_grad=True)
+    part(weight).sum().backward()
+    assert weight.grad is None
+    assert part.score.grad.tolist() == [2.0, -3.0]
+
+
+def attack(net, x):
+    x = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(net(x).square().sum(), x)
+    return (x + gradient.sign()).detach()
+
+
+def look(net, x):
+    with torch.no_grad():
+        net(x)
+    return x
+
+
+def scored_net():
+    net = make_net().requires_grad_(False)
+    start = {name: weight.clone() for name, weight in find_prunable(net).items()}
+    parts = attach_scores(net, start)
+    for part in parts.values():
+        part.mask.copy_(part.score.detach().abs() > 0.2)
+    return net, parts
+
+
+@pytest.mark.parametrize("before", [attack, look], ids=["attack", "no_grad"])
+def test_scores_get_gradients_whatever_forward_came_first(before):
+    net, parts = scored_net()
+    x = torch.rand(5, 4)
+    y = torch.tensor([0, 1, 2, 0, 1])
+    with effective_weights(net):
+        x = before(net, x)
+        F.cross_entropy(net(x), y).backward()
+    got = {name: part.score.grad.clone() for name, part in parts.items()}
+    for part in parts.values():
+        part.score.grad = None
+    F.cross_entropy(net(x), y).backward()  # computed anew for each access: no cache to trap it
+    for name, part in parts.items():
+        assert part.score.grad.any()
+        torch.testing.assert_close(got[name], part.score.grad)
+
+
+def test_the_trap_that_effective_weights_avoids():
+    """With the cache alone, a first access under no_grad leaves the scores without gradients."""
+    net, parts = scored_net()
+    with parametrize.cached():
+        look(net, torch.rand(5, 4))
+        loss = net(torch.rand(5, 4)).sum()
+        assert not loss.requires_grad
+    with effective_weights(net):
+        look(net, torch.rand(5, 4))
+        net(torch.rand(5, 4)).sum().backward()
+    assert all(part.score.grad is not None for part in parts.values())
+
+
+def test_masked_weights_are_made_once_a_step(monkeypatch):
+    calls = []
+    original = ScoredWeight.forward
+    monkeypatch.setattr(
+        ScoredWeight, "forward", lambda self, w: calls.append(1) or original(self, w)
+    )
+    net, _ = scored_net()
+    calls.clear()
+    with effective_weights(net):
+        for _ in range(5):
+            attack(net, torch.rand(2, 4))
+        net(torch.rand(2, 4)).sum().backward()
+    assert len(calls) == 2  # layers
+    net(torch.rand(2, 4))
+    assert len(calls) == 4  # outside, nothing is kept
+
+
+def test_attach_and_detach_leave_no_trace():
+    net = make_net()
+    before, outputs = copy.deepcopy(net.state_dict()), net(torch.ones(1, 4))
+    detach_scores(net)
+    attach_scores(net, {name: torch.ones_like(w) for name, w in find_prunable(net).items()})
+    assert not (net.state_dict().keys() & find_prunable(make_net()).keys())
+    detach_scores(net)
+    assert list(before) == list(net.state_dict())
+    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
+    assert torch.equal(net(torch.ones(1, 4)), outputs)
+    assert type(net[0]) is nn.Linear
+
+
+# Apply, count, hash
+
+
+def test_apply_count_and_hash():
+    net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 3))
+    net[0].weight.data.copy_(torch.tensor([[-1.0, 2.0], [float("inf"), float("nan")]]))
+    masks = {"0.weight": torch.tensor([[False, True], [False, False]])}
+    with pytest.raises(RunError, match=r"0\.weight are not zero"):
+        assert_masked(net, masks)
+    apply_masks(net, masks)
+    assert_masked(net, masks)
+    assert net[0].weight.tolist() == [[0.0, 2.0], [0.0, 0.0]]
+    assert not net[0].weight.signbit().any()  # no -0.0
+    counts = count_weights(net, masks)
+    assert counts == {
+        "0.weight": {"kept": 1, "weights": 4},
+        "1.weight": {"kept": 6, "weights": 6},
+    }
+    assert measure_sparsity(counts) == pytest.approx(0.3)
+    same = {"0.weight": masks["0.weight"].clone()}
+    assert hash_masks(masks) == hash_masks(same)
+    same["0.weight"][0, 0] = True
+    assert hash_masks(masks) != hash_masks(same)
+    assert hash_masks(masks) != hash_masks({"other": masks["0.weight"]})
+
+
+def test_selection_never_sorts(monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("sorted")
+
+    monkeypatch.setattr(module.torch, "sort", refuse)
+    monkeypatch.setattr(module.torch, "argsort", refuse)
+    monkeypatch.setattr(torch.Tensor, "sort", refuse)
+    monkeypatch.setattr(torch.Tensor, "argsort", refuse)
+    select(Scores({"w": torch.rand(100)}), 0.5, "global")

@@ -1,0 +1,375 @@
+"""Recipes resolved: every mistake at once, and what is right."""
+
+import textwrap
+from importlib.metadata import EntryPoint, entry_points
+
+import pytest
+import tomli_w
+
+from prunekit.errors import UserError
+from prunekit.plan import make_plan
+from prunekit.recipe import load_recipe
+from prunekit.registry import load_registry
+from prunekit.smoke import reduce_plan
+
+REGISTRY = load_registry()
+
+TOP = """\
+dataset = "digits"
+architecture = "small-cnn"
+objective = "benign"
+"""
+PRETRAIN = """\
+[[stage]]
+kind = "pretrain"
+epochs = 1
+"""
+PRUNE = """\
+[[stage]]
+kind = "prune"
+sparsity = 0.9
+pruner = "score"
+epochs = 1
+"""
+EVALUATE = """\
+[[stage]]
+kind = "evaluate"
+with = ["clean"]
+"""
+SMALL = TOP + PRETRAIN + PRUNE + EVALUATE
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def plan(here):
+    def make(text, *settings, registry=REGISTRY, name="r.toml"):
+        (here / name).write_text(textwrap.dedent(text))
+        return make_plan(load_recipe(here / name, settings), registry)
+
+    return make
+
+
+@pytest.fixture
+def refuse(plan):
+    def lines(text, *settings, **others):
+        with pytest.raises(UserError) as caught:
+            plan(text, *settings, **others)
+        assert caught.value.code == 2
+        return str(caught.value).splitlines()
+
+    return lines
+
+
+# Everything wrong, at once
+
+
+def test_the_three_mistakes_of_the_design_come_out_together(refuse):
+    text = """\
+        # a recipe
+        dataset = "digits"
+        architecture = "small-cnn"
+
+        [objective]
+        use = "trades"
+        esp = 0.1               # misspelt
+        eps = 8.0
+
+        [[stage]]
+        kind = "finetune"
+        epochs = 3
+        """
+    assert refuse(text) == [
+        "r.toml:7: unknown option 'esp' of objective 'trades'; did you mean 'eps'?",
+        'r.toml:8: eps is a radius in [0, 1] pixel units, got 8.0; write "8/255"',
+        "r.toml:10: finetune before any prune; put a prune stage before it",
+    ]
+
+
+def test_an_empty_recipe_says_what_to_write(refuse):
+    names = REGISTRY.names
+    assert refuse("") == [
+        'r.toml:1: a recipe needs stages; write [[stage]] and kind = "pretrain"',
+        "r.toml:1: there is no [architecture]; write [architecture] and use = "
+        f'"{names("architecture")[0]}"',
+        f'r.toml:1: there is no [dataset]; write [dataset] and use = "{names("dataset")[0]}"',
+    ]
+
+
+def test_mistakes_cite_the_file_or_the_option_that_makes_them(refuse, here):
+    (here / "base.toml").write_text(TOP + PRETRAIN + "clip_norm = 0\n")
+    text = 'extends = "base.toml"\nseed = -1\nset."pretrain.select" = 3\n'
+    assert refuse(text, "pretrain.optimizer.lr=x", "dataset.bach_size=3") == [
+        "--set dataset.bach_size=3: unknown option 'bach_size' of dataset 'digits'; did you mean "
+        "'batch_size'?",
+        "--set pretrain.optimizer.lr=x: lr of optimizer 'sgd' is a number, got 'x'",
+        "base.toml:7: clip_norm of stage 'pretrain' must be above 0, got 0",
+        "r.toml:2: seed is a whole number from 0 on, got -1",
+        "r.toml:3: select of stage 'pretrain' is a text, got 3",
+    ]
+
+
+MISTAKES = [
+    # (recipe, line and message)
+    (SMALL.replace('"score"', '"scor"'), "10: unknown pruner 'scor'; did you mean 'score'?"),
+    (SMALL.replace("0.9", "1"), "9: sparsity of stage 'prune' must be above 0 and below 1, got 1"),
+    (
+        SMALL.replace("0.9", "90"),
+        "9: sparsity of stage 'prune' must be above 0 and below 1, got 90; write 0.9 for 90 %",
+    ),
+    (
+        TOP + '[[stage]]\nkind = "pretrain"\n',
+        "4: stage 'pretrain' needs epochs: passes over the training images; write epochs = 10",
+    ),
+    (
+        TOP + PRUNE.replace("epochs = 1", ""),
+        "4: pruner 'score' learns its scores, so stage 'prune' needs epochs; write epochs = 20",
+    ),
+    (
+        TOP + PRUNE.replace("score", "lwm"),
+        "8: pruner 'lwm' is one-shot: epochs does nothing; remove it",
+    ),
+    (SMALL + "image = 3\n", "15: unknown option 'image' of stage 'evaluate'; did you mean 'images'?"),
+    (SMALL + "images = 2.5\n", "15: images of stage 'evaluate' is a whole number, got 2.5"),
+    (SMALL.replace('["clean"]', '"clean"'),
+     "14: with of stage 'evaluate' is a list; write ['clean'], got 'clean'"),
+    (SMALL.replace('["clean"]', "[]"),
+     "14: stage 'evaluate': name at least one evaluator, such as with = [\"clean\"]"),
+    (SMALL.replace('["clean"]', '["clean", "clean"]'),
+     "14: stage 'evaluate': 'clean' is there twice; give each a name = \"...\""),
+    (SMALL + EVALUATE, "15: there are two stages 'evaluate'; give each a name = \"...\""),
+    (TOP + PRUNE + PRUNE.replace("0.9", '0.8\nname = "again"'),
+     "11: sparsity is of the dense network: 0.8 after 0.9 removes nothing; write more than that"),
+    (TOP + PRETRAIN.replace("pretrain", "pretrian"),
+     "5: a stage's kind cannot be 'pretrian'; did you mean 'pretrain'?"),
+    (TOP + "[[stage]]\nepochs = 3\n",
+     '4: stage without a kind; write kind = "pretrain" (or: pretrain, prune, finetune, evaluate)'),
+    (TOP + PRETRAIN + 'name = "a b"\n',
+     "7: name of a stage is letters, digits, '-', '_' and '+', got 'a b'"),
+    (TOP + PRETRAIN.replace("[[stage]]", "[stage]"),
+     "4: a recipe has several stages; write [[stage]], two brackets"),
+    ('stage = ["pretrain"]\n' + TOP,
+     "1: a stage is a table, got 'pretrain'; write [[stage]] and kind = ..."),
+    ("stage = 3\n" + TOP, '1: a recipe needs stages; write [[stage]] and kind = "pretrain"'),
+    ("format = 2\n" + SMALL, "1: format 2 is not known to this prunekit; write 1"),
+    ("sed = 2\n" + SMALL, "1: unknown key 'sed'; did you mean 'seed'?"),
+    ('extend = "x"\n' + SMALL, "1: unknown key 'extend'; did you mean 'extends'?"),
+    ("seed = true\n" + SMALL, "1: seed is a whole number from 0 on, got True"),
+    ('name = ".."\n' + SMALL, "1: name is that of a folder: a word without '/', got '..'"),
+    ('name = "a/b"\n' + SMALL, "1: name is that of a folder: a word without '/', got 'a/b'"),
+    ('report = "console"\n' + SMALL, '1: report is a list, such as ["console", "jsonl"]'),
+    ('report = ["consle"]\n' + SMALL, "1: unknown reporter 'consle'; did you mean 'console'?"),
+    ('threat = "linf"\n' + SMALL, '1: write [threat] with norm = "linf" and eps = "8/255"'),
+    ('threat = { norm = "l1", eps = 0.1 }\n' + SMALL,
+     "1: norm of [threat] cannot be 'l1'; did you mean 'l2'?"),
+    ("threat = { eps = 8 }\n" + SMALL.replace('"benign"', '"trades"'),
+     '1: eps is a radius in [0, 1] pixel units, got 8; write "8/255"'),
+    (SMALL.replace('"digits"', "3"), '1: write [dataset] with use = "..."'),
+    (SMALL.replace('"digits"', "{ batch_size = 3 }"),
+     '1: dataset needs a name; write use = "cifar10" (prunekit list datasets)'),
+    (SMALL.replace('"digits"', '{ use = "digits", batch_size = 0 }'),
+     "1: batch_size of [dataset] must be at least 1, got 0"),
+    (SMALL.replace('"digits"', '{ use = "digits", augment = ["flop"] }'),
+     "1: augment[0] of [dataset] cannot be 'flop'; did you mean 'flip'?"),
+    (TOP.replace('objective = "benign"\n', "") + PRETRAIN,
+     "3: stage 'pretrain' has no objective; write [objective] and use = \"trades\" for all stages, "
+     'or objective = "..." in this one'),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "message"), MISTAKES, ids=[m[:50] for _, m in MISTAKES])
+def test_a_mistake_is_told_alone_with_its_line(refuse, text, message):
+    assert refuse(text) == [f"r.toml:{message}"]
+
+
+def test_a_missing_file_is_told_with_the_place_it_was_looked_for(refuse, here):
+    text = SMALL.replace('"digits"', '{ use = "npz", file = "my.npz" }')
+    text = text.replace('"small-cnn"', '{ use = "small-cnn", init = "w.safetensors" }')
+    end = "a relative path starts at its recipe's folder"
+    assert refuse(text) == [
+        f"r.toml:1: file of dataset 'npz': there is no {here}/my.npz; {end}",
+        f"r.toml:2: init of [architecture]: there is no {here}/w.safetensors; {end}",
+    ]
+
+
+def test_a_missing_threat_is_asked_for_wherever_it_is_needed(refuse):
+    way = 'write [threat] with norm = "linf" and eps = "8/255"'
+    assert refuse(SMALL.replace("benign", "trades").replace('"clean"', '"clean", "pgd"')) == [
+        f"r.toml:3: objective 'trades' needs a threat; {way}",
+        f"r.toml:14: evaluator 'pgd' needs a threat; {way}",
+    ]
+
+
+def test_without_validation_the_best_epoch_cannot_be_chosen(refuse, plan):
+    text = SMALL.replace('"digits"', '{ use = "digits", validation = 0 }')
+    way = 'has no images to choose its best epoch with, as validation is 0; write select = "last"'
+    assert refuse(text) == [f"r.toml:{n}: stage '{s}' {way} in it" for n, s in ((4, "pretrain"), (7, "prune"))]  # fmt: skip
+    assert plan(text, "pretrain.select=last", "prune.select=last").runs
+    # A one-shot pruner has no epochs to choose from.
+    assert plan(text, "pretrain.select=last", "prune.pruner=lwm").runs
+
+
+def test_a_misspelt_prune_does_not_make_a_mistake_of_finetune(refuse):
+    text = TOP + PRUNE.replace('"prune"', '"prun"') + '[[stage]]\nkind = "finetune"\nepochs = 1\n'
+    assert refuse(text) == ["r.toml:5: a stage's kind cannot be 'prun'; did you mean 'prune'?"]
+
+
+def test_a_mistake_in_a_sweep_is_told_once_with_the_line_of_the_value(refuse):
+    sweep = '[sweep]\nseed = [0, 1]\n"prune.sparsity" = [\n  0.9,\n  95,\n]\n"prune.x" = [1]\n'
+    assert refuse(SMALL + sweep) == [
+        "r.toml:19: sparsity of stage 'prune' must be above 0 and below 1, got 95; write 0.95 for "
+        "95 %",
+        "r.toml:21: unknown option 'x' of stage 'prune'; there are: bn, budget, clip_norm, epochs, "
+        "exclude, objective, optimizer, pruner, select, sparsity"
+    ]  # fmt: skip
+
+
+# What is right
+
+
+def test_stages_are_resolved_with_names_positions_and_sparsity(plan):
+    second = PRUNE.replace("0.9", '0.95\nname = "again"')
+    (run,) = plan(TOP + PRETRAIN + PRUNE + EVALUATE + second).runs
+    assert [(s.kind, s.name, s.position, s.sparsity) for s in run.stages] == [
+        ("pretrain", "pretrain", 0, 0.0),
+        ("prune", "prune", 1, 0.9),
+        ("evaluate", "evaluate", 2, 0.9),
+        ("prune", "again", 3, 0.95),
+    ]
+    assert {s.options.objective.component.name for s in run.stages if s.kind != "evaluate"} == {
+        "benign"
+    }
+
+
+def test_an_objective_of_a_stage_goes_before_that_of_the_recipe(plan):
+    text = "threat = { eps = 0.1 }\n" + TOP + PRETRAIN + 'objective = "trades"\n' + PRUNE
+    (run,) = plan(text).runs
+    assert [s.options.objective.component.name for s in run.stages] == ["trades", "benign"]
+
+
+def test_the_name_is_that_of_the_file_unless_the_recipe_says_another(plan):
+    assert plan(SMALL, name="my (first) run.toml").name == "my (first) run"
+    assert plan('name = "other"\n' + SMALL).name == "other"
+    assert plan(SMALL, "name=third").name == "third"
+
+
+def test_overrides_of_the_threat_are_flagged(plan):
+    text = "threat = { eps = 0.1 }\n" + SMALL.replace(
+        '["clean"]', '["pgd", { use = "pgd", name = "wide", eps = 0.2 }]'
+    )
+    assert plan(text).notes == (
+        "stage 'evaluate': 'wide' has norm linf, eps 0.2; the recipe's threat is linf, 0.1",
+    )
+
+
+def test_what_a_one_shot_pruner_does_not_need_is_noted_where_something_else_put_it_there(
+    plan, here
+):
+    note = ("stage 'prune': pruner 'lwm' is one-shot and does not use epochs",)
+    assert plan(SMALL + '[sweep]\n"prune.pruner" = ["score", "lwm"]\n').notes == note
+    assert plan(SMALL, "prune.pruner=lwm").notes == note
+    (here / "base.toml").write_text(SMALL)
+    plain = plan('extends = "base.toml"\nset."prune.pruner" = "lwm"\n')
+    assert plain.notes == note
+    assert plain.runs[0].stages[1].options.epochs is None
+
+
+def test_two_plugins_of_one_name_are_told_apart(plan, refuse, here, monkeypatch):
+    monkeypatch.syspath_prepend(here)
+    (here / "rival_under_test.py").write_text(
+        "from prunekit import Component, hookimpl\n"
+        "@hookimpl\ndef prunekit_pruners():\n"
+        "    return [Component(name='lwm', summary='Rival', build='rival_under_test:build')]\n"
+    )
+    points = [*entry_points(group="prunekit"), EntryPoint("rival", "rival_under_test", "prunekit")]
+    registry = load_registry(points)
+    text = TOP + PRUNE.replace("epochs = 1\n", "")
+    (line,) = refuse(text.replace("score", "lwm"), registry=registry)
+    assert line.startswith("r.toml:7: pruner 'lwm' is claimed by the plugins pruners (prunekit ")
+    assert line.endswith('and rival (unknown); write "pruners:lwm" or "rival:lwm"')
+    first = plan(text.replace("score", "rival:lwm"), registry=registry)
+    assert first.runs[0].stages[0].options.pruner.component.summary == "Rival"
+    again = plan(tomli_w.dumps(first.describe(first.runs[0])), registry=registry)
+    assert again.runs[0].stages == first.runs[0].stages
+
+
+# Round trips
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        (),
+        ("prune.pruner=lwm",),
+        ("name=other", "seed=3", 'report=["console"]'),
+        ("pretrain.optimizer={use='adam', betas=[0.5, 0.9], schedule={use='step', factor=0.5}}",),
+        ("dataset.augment=['flip']", "dataset.fraction=0.5", "prune.exclude=['fc*']"),
+        ("threat.eps=2/255", "objective=trades", "objective.beta=3", "evaluate.with=['pgd']"),
+        ("evaluate.with=[{use='pgd', name='a', eps=0.1}, {use='pgd', name='b', eps=0.2}]",),
+    ],
+)
+def test_the_resolved_recipe_is_a_recipe_of_the_same_run(plan, settings):
+    first = plan(SMALL, *settings)
+    (run,) = first.runs
+    written = tomli_w.dumps(first.describe(run))
+    again = plan(written, name="written.toml")
+    assert again.notes == () or "threat" in again.notes[0]
+    (same,) = again.runs
+    assert same.describe() == run.describe()
+    assert same.stages == run.stages
+    assert (again.name, again.reporters) == (first.name, first.reporters)
+
+
+def test_files_of_a_resolved_recipe_are_found_from_anywhere(plan, here):
+    (here / "data").mkdir()
+    (here / "data/my.npz").touch()
+    (here / "w.safetensors").touch()
+    text = SMALL.replace('"digits"', '{ use = "npz", file = "data/my.npz" }')
+    text = text.replace('"small-cnn"', '{ use = "small-cnn", init = "w.safetensors" }')
+    first = plan(text)
+    (here / "out").mkdir()
+    again = plan(tomli_w.dumps(first.describe(first.runs[0])), name="out/recipe.toml")
+    assert again.runs[0].describe() == first.runs[0].describe()
+    assert again.runs[0].init == here / "w.safetensors"
+
+    swept = plan(text + '[sweep]\n"dataset.file" = ["data/my.npz"]\n')
+    again = plan(tomli_w.dumps(dict(swept.document)), name="out/recipe.toml")
+    assert again.swept
+    assert [r.describe() for r in again.runs] == [r.describe() for r in swept.runs]
+
+
+def test_a_base_in_another_folder_finds_its_own_files(plan, here):
+    (here / "base").mkdir()
+    (here / "base/my.npz").touch()
+    text = SMALL.replace('"digits"', '{ use = "npz", file = "my.npz" }')
+    (here / "base/b.toml").write_text(text)
+    (run,) = plan('extends = "base/b.toml"\n').runs
+    assert run.dataset.options.file == here / "base/my.npz"
+
+
+# Smoke
+
+
+def test_smoke_runs_each_component_once_with_tiny_numbers(plan):
+    text = "threat = { eps = 0.1 }\n" + SMALL.replace("benign", "trades") + """\
+[sweep]
+"prune.pruner" = ["score", "lwm"]
+"prune.sparsity" = [0.5, 0.9, 0.95]
+seed = [0, 1]
+"""  # fmt: skip
+    full = plan(text, "pretrain.epochs=50")
+    small = reduce_plan(full)
+    assert (len(full.runs), len(small.runs)) == (12, 2)
+    assert small.smoke
+    run = small.runs[0]
+    assert run.data.batch_size == 8
+    assert {s.batches for s in run.stages} == {2}
+    assert [getattr(s.options, "epochs", None) for s in run.stages] == [1, 1, None]
+    assert run.stages[0].options.objective.options.steps == 2
+    assert run.stages[1].sparsity == full.runs[0].stages[1].sparsity
+    one_shot = next(r for r in small.runs if r.stages[1].options.pruner.component.name == "lwm")
+    assert one_shot.stages[1].options.epochs is None

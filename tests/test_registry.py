@@ -1,0 +1,179 @@
+"""Plugins that load, and plugins that do not: nobody else is harmed."""
+
+import sys
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint
+
+import pytest
+
+from prunekit.component import KINDS, Component, option
+from prunekit.errors import UserError
+from prunekit.registry import load_registry
+
+GOOD = """
+from prunekit import Component, hookimpl
+
+@hookimpl
+def prunekit_pruners():
+    yield Component(name="mine", summary="Mine", build="{module}:build")
+"""
+
+
+@pytest.fixture
+def plugin(tmp_path, monkeypatch):
+    """Write a plugin's module; gives its entry point."""
+    monkeypatch.syspath_prepend(tmp_path)
+    made = []
+
+    def write(name, code):
+        module = f"plugin_under_test_{name}"
+        (tmp_path / f"{module}.py").write_text(code.replace("{module}", module))
+        made.append(module)
+        return EntryPoint(name, module, "prunekit")
+
+    yield write
+    for module in made:
+        sys.modules.pop(module, None)
+
+
+def names(registry, kind="pruner"):
+    return [e.component.name for e in registry.entries if e.kind == kind]
+
+
+def test_all_that_is_built_in_is_there_and_comes_from_prunekit():
+    registry = load_registry()
+    assert registry.broken == ()
+    assert {e.kind for e in registry.entries} == {*KINDS, "optimizer", "schedule"}
+    assert {e.distribution.split()[0] for e in registry.entries} == {"prunekit"}
+    assert registry.names("schedule") == ["constant", "cosine", "step"]
+
+
+def test_a_plugin_is_found_by_its_entry_point(plugin):
+    registry = load_registry([plugin("a", GOOD)])
+    entry = registry.find("pruner", "mine")
+    assert (entry.plugin, entry.owner, entry.status) == ("a", "a (unknown)", "ready")
+    assert entry.reference == "mine"
+    assert registry.find("pruner", "a:mine") == entry
+
+
+IMPORTS = "from prunekit import Component, hookimpl\n"
+
+BROKEN = {
+    "raise RuntimeError('no\\nluck')": "RuntimeError: no luck",
+    "raise SystemExit('left')": "SystemExit: left",
+    "import nothing_of_that_name": (
+        "ModuleNotFoundError: No module named 'nothing_of_that_name'"
+    ),
+    "x = 1": "LookupError: declares no component; is @hookimpl missing, or a return?",
+    IMPORTS + "@hookimpl\ndef prunekit_pruners():\n    pass": (
+        "LookupError: declares no component; is @hookimpl missing, or a return?"
+    ),
+    IMPORTS + "@hookimpl\ndef prunekit_pruner():\n    return []": (
+        "NameError: there is no hook 'prunekit_pruner'; did you mean 'prunekit_pruners'?"
+    ),
+    IMPORTS + "@hookimpl\ndef prunekit_pruners():\n    return ['score']": (
+        "TypeError: prunekit_pruners gave a str, not a Component"
+    ),
+    IMPORTS + "@hookimpl\ndef prunekit_pruners():\n    return 3": (
+        "TypeError: 'int' object is not iterable"
+    ),
+    IMPORTS + "@hookimpl\ndef prunekit_pruners():\n    return [1 / 0]": (
+        "ZeroDivisionError: division by zero"
+    ),
+    IMPORTS + "@hookimpl\ndef prunekit_pruners():\n    "
+    "return [Component(name='x', summary='', build='m:b', options=int)]": (
+        "TypeError: options of 'x' is no dataclass: <class 'int'>"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("code", "reason"), BROKEN.items(), ids=range(len(BROKEN)))
+def test_a_broken_plugin_is_listed_with_its_reason_and_the_others_load(plugin, code, reason):
+    registry = load_registry([plugin("bad", code), plugin("good", GOOD)])
+    (broken,) = registry.broken
+    assert (broken.plugin, broken.reason) == ("bad", reason)
+    assert names(registry) == ["mine"]
+
+
+def test_a_hook_with_arguments_is_told_in_one_line(plugin):
+    code = IMPORTS + "@hookimpl\ndef prunekit_pruners(config):\n    return []"
+    (broken,) = load_registry([plugin("bad", code)]).broken
+    assert "config" in broken.reason
+    assert "\n" not in broken.reason
+
+
+def test_an_entry_point_that_names_nothing_is_broken():
+    (broken,) = load_registry([EntryPoint("gone", "no_such_module", "prunekit")]).broken
+    assert broken.reason == "ModuleNotFoundError: No module named 'no_such_module'"
+
+
+def test_what_a_plugin_prints_at_import_is_no_result(plugin, capsys):
+    load_registry([plugin("loud", "print('hello')\n" + GOOD)])
+    assert capsys.readouterr() == ("", "hello\n")
+
+
+def test_two_plugins_that_claim_one_name(plugin):
+    registry = load_registry([plugin("a", GOOD), plugin("b", GOOD)])
+    assert [e.status for e in registry.entries if e.kind == "pruner"] == [
+        'broken: name also claimed by b (unknown); write "a:mine"',
+        'broken: name also claimed by a (unknown); write "b:mine"',
+    ]
+    with pytest.raises(UserError) as caught:
+        registry.find("pruner", "mine")
+    assert str(caught.value) == (
+        "pruner 'mine' is claimed by the plugins a (unknown) and b (unknown); "
+        'write "a:mine" or "b:mine"'
+    )
+    entry = registry.find("pruner", "b:mine")
+    assert (entry.plugin, entry.reference) == ("b", "b:mine")
+
+
+def test_a_claimed_name_of_a_built_in_does_not_replace_it(plugin):
+    from importlib.metadata import entry_points
+
+    points = [*entry_points(group="prunekit"), plugin("a", GOOD.replace("mine", "lwm"))]
+    with pytest.raises(UserError, match='write "pruners:lwm" or "a:lwm"'):
+        load_registry(points).find("pruner", "lwm")
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "message"),
+    [
+        ("pruner", "scor", "unknown pruner 'scor'; did you mean 'score'?"),
+        ("pruner", "nobody:score", "unknown pruner 'nobody:score'; did you mean 'score'?"),
+        ("schedule", "xyz", "unknown schedule 'xyz'; there are: constant, cosine, step"),
+        (
+            "schedule",
+            "sgd",
+            "unknown schedule 'sgd'; 'sgd' is of kind optimizer; there are: constant, cosine, step",
+        ),
+    ],
+)
+def test_an_unknown_component(kind, name, message):
+    with pytest.raises(UserError) as caught:
+        load_registry().find(kind, name)
+    assert str(caught.value) == message
+
+
+def test_an_unknown_component_may_be_that_of_a_broken_plugin(plugin):
+    registry = load_registry([plugin("bad", "1 / 0"), plugin("good", GOOD)])
+    with pytest.raises(UserError, match=r"\(plugins that failed to load: bad \(unknown\)\)$"):
+        registry.find("pruner", "theirs")
+
+
+def test_a_component_whose_packages_are_missing_says_how_to_get_them(plugin):
+    code = GOOD.replace('build="', 'needs=("no_such_package", "json", "no.such"), build="')
+    registry = load_registry([plugin("a", code)])
+    (entry,) = [e for e in registry.entries if e.kind == "pruner"]
+    assert entry.status == "needs no_such_package, no.such"
+    with pytest.raises(UserError, match=r"run: pip install no_such_package no\.such$"):
+        registry.find("pruner", "mine")
+
+
+def test_a_component_knows_its_package():
+    @dataclass(frozen=True)
+    class Options:
+        steps: int = option(1, help="steps")
+
+    component = Component(name="x", summary="X", build="a.b.c:d", options=Options)
+    assert component.package == "a"

@@ -1,0 +1,182 @@
+"""Stage results by hash: what a key follows, locks, and what is left behind."""
+
+import importlib
+import threading
+
+import pytest
+
+from prunekit import store as module
+from prunekit.errors import Interrupted, UserError
+from prunekit.stop import Stop
+from prunekit.store import StageResult, Store, hash_file, hash_source, hash_stage
+
+CALM = Stop()
+
+
+def nothing():
+    pass
+
+
+def test_a_stage_is_done_when_its_result_is_there(tmp_path):
+    store = Store(tmp_path)
+    result = StageResult({"accuracy": 0.1 + 0.2}, [{"epoch": 1, "loss": 1 / 3}], 2.5)
+    with store.locked("k", nothing) as folder:
+        folder.progress.write_bytes(b"x")
+        assert not store.is_done("k")
+        folder.finish(result, {"kind": "pretrain"})
+    assert store.is_done("k")
+    assert folder.read() == result
+    assert not folder.progress.exists()
+
+
+def test_a_damaged_result_is_told(tmp_path):
+    folder = Store(tmp_path).folder("k")
+    folder.path.mkdir()
+    (folder.path / "result.json").write_text("{")
+    with pytest.raises(UserError, match=r"result\.json is damaged"):
+        folder.read()
+
+
+def test_leftovers_of_a_killed_process_are_removed(tmp_path):
+    store = Store(tmp_path)
+    with store.locked("k", nothing) as folder:
+        (folder.path / ".progress.safetensors.abc").write_bytes(b"half")
+        folder.progress.write_bytes(b"whole")
+    with store.locked("k", nothing):
+        assert sorted(p.name for p in folder.path.iterdir()) == ["lock", "progress.safetensors"]
+
+
+def test_a_second_process_waits_for_the_first(tmp_path):
+    store, told, order = Store(tmp_path), threading.Event(), []
+
+    def second():
+        with store.locked("k", told.set):
+            order.append("second")
+
+    with store.locked("k", nothing):
+        thread = threading.Thread(target=second)
+        thread.start()
+        assert told.wait(10)
+        order.append("first")
+    thread.join(10)
+    assert order == ["first", "second"]
+
+
+def test_other_stages_are_not_waited_for(tmp_path):
+    store = Store(tmp_path)
+    with store.locked("a", nothing), store.locked("b", pytest.fail):
+        pass
+
+
+def test_waiting_can_be_stopped(tmp_path):
+    store, stop = Store(tmp_path), Stop()
+
+    def tell():
+        stop.requested = True
+
+    with store.locked("k", nothing), pytest.raises(Interrupted), store.locked("k", tell, stop):
+        pytest.fail("two are in")
+    with store.locked("k", pytest.fail):
+        pass
+
+
+def test_the_lock_is_let_go_after_an_error(tmp_path):
+    store = Store(tmp_path)
+    with pytest.raises(KeyError), store.locked("k", nothing):
+        raise KeyError
+    with store.locked("k", pytest.fail):
+        pass
+
+
+def test_remove_unused_keeps_what_is_used_or_at_work(tmp_path):
+    store = Store(tmp_path)
+    for key in ("used", "unused", "working"):
+        with store.locked(key, nothing) as folder:
+            folder.model.write_bytes(b"12345")
+    with store.locked("working", nothing):
+        assert store.remove_unused({"used"}, keep=True) == [("unused", 5)]
+        assert store.folder("unused").model.exists()
+        assert store.remove_unused({"used"}) == [("unused", 5)]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["used", "working"]
+    assert Store(tmp_path / "none").remove_unused(set()) == []
+
+
+# Keys
+
+
+def key(upstream="", description=None, plugins=(), environment=None):
+    return hash_stage(upstream, description or {"a": 1}, set(plugins), environment or {"torch": 2})
+
+
+def test_a_key_follows_everything_that_decides():
+    first = key()
+    assert len(first) == 32
+    assert first == key()
+    others = [key("up"), key(description={"a": 2}), key(environment={"torch": 3}), key("", None,
+              {"prunekit_pruners"})]  # fmt: skip
+    assert len({first, *others}) == 5
+
+
+def write_plugin(folder, layout):
+    """A module, a package, or a package without __init__.py; returns the file to edit."""
+    if layout == "module":
+        file = folder / "made_up_module.py"
+    else:
+        file = folder / f"made_up_{layout}" / "inner" / "code.py"
+        file.parent.mkdir(parents=True)
+        if layout == "package":
+            (folder / "made_up_package" / "__init__.py").write_text("")
+    file.write_text("a = 1\n")
+    return file
+
+
+@pytest.mark.parametrize("layout", ["module", "package", "namespace"])
+def test_a_plugin_is_hashed_by_its_source(tmp_path, monkeypatch, layout):
+    monkeypatch.syspath_prepend(tmp_path)
+    file = write_plugin(tmp_path, layout)
+    name = f"made_up_{layout}"
+
+    def look():
+        hash_source.cache_clear()
+        importlib.invalidate_caches()
+        return hash_source(name)
+
+    first = look()
+    assert first == look() != "unknown"
+    file.write_text("a = 2\n")
+    second = look()
+    file.rename(file.with_name("renamed.py")) if layout != "module" else file.write_text("a = 3\n")
+    assert len({first, second, look()}) == 3
+
+
+def test_presentation_decides_no_result(tmp_path, monkeypatch):
+    folder = tmp_path / "prunekit"
+    folder.mkdir()
+    for name in ("__init__.py", "masks.py", "cli.py"):
+        (folder / name).write_text("a = 1\n")
+    spec = type("Spec", (), {"origin": None, "submodule_search_locations": [str(folder)]})
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: spec)
+
+    def look():
+        hash_source.cache_clear()
+        return hash_source("prunekit")
+
+    first = look()
+    (folder / "cli.py").write_text("a = 2\n")
+    assert look() == first
+    (folder / "masks.py").write_text("a = 2\n")
+    assert look() != first
+    monkeypatch.undo()
+    hash_source.cache_clear()
+
+
+def test_an_unknown_package_is_unknown():
+    assert hash_source("no_such_package_anywhere") == "unknown"
+
+
+def test_files_are_hashed_by_what_they_hold_now(tmp_path):
+    file = tmp_path / "weights"
+    file.write_bytes(b"a")
+    first = hash_file(file)
+    file.write_bytes(b"b")
+    assert hash_file(file) != first

@@ -1,0 +1,482 @@
+"""The training loop: what it chooses, how it stops, and that going on changes no bit."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from prunekit import training
+from prunekit.checkpoint import read_checkpoint
+from prunekit.contracts import Loss, OptimizerChoice, Scores
+from prunekit.data import Arrays
+from prunekit.errors import Interrupted, RunError, UserError
+from prunekit.masks import apply_masks, find_prunable
+from prunekit.report import EpochDone, Progress, StageStarted
+from prunekit.seeds import generator
+from prunekit.stop import Stop
+from prunekit.training import Fit, fit
+from prunekit.variables import LearnedScores, Weights
+
+BATCHES = 3  # of 4, 4 and 2 images
+
+
+def make_split(n, seed):
+    draw = generator(seed)
+    images = torch.randint(256, (n, 1, 8, 8), generator=draw, dtype=torch.uint8)
+    return Arrays(images, torch.randint(3, (n,), generator=draw))
+
+
+def make_net():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(64, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Dropout(0.2),
+        nn.Linear(5, 3),
+    )  # fmt: skip
+
+
+class Plain:
+    """CE, as objectives are; `watch(model)` is called before each step."""
+
+    def __init__(self, model, watch):
+        self.model, self.watch = model, watch
+
+    def __call__(self, x, y, clock):
+        self.watch(self.model)
+        logits = self.model(x + 0.1 * torch.randn_like(x))
+        return Loss(F.cross_entropy(logits, y), logits, {"term": logits.mean()})
+
+
+class Stateful(Plain):
+    """Two steps on each batch, and noise that persists from batch to batch."""
+
+    replays = 2
+
+    def __init__(self, model, watch):
+        super().__init__(model, watch)
+        self.noise = torch.zeros(4, 1, 8, 8)
+
+    def __call__(self, x, y, clock):
+        self.x = x
+        return super().__call__(x + self.noise[: len(x)], y, clock)
+
+    def after_step(self):
+        self.noise = self.noise * 0.9
+        self.noise[: len(self.x)] += 0.1 * self.x + 0.01 * torch.rand_like(self.x)
+
+    def state_dict(self):
+        return {"noise": self.noise}
+
+    def load_state_dict(self, state):
+        assert state.keys() == {"noise"}
+        self.noise = state["noise"]
+
+
+def sgd(parameters):
+    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=1e-3)
+
+
+def adam(parameters):
+    return torch.optim.Adam(parameters, lr=0.1)
+
+
+def nothing(*_):
+    pass
+
+
+def make_job(folder, kind="pretrain", watch=nothing, report=nothing, stop=None, **changes):
+    model = make_net()
+    weights = find_prunable(model)
+    if kind == "scores":
+        start = {name: weight.detach().clone() for name, weight in weights.items()}
+        trained = LearnedScores(model, Scores(start, True), 0.6, "global", {}, "train")
+    elif kind == "finetune":
+        chosen = {name: weight.detach() > 0 for name, weight in weights.items()}
+        apply_masks(model, chosen)
+        trained = Weights(model, chosen)
+    else:
+        trained = Weights(model, {})
+    objective = Stateful if kind == "stateful" else Plain
+    job = {
+        "variables": trained,
+        "objective": objective(model, watch),
+        "optimizer": OptimizerChoice(adam if kind == "adam" else sgd, 0.1,
+                                     lambda clock: 1 - clock.fraction),
+        "train": make_split(10, 1),
+        "validation": make_split(7, 2),
+        "epochs": 2,
+        "batch_size": 4,
+        "augment": ("crop", "flip"),
+        "device": torch.device("cpu"),
+        "seed": (0, 0),
+        "stage": "pretrain",
+        "kind": "pretrain",
+        "key": "k",
+        "report": report,
+        "stop": stop or Stop(),
+        "progress": folder / "progress.safetensors",
+    }  # fmt: skip
+    return Fit(**{**job, **changes})
+
+
+def snapshot(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+# Going on
+
+
+def run_to_the_end(folder, kind, stops=()):
+    """Train, stopped at the given steps and started anew: (final, path, history, starts)."""
+    path, stops, starts = [], list(stops), 0
+    while True:
+        stop = Stop()
+
+        def watch(model, stop=stop):
+            path.append(snapshot(model))
+            if len(path) - 1 in stops:
+                stop.requested = True
+
+        job = make_job(folder, kind, watch, stop=stop)
+        starts += 1
+        try:
+            history = fit(job)
+        except Interrupted:
+            continue
+        return snapshot(job.variables.model), path, history, starts
+
+
+KINDS = ("pretrain", "adam", "finetune", "scores", "stateful")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    return {kind: run_to_the_end(tmp_path_factory.mktemp(kind), kind) for kind in KINDS}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("batch", range(2 * BATCHES))
+def test_a_resumed_training_ends_with_the_same_bits(tmp_path, undisturbed, kind, batch):
+    replays = 2 if kind == "stateful" else 1
+    final, path, history, _ = undisturbed[kind]
+    assert len(path) == 2 * BATCHES * replays
+    for step in {batch * replays, batch * replays + replays - 1}:
+        folder = tmp_path / str(step)
+        folder.mkdir()
+        got, resumed, again, starts = run_to_the_end(folder, kind, [step])
+        assert starts == 2
+        assert len(resumed) == len(path)  # no step twice
+        assert all(map(same, path, resumed))
+        assert again == history
+        assert same(got, final)
+
+
+def test_a_training_may_be_stopped_at_every_batch(tmp_path, undisturbed):
+    got, _, history, starts = run_to_the_end(tmp_path, "scores", range(6))
+    assert starts == 7
+    assert same(got, undisturbed["scores"][0])
+    assert history == undisturbed["scores"][2]
+
+
+@pytest.mark.parametrize("label", ["training", "validating"])
+def test_a_stop_from_a_report_keeps_everything(tmp_path, undisturbed, label):
+    stop, events = Stop(), []
+
+    def report(event):
+        events.append(event)
+        stop.requested |= isinstance(event, Progress) and event.label == label
+
+    with pytest.raises(Interrupted):
+        fit(make_job(tmp_path, report=report, stop=stop))
+    later = []
+    job = make_job(tmp_path, report=later.append)
+    assert fit(job) == undisturbed["pretrain"][2]
+    assert same(snapshot(job.variables.model), undisturbed["pretrain"][0])
+    (started,) = [e for e in later if isinstance(e, StageStarted)]
+    assert (started.epoch, started.batch) != (0, 0)
+    told = [e.epoch for e in [*events, *later] if isinstance(e, EpochDone) and not e.stored]
+    assert told == [1, 2]
+
+
+def test_epochs_of_one_batch_can_be_stopped(tmp_path):
+    stop = Stop()
+    job = make_job(tmp_path, watch=lambda model: setattr(stop, "requested", True), stop=stop,
+                   epochs=5, most=1)  # fmt: skip
+    with pytest.raises(Interrupted):
+        fit(job)
+    assert read_checkpoint(job.progress)[1]["at"]["epoch"] == 1
+
+
+def test_long_epochs_are_saved_between_batches(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
+    seen = []
+    job = make_job(tmp_path, watch=lambda model: seen.append(job.progress.exists()), epochs=1)
+    fit(job)
+    assert seen == [False, True, True]
+
+
+def test_the_same_run_twice_and_another_seed(tmp_path, undisturbed):
+    final = undisturbed["pretrain"][0]
+    job = make_job(tmp_path)
+    torch.manual_seed(99)  # nothing depends on what was drawn before
+    fit(job)
+    assert same(snapshot(job.variables.model), final)
+    other = make_job(tmp_path, seed=(1, 0), progress=tmp_path / "other")
+    fit(other)
+    assert not same(snapshot(other.variables.model), final)
+
+
+def test_a_damaged_checkpoint_is_told(tmp_path):
+    job = make_job(tmp_path)
+    job.progress.write_bytes(b"junk")
+    with pytest.raises(UserError, match=r"progress\.safetensors is damaged"):
+        fit(job)
+
+
+# The best epoch
+
+
+class Told(Plain):
+    """Validation says what the test wants, epoch by epoch."""
+
+    def __init__(self, values, ramp=0):
+        self.values, self.ramp, self.epoch = values, ramp, -1
+
+    def __call__(self, x, y, clock):
+        self.epoch = clock.epoch
+        return super().__call__(x, y, clock)
+
+    def validate(self, x, y):
+        return {"told": torch.full((len(y),), self.values[self.epoch])}
+
+    def settled(self, clock):
+        return clock.epoch >= self.ramp
+
+
+def train_told(folder, values, ramp=0, **changes):
+    """(rows that were best when they came, epoch whose weights the model has)."""
+    objective = Told(values, ramp)
+    ends = {}
+
+    def report(event):
+        if isinstance(event, EpochDone):
+            ends[event.epoch] = snapshot(job.variables.model)
+
+    job = make_job(folder, report=report, epochs=len(values), objective=objective,
+                   **{"select": "told", **changes})  # fmt: skip
+    objective.model, objective.watch = job.variables.model, nothing
+    history = fit(job)
+    final = snapshot(job.variables.model)
+    (kept,) = [epoch for epoch, end in ends.items() if same(end, final)]
+    return [row["epoch"] for row in history if row["best"]], kept
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("values", "ramp", "best", "kept"),
+    [
+        ([0.1, 0.5, 0.3], 0, [1, 2], 2),
+        ([0.5, 0.1, 0.5], 0, [1, 3], 3),  # a tie goes to the later
+        ([0.9, 0.1, 0.2], 1, [2, 3], 3),  # before the ramp ends none can win
+        ([0.9, 0.1, 0.2], 9, [3], 3),  # nothing ever settles
+        ([NAN, 0.1, NAN], 0, [2], 2),
+        ([NAN, NAN], 0, [2], 2),
+    ],
+)
+def test_the_best_epoch_is_kept(tmp_path, values, ramp, best, kept):
+    assert train_told(tmp_path, values, ramp) == (best, kept)
+
+
+def test_last_keeps_the_last(tmp_path):
+    assert train_told(tmp_path, [0.9, 0.1, 0.2], select="last")[1] == 3
+
+
+def test_last_needs_no_validation(tmp_path):
+    nobody = make_split(7, 2)
+    nobody = Arrays(nobody.images[:0], nobody.labels[:0])
+    job = make_job(tmp_path, validation=nobody, select="last")
+    history = fit(job)
+    assert [row["epoch"] for row in history if row["best"]][-1] == 2
+    assert not [name for name in history[0] if name.startswith("validation")]
+
+
+def test_an_unknown_metric_lists_those_there_are(tmp_path):
+    with pytest.raises(RunError, match=r"select = 'robust' .*there are: accuracy, last"):
+        fit(make_job(tmp_path, select="robust"))
+
+
+# What is reported
+
+
+def test_rows_are_means_over_images(tmp_path):
+    losses, sizes = [], []
+
+    class Watched(Plain):
+        def __call__(self, x, y, clock):
+            loss = super().__call__(x, y, clock)
+            losses.append(loss.value.item())
+            sizes.append(len(y))
+            return loss
+
+    job = make_job(tmp_path, epochs=1)
+    job.objective = Watched(job.variables.model, nothing)
+    (row,) = fit(job)
+    assert sizes == [4, 4, 2]
+    expected = sum(loss * n for loss, n in zip(losses, sizes, strict=True)) / 10
+    assert row["loss"] == pytest.approx(expected)
+    assert {"term", "accuracy", "validation.accuracy"} < row.keys()
+    job.variables.model.eval()
+    x, y = job.validation.images.float() / 255, job.validation.labels
+    accuracy = (job.variables.model(x).argmax(1) == y).float().mean().item()
+    assert row["validation.accuracy"] == pytest.approx(accuracy)
+
+
+def test_the_clock_and_the_rate(tmp_path):
+    clocks, rates = [], []
+
+    class Watched(Stateful):
+        def __call__(self, x, y, clock):
+            clocks.append(clock)
+            rates.append(made[0].param_groups[0]["lr"])
+            return super().__call__(x, y, clock)
+
+    made = []
+    job = make_job(tmp_path)
+    job.objective = Watched(job.variables.model, nothing)
+    job.optimizer = OptimizerChoice(lambda p: made.append(sgd(p)) or made[0], 0.5,
+                                    lambda clock: 1 - clock.fraction)  # fmt: skip
+    fit(job)
+    assert [c.step for c in clocks] == list(range(12))
+    assert {(c.steps, c.epochs) for c in clocks} == {(12, 2)}
+    assert [c.epoch for c in clocks] == [0] * 6 + [1] * 6
+    assert rates == pytest.approx([0.5 * (1 - s / 12) for s in range(12)])
+
+
+def test_clipping_bounds_the_gradient(tmp_path):
+    norms = []
+
+    class Watching(torch.optim.SGD):
+        def step(self):
+            grads = [p.grad for group in self.param_groups for p in group["params"]]
+            norms.append(torch.cat([g.flatten() for g in grads]).norm().item())
+            super().step()
+
+    choice = OptimizerChoice(lambda p: Watching(p, lr=0.1), 0.1, lambda clock: 1.0)
+    fit(make_job(tmp_path, optimizer=choice, clip_norm=0.01))
+    assert max(norms) == pytest.approx(0.01, rel=1e-3)
+
+
+# What goes wrong
+
+
+class TurnsNan(Plain):
+    at = 4
+
+    def __call__(self, x, y, clock):
+        loss = super().__call__(x, y, clock)
+        return Loss(loss.value * (NAN if clock.step == self.at else 1), loss.logits)
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path):
+    job = make_job(tmp_path)
+    job.objective = TurnsNan(job.variables.model, nothing)
+    with pytest.raises(RunError, match=r"not finite at step 4 \(epoch 2\).*lower.*lr"):
+        fit(job)
+    tensors, header = read_checkpoint(job.progress)
+    assert header["at"]["epoch"] == 1
+    assert all(value.isfinite().all() for value in tensors.values())
+    # What is kept can be gone on from.
+    assert len(fit(make_job(tmp_path))) == 2
+
+
+@pytest.mark.parametrize("kind", ["pretrain", "scores"])
+def test_weights_that_are_not_finite_stop_it_too(tmp_path, kind):
+    def harm(optimizer):
+        step = optimizer.step
+
+        def broken():
+            step()
+            optimizer.param_groups[0]["params"][0].data.view(-1)[0] = float("inf")
+
+        optimizer.step = broken
+        return optimizer
+
+    job = make_job(tmp_path, kind)
+    job.optimizer = OptimizerChoice(lambda p: harm(sgd(p)), 0.1, lambda clock: 0.0)
+    with pytest.raises(RunError, match="not finite"):
+        fit(job)
+    assert not job.progress.exists()
+
+
+def test_too_few_images_are_told(tmp_path):
+    with pytest.raises(UserError, match="no training batch"):
+        fit(make_job(tmp_path, train=make_split(1, 1)))
+
+
+def test_nothing_to_train_is_told(tmp_path):
+    job = make_job(tmp_path)
+    job.variables.parameters = list
+    with pytest.raises(RunError, match="nothing to train"):
+        fit(job)
+
+
+# A kill
+
+
+RECIPE = """
+[dataset]
+use = "digits"
+fraction = 0.15
+batch_size = 16
+[architecture]
+use = "small-cnn"
+[objective]
+use = "benign"
+[[stage]]
+kind = "pretrain"
+epochs = 25
+optimizer = {use = "adam", lr = 1e-3}
+"""
+
+
+def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path):
+    (tmp_path / "r.toml").write_text(RECIPE)
+    command = [sys.executable, "-m", "prunekit", "run", str(tmp_path / "r.toml"), "--device", "cpu"]
+
+    def run(name):
+        return subprocess.run(
+            [*command, "--out", str(tmp_path / name / "out")], capture_output=True, check=True
+        )
+
+    def progress(name):
+        return next(tmp_path.glob(f"{name}/.stages/*/progress.safetensors"), None)
+
+    process = subprocess.Popen(
+        [*command, "--out", str(tmp_path / "killed" / "out")],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 60
+        while progress("killed") is None and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+    finally:
+        process.kill()
+        process.wait()
+    found = progress("killed")
+    assert found is not None, "killed too late"
+    assert 0 < read_checkpoint(found)[1]["at"]["epoch"] < 25
+    run("killed")
+    run("whole")
+    killed, whole = (tmp_path / name / "out" / "model.safetensors" for name in ("killed", "whole"))
+    assert killed.read_bytes() == whole.read_bytes()
+    assert progress("killed") is None
