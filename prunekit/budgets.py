@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from math import prod
 
 import torch
 from torch import Tensor, nn
 
-STRUCTURES = re.compile(r"element|channel|([1-9]\d*):([1-9]\d*)")
-"""element; channel (output channels); n:m (n of every m weights along the input dimension)."""
-
-
-def read_ratio(structure: str) -> tuple[int, int] | None:
-    """(n, m) of "n:m"; None for the other structures.
-
-    >>> read_ratio("2:4"), read_ratio("channel")
-    ((2, 4), None)
-    """
-    n, _, m = structure.partition(":")
-    return (int(n), int(m)) if m else None
+from prunekit.settings import read_ratio
 
 
 def keep_n_of_m(values: Tensor, n: int, m: int) -> Tensor:
@@ -79,7 +67,9 @@ def spread_erk(shapes: Mapping[str, torch.Size], keep: float) -> dict[str, float
         dense |= above
 
 
-def share_out(densities: Mapping[str, float], sizes: Mapping[str, int], total: int) -> dict[str, int]:
+def share_out(
+    densities: Mapping[str, float], sizes: Mapping[str, int], total: int
+) -> dict[str, int]:
     """Kept weights of each layer: whole numbers that follow the densities and sum to `total`."""
     exact = {name: densities[name] * sizes[name] for name in sizes}
     kept = {name: min(int(value + 1e-9), sizes[name]) for name, value in exact.items()}
@@ -89,6 +79,9 @@ def share_out(densities: Mapping[str, float], sizes: Mapping[str, int], total: i
             break
         kept[name] += kept[name] < sizes[name]
     return kept
+
+
+NORMS = nn.modules.batchnorm._BatchNorm
 
 
 def find_followers(model: nn.Module, example: Tensor) -> dict[str, list[str]]:
@@ -112,9 +105,8 @@ def find_followers(model: nn.Module, example: Tensor) -> dict[str, list[str]]:
             followers[weight] = [join(name, "bias")] if module.bias is not None else []
             made[id(output)] = weight
             kept.append(output)  # alive, so that no other tensor gets its id
-        elif isinstance(module, nn.modules.batchnorm._BatchNorm) and module.affine:
-            if weight := made.get(id(inputs[0]), ""):
-                followers[weight] += [join(name, "weight"), join(name, "bias")]
+        elif isinstance(module, NORMS) and module.affine and id(inputs[0]) in made:
+            followers[made[id(inputs[0])]] += [join(name, "weight"), join(name, "bias")]
 
     hooks = [module.register_forward_hook(watch) for module in model.modules()]
     try:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from prunekit.errors import UserError, relative
 from prunekit.files import write_bytes
-from prunekit.masks import Masks, find_prunable
+from prunekit.masks import find_prunable
+from prunekit.selection import Masks
 
 FORMAT = 1
 """Version of the header."""

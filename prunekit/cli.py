@@ -6,7 +6,6 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,56 +84,24 @@ settings_option = click.option(
 def list_components(kind: str | None, as_json: bool) -> None:
     """List all components, or those of one KIND (objectives, pruners, ...)."""
     from prunekit.registry import load_registry
+    from prunekit.showing import print_table, summarize
+    from prunekit.values import suggest
 
     registry = load_registry()
     kinds = list(dict.fromkeys(entry.kind for entry in registry.entries))
     wanted = kind and kind.removesuffix("s")
     if wanted and wanted not in kinds:
-        from prunekit.values import suggest
-
         raise UserError(f"unknown kind {kind!r}; {suggest(f'{wanted}s', [f'{k}s' for k in kinds])}")
-    entries = [e for e in registry.entries if wanted in (None, e.kind)]
+    entries = [e for k in kinds for e in registry.entries if e.kind == k and wanted in (None, k)]
     if as_json:
-        print_json(
-            {
-                "components": [
-                    {
-                        "kind": e.kind,
-                        "name": e.component.name,
-                        "summary": e.component.summary,
-                        "plugin": e.plugin,
-                        "distribution": e.distribution,
-                        "status": e.status,
-                    }
-                    for e in entries
-                ],
-                "broken": [vars(b) for b in registry.broken],
-            }
-        )
+        broken = [vars(plugin) for plugin in registry.broken]
+        print_json({"components": [summarize(entry) for entry in entries], "broken": broken})
         return
-    rows = [
-        (e.kind, e.component.name, e.component.summary, e.distribution, e.status)
-        for e in sorted(entries, key=lambda e: kinds.index(e.kind))
-    ]
-    rows += [
-        ("plugin", b.plugin, "", b.distribution, f"broken: {b.reason}") for b in registry.broken
-    ]
+    rows = [(e.kind, e.component.name, e.component.summary, e.distribution, e.status)
+            for e in entries]  # fmt: skip
+    rows += [("plugin", b.plugin, "", b.distribution, f"broken: {b.reason}")
+             for b in registry.broken]  # fmt: skip
     print_table(("kind", "name", "what it is", "from", "status"), rows)
-
-
-def print_table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
-    """A plain table; a terminal's width is kept by wrapping, a pipe gets whole lines."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for number, title in enumerate(header):
-        table.add_column(title, no_wrap=number < 2)
-    for row in rows:
-        table.add_row(*map(escape, row))
-    wide = sum(max(map(len, column)) + 2 for column in zip(header, *rows, strict=True))
-    Console(width=None if Console().is_terminal else wide).print(table)
 
 
 @main.command()
@@ -319,7 +286,7 @@ def clean(folder: Path, store: Path | None, dry_run: bool) -> None:
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}")
     root = store or folder / ".stages"
-    used = {stage.key for found in find_runs(folder) for stage in found.stages}
+    used = {key for found in find_runs(folder) for key in found.keys}
     freed = Store(root).remove_unused(used, keep=dry_run)
     for key, size in freed:
         click.echo(f"{key}  {size / 1e6:.1f} MB")

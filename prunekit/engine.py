@@ -130,6 +130,8 @@ class Engine:
     def _run_one(self, run: Run, folder: RunFolder | None) -> None:
         loaded = self.load(run)
         keys = self.keys(run)
+        if folder is not None:
+            folder.expect(keys)
         state: State | None = None
         latest: StageFolder | None = None
         for stage, key in zip(run.stages, keys, strict=True):

@@ -1,7 +1,4 @@
-"""Scores -> masks: which weights are kept. Once, for every pruner.
-
-Masks are bool, True = kept, keyed and shaped like the prunable weights.
-"""
+"""Masks on a network: which weights can have them, learning through them, applying, counting."""
 
 from __future__ import annotations
 
@@ -15,10 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from prunekit.contracts import Scores
 from prunekit.errors import RunError
-
-Masks = dict[str, Tensor]
 
 
 def find_prunable(model: nn.Module, exclude: Sequence[str] = ()) -> dict[str, Tensor]:
@@ -49,97 +43,6 @@ def find_prunable(model: nn.Module, exclude: Sequence[str] = ()) -> dict[str, Te
     return kept
 
 
-def count_kept(n: int, sparsity: float) -> int:
-    """How many of n weights are kept: n - int(sparsity * n).
-
-    >>> count_kept(1000, 0.9), count_kept(10, 0.7), count_kept(10, 0.1)
-    (100, 3, 9)
-    """
-    return n - int(sparsity * n)
-
-
-def select(
-    scores: Scores,
-    sparsity: float,
-    budget: str = "layer",
-    alive: Mapping[str, Tensor] | None = None,
-) -> Masks:
-    """Keep the highest scores: exactly `count_kept` of each layer, or of all with "global".
-
-    Sees all layers at once. Which of several tied scores survive is arbitrary, but the same for
-    the same scores. A weight that is not `alive` (pruned by an earlier stage) is never kept.
-
-    Raises `RunError` where a layer would keep nothing.
-    """
-    alive = alive or {}
-    values = {name: value.detach() for name, value in scores.values.items()}
-    if budget == "global" and scores.layerwise:
-        values = {n: v / _root_mean_square(v, alive.get(n)) for n, v in values.items()}
-    lowest = float("-inf")
-    values = {n: v.masked_fill(~alive[n], lowest) if n in alive else v for n, v in values.items()}
-    if budget == "layer":
-        masks = {n: _keep_top(v, count_kept(v.numel(), sparsity)) for n, v in values.items()}
-    elif budget == "global":
-        flat = torch.cat([v.flatten() for v in values.values()])
-        chosen = _keep_top(flat, count_kept(flat.numel(), sparsity))
-        parts = chosen.split([v.numel() for v in values.values()])
-        masks = {n: p.view_as(v) for (n, v), p in zip(values.items(), parts, strict=True)}
-    else:
-        raise ValueError(f"unknown budget {budget!r}")
-    return {n: m & alive[n] if n in alive else m for n, m in masks.items()}
-
-
-def check_layers(masks: Masks, sparsity: float) -> None:
-    """Raise `RunError` where a layer keeps nothing: the network would be cut in two."""
-    for name, mask in masks.items():
-        if not mask.any():
-            raise RunError(
-                f"sparsity {sparsity} leaves no weight of {name} ({mask.numel()} weights); lower "
-                f'the sparsity, write exclude = ["{name}"], or change the budget'
-            )
-
-
-def _keep_top(values: Tensor, kept: int) -> Tensor:
-    """Bool mask of the `kept` largest values."""
-    flat = values.flatten()
-    if flat.device.type == "cpu" and flat.dtype == torch.float32:
-        mask, undecided, missing = _split_by_exponent(flat, kept)
-        chosen = torch.topk(flat[undecided], missing, sorted=False).indices
-        mask[undecided[chosen]] = True
-    else:
-        mask = torch.zeros_like(flat, dtype=torch.bool)
-        mask[torch.topk(flat, kept, sorted=False).indices] = True
-    return mask.view_as(values)
-
-
-def _split_by_exponent(flat: Tensor, kept: int) -> tuple[Tensor, Tensor, int]:
-    """Decide about nearly all values by their upper 16 bits: one step of a radix selection.
-
-    Returns the mask of those that are surely among the `kept` largest, the indices of the
-    undecided, and how many of them are still missing. On a CPU it makes `topk` 3 times faster.
-    """
-    bits = flat.view(torch.int32)
-    if (flat < 0).any():
-        # As integers, negative floats run backwards.
-        bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    high = bits >> 16
-    lowest = int(high.min())
-    # At i: how many values have one of the i + 1 highest patterns.
-    counts = torch.bincount(high - lowest).flip(0).cumsum(0)
-    edge = int(torch.searchsorted(counts, kept))
-    sure = int(counts[edge - 1]) if edge else 0
-    edge_bits = lowest + len(counts) - 1 - edge
-    return high > edge_bits, (high == edge_bits).nonzero().flatten(), kept - sure
-
-
-def _root_mean_square(values: Tensor, alive: Tensor | None) -> Tensor:
-    """Of the finite values of a layer that are alive; never zero."""
-    counted = values.isfinite() if alive is None else values.isfinite() & alive
-    squares = torch.where(counted, values, 0).square()
-    mean = squares.sum() / torch.count_nonzero(counted)
-    return mean.sqrt().clamp_min(torch.finfo(values.dtype).tiny)
-
-
 class StraightThrough(torch.autograd.Function):
     """weight * mask(|score|), the gradient going straight through the mask (HYDRA, section 3).
 
@@ -159,7 +62,7 @@ class StraightThrough(torch.autograd.Function):
 
 
 class ScoredWeight(nn.Module):
-    """Parametrization of a frozen weight by trained scores; the mask is written by `refresh`."""
+    """Parametrization of a frozen weight by trained scores; the mask is written from outside."""
 
     mask: Tensor
 
@@ -172,37 +75,52 @@ class ScoredWeight(nn.Module):
         return StraightThrough.apply(weight, self.score, self.mask)
 
 
-def attach_scores(model: nn.Module, start: Mapping[str, Tensor]) -> dict[str, ScoredWeight]:
-    """Parametrize the named weights by scores that start as given; changes the model."""
-    weights = dict(model.named_parameters())
-    scored = {name: ScoredWeight(value) for name, value in start.items()}
-    parts = {weights[name]: part for name, part in scored.items()}
-    for module in list(model.modules()):
-        weight = module._parameters.get("weight")
-        if weight in parts:
-            parametrize.register_parametrization(module, "weight", parts[weight], unsafe=True)
-    return scored
+class MaskedVector(nn.Module):
+    """Parametrization of a bias, scale or shift (O,) whose channels go with those of a weight."""
+
+    mask: Tensor
+
+    def __init__(self, start: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mask", torch.ones_like(start, dtype=torch.bool))
+
+    def forward(self, vector: Tensor) -> Tensor:
+        return vector * self.mask
 
 
-def detach_scores(model: nn.Module) -> None:
-    """Undo `attach_scores`: the plain weights are back, unmasked."""
+PARTS = (ScoredWeight, MaskedVector)
+
+
+def attach(model: nn.Module, parts: Mapping[str, ScoredWeight | MaskedVector]) -> None:
+    """Parametrize the named parameters, everywhere they are used; changes the model."""
+    named = dict(model.named_parameters())
+    by_parameter = {named[name]: part for name, part in parts.items()}
     for module in list(model.modules()):
-        if _is_scored(module):
-            parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
-            # Comes back as the last parameter, but is the first in these layers: a resumed
-            # optimiser, whose network was built anew, tells parameters apart by their order.
+        for name in ("weight", "bias"):
+            parameter = module._parameters.get(name)
+            if parameter in by_parameter:
+                part = by_parameter[parameter]
+                parametrize.register_parametrization(module, name, part, unsafe=True)
+
+
+def detach(model: nn.Module) -> None:
+    """Undo `attach`: the plain parameters are back, unmasked."""
+    for module in list(model.modules()):
+        for name in _parametrized(module):
+            parametrize.remove_parametrizations(module, name, leave_parametrized=False)
+            # It comes back as the last parameter; a resumed optimiser, whose network was built
+            # anew, tells parameters apart by their order: weight, then bias.
             parameters = module._parameters
-            for name in [n for n in parameters if n != "weight"]:
-                parameters[name] = parameters.pop(name)
+            for known in [n for n in ("weight", "bias") if n in parameters]:
+                parameters[known] = parameters.pop(known)
 
 
-def _is_scored(module: nn.Module) -> bool:
+def _parametrized(module: nn.Module) -> list[str]:
+    """Names of the module's parameters that `attach` parametrized."""
     lists = module._modules.get("parametrizations")
-    return (
-        isinstance(lists, nn.ModuleDict)
-        and "weight" in lists
-        and isinstance(next(lists["weight"].children(), None), ScoredWeight)
-    )
+    if not isinstance(lists, nn.ModuleDict):
+        return []
+    return [n for n in lists if isinstance(next(lists[n].children(), None), PARTS)]
 
 
 @contextmanager
@@ -215,8 +133,8 @@ def effective_weights(model: nn.Module) -> Iterator[None]:
     with parametrize.cached():
         with torch.enable_grad():
             for module in model.modules():
-                if _is_scored(module):
-                    _ = module.weight
+                for name in _parametrized(module):
+                    getattr(module, name)
         yield
 
 

@@ -46,6 +46,8 @@ class Run:
     error: str = ""
     number: int = 0
     """Its place in the recipe's sweep."""
+    keys: tuple[str, ...] = ()
+    """Of all its stages, those to come too."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,7 @@ def read_run(folder: Path) -> Run:
             ),
             error=told.get("error") or "",
             number=int(told.get("number", 0)),
+            keys=tuple(told.get("keys", ())),
         )
     except KeyError as error:
         raise UserError(f"{where}: lacks {error}; run the recipe again") from error

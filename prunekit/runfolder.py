@@ -7,7 +7,7 @@ import hashlib
 import json
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,10 +58,16 @@ class RunFolder:
             "device": str(device),
             "versions": find_versions(),
             "git": _find_commit(self.plan.path.parent),
+            "keys": [],
             "stages": [],
             "sparsity": None,
             "error": None,
         }
+        self._write()
+
+    def expect(self, keys: Sequence[str]) -> None:
+        """Note the stages to come: `clean` spares their checkpoints when the run is stopped."""
+        self._record["keys"] = list(keys)
         self._write()
 
     def add(

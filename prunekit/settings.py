@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -10,6 +11,18 @@ from typing import Literal
 from prunekit.component import Radius, Use, option
 from prunekit.contracts import Evaluator, Norm, Objective, OptimizerChoice, Pruner
 from prunekit.errors import OptionError
+
+STRUCTURE = re.compile(r"element|channel|[1-9]\d*:[1-9]\d*")
+
+
+def read_ratio(structure: str) -> tuple[int, int] | None:
+    """(n, m) of an "n:m" structure; None for the other structures.
+
+    >>> read_ratio("2:4"), read_ratio("channel")
+    ((2, 4), None)
+    """
+    n, _, m = structure.partition(":")
+    return (int(n), int(m)) if m else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,15 +84,44 @@ class PruneOptions(FitOptions):
     """A prune stage."""
 
     epochs: int | None = option(None, help="passes over the training images", low=1)
-    sparsity: float = option(help="fraction of the weights removed", above=0, below=1)
-    pruner: Use[Pruner] = option("score", help="how much each weight matters")
-    budget: Literal["layer", "global"] = option(
-        "layer", help="every layer keeps the same fraction, or layers compete"
+    sparsity: float | None = option(
+        None, help='fraction of the weights removed; an "n:m" structure fixes it', above=0, below=1
     )
-    bn: Literal["train", "freeze"] = option(
-        "train", help="batch normalisation while scores are learned"
+    pruner: Use[Pruner] = option("score", help="how much each weight matters")
+    budget: Literal["layer", "global", "erk", "lamp"] = option(
+        "layer",
+        help="who shares it: each layer alike, all together, by shape (ERK), by LAMP's scores",
+    )
+    structure: str = option(
+        "element", help='what goes together: "element", "channel" (outputs), or "n:m" such as "2:4"'
+    )
+    bn: Literal["train", "freeze", "recalibrate"] = option(
+        "train",
+        help="batch normalisation while scores are learned; recalibrate: also measured anew after",
     )
     exclude: tuple[str, ...] = option((), help='names of weights left dense, such as "fc.*"')
+
+    def __post_init__(self) -> None:
+        if not STRUCTURE.fullmatch(self.structure):
+            raise OptionError(
+                "structure", f'structure cannot be {self.structure!r}; write "element", "channel" '
+                'or a ratio such as "2:4"',
+            )  # fmt: skip
+        ratio = read_ratio(self.structure)
+        if ratio is None:
+            if self.sparsity is None:
+                raise OptionError("sparsity", "needs sparsity: fraction of the weights removed")
+            return
+        n, m = ratio
+        if n >= m:
+            raise OptionError("structure", f"{n} of every {m} removes nothing; write less of more")
+        if self.budget != "layer":
+            raise OptionError("budget", f"{n}:{m} fixes what every layer keeps; remove budget")
+        if self.sparsity not in (None, 1 - n / m):
+            raise OptionError(
+                "sparsity", f"{n}:{m} removes {1 - n / m:g}, not {self.sparsity:g}; remove sparsity"
+            )
+        object.__setattr__(self, "sparsity", 1 - n / m)
 
 
 @dataclass(frozen=True, kw_only=True)

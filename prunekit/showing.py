@@ -1,10 +1,10 @@
-"""What `prunekit show` says of a component, and `run --dry-run` of a plan."""
+"""What `prunekit list` and `show` say of components, and `run --dry-run` of a plan."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -36,16 +36,38 @@ def find_anywhere(registry: Registry, name: str) -> list[Entry]:
     return found
 
 
+def print_table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
+    """A plain table; a terminal's width is kept by wrapping, a pipe gets whole lines."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for number, title in enumerate(header):
+        table.add_column(title, no_wrap=number < 2)
+    for row in rows:
+        table.add_row(*map(escape, row))
+    wide = sum(max(map(len, column)) + 2 for column in zip(header, *rows, strict=True))
+    Console(width=None if Console().is_terminal else wide).print(table)
+
+
+def summarize(entry: Entry) -> dict[str, str]:
+    """What `prunekit list` says of a component."""
+    return {
+        "kind": entry.kind,
+        "name": entry.component.name,
+        "summary": entry.component.summary,
+        "plugin": entry.plugin,
+        "distribution": entry.distribution,
+        "status": entry.status,
+    }
+
+
 def describe_component(entry: Entry) -> dict[str, Any]:
     """Everything of a declaration, as plain data."""
     component = entry.component
     return {
-        "kind": entry.kind,
-        "name": component.name,
-        "summary": component.summary,
-        "plugin": entry.plugin,
-        "distribution": entry.distribution,
-        "status": entry.status,
+        **summarize(entry),
         "paper": component.paper,
         "options": [
             {

@@ -12,22 +12,28 @@ import torch
 from torch import Tensor, nn
 
 from prunekit import seeds
+from prunekit.budgets import find_followers
 from prunekit.contracts import Context, Data, Objective, Scores, Split
 from prunekit.data import eval_batches, train_batches
 from prunekit.errors import RunError
 from prunekit.evaluation import eval_mode
 from prunekit.masks import (
-    Masks,
     apply_masks,
-    check_layers,
     count_weights,
     find_prunable,
     hash_masks,
     measure_sparsity,
-    select,
 )
 from prunekit.plan import Run, Stage
-from prunekit.report import Progress, Report, StageStarted
+from prunekit.report import Note, Progress, Report, StageStarted
+from prunekit.selection import (
+    Masks,
+    Selection,
+    check_layers,
+    find_structured,
+    follow,
+    select,
+)
 from prunekit.stop import Stop
 from prunekit.store import StageFolder
 from prunekit.training import Fit, fit
@@ -98,7 +104,8 @@ def prune(state: State, stage: Stage, work: Work) -> Outcome:
     # As a fresh network is, whatever stages came before.
     state.model.requires_grad_(True)
     state.model.train()
-    weights = find_prunable(state.model, options.exclude)
+    selection = Selection(stage.sparsity, options.budget, options.structure)
+    weights, followers = _find_structured(state, stage, work, selection)
     frozen = {name: weight.detach().clone() for name, weight in weights.items()}
     context = work.context(stage, state)
     # Before scores are attached: an objective that traces the network wants the plain one.
@@ -106,9 +113,7 @@ def prune(state: State, stage: Stage, work: Work) -> Outcome:
 
     def learn(start: Scores) -> Scores:
         _check_scores(start, frozen, options.pruner.component.name)
-        variables = LearnedScores(
-            state.model, start, options.sparsity, options.budget, state.masks, options.bn
-        )
+        variables = LearnedScores(state.model, start, selection, state.masks, options.bn, followers)
         try:
             history.extend(_fit(variables, objective, stage, work, context))
             return variables.scores()
@@ -133,11 +138,48 @@ def prune(state: State, stage: Stage, work: Work) -> Outcome:
     seeds.seed_all(work.run.seed, stage.position, "pruner")
     scores = options.pruner.build(scoring)(scoring)
     _check_scores(scores, frozen, options.pruner.component.name)
-    masks = select(scores, options.sparsity, options.budget, state.masks)
-    check_layers(masks, options.sparsity)
-    state.masks = {**state.masks, **masks}
+    masks = select(scores, selection, state.masks)
+    check_layers(masks, selection.sparsity)
+    state.masks = {**state.masks, **masks, **follow(masks, followers)}
     apply_masks(state.model, state.masks)
+    if options.bn == "recalibrate":
+        _recalibrate(state.model, batches)
     return Outcome({**_best(history), **_sparsity(state)}, history)
+
+
+def _find_structured(
+    state: State, stage: Stage, work: Work, selection: Selection
+) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
+    """(weights that the stage prunes, vectors that go with their channels)."""
+    weights = find_prunable(state.model, stage.options.exclude)
+    if selection.structure == "element":
+        return weights, {}
+    with eval_mode(state.model):
+        example = torch.zeros(1, *work.data.shape, device=work.device)
+        followers = find_followers(state.model, example)
+    *_, last = followers
+    names = find_structured(weights, selection.structure, last)
+    if not names:
+        raise RunError(f"structure {selection.structure!r} suits no layer of this network")
+    if left := [name for name in weights if name not in names]:
+        work.report(Note(f"structure {selection.structure!r} leaves dense: {', '.join(left)}"))
+    chosen = followers if selection.structure == "channel" else {}
+    return {name: weights[name] for name in names}, {n: v for n, v in chosen.items() if n in names}
+
+
+@torch.no_grad()
+def _recalibrate(model: nn.Module, batches: Callable[[], Iterator[tuple[Tensor, Tensor]]]) -> None:
+    """Reset the statistics of batch normalisation to the average over clean training images."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the cumulative average
+    model.train()
+    for x, _ in batches():
+        model(x)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
 
 
 def evaluate(state: State, stage: Stage, work: Work) -> Outcome:

@@ -13,7 +13,7 @@ from prunekit.options import Resolver, describe
 from prunekit.settings import STAGES
 from prunekit.values import KeyPath, suggest
 
-TRAINING_KEYS = ("epochs", "optimizer", "select", "clip_norm", "bn")
+TRAINING_KEYS = ("epochs", "optimizer", "select", "clip_norm")
 """Keys of a prune stage that serve the learning of scores."""
 
 
@@ -34,8 +34,14 @@ class Stage:
         table = {"kind": self.kind, "name": self.name, **describe(self.options)}
         if self.kind == "prune" and not self.options.pruner.component.learns:
             # A recipe that says these of a one-shot pruner is refused.
-            table = {k: v for k, v in table.items() if k not in TRAINING_KEYS}
+            table = {k: v for k, v in table.items() if k not in find_idle(table)}
         return table
+
+
+def find_idle(table: Mapping[str, Any]) -> list[str]:
+    """Keys of a prune stage that do nothing for a one-shot pruner."""
+    trained = [key for key in TRAINING_KEYS if key in table]
+    return [*trained, *(["bn"] if table.get("bn", "recalibrate") != "recalibrate" else [])]
 
 
 def uses_in(value: Any) -> Iterator[Use[Any]]:
@@ -158,7 +164,7 @@ def _drop_idle(
         "pruner", used.rpartition(":")[2])]  # fmt: skip
     if not found or found[0].component.learns:
         return own
-    idle = [key for key in TRAINING_KEYS if key in own]
+    idle = find_idle(own)
     chosen = resolver.locate((*path, "pruner")).file
     wrong = [k for k in idle if not swept and resolver.locate((*path, k)).file == chosen]
     for key in wrong:

@@ -45,6 +45,7 @@ from prunekit.report import (
     StageStarted,
 )
 from prunekit.seeds import generator, seed_all
+from prunekit.selection import Selection
 from prunekit.settings import ArchitectureOptions, DataOptions
 from prunekit.smoke import reduce_options
 from prunekit.variables import LearnedScores
@@ -222,7 +223,7 @@ def _check_scores_learn(use: Use[Any], context: Context, x: Tensor, y: Tensor) -
     """Scores get gradients through the objective, whatever forward it starts with."""
     model = tiny_network()
     start = {n: torch.randn_like(p) for n, p in model.named_parameters() if p.dim() > 1}
-    variables = LearnedScores(model, Scores(start), 0.5, "layer", {}, "train")
+    variables = LearnedScores(model, Scores(start), Selection(0.5), {}, "train")
     objective = use.build(dataclasses.replace(context, model=model, stage="prune"))
     with variables.step():
         objective(x, y, Clock(0, 10, 0, 2)).value.backward()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
@@ -12,14 +12,14 @@ from torch import nn
 
 from prunekit.contracts import Scores
 from prunekit.masks import (
-    Masks,
+    MaskedVector,
+    ScoredWeight,
     assert_masked,
-    attach_scores,
-    check_layers,
-    detach_scores,
+    attach,
+    detach,
     effective_weights,
-    select,
 )
+from prunekit.selection import Masks, Selection, check_layers, follow, select
 
 # _NormBase: batch and instance normalisation.
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
@@ -78,27 +78,32 @@ class LearnedScores:
     """Trains scores of frozen weights; masks follow the scores, once an optimiser step.
 
     Biases are frozen too. Normalisation layers train, affine parameters and running statistics,
-    unless `bn` is "freeze".
+    unless `bn` is "freeze". `followers` are the vectors that lose an entry with a channel
+    (`budgets.find_followers`).
     """
 
     def __init__(
         self,
         model: nn.Module,
         start: Scores,
-        sparsity: float,
-        budget: str,
+        selection: Selection,
         alive: Masks,
         bn: str,
+        followers: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         self.model, self.start, self.alive = model, start, alive
-        self.sparsity, self.budget = sparsity, budget
+        self.selection, self.followers = selection, followers or {}
         model.requires_grad_(False)
         model.train()
         for module in model.modules():
             if isinstance(module, NORMS):
-                module.train(bn == "train")
-                module.requires_grad_(bn == "train")
-        self.parts = attach_scores(model, start.values)
+                module.train(bn != "freeze")
+                module.requires_grad_(bn != "freeze")
+        named = dict(model.named_parameters())
+        self.parts = {name: ScoredWeight(value) for name, value in start.values.items()}
+        followed = [n for name in self.parts for n in self.followers.get(name, ())]
+        self.vectors = {name: MaskedVector(named[name]) for name in followed}
+        attach(model, {**self.parts, **self.vectors})
         self.check()
 
     def scores(self) -> Scores:
@@ -109,8 +114,11 @@ class LearnedScores:
     @torch.no_grad()
     def refresh(self) -> None:
         """Write the masks of the present scores."""
-        for name, mask in select(self.scores(), self.sparsity, self.budget, self.alive).items():
-            self.parts[name].mask.copy_(mask)
+        masks = select(self.scores(), self.selection, self.alive)
+        for name, part in self.parts.items():
+            part.mask.copy_(masks[name])
+        for name, mask in follow(masks, self.followers).items():
+            self.vectors[name].mask.copy_(mask)
 
     def parameters(self) -> list[nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]
@@ -126,8 +134,8 @@ class LearnedScores:
 
     def check(self) -> None:
         self.refresh()
-        check_layers({name: part.mask for name, part in self.parts.items()}, self.sparsity)
+        check_layers({n: part.mask for n, part in self.parts.items()}, self.selection.sparsity)
 
     def detach(self) -> None:
         """Give the model its plain weights back."""
-        detach_scores(self.model)
+        detach(self.model)

@@ -114,14 +114,19 @@ def prunekit(environment: Path, *arguments: str) -> subprocess.CompletedProcess[
 def test_the_wheel_is_what_runs(environment):
     code = "import prunekit, prunekit_pruners; print(prunekit.__file__, prunekit_pruners.__file__)"
     done = subprocess.run(
-        [environment / "env/bin/python", "-c", code], cwd=environment, capture_output=True, text=True
+        [environment / "env/bin/python", "-c", code],
+        cwd=environment,
+        capture_output=True,
+        text=True,
     )
     assert all(str(environment) in path for path in done.stdout.split()), done.stdout + done.stderr
 
 
 def test_the_wheel_holds_packages_and_nothing_else(environment):
     (site,) = (environment / "env/lib").glob("python*/site-packages")
-    ours = {p.name for p in site.iterdir() if "prunekit" in p.name or p.name in ("plugins", "tests")}
+    ours = {
+        p.name for p in site.iterdir() if "prunekit" in p.name or p.name in ("plugins", "tests")
+    }
     expected = {p.name for p in (ROOT / "plugins").iterdir() if p.name.startswith("prunekit_")}
     assert ours - {"prunekit", "prunekit_signs"} - expected == {
         n for n in ours if n.endswith(".dist-info")

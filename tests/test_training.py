@@ -17,6 +17,7 @@ from prunekit.errors import Interrupted, RunError, UserError
 from prunekit.masks import apply_masks, find_prunable
 from prunekit.report import EpochDone, Progress, StageStarted
 from prunekit.seeds import generator
+from prunekit.selection import Selection
 from prunekit.stop import Stop
 from prunekit.training import Fit, fit
 from prunekit.variables import LearnedScores, Weights
@@ -92,7 +93,7 @@ def make_job(folder, kind="pretrain", watch=nothing, report=nothing, stop=None, 
     weights = find_prunable(model)
     if kind == "scores":
         start = {name: weight.detach().clone() for name, weight in weights.items()}
-        trained = LearnedScores(model, Scores(start, True), 0.6, "global", {}, "train")
+        trained = LearnedScores(model, Scores(start, True), Selection(0.6, "global"), {}, "train")
     elif kind == "finetune":
         chosen = {name: weight.detach() > 0 for name, weight in weights.items()}
         apply_masks(model, chosen)

@@ -10,6 +10,7 @@ from prunekit.contracts import Scores
 from prunekit.errors import RunError
 from prunekit.evaluation import eval_mode
 from prunekit.masks import apply_masks, find_prunable
+from prunekit.selection import Selection
 from prunekit.variables import LearnedScores, Weights
 
 
@@ -45,7 +46,8 @@ def train(trained, optimizer, steps=3, harm=None, clip=None):
 
 def learned(net, sparsity=0.5, budget="layer", alive=None, bn="train"):
     start = {name: weight.detach().clone() for name, weight in find_prunable(net).items()}
-    return LearnedScores(net, Scores(start, layerwise=True), sparsity, budget, alive or {}, bn)
+    selection = Selection(sparsity, budget)
+    return LearnedScores(net, Scores(start, layerwise=True), selection, alive or {}, bn)
 
 
 OPTIMIZERS = {
@@ -126,7 +128,7 @@ def test_masks_follow_the_scores_once_a_step(monkeypatch):
         assert (len(calls), len(made)) == (number, 2 * number)
     with trained.step():
         for name, part in trained.parts.items():
-            expected = original(Scores({name: part.score.abs()}), 0.5)[name]
+            expected = original(Scores({name: part.score.abs()}), Selection(0.5))[name]
             assert torch.equal(part.mask, expected)
 
 

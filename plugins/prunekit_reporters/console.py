@@ -18,6 +18,7 @@ from rich.text import Text
 from prunekit.component import NoOptions
 from prunekit.contracts import Context, Reporter
 from prunekit.errors import relative
+from prunekit.metric_names import format_metric, format_setting, is_fraction, is_main
 from prunekit.report import (
     EpochDone,
     Event,
@@ -29,7 +30,6 @@ from prunekit.report import (
     StageDone,
     StageStarted,
 )
-from prunekit.metric_names import format_metric, format_setting, is_fraction, is_main
 
 INTERVAL = 0.2
 """Seconds between two drawings; drawing takes milliseconds that training could use."""

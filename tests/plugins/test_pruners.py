@@ -8,8 +8,8 @@ from prunekit_pruners.scores import build_lwm, build_random, build_score, scaled
 
 from prunekit import NoOptions
 from prunekit.contracts import Context, Scores
-from prunekit.masks import select
 from prunekit.seeds import generator
+from prunekit.selection import Selection, select
 
 
 def test_scaled_start_by_hand():
@@ -41,8 +41,8 @@ def test_the_start_selects_as_magnitude_does():
     weights = {"a": torch.randn(7, 9), "b": torch.randn(3, 2, 3, 3)}
     start = Scores({n: scaled_start(w).abs() for n, w in weights.items()})
     magnitude = build_lwm(NoOptions(), Context())(Context(weights=weights))
-    for name, mask in select(start, 0.8).items():
-        assert torch.equal(mask, select(magnitude, 0.8)[name])
+    for name, mask in select(start, Selection(0.8)).items():
+        assert torch.equal(mask, select(magnitude, Selection(0.8))[name])
 
 
 def test_score_learns_from_the_scaled_start():
