@@ -70,6 +70,8 @@ class Component:
     """The source: authors, venue, identifier."""
     passes: Callable[[Any], int] = once
     """options -> forward passes an image takes, in a training step or in an evaluation."""
+    replays: Callable[[Any], int] = once
+    """Objectives: options -> optimiser steps on each batch. A recipe's epochs are divided by it."""
     select: str = "accuracy"
     """Objectives: the validation metric that chooses the best epoch."""
     learns: bool = False

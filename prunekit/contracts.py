@@ -65,7 +65,7 @@ class Objective(Protocol):
     - `validate(x, y) -> dict[str, Tensor]`: (B,) values of each image, averaged over validation
       images in eval mode; the component's `select` names one. Default: `accuracy`.
     - `settled(clock) -> bool`: False while an epoch cannot be the best one (an eps ramp).
-    - `replays: int`: optimiser steps on each batch; `after_step()` runs after each.
+    - `after_step()`: runs after each optimiser step (`Component.replays` says how many a batch).
     - `state_dict() -> dict[str, Tensor]`, `load_state_dict(state)`: what a resume must restore.
     """
 
@@ -91,7 +91,11 @@ class Pruner(Protocol):
 
 
 class Split(Protocol):
-    """One part of a data set, labels (N,) int64 in memory, images fetched by index."""
+    """One part of a data set, labels (N,) int64 in memory, images fetched by index.
+
+    One that decodes files may also have `augmented_batches(indices, names, batch_seeds)`: the same
+    batches, augmented as `names` say, each decided by its seed alone.
+    """
 
     @property
     def labels(self) -> Tensor: ...
@@ -206,5 +210,7 @@ class Context:
     """Trains the scores on the stage's objective from the given start (HYDRA, section 3): the
     forward pass uses weight * mask(|score|) under the stage's sparsity, budget and structure, the
     gradient goes straight through; returns |score| of the best epoch."""
+    scratch: Path | None = None
+    """Evaluators: a folder of their own; what they leave there survives a kill, not the stage."""
     live: bool = False
     """Reporters: a terminal is there, so progress may be animated."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,8 +14,6 @@ from torch.nn import functional as F
 from prunekit import seeds
 from prunekit.contracts import Data, Split
 from prunekit.errors import UserError
-
-AUGMENTATIONS = ("crop", "flip")
 
 
 @dataclass(frozen=True)
@@ -44,11 +43,23 @@ class Subset:
         return self.split.batches([self.index[index] for index in indices])
 
 
+@dataclass(frozen=True)
+class AugmentingSubset(Subset):
+    """A subset of a split that augments where it decodes."""
+
+    def augmented_batches(
+        self, indices: Sequence[Tensor], names: Sequence[str], batch_seeds: Sequence[int]
+    ) -> Iterator[Tensor]:
+        inner: Any = self.split
+        chosen = [self.index[index] for index in indices]
+        return inner.augmented_batches(chosen, names, batch_seeds)
+
+
 def subset(split: Split, index: Tensor) -> Split:
     """A part of a split; arrays are copied, so that what is left out frees its memory."""
     if isinstance(split, Arrays):
         return Arrays(split.images[index], split.labels[index])
-    return Subset(split, index)
+    return (AugmentingSubset if hasattr(split, "augmented_batches") else Subset)(split, index)
 
 
 def to_device(split: Split, device: torch.device) -> Split:
@@ -103,7 +114,11 @@ def augment(images: Tensor, names: Sequence[str], generator: torch.Generator) ->
     "crop" pads by an eighth of the height with zeros and crops back at random; "flip" mirrors left
     and right with probability 1/2. Offsets are drawn on the CPU from `generator`, so that they do
     not depend on the device.
+
+    Raises `UserError` for "resized-crop", which only splits that decode files can do.
     """
+    if "resized-crop" in names:
+        raise UserError('augment "resized-crop" is for images that stream from files; write "crop"')
     device = images.device
     if "crop" in names:
         b, _, h, w = images.shape
@@ -119,6 +134,24 @@ def augment(images: Tensor, names: Sequence[str], generator: torch.Generator) ->
     return images.contiguous()
 
 
+@dataclass(frozen=True)
+class Extra:
+    """A second source of training images: `ratio` of them for each labelled one, in every batch."""
+
+    split: Split
+    ratio: float
+
+    def indices(self, sizes: Sequence[int], seed: int) -> list[Tensor]:
+        """For batches of these sizes, which extra images join each: shuffled, round after round."""
+        counts = [round(self.ratio * size) for size in sizes]
+        n = len(self.split.labels)
+        rounds = -(-sum(counts) // n)
+        order = [torch.empty(0, dtype=torch.int64)]
+        for number in range(rounds):
+            order.append(torch.randperm(n, generator=seeds.generator(seed, "extra", number)))
+        return list(torch.cat(order)[: sum(counts)].split(counts))
+
+
 def train_batches(
     split: Split,
     size: int,
@@ -126,22 +159,42 @@ def train_batches(
     device: torch.device,
     seed: int,
     *,
+    extra: Extra | None = None,
     skip: int = 0,
     most: int | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """One epoch of shuffled, augmented batches (x, y) on the device, decided by `seed`.
 
-    `skip` leaves out the first batches (of a resumed epoch) and changes nothing in the others. A
-    last batch of a single image is left out: batch normalisation cannot use it.
+    An epoch is one pass over `split`; images of `extra` come behind those of each batch. `skip`
+    leaves out the first batches (of a resumed epoch) and changes nothing in the others. A last
+    batch of a single image is left out: batch normalisation cannot use it.
     """
     order = torch.randperm(len(split.labels), generator=seeds.generator(seed, "order"))
     chunks = [c for c in order.split(size) if len(c) > 1 or size == 1][:most]
-    for number, (index, images) in enumerate(
-        zip(chunks[skip:], split.batches(chunks[skip:]), strict=True), start=skip
-    ):
-        if names:
-            images = augment(images, names, seeds.generator(seed, "augment", number))
-        yield to_pixels(images, device), split.labels[index].to(device)
+    sources = [(split, chunks, "augment")]
+    if extra is not None:
+        indices = extra.indices([len(chunk) for chunk in chunks], seed)
+        sources.append((extra.split, indices, "augment-extra"))
+    streams = [
+        _augmented(source, chosen[skip:], names, [seeds.derive(seed, word, n) for n in numbers])
+        for source, chosen, word in sources
+        for numbers in [range(skip, len(chosen))]
+    ]
+    for number, images in enumerate(zip(*streams, strict=True), start=skip):
+        labels = [source.labels[chosen[number]] for source, chosen, _ in sources]
+        x = torch.cat([part.to(device) for part in images]) if extra else images[0]
+        yield to_pixels(x, device), torch.cat(labels).to(device)
+
+
+def _augmented(
+    split: Split, indices: Sequence[Tensor], names: Sequence[str], batch_seeds: Sequence[int]
+) -> Iterator[Tensor]:
+    """Augmented uint8 batches; a split that streams may do it where it decodes."""
+    if names and hasattr(split, "augmented_batches"):
+        yield from split.augmented_batches(indices, names, batch_seeds)
+        return
+    for images, seed in zip(split.batches(indices), batch_seeds, strict=True):
+        yield augment(images, names, torch.Generator().manual_seed(seed))
 
 
 def count_batches(split: Split, size: int, most: int | None = None) -> int:

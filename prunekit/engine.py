@@ -18,9 +18,10 @@ from torch import nn
 from prunekit import seeds
 from prunekit.checkpoint import load_weights, read_model, read_weights, write_model
 from prunekit.contracts import Context, Data, Split
-from prunekit.data import fingerprint, hold_out, to_device
+from prunekit.data import Extra, fingerprint, hold_out, to_device
 from prunekit.errors import DataMissingError, Interrupted, RunError
 from prunekit.evaluation import eval_mode
+from prunekit.extra import read_extra
 from prunekit.failures import explain, release
 from prunekit.options import describe
 from prunekit.plan import Plan, Run, Stage, uses_in
@@ -38,6 +39,7 @@ class Loaded:
 
     data: Data
     train: Split
+    extra: Extra | None
     validation: Split
     fingerprint: str
 
@@ -153,6 +155,8 @@ class Engine:
                         raise
                 if stage.kind != "evaluate":
                     latest, state = stored, None if reused else state
+                for text in result.notes:
+                    self.report(Note(text, warning=True))
                 spent = 0.0 if reused else result.seconds
                 self.report(StageDone(stage.name, stage.kind, key, result.metrics, spent, reused))
                 if folder is not None:
@@ -166,8 +170,8 @@ class Engine:
     ) -> StageResult:
         started = time.monotonic()
         work = Work(
-            run, loaded.data, loaded.train, loaded.validation, self.device, stored, key,
-            self.report, self.stop,
+            run, loaded.data, loaded.train, loaded.extra, loaded.validation, self.device,
+            stored, key, self.report, self.stop,
         )  # fmt: skip
         outcome: Outcome = STAGES[stage.kind](state, stage, work)
         if stage.kind == "evaluate":
@@ -179,6 +183,8 @@ class Engine:
             {**_finite(outcome.metrics), "counts": counts},
             [_finite(row) for row in outcome.history],
             time.monotonic() - started,
+            list(outcome.notes),
+            {n: version_of(n) for use in uses_in(stage.options) for n in use.component.needs},
         )
         stored.finish(result, _describe_stage(stage))
         return result
@@ -201,7 +207,7 @@ class Engine:
         """The run's data, loaded once for all runs that share it."""
         chosen = run.data
         name = str([describe(run.dataset), chosen.fraction, chosen.validation,
-                    chosen.validation_seed])  # fmt: skip
+                    chosen.validation_seed, chosen.extra, chosen.extra_ratio])  # fmt: skip
         if name not in self._loaded:
             # Without the run's seed: runs of all seeds share the data.
             context = Context(folder=run.folder)
@@ -222,8 +228,16 @@ class Engine:
             )
             # The whole training set is let go: a large one would fill memory twice.
             data = dataclasses.replace(data, train=train, test=test)
-            self._loaded[name] = Loaded(data, train, validation, content)
+            self._loaded[name] = Loaded(
+                data, train, self._load_extra(run, data), validation, content
+            )
         return self._loaded[name]
+
+    def _load_extra(self, run: Run, data: Data) -> Extra | None:
+        if run.data.extra is None:
+            return None
+        split = read_extra(run.data.extra, data.shape, data.classes)
+        return Extra(to_device(split, self.device), run.data.extra_ratio)
 
     def keys(self, run: Run) -> list[str]:
         """The hash of every stage of a run, over everything that decides its result."""
@@ -234,10 +248,12 @@ class Engine:
             "precision": "fp32",
             "ranks": 1,
         }
+        loaded = self.load(run)
         start = {
             "seed": run.seed,
-            "data": {**describe(run.dataset), **describe(run.data)},
-            "content": self.load(run).fingerprint,
+            # By content, not by where the files are or how many processes read them.
+            "data": [loaded.fingerprint, loaded.data.shape, loaded.data.classes],
+            "use": [loaded.data.augment, describe(run.data, hash_file)],
             "architecture": describe(run.architecture, hash_file),
             "init": hash_file(run.init) if run.init else None,
         }
@@ -306,5 +322,4 @@ def _finite(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def _retell(stage: Stage, row: Mapping[str, Any]) -> EpochDone:
     metrics = {k: v for k, v in row.items() if k not in ("epoch", "best")}
-    epochs = stage.options.epochs
-    return EpochDone(stage.name, row["epoch"], epochs, metrics, row["best"], stored=True)
+    return EpochDone(stage.name, row["epoch"], stage.passes, metrics, row["best"], stored=True)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 import torch
@@ -75,52 +76,82 @@ class ScoredWeight(nn.Module):
         return StraightThrough.apply(weight, self.score, self.mask)
 
 
-class MaskedVector(nn.Module):
-    """Parametrization of a bias, scale or shift (O,) whose channels go with those of a weight."""
+LEAK = 1e-6
+"""What a removed channel lets through while scores are learned.
+
+Exactly nothing would meet the zero derivative of a ReLU at 0, and no removed channel could ever
+come back.
+"""
+
+
+class ChannelGate(nn.Module):
+    """Opens and closes the output channels of a layer by trained scores of its weights.
+
+    Straight through as for single weights: with the gate m_c treated as the mean |s| of channel c,
+    ds = dL/dm_c sign(s) / n for its n weights. The layer itself stays whole meanwhile.
+    """
 
     mask: Tensor
 
-    def __init__(self, start: Tensor) -> None:
+    def __init__(self, start: Tensor, *, last: bool) -> None:
         super().__init__()
+        self.score = nn.Parameter(start.detach().clone())
         self.register_buffer("mask", torch.ones_like(start, dtype=torch.bool))
+        self.last = last
+        """Whether channels are the last dimension of the output (linear layers), or the second."""
 
-    def forward(self, vector: Tensor) -> Tensor:
-        return vector * self.mask
+    def forward(self, output: Tensor) -> Tensor:
+        importance = self.score.abs().flatten(1).mean(1)
+        opened = self.mask.flatten(1).any(1).to(output.dtype).clamp_min(LEAK)
+        gate = opened + importance - importance.detach()
+        return output * (gate if self.last else gate.view(-1, *[1] * (output.dim() - 2)))
 
 
-PARTS = (ScoredWeight, MaskedVector)
+def attach_gates(
+    model: nn.Module, gates: Mapping[str, ChannelGate], followers: Mapping[str, Sequence[str]]
+) -> list[Callable[[], None]]:
+    """Put each weight's gate behind the last of its followers; returns what takes them off."""
+    modules = dict(model.named_modules())
+    undo: list[Callable[[], None]] = []
+    for name, gate in gates.items():
+        *_, end = (name, *followers[name])
+        module = modules[end.rpartition(".")[0]]
+        # A child of the layer, so that the score is among the model's parameters and states.
+        module.add_module("channel_gate", gate)
+        hook = module.register_forward_hook(lambda m, inputs, output: m.channel_gate(output))
+        undo += [hook.remove, partial(module.__delattr__, "channel_gate")]
+    return undo
 
 
-def attach(model: nn.Module, parts: Mapping[str, ScoredWeight | MaskedVector]) -> None:
-    """Parametrize the named parameters, everywhere they are used; changes the model."""
+def attach(model: nn.Module, parts: Mapping[str, ScoredWeight]) -> None:
+    """Parametrize the named weights, everywhere they are used; changes the model."""
     named = dict(model.named_parameters())
-    by_parameter = {named[name]: part for name, part in parts.items()}
+    by_weight = {named[name]: part for name, part in parts.items()}
     for module in list(model.modules()):
-        for name in ("weight", "bias"):
-            parameter = module._parameters.get(name)
-            if parameter in by_parameter:
-                part = by_parameter[parameter]
-                parametrize.register_parametrization(module, name, part, unsafe=True)
+        weight = module._parameters.get("weight")
+        if weight in by_weight:
+            parametrize.register_parametrization(module, "weight", by_weight[weight], unsafe=True)
 
 
 def detach(model: nn.Module) -> None:
-    """Undo `attach`: the plain parameters are back, unmasked."""
+    """Undo `attach`: the plain weights are back, unmasked."""
     for module in list(model.modules()):
-        for name in _parametrized(module):
-            parametrize.remove_parametrizations(module, name, leave_parametrized=False)
-            # It comes back as the last parameter; a resumed optimiser, whose network was built
-            # anew, tells parameters apart by their order: weight, then bias.
+        if _is_scored(module):
+            parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
+            # Comes back as the last parameter, but is the first in these layers: a resumed
+            # optimiser, whose network was built anew, tells parameters apart by their order.
             parameters = module._parameters
-            for known in [n for n in ("weight", "bias") if n in parameters]:
-                parameters[known] = parameters.pop(known)
+            for name in [n for n in parameters if n != "weight"]:
+                parameters[name] = parameters.pop(name)
 
 
-def _parametrized(module: nn.Module) -> list[str]:
-    """Names of the module's parameters that `attach` parametrized."""
+def _is_scored(module: nn.Module) -> bool:
     lists = module._modules.get("parametrizations")
-    if not isinstance(lists, nn.ModuleDict):
-        return []
-    return [n for n in lists if isinstance(next(lists[n].children(), None), PARTS)]
+    return (
+        isinstance(lists, nn.ModuleDict)
+        and "weight" in lists
+        and isinstance(next(lists["weight"].children(), None), ScoredWeight)
+    )
 
 
 @contextmanager
@@ -133,8 +164,8 @@ def effective_weights(model: nn.Module) -> Iterator[None]:
     with parametrize.cached():
         with torch.enable_grad():
             for module in model.modules():
-                for name in _parametrized(module):
-                    getattr(module, name)
+                if _is_scored(module):
+                    _ = module.weight
         yield
 
 

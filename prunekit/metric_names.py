@@ -24,6 +24,10 @@ def split_metric(metric: str) -> tuple[str, str]:
     return ".".join(owner), measure
 
 
+FACTS = {"standard", "seed"}
+"""Numbers that say how a metric was measured; not columns of the table either."""
+
+
 def is_part(metric: str) -> bool:
     return metric.endswith(("_low", "_high")) or split_metric(metric)[1] == "n"
 
@@ -38,7 +42,7 @@ def is_main(metric: str) -> bool:
     >>> [is_main(name) for name in ("pgd.accuracy", "pgd.accuracy_low", "pgd.n")]
     [True, False, False]
     """
-    return not is_part(metric) and not is_diagnosis(metric)
+    return not is_part(metric) and split_metric(metric)[1] not in DIAGNOSTICS | FACTS
 
 
 def is_fraction(metric: str) -> bool:

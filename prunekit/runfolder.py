@@ -83,6 +83,8 @@ class RunFolder:
                 "key": key,
                 "seconds": result.seconds,
                 "reused": reused,
+                "notes": result.notes,
+                "versions": dict(result.versions),
                 "metrics": metrics,
             }
         )

@@ -151,5 +151,5 @@ def _count_work(engine: Engine, run: Run, stage: Stage) -> tuple[int, int]:
     use = options.objective
     per_epoch = count_batches(loaded.train, size, stage.batches)
     checked = math.ceil(len(loaded.validation.labels) / size)
-    steps = options.epochs * per_epoch * getattr(use.options, "replays", 1)
-    return steps, steps * use.component.passes(use.options) + options.epochs * checked
+    steps = stage.passes * per_epoch * stage.replays
+    return steps, steps * use.component.passes(use.options) + stage.passes * checked

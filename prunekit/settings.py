@@ -39,9 +39,13 @@ class DataOptions:
     validation: float = option(0.1, help="part of the training images held out", low=0, below=1)
     validation_seed: int = option(0, help="chooses which images are held out")
     fraction: float = option(1.0, help="part of the training images used", above=0, high=1)
-    augment: tuple[Literal["crop", "flip"], ...] | None = option(
+    augment: tuple[Literal["crop", "flip", "resized-crop"], ...] | None = option(
         None, help="augmentations in training; default: what suits the data set"
     )
+    extra: Path | None = option(
+        None, help="file of more training images, npz or the pseudo-labelled pickle", exists=True
+    )
+    extra_ratio: float = option(1.0, help="extra images for each labelled one in a batch", above=0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,8 @@ def reduce_plan(plan: Plan) -> Plan:
         parts = {(use.kind, use.component.name) for use in run.uses()}
         if parts - seen:
             seen |= parts
-            runs.append(reduce_run(run, SMOKE_BATCHES, SMOKE_BATCH_SIZE))
+            small = dataclasses.replace(run, dataset=reduce_options(run.dataset))
+            runs.append(reduce_run(small, SMOKE_BATCHES, SMOKE_BATCH_SIZE))
     return dataclasses.replace(plan, runs=tuple(runs), smoke=True)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from prunekit import seeds
 from prunekit.budgets import find_followers
 from prunekit.contracts import Context, Data, Objective, Scores, Split
-from prunekit.data import eval_batches, train_batches
+from prunekit.data import Extra, eval_batches, train_batches
 from prunekit.errors import RunError
 from prunekit.evaluation import eval_mode
 from prunekit.masks import (
@@ -55,6 +56,7 @@ class Work:
     run: Run
     data: Data
     train: Split
+    extra: Extra | None
     validation: Split
     device: torch.device
     folder: StageFolder
@@ -87,6 +89,8 @@ class Outcome:
     metrics: dict[str, Any]
     history: list[dict[str, Any]] = field(default_factory=list)
     records: Mapping[str, np.ndarray] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    """Warnings that belong to the result."""
 
 
 def train(state: State, stage: Stage, work: Work) -> Outcome:
@@ -190,14 +194,17 @@ def evaluate(state: State, stage: Stage, work: Work) -> Outcome:
         labels = labels[: stage.batches * size]
     metrics: dict[str, Any] = {}
     records: dict[str, np.ndarray] = {"label": labels.cpu().numpy()}
+    notes: list[str] = []
     work.report(StageStarted(stage.name, stage.kind, work.key))
     context = work.context(stage, state)
     state.model.requires_grad_(False)
     for use in options.with_:
         seeds.seed_all(work.run.seed, stage.position, "evaluate", use.name)
-        evaluator = use.build(context)
-        with eval_mode(state.model):
+        evaluator = use.build(replace(context, scratch=work.folder.scratch(use.name)))
+        with eval_mode(state.model), warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
             result = evaluator(state.model, _watched(work, stage, use.name, len(labels)))
+        notes += [f"{use.name}: {text}" for text in dict.fromkeys(str(w.message) for w in caught)]
         for name, value in result.metrics.items():
             if not math.isfinite(value):
                 raise RunError(
@@ -211,7 +218,7 @@ def evaluate(state: State, stage: Stage, work: Work) -> Outcome:
                     f"{len(values)} records {name!r} for {len(labels)} images"
                 )
             records[f"{use.name}.{name}"] = values
-    return Outcome({**metrics, **_sparsity(state)}, records=records)
+    return Outcome({**metrics, **_sparsity(state)}, records=records, notes=tuple(notes))
 
 
 def _watched(work: Work, stage: Stage, name: str, images: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -245,8 +252,9 @@ def _fit(
             objective=objective,
             optimizer=options.optimizer.build(context),
             train=work.train,
+            extra=work.extra,
             validation=work.validation,
-            epochs=options.epochs,
+            epochs=stage.passes,
             batch_size=work.run.data.batch_size,
             augment=work.augment,
             device=work.device,
@@ -260,6 +268,7 @@ def _fit(
             select=options.select or options.objective.component.select,
             clip_norm=options.clip_norm,
             most=stage.batches,
+            replays=stage.replays,
         )
     )
 

@@ -29,6 +29,17 @@ class Stage:
     """Of the network after this stage."""
     batches: int | None = None
 
+    @property
+    def replays(self) -> int:
+        """Optimiser steps on each batch."""
+        use = self.options.objective
+        return use.component.replays(use.options) if use else 1
+
+    @property
+    def passes(self) -> int:
+        """Passes over the training images: a recipe's `epochs` is the budget before replays."""
+        return -(-(self.options.epochs or 0) // self.replays)
+
     def describe(self) -> dict[str, Any]:
         """The stage as a recipe would say it, defaults written out."""
         table = {"kind": self.kind, "name": self.name, **describe(self.options)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -43,6 +44,9 @@ class StageResult:
     metrics: Mapping[str, Any]
     history: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
+    notes: list[str] = field(default_factory=list)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    """Of what the stage's components need."""
 
 
 @dataclass(frozen=True)
@@ -63,18 +67,25 @@ class StageFolder:
     def progress(self) -> Path:
         return self.path / "progress.safetensors"
 
+    def scratch(self, name: str) -> Path:
+        """A folder for one evaluator; it goes when the stage is done."""
+        folder = self.path / "scratch" / name
+        make_folder(folder)
+        return folder
+
     @property
     def done(self) -> bool:
         return (self.path / "result.json").is_file()
 
     def read(self) -> StageResult:
         content = read_json(self.path / "result.json")
-        return StageResult(content["metrics"], content["history"], content["seconds"])
+        return StageResult(**{f.name: content[f.name] for f in dataclasses.fields(StageResult)})
 
     def finish(self, result: StageResult, description: Mapping[str, Any]) -> None:
         """Mark the stage as done; its checkpoint has served."""
         write_json(self.path / "result.json", {**vars(result), "stage": description})
         self.progress.unlink(missing_ok=True)
+        shutil.rmtree(self.path / "scratch", ignore_errors=True)
 
     def write_records(self, records: Mapping[str, Any]) -> None:
         """Per-image records as npz."""

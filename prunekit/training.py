@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from prunekit import seeds
 from prunekit.checkpoint import read_checkpoint, write_checkpoint
 from prunekit.contracts import Clock, Objective, OptimizerChoice, Split
-from prunekit.data import count_batches, eval_batches, train_batches
+from prunekit.data import Extra, count_batches, eval_batches, train_batches
 from prunekit.errors import RunError, UserError
 from prunekit.evaluation import eval_mode
 from prunekit.report import EpochDone, Progress, Report, StageStarted
@@ -51,10 +51,13 @@ class Fit:
     stop: Stop
     progress: Path
     """The checkpoint of a training that goes on."""
+    extra: Extra | None = None
     select: str = "accuracy"
     clip_norm: float | None = None
     most: int | None = None
     """Batches of an epoch at most (smoke)."""
+    replays: int = 1
+    """Optimiser steps on each batch."""
 
 
 @dataclass
@@ -119,7 +122,6 @@ def _train_epoch(
     per_epoch: int,
 ) -> None:
     objective, variables = job.objective, job.variables
-    replays = getattr(objective, "replays", 1)
     after_step: Callable[[], None] = getattr(objective, "after_step", lambda: None)
     sums = {k: torch.tensor(v, dtype=torch.float64, device=job.device) for k, v in at.sums.items()}
     bad_step = torch.full((), -1, device=job.device)
@@ -128,12 +130,13 @@ def _train_epoch(
     told = saved = time.monotonic()
     batches = train_batches(
         job.train, job.batch_size, job.augment, job.device,
-        seeds.derive(*job.seed, "epoch", at.epoch), skip=at.batch, most=job.most,
+        seeds.derive(*job.seed, "epoch", at.epoch), extra=job.extra, skip=at.batch,
+        most=job.most,
     )  # fmt: skip
     for x, y in batches:
-        for replay in range(replays):
-            step = (at.epoch * per_epoch + at.batch) * replays + replay
-            clock = Clock(step, job.epochs * per_epoch * replays, at.epoch, job.epochs)
+        for replay in range(job.replays):
+            step = (at.epoch * per_epoch + at.batch) * job.replays + replay
+            clock = Clock(step, job.epochs * per_epoch * job.replays, at.epoch, job.epochs)
             seeds.seed_all(*job.seed, "step", at.epoch, at.batch, replay)
             lr = job.optimizer.lr * job.optimizer.schedule(clock)
             for group in optimizer.param_groups:
@@ -234,7 +237,7 @@ def validate(job: Fit, epoch: int) -> dict[str, float]:
 
 def _is_best(job: Fit, at: _Position, row: Mapping[str, Any], per_epoch: int) -> bool:
     settled: Callable[[Clock], bool] = getattr(job.objective, "settled", lambda clock: True)
-    steps = job.epochs * per_epoch
+    steps_per_epoch = per_epoch * job.replays
     last = at.epoch + 1 == job.epochs
     if job.select == "last":
         value = float(at.epoch)
@@ -247,7 +250,11 @@ def _is_best(job: Fit, at: _Position, row: Mapping[str, Any], per_epoch: int) ->
                 f"{', '.join([*names, 'last'])}"
             )
         value = row[name]
-    if not settled(Clock((at.epoch + 1) * per_epoch - 1, steps, at.epoch, job.epochs)):
+    if not settled(
+        Clock(
+            (at.epoch + 1) * steps_per_epoch - 1, job.epochs * steps_per_epoch, at.epoch, job.epochs
+        )
+    ):
         # Something must be there at the end, even if nothing ever settles.
         return last and at.best_value is None
     if not math.isfinite(value) or (at.best_value is not None and value < at.best_value):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -12,14 +13,15 @@ from torch import nn
 
 from prunekit.contracts import Scores
 from prunekit.masks import (
-    MaskedVector,
+    ChannelGate,
     ScoredWeight,
     assert_masked,
     attach,
+    attach_gates,
     detach,
     effective_weights,
 )
-from prunekit.selection import Masks, Selection, check_layers, follow, select
+from prunekit.selection import Masks, Selection, check_layers, select
 
 # _NormBase: batch and instance normalisation.
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
@@ -78,8 +80,8 @@ class LearnedScores:
     """Trains scores of frozen weights; masks follow the scores, once an optimiser step.
 
     Biases are frozen too. Normalisation layers train, affine parameters and running statistics,
-    unless `bn` is "freeze". `followers` are the vectors that lose an entry with a channel
-    (`budgets.find_followers`).
+    unless `bn` is "freeze". Channels are closed at the output of the last of a weight's
+    `followers` (`budgets.find_followers`), single weights where they are.
     """
 
     def __init__(
@@ -92,18 +94,24 @@ class LearnedScores:
         followers: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         self.model, self.start, self.alive = model, start, alive
-        self.selection, self.followers = selection, followers or {}
+        self.selection = selection
         model.requires_grad_(False)
         model.train()
         for module in model.modules():
             if isinstance(module, NORMS):
                 module.train(bn != "freeze")
                 module.requires_grad_(bn != "freeze")
-        named = dict(model.named_parameters())
-        self.parts = {name: ScoredWeight(value) for name, value in start.values.items()}
-        followed = [n for name in self.parts for n in self.followers.get(name, ())]
-        self.vectors = {name: MaskedVector(named[name]) for name in followed}
-        attach(model, {**self.parts, **self.vectors})
+        self.parts: dict[str, ScoredWeight] | dict[str, ChannelGate]
+        self._undo: list[Callable[[], None]]
+        if selection.structure == "channel":
+            gates = {n: ChannelGate(v, last=v.dim() == 2) for n, v in start.values.items()}
+            self._undo = attach_gates(model, gates, followers or {})
+            self.parts = gates
+        else:
+            scored = {name: ScoredWeight(value) for name, value in start.values.items()}
+            attach(model, scored)
+            self._undo = [partial(detach, model)]
+            self.parts = scored
         self.check()
 
     def scores(self) -> Scores:
@@ -117,8 +125,6 @@ class LearnedScores:
         masks = select(self.scores(), self.selection, self.alive)
         for name, part in self.parts.items():
             part.mask.copy_(masks[name])
-        for name, mask in follow(masks, self.followers).items():
-            self.vectors[name].mask.copy_(mask)
 
     def parameters(self) -> list[nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]
@@ -138,4 +144,5 @@ class LearnedScores:
 
     def detach(self) -> None:
         """Give the model its plain weights back."""
-        detach(self.model)
+        for undo in self._undo:
+            undo()

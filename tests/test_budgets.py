@@ -131,10 +131,10 @@ def test_learned_structures_are_exact_after_finetuning(structure, budget):
     followers = find_followers(net.eval(), x[:1]) if structure == "channel" else {}
     names = find_structured(weights, structure, "7.weight")
     followers = {name: vectors for name, vectors in followers.items() if name in names}
-    start = {name: weights[name].detach().clone() for name in names}
+    start = {name: 1e-3 * torch.randn_like(weights[name]) for name in names}
     selection = Selection(0.5, budget, structure)
     learned = LearnedScores(net, Scores(start, True), selection, {}, "train", followers)
-    optimizer = torch.optim.SGD(learned.parameters(), lr=5.0, momentum=0.9)
+    optimizer = torch.optim.SGD(learned.parameters(), lr=0.5, momentum=0.9)
     before = {name: part.mask.clone() for name, part in learned.parts.items()}
 
     def step(variables):
@@ -158,7 +158,7 @@ def test_learned_structures_are_exact_after_finetuning(structure, budget):
     apply_masks(net, masks)
     # What was learned is what is applied, biases and normalisation of removed channels included.
     with eval_mode(net), torch.no_grad():
-        assert torch.equal(net(x), expected)
+        torch.testing.assert_close(net(x), expected, atol=1e-4, rtol=0)
 
     finetuned = Weights(net, masks)
     optimizer = torch.optim.SGD(finetuned.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3)
@@ -186,3 +186,43 @@ def test_a_channel_without_its_shift_is_zero_in_the_next_layer():
     masks = {"0.weight": torch.zeros(8, 4, 3, 3, dtype=torch.bool)}
     apply_masks(net, {**masks, **follow(masks, followers)})
     assert not net[:3](torch.rand(2, 4, 6, 6)).any()
+
+
+def test_a_removed_channel_gets_a_gradient_behind_normalisation_and_relu():
+    """Else no removed channel could come back, and learning channels would be magnitude pruning."""
+    net = make_net()
+    x, y = torch.rand(16, 4, 6, 6), torch.randint(3, (16,))
+    followers = find_followers(net.eval(), x[:1])
+    start = {"0.weight": dict(net.named_parameters())["0.weight"].detach().clone()}
+    selection = Selection(0.5, structure="channel")
+    learned = LearnedScores(net, Scores(start), selection, {}, "train", followers)
+    with learned.step():
+        nn.functional.cross_entropy(net(x), y).backward()
+    part = learned.parts["0.weight"]
+    removed = ~part.mask.flatten(1).any(1)
+    assert int(removed.sum()) == 4
+    gradient = part.score.grad[removed].flatten(1)
+    assert (gradient.abs().sum(1) > 1e-7).all()
+    # Within a channel it is dL/dm sign(s) / n: of one size, with the signs of the scores.
+    size = gradient.abs()
+    torch.testing.assert_close(size, size[:, :1].expand_as(size))
+
+
+def test_gate_gradients_by_hand():
+    """L = sum of 3 y over 2 images, y = z m: dL/dm = 3 * (sum of z), shared by n = 2 scores."""
+    layer = nn.Linear(2, 2, bias=False)
+    nn.init.constant_(layer.weight, 1.0)
+    scores = Scores({"0.weight": torch.tensor([[2.0, -2.0], [1.0, 0.5]])})
+    net = nn.Sequential(layer)
+    selection = Selection(0.5, structure="channel")
+    learned = LearnedScores(net, scores, selection, {}, "train", {"0.weight": []})
+    x = torch.tensor([[1.0, 2.0], [0.0, 1.0]])  # z = 3 and 1 in both channels
+    with learned.step():
+        out = net(x)
+        (3 * out).sum().backward()
+    torch.testing.assert_close(out, torch.tensor([[3.0, 3e-6], [1.0, 1e-6]]))
+    expected = torch.tensor([[6.0, -6.0], [6.0, 6.0]])
+    torch.testing.assert_close(learned.parts["0.weight"].score.grad, expected)
+    learned.detach()
+    assert list(net.state_dict()) == ["0.weight"]
+    assert torch.equal(net(x), torch.tensor([[3.0, 3.0], [1.0, 1.0]]))

@@ -7,6 +7,7 @@ from prunekit import data as module
 from prunekit.contracts import Data
 from prunekit.data import (
     Arrays,
+    Extra,
     Subset,
     augment,
     count_batches,
@@ -219,3 +220,50 @@ def test_evaluation_goes_in_order(images, sizes):
     assert [len(y) for _, y in batches] == sizes
     assert torch.cat([y for _, y in batches]).tolist() == list(range(sum(sizes)))
     assert (batches[0][0][:, 0, 0, 0] * 255).round().tolist() == [0, 1, 2, 3]
+
+
+def test_extra_images_join_every_batch_in_their_ratio():
+    labelled = Arrays(torch.zeros(5, 1, 2, 2, dtype=torch.uint8), torch.zeros(5, dtype=torch.int64))
+    images = torch.arange(1, 4, dtype=torch.uint8).view(3, 1, 1, 1).expand(3, 1, 2, 2)
+    extra = Extra(Arrays(images.contiguous(), torch.tensor([1, 2, 3])), ratio=1.5)
+    device = torch.device("cpu")
+    batches = list(train_batches(labelled, 2, (), device, 0, extra=extra))
+    # The last batch of one image is left out; of the others each has round(1.5 * 2) = 3 more.
+    assert [len(y) for _, y in batches] == [5, 5]
+    for x, y in batches:
+        assert torch.equal((x[:, 0, 0, 0] * 255).round().long(), y)
+        # 3 of 3: a round of the extra images is complete before the next begins.
+        assert sorted(y.tolist()) == [0, 0, 1, 2, 3]
+    resumed = list(train_batches(labelled, 2, (), device, 0, extra=extra, skip=1))
+    assert torch.equal(resumed[0][0], batches[1][0])
+    alone = list(train_batches(labelled, 2, (), device, 0, extra=None))
+    assert [len(y) for _, y in alone] == [2, 2]
+
+
+def test_a_split_that_augments_is_asked_to():
+    class Stream:
+        labels = torch.arange(6)
+
+        def batches(self, indices):
+            raise AssertionError("would not be augmented")
+
+        def augmented_batches(self, indices, names, batch_seeds):
+            for index, seed in zip(indices, batch_seeds, strict=True):
+                asked.append((index.tolist(), names, seed))
+                yield index.to(torch.uint8).view(-1, 1, 1, 1)
+
+    asked = []
+    device = torch.device("cpu")
+    part = subset(Stream(), torch.tensor([5, 4, 3, 2]))
+    batches = list(train_batches(part, 2, ("resized-crop",), device, 0))
+    assert sorted(y for _, labels in batches for y in labels.tolist()) == [2, 3, 4, 5]
+    for (x, y), (index, names, _) in zip(batches, asked, strict=True):
+        assert y.tolist() == index
+        assert names == ("resized-crop",)
+        assert (x[:, 0, 0, 0] * 255).round().tolist() == y.tolist()
+    assert len({seed for *_, seed in asked}) == 2
+
+
+def test_resized_crop_is_for_streams():
+    with pytest.raises(UserError, match="resized-crop"):
+        augment(torch.zeros(2, 1, 4, 4, dtype=torch.uint8), ("resized-crop",), torch.Generator())

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from prunekit import training
 from prunekit.checkpoint import read_checkpoint
 from prunekit.contracts import Loss, OptimizerChoice, Scores
-from prunekit.data import Arrays
+from prunekit.data import Arrays, Extra
 from prunekit.errors import Interrupted, RunError, UserError
 from prunekit.masks import apply_masks, find_prunable
 from prunekit.report import EpochDone, Progress, StageStarted
@@ -53,8 +53,6 @@ class Plain:
 
 class Stateful(Plain):
     """Two steps on each batch, and noise that persists from batch to batch."""
-
-    replays = 2
 
     def __init__(self, model, watch):
         super().__init__(model, watch)
@@ -119,6 +117,8 @@ def make_job(folder, kind="pretrain", watch=nothing, report=nothing, stop=None, 
         "report": report,
         "stop": stop or Stop(),
         "progress": folder / "progress.safetensors",
+        "replays": 2 if kind == "stateful" else 1,
+        "extra": Extra(make_split(5, 3), 0.5) if kind == "extra" else None,
     }  # fmt: skip
     return Fit(**{**job, **changes})
 
@@ -154,7 +154,7 @@ def run_to_the_end(folder, kind, stops=()):
         return snapshot(job.variables.model), path, history, starts
 
 
-KINDS = ("pretrain", "adam", "finetune", "scores", "stateful")
+KINDS = ("pretrain", "adam", "finetune", "scores", "stateful", "extra")
 
 
 @pytest.fixture(scope="module")
@@ -351,7 +351,7 @@ def test_the_clock_and_the_rate(tmp_path):
             return super().__call__(x, y, clock)
 
     made = []
-    job = make_job(tmp_path)
+    job = make_job(tmp_path, replays=2)
     job.objective = Watched(job.variables.model, nothing)
     job.optimizer = OptimizerChoice(lambda p: made.append(sgd(p)) or made[0], 0.5,
                                     lambda clock: 1 - clock.fraction)  # fmt: skip

@@ -142,6 +142,7 @@ def prunekit_objectives() -> Iterable[Component]:
         build="prunekit_adversarial.objectives:build_free_adv",
         options=FreeAdvOptions,
         paper="Shafahi et al., NeurIPS 2019, arXiv 1904.12843",
+        replays=lambda options: options.replays,
         select="robust_accuracy",
     )
 

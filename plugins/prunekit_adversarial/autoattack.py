@@ -176,4 +176,4 @@ def listening(doubts: dict[str, str]) -> Iterator[None]:
 
 
 def build_autoattack(options: AutoAttackOptions, context: Context) -> Evaluation:
-    return Evaluation(check_threat(context.threat), options, getattr(context, "scratch", None))
+    return Evaluation(check_threat(context.threat), options, context.scratch)

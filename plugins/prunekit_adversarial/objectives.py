@@ -128,7 +128,6 @@ class FreeAdv:
 
     model: nn.Module
     eps: float
-    replays: int
     reset: Literal["never", "epoch"]
     validation: Attack
     noise: Tensor | None = None
@@ -211,4 +210,4 @@ def build_free_adv(options: FreeAdvOptions, context: Context) -> FreeAdv:
             'write norm = "linf" and an eps for it, or use pgd-at'
         )
     validation = plan_attack(threat, options.validation_steps)
-    return FreeAdv(context.model, threat.eps, options.replays, options.reset, validation)
+    return FreeAdv(context.model, threat.eps, options.reset, validation)
