@@ -8,6 +8,7 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
+from prunekit.errors import RunError
 from prunekit.settings import read_ratio
 
 
@@ -28,17 +29,24 @@ def fits(weight: Tensor, structure: str) -> bool:
     return ratio is None or weight.shape[1] % ratio[1] == 0
 
 
-def score_channels(values: Tensor) -> Tensor:
-    """Importance (O,) of the output channels: the mean over their weights."""
-    return values.flatten(1).mean(1)
+def score_channels(values: Tensor, alive: Tensor | None = None) -> Tensor:
+    """Importance (O,) of the output channels: the mean over their weights that are alive."""
+    if alive is None:
+        return values.flatten(1).mean(1)
+    counts = alive.flatten(1).sum(1).clamp_min(1)
+    return values.masked_fill(~alive, 0).flatten(1).sum(1) / counts
 
 
-def lamp(values: Tensor) -> Tensor:
+def lamp(values: Tensor, alive: Tensor | None = None) -> Tensor:
     """LAMP scores: s_u^2 / sum of s_v^2 over all v of the layer with |s_v| >= |s_u|, u included.
 
-    Lee et al., ICLR 2021, equation 4. They compare across layers.
+    Lee et al., ICLR 2021, equation 4. They compare across layers; what is not alive counts 0.
+
+    Raises `RunError` for negative scores: their squares would be kept first.
     """
-    flat = values.flatten().double()
+    if values.min() < 0:
+        raise RunError("budget 'lamp' wants scores from 0 on, some are negative; choose another")
+    flat = (values if alive is None else values.masked_fill(~alive, 0)).flatten().double()
     order = flat.abs().argsort()
     squares = flat[order].square()
     left = squares.flip(0).cumsum(0).flip(0).clamp_min(torch.finfo(torch.float64).tiny)

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from prunekit.errors import UserError, relative
 from prunekit.files import write_bytes
-from prunekit.masks import find_prunable
 from prunekit.selection import Masks
 
 FORMAT = 1
@@ -126,10 +125,30 @@ def read_model(path: Path, model: nn.Module) -> Masks:
     """Load what `write_model` wrote into the network; the masks come back as they were."""
     state, header = read_checkpoint(path)
     load_weights(model, state, path)
-    weights = find_prunable(model) if header.get("masked") else {}
+    return read_masks(state, header, path)
+
+
+def read_masks(state: Mapping[str, Tensor], header: Mapping[str, Any], path: Path) -> Masks:
+    """The masks in what `read_checkpoint` read from a file of `write_model`.
+
+    Raises `UserError` where the header does not fit the weights.
+    """
     masks: Masks = {}
-    for name in header.get("masked", []):
-        mask = weights[name].detach() != 0
-        mask.view(-1)[torch.tensor(header["kept_zeros"].get(name, []), dtype=torch.long)] = True
-        masks[name] = mask
+    try:
+        for name in header.get("masked", []):
+            mask = state[name] != 0
+            mask.view(-1)[torch.tensor(header["kept_zeros"].get(name, []), dtype=torch.long)] = True
+            masks[name] = mask
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{relative(path)} is damaged: its masks do not fit its weights ({error})"
+        ) from None
     return masks
+
+
+def start_from(path: Path, model: nn.Module) -> Masks:
+    """Load the file of `init`, of prunekit or of anybody; masks come with a file of prunekit."""
+    if path.suffix == ".safetensors" and "masked" in read_checkpoint(path)[1]:
+        return read_model(path, model)
+    load_weights(model, read_weights(path), path)
+    return {}

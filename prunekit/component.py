@@ -108,7 +108,7 @@ class Use(Generic[Kind]):
     name: str = ""
     """What results are called in this recipe; the component's name where it gives none."""
     threat: Threat | None = None
-    """The recipe's threat, with the `norm` and `eps` of the options where they are given."""
+    """The recipe's threat for components whose options have `norm` and `eps`, which override it."""
     reference: str = ""
     """What a recipe writes after `use =`, where that is more than the component's name."""
 

@@ -49,7 +49,8 @@ class Clock:
 class Loss:
     """The loss of a batch: `value` is a scalar with gradients, the mean over the batch.
 
-    `terms` are its named parts (scalars, for the log); `logits` (B, K) serve the live accuracy.
+    `terms` are its named parts (scalars, for the log; not called "loss", "accuracy", "epoch" or
+    "best"); `logits` (B, K) serve the live accuracy.
     """
 
     value: Tensor
@@ -192,6 +193,7 @@ class Context:
     classes: int = 0
     device: torch.device | str = "cpu"
     threat: Threat | None = None
+    """For components whose options have the fields `eps` and `norm` (None: the recipe's)."""
     stage: str = ""
     """pretrain, prune, finetune or evaluate."""
     sparsity: float = 0.0

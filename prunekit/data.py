@@ -34,10 +34,7 @@ class Subset:
 
     split: Split
     index: Tensor
-
-    @property
-    def labels(self) -> Tensor:
-        return self.split.labels[self.index]
+    labels: Tensor
 
     def batches(self, indices: Sequence[Tensor]) -> Iterator[Tensor]:
         return self.split.batches([self.index[index] for index in indices])
@@ -59,7 +56,9 @@ def subset(split: Split, index: Tensor) -> Split:
     """A part of a split; arrays are copied, so that what is left out frees its memory."""
     if isinstance(split, Arrays):
         return Arrays(split.images[index], split.labels[index])
-    return (AugmentingSubset if hasattr(split, "augmented_batches") else Subset)(split, index)
+    return (AugmentingSubset if hasattr(split, "augmented_batches") else Subset)(
+        split, index, split.labels[index]
+    )
 
 
 def to_device(split: Split, device: torch.device) -> Split:
@@ -205,10 +204,9 @@ def count_batches(split: Split, size: int, most: int | None = None) -> int:
 
 
 def eval_batches(
-    split: Split, size: int, device: torch.device, *, images: int | None = None
+    split: Split, size: int, device: torch.device, index: Tensor | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The first `images` (default all) in their own order as batches (x, y) on the device."""
-    n = len(split.labels) if images is None else min(images, len(split.labels))
-    chunks = list(torch.arange(n).split(size))
+    """All images in their own order, or those of `index` (M,), as batches (x, y) on the device."""
+    chunks = list((torch.arange(len(split.labels)) if index is None else index).split(size))
     for index, batch in zip(chunks, split.batches(chunks), strict=True):
         yield to_pixels(batch, device), split.labels[index].to(device)

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from prunekit import seeds
-from prunekit.checkpoint import load_weights, read_model, read_weights, write_model
+from prunekit.checkpoint import read_model, start_from, write_model
 from prunekit.contracts import Context, Data, Split
 from prunekit.data import Extra, fingerprint, hold_out, to_device
 from prunekit.errors import DataMissingError, Interrupted, RunError
@@ -239,6 +239,11 @@ class Engine:
         split = read_extra(run.data.extra, data.shape, data.classes)
         return Extra(to_device(split, self.device), run.data.extra_ratio)
 
+    def inputs(self, run: Run) -> list[str]:
+        """Hashes of all that a run reads: its data, extra images, the weights it starts from."""
+        files = [path for path in (run.data.extra, run.init) if path]
+        return [self.load(run).fingerprint, *map(hash_file, files)]
+
     def keys(self, run: Run) -> list[str]:
         """The hash of every stage of a run, over everything that decides its result."""
         environment = {
@@ -282,7 +287,7 @@ class Engine:
         if latest is not None:
             state.masks = read_model(latest.model, model)
         elif run.init is not None:
-            load_weights(model, read_weights(run.init), run.init)
+            state.masks = start_from(run.init, model)
         model.to(self.device)
         state.masks = {name: mask.to(self.device) for name, mask in state.masks.items()}
         _check_logits(model, run, data, self.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import types
 import typing
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -143,14 +144,16 @@ class Resolver:
         if options is None:
             raise Recorded
         name = table.get("name", component.name) if kind == "evaluator" else component.name
-        if not isinstance(name, str) or not name:
-            raise Mistake((*path, "name"), f"name of {owner} is a text, got {name!r}")
+        # Part of paths and of the names of metrics.
+        if not isinstance(name, str) or not re.fullmatch(r"[\w+-]+", name):
+            way = f"name of {owner} is letters, digits, '-', '_' and '+', got {name!r}"
+            raise Mistake((*path, "name"), way)
         threat = self._threat(options, path, owner)
         return Use(kind, component, options, entry.owner, name, threat, entry.reference)
 
     def _threat(self, options: Any, path: KeyPath, owner: str) -> Threat | None:
         if not (hasattr(options, "eps") and hasattr(options, "norm")):
-            return self.threat
+            return None
         if self.threat is None and options.eps is None:
             way = 'write [threat] with norm = "linf" and eps = "8/255"'
             raise Mistake(path, f"{owner} needs a threat; {way}")

@@ -134,6 +134,7 @@ def _with_whole_paths(document: dict[str, Any], runs: list[Run]) -> dict[str, An
     for run in runs:
         collect("", (run.dataset, run.architecture, *(stage.options for stage in run.stages)))
         collect("init", run.init)
+        collect("", run.data)
     return {key: replace(key, value) for key, value in document.items()}
 
 

@@ -105,10 +105,16 @@ def load_recipe(path: Path, settings: Sequence[str] = ()) -> Recipe:
     Raises `RecipeError` where a file is missing or is not TOML, or a setting names nothing.
     """
     recipe = _read(path, ())
+    override(recipe, settings)
+    return recipe
+
+
+def override(recipe: Recipe, settings: Sequence[str]) -> None:
+    """Apply `--set` settings. Raises `RecipeError` where one names nothing."""
     problems = []
     for text in settings:
         address, equals, value = text.partition("=")
-        setting = Setting(address.strip(), _parse_value(value), Place(f"--set {text}"))
+        setting = Setting(address.strip(), parse_value(value), Place(f"--set {text}"))
         if not equals:
             message = "write ADDRESS=VALUE, such as prune.sparsity=0.95"
             problems.append(Problem(setting.place, message))
@@ -120,10 +126,9 @@ def load_recipe(path: Path, settings: Sequence[str] = ()) -> Recipe:
             recipe.drop_from_sweep(setting.address)
     if problems:
         raise RecipeError(problems)
-    return recipe
 
 
-def _parse_value(text: str) -> Any:
+def parse_value(text: str) -> Any:
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:

@@ -9,13 +9,10 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from prunekit.errors import UserError, relative
 from prunekit.metric_names import is_part, split_metric
-
-if TYPE_CHECKING:
-    pass
 
 FILE = "run.json"
 FORMAT = 1

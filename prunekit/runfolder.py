@@ -8,7 +8,7 @@ import json
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,16 +58,22 @@ class RunFolder:
             "device": str(device),
             "versions": find_versions(),
             "git": _find_commit(self.plan.path.parent),
-            "keys": [],
-            "stages": [],
-            "sparsity": None,
+            **self._known(),
             "error": None,
         }
         self._write()
 
+    def _known(self) -> dict[str, Any]:
+        """What an earlier process found here; it stays until the stages are told again."""
+        empty: dict[str, Any] = {"keys": [], "stages": [], "sparsity": None}
+        with suppress(OSError, UserError):
+            known = read_json(self.path / "run.json")
+            return {key: known.get(key, value) for key, value in empty.items()}
+        return empty
+
     def expect(self, keys: Sequence[str]) -> None:
         """Note the stages to come: `clean` spares their checkpoints when the run is stopped."""
-        self._record["keys"] = list(keys)
+        self._record |= {"keys": list(keys), "stages": [], "sparsity": None}
         self._write()
 
     def add(
@@ -136,8 +142,8 @@ class OutFolder:
     def _marker(self) -> Path:
         return self.path / "plan.json"
 
-    def prepare(self, *, force: bool) -> bool:
-        """Make the folder ours. True where this very plan is done there already.
+    def prepare(self, *, force: bool) -> list[str] | None:
+        """Make the folder ours. The inputs of this very plan where it is done there already.
 
         With `force`, what is there is moved aside. Raises `UserError` where another plan's runs, or
         files of somebody else, are in the way.
@@ -157,7 +163,7 @@ class OutFolder:
                     f"({content.get('recipe', '?')}); choose another folder with --out, or move it "
                     "aside with --force"
                 )
-            return bool(content.get("done"))
+            return content.get("inputs", []) if content.get("done") else None
         if self.path.is_dir() and any(p for p in self.path.iterdir() if p.name != LOCK):
             raise UserError(
                 f"{relative(self.path)} holds files that are no run of prunekit; choose another "
@@ -167,7 +173,7 @@ class OutFolder:
         self.mark(done=False)
         if self.plan.swept:
             write_text(self.path / "recipe.toml", tomli_w.dumps(dict(self.plan.document)))
-        return False
+        return None
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -185,7 +191,8 @@ class OutFolder:
         finally:
             lock.release()
 
-    def mark(self, *, done: bool) -> None:
+    def mark(self, *, done: bool, inputs: Sequence[str] = ()) -> None:
+        """Say whose folder it is, and with `done` what was read for its results."""
         write_json(
             self._marker,
             {
@@ -194,6 +201,7 @@ class OutFolder:
                 "plan": digest(self.plan),
                 "runs": [run.label for run in self.plan.runs],
                 "done": done,
+                "inputs": list(inputs),
             },
         )
 
@@ -218,12 +226,14 @@ def _now() -> str:
 
 
 def _find_commit(folder: Path) -> str | None:
-    """The git commit of the recipe's folder, "+" behind it where files differ from it."""
+    """The git commit of the recipe's folder.
+
+    Not whether files differ from it: to find that out git runs programs that a foreign
+    repository's configuration names.
+    """
+    command = ["git", "-c", "core.fsmonitor=false", "rev-parse", "HEAD"]
     try:
-        commit = subprocess.run(
-            ["git", "describe", "--always", "--dirty=+", "--abbrev=40", "--exclude=*"],
-            cwd=folder, capture_output=True, text=True, timeout=10,
-        )  # fmt: skip
+        found = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return commit.stdout.strip() or None if commit.returncode == 0 else None
+    return found.stdout.strip() if found.returncode == 0 else None

@@ -55,8 +55,11 @@ def run_plan(
     """
     chosen = find_device(device)
     folder = OutFolder(out, plan)
-    if folder.prepare(force=force):
-        return None
+    known = folder.prepare(force=force)
+    if known is not None:
+        if _is_current(plan, known, Store(store), chosen):
+            return None
+        click.echo("the data or a file of the recipe has changed since: running it again", err=True)
     make_folder(store)
     try:
         with folder.alone(), reporters(plan, out) as report:
@@ -65,12 +68,23 @@ def run_plan(
             engine = Engine(Store(store), chosen, report, smoke=plan.smoke)
             with engine.stop.listen():
                 folders = engine.run(plan, out)
-            folder.mark(done=all(f.status == "done" for f in folders))
+            done = all(f.status == "done" for f in folders)
+            inputs = [i for run in plan.runs for i in engine.inputs(run)] if done else []
+            folder.mark(done=done, inputs=inputs)
     except Interrupted:
         # Only now: before, the live display would draw over it.
         click.echo(f"everything up to here is saved; go on with: {resume}", err=True)
         raise
     return folders
+
+
+def _is_current(plan: Plan, known: list[str], store: Store, device: torch.device) -> bool:
+    """Whether what the results were computed from is the same still; also where it is gone."""
+    engine = Engine(store, device, lambda event: None, smoke=plan.smoke)
+    try:
+        return known == [digest for run in plan.runs for digest in engine.inputs(run)]
+    except UserError:
+        return True
 
 
 @contextmanager

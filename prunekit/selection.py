@@ -60,24 +60,34 @@ def select(
     values = {name: value.detach() for name, value in scores.values.items()}
     if selection.budget == "global" and scores.layerwise:
         values = {n: v / _root_mean_square(v, alive.get(n)) for n, v in values.items()}
-    # A channel's mean may not become -inf because one of its weights is gone.
-    lowest = 0.0 if selection.structure == "channel" else float("-inf")
-    values = {n: v.masked_fill(~alive[n], lowest) if n in alive else v for n, v in values.items()}
     ratio = read_ratio(selection.structure)
     if ratio is not None:
-        masks = {n: keep_n_of_m(v, *ratio) for n, v in values.items()}
+        masks = {n: keep_n_of_m(_bury(v, alive.get(n)), *ratio) for n, v in values.items()}
     elif selection.structure == "channel":
-        chosen = _share({n: score_channels(v) for n, v in values.items()}, values, selection)
+        units = {n: score_channels(v, alive.get(n)) for n, v in values.items()}
+        left = {n: mask.flatten(1).any(1) for n, mask in alive.items()}
+        chosen = _share(units, values, left, selection)
         masks = {n: _widen(chosen[n], v) for n, v in values.items()}
     else:
-        masks = _share(values, values, selection)
+        masks = _share(values, values, alive, selection)
     return {n: m & alive[n] if n in alive else m for n, m in masks.items()}
 
 
+def _bury(values: Tensor, alive: Tensor | None) -> Tensor:
+    """What is not alive comes last."""
+    return values if alive is None else values.masked_fill(~alive, float("-inf"))
+
+
 def _share(
-    units: Mapping[str, Tensor], weights: Mapping[str, Tensor], selection: Selection
+    units: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor],
+    alive: Mapping[str, Tensor],
+    selection: Selection,
 ) -> Masks:
     """Choose among units (weights or channels) under the budget."""
+    if selection.budget == "lamp":
+        units = {name: lamp(unit, alive.get(name)) for name, unit in units.items()}
+    units = {name: _bury(unit, alive.get(name)) for name, unit in units.items()}
     sizes = {name: unit.numel() for name, unit in units.items()}
     total = count_kept(sum(sizes.values()), selection.sparsity)
     match selection.budget:
@@ -87,8 +97,6 @@ def _share(
             shapes = {name: weight.shape for name, weight in weights.items()}
             kept = share_out(spread_erk(shapes, 1 - selection.sparsity), sizes, total)
         case "lamp" | "global":
-            if selection.budget == "lamp":
-                units = {name: lamp(unit) for name, unit in units.items()}
             chosen = _keep_top(torch.cat([unit.flatten() for unit in units.values()]), total)
             parts = chosen.split(list(sizes.values()))
             return {n: p.view_as(units[n]) for n, p in zip(units, parts, strict=True)}
@@ -112,16 +120,18 @@ def follow(masks: Masks, followers: Mapping[str, Sequence[str]]) -> Masks:
     }
 
 
-def find_structured(weights: Mapping[str, Tensor], structure: str, last: str) -> list[str]:
+def find_structured(
+    weights: Mapping[str, Tensor], structure: str, called: Sequence[str]
+) -> list[str]:
     """Names of the weights that the structure suits; the others stay dense.
 
-    n:m wants inputs in whole groups. The outputs of the `last` layer are the classes: none of its
-    channels may go.
+    n:m wants inputs in whole groups. Channels want a layer that is called (`called`, in the order
+    of the forward pass), and not as the last one: its outputs are the classes.
     """
     return [
         name
         for name, weight in weights.items()
-        if fits(weight, structure) and (structure != "channel" or name != last)
+        if fits(weight, structure) and (structure != "channel" or name in called[:-1])
     ]
 
 

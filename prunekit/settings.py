@@ -133,7 +133,7 @@ class EvaluateOptions:
     """An evaluate stage."""
 
     with_: tuple[Use[Evaluator], ...] = option(help="evaluators")
-    images: int | None = option(None, help="judge the first so many test images", low=1)
+    images: int | None = option(None, help="judge so many test images, evenly spaced", low=1)
 
     def __post_init__(self) -> None:
         names = [use.name for use in self.with_]

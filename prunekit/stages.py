@@ -104,7 +104,8 @@ def train(state: State, stage: Stage, work: Work) -> Outcome:
 
 def prune(state: State, stage: Stage, work: Work) -> Outcome:
     """Score the weights and set all but the chosen ones to zero."""
-    options, history = stage.options, []
+    options = stage.options
+    history: list[dict[str, Any]] = []
     # As a fresh network is, whatever stages came before.
     state.model.requires_grad_(True)
     state.model.train()
@@ -117,6 +118,8 @@ def prune(state: State, stage: Stage, work: Work) -> Outcome:
 
     def learn(start: Scores) -> Scores:
         _check_scores(start, frozen, options.pruner.component.name)
+        if history:
+            raise RunError(f"pruner {options.pruner.component.name!r} learns twice in one stage")
         variables = LearnedScores(state.model, start, selection, state.masks, options.bn, followers)
         try:
             history.extend(_fit(variables, objective, stage, work, context))
@@ -146,7 +149,11 @@ def prune(state: State, stage: Stage, work: Work) -> Outcome:
     check_layers(masks, selection.sparsity)
     state.masks = {**state.masks, **masks, **follow(masks, followers)}
     apply_masks(state.model, state.masks)
+    got = measure_sparsity(count_weights(state.model, state.masks))
+    if abs(got - stage.sparsity) > 0.005:
+        work.report(Note(f"asked for sparsity {stage.sparsity:g}, got {got:.4g} of all weights"))
     if options.bn == "recalibrate":
+        seeds.seed_all(work.run.seed, stage.position, "recalibrate")
         _recalibrate(state.model, batches)
     return Outcome({**_best(history), **_sparsity(state)}, history)
 
@@ -161,8 +168,7 @@ def _find_structured(
     with eval_mode(state.model):
         example = torch.zeros(1, *work.data.shape, device=work.device)
         followers = find_followers(state.model, example)
-    *_, last = followers
-    names = find_structured(weights, selection.structure, last)
+    names = find_structured(weights, selection.structure, list(followers))
     if not names:
         raise RunError(f"structure {selection.structure!r} suits no layer of this network")
     if left := [name for name in weights if name not in names]:
@@ -173,15 +179,20 @@ def _find_structured(
 
 @torch.no_grad()
 def _recalibrate(model: nn.Module, batches: Callable[[], Iterator[tuple[Tensor, Tensor]]]) -> None:
-    """Reset the statistics of batch normalisation to the average over clean training images."""
+    """Reset the statistics of batch normalisation to the average over training images.
+
+    The images are augmented and not attacked; everything but batch normalisation is in eval mode.
+    """
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # the cumulative average
-    model.train()
-    for x, _ in batches():
-        model(x)
+    with eval_mode(model):
+        for norm in norms:
+            norm.train()
+        for x, _ in batches():
+            model(x)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
 
@@ -189,11 +200,12 @@ def _recalibrate(model: nn.Module, batches: Callable[[], Iterator[tuple[Tensor, 
 def evaluate(state: State, stage: Stage, work: Work) -> Outcome:
     """Judge the network on the test images, each evaluator by itself."""
     options, size = stage.options, work.run.data.batch_size
-    labels = work.data.test.labels[: options.images]
+    index = _choose(len(work.data.test.labels), options.images)
     if stage.batches is not None:
-        labels = labels[: stage.batches * size]
+        index = index[: stage.batches * size]
+    labels = work.data.test.labels[index]
     metrics: dict[str, Any] = {}
-    records: dict[str, np.ndarray] = {"label": labels.cpu().numpy()}
+    records: dict[str, np.ndarray] = {"index": index.numpy(), "label": labels.cpu().numpy()}
     notes: list[str] = []
     work.report(StageStarted(stage.name, stage.kind, work.key))
     context = work.context(stage, state)
@@ -203,7 +215,7 @@ def evaluate(state: State, stage: Stage, work: Work) -> Outcome:
         evaluator = use.build(replace(context, scratch=work.folder.scratch(use.name)))
         with eval_mode(state.model), warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            result = evaluator(state.model, _watched(work, stage, use.name, len(labels)))
+            result = evaluator(state.model, _watched(work, stage, use.name, index))
         notes += [f"{use.name}: {text}" for text in dict.fromkeys(str(w.message) for w in caught)]
         for name, value in result.metrics.items():
             if not math.isfinite(value):
@@ -221,10 +233,20 @@ def evaluate(state: State, stage: Stage, work: Work) -> Outcome:
     return Outcome({**metrics, **_sparsity(state)}, records=records, notes=tuple(notes))
 
 
-def _watched(work: Work, stage: Stage, name: str, images: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _choose(n: int, images: int | None) -> Tensor:
+    """Indices of the test images that are judged: all, or so many, evenly spaced.
+
+    The first ones would be of a few classes where a data set is sorted.
+    """
+    if images is None or images >= n:
+        return torch.arange(n)
+    return torch.arange(images) * n // images
+
+
+def _watched(work: Work, stage: Stage, name: str, index: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     size = work.run.data.batch_size
-    total = -(-images // size)
-    batches = eval_batches(work.data.test, size, work.device, images=images)
+    total = -(-len(index) // size)
+    batches = eval_batches(work.data.test, size, work.device, index)
     for done, batch in enumerate(batches):
         work.stop.check()
         work.report(Progress(stage.name, done, total, label=name))
@@ -244,8 +266,6 @@ def _fit(
     variables: Variables, objective: Objective, stage: Stage, work: Work, context: Context
 ) -> list[dict[str, Any]]:
     options = stage.options
-    if not len(work.validation.labels) and options.select not in (None, "last"):
-        raise RunError(f"stage {stage.name!r}: select = {options.select!r} needs validation images")
     return fit(
         Fit(
             variables=variables,

@@ -86,6 +86,8 @@ def resolve_stages(
     known: dict[str, str] = {}
     unclear = False
     sparsity = 0.0
+    architecture = recipe.get("architecture")
+    started = isinstance(architecture, dict) and "init" in architecture  # with masks, maybe
     for position, table in enumerate(tables):
         path: KeyPath = ("stage", position)
         identity = _identify(table, path, resolver)
@@ -95,7 +97,7 @@ def resolve_stages(
         kind, name = identity
         if name in known:
             resolver.problem(path, f'there are two stages {name!r}; give each a name = "..."')
-        if kind == "finetune" and "prune" not in known.values() and not unclear:
+        if kind == "finetune" and not (started or unclear or "prune" in known.values()):
             resolver.problem(path, "finetune before any prune; put a prune stage before it")
         known[name] = kind
         own = {k: v for k, v in table.items() if k not in ("kind", "name")}

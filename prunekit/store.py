@@ -18,23 +18,19 @@ from typing import Any
 
 import filelock
 
+from prunekit.errors import UserError, relative
 from prunekit.files import make_folder, read_json, write_bytes, write_json
 from prunekit.stop import Stop
 
 STORE = ".stages"
 """Name of the store's folder, beside the run folders that share it."""
 
-PRESENTATION = (
-    "__main__.py",
-    "cli.py",
-    "metric_names.py",
-    "report.py",
-    "results.py",
-    "showing.py",
-    "tables.py",
-    "testing.py",
-)
-"""Files of the core that decide no result."""
+PRESENTATION = {
+    "__main__", "cli", "cli_models", "errors", "exporting", "failures", "hookspecs", "importing",
+    "judging", "metric_names", "options", "plan", "recipe", "registry", "report", "results", "runfolder", "running", "showing", "source", "stop",
+    "sweep", "tables", "testing", "values",
+}  # fmt: skip
+"""Modules of the core that decide no result: what a recipe resolves to is in the key."""
 
 
 @dataclass(frozen=True)
@@ -75,11 +71,23 @@ class StageFolder:
 
     @property
     def done(self) -> bool:
-        return (self.path / "result.json").is_file()
+        return self._content() is not None
 
     def read(self) -> StageResult:
-        content = read_json(self.path / "result.json")
+        content = self._content()
+        if content is None:
+            raise UserError(f"{relative(self.path)} holds no result")
         return StageResult(**{f.name: content[f.name] for f in dataclasses.fields(StageResult)})
+
+    def _content(self) -> dict[str, Any] | None:
+        """Of `result.json`; None where it is not there or damaged: the stage is then not done."""
+        with suppress(OSError, UserError):
+            content = read_json(self.path / "result.json")
+            if isinstance(content, dict) and all(
+                f.name in content for f in dataclasses.fields(StageResult)
+            ):
+                return content
+        return None
 
     def finish(self, result: StageResult, description: Mapping[str, Any]) -> None:
         """Mark the stage as done; its checkpoint has served."""
@@ -185,7 +193,7 @@ def hash_source(package: str) -> str:
         files = [(Path(spec.origin), Path(spec.origin).parent)]
     for file, folder in files:
         name = file.relative_to(folder).as_posix()
-        if package == "prunekit" and name in PRESENTATION:
+        if package == "prunekit" and file.stem in PRESENTATION:
             continue
         digest.update(name.encode() + b"\0" + file.read_bytes() + b"\0")
     return digest.hexdigest()
@@ -197,6 +205,7 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+@cache
 def version_of(name: str) -> str:
     """Installed version of the distribution that has this import name."""
     for distribution in importlib.metadata.packages_distributions().get(name, [name]):

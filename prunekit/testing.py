@@ -135,8 +135,10 @@ def resolve(kind: str, component: Component, options: Mapping[str, Any], folder:
     built = resolver.options(component.options, options, (), f"{kind} {component.name!r}")
     if resolver.problems:
         raise RecipeError(resolver.problems)
-    eps = getattr(built, "eps", None)
-    threat = Threat(getattr(built, "norm", None) or "linf", 0.1 if eps is None else eps)
+    threat = None
+    if hasattr(built, "eps") and hasattr(built, "norm"):
+        eps, norm = getattr(built, "eps"), getattr(built, "norm")  # noqa: B009 (typed Any)
+        threat = Threat(norm or "linf", 0.1 if eps is None else eps)
     return Use(kind, component, built, "under test", component.name, threat)
 
 

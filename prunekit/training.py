@@ -23,7 +23,10 @@ from prunekit.stop import Stop
 from prunekit.variables import Variables
 
 IMAGES = "#"
-"""Key of the number of images among the sums of an epoch; no term can be called so."""
+"""Key of the number of images among the sums of an epoch."""
+
+RESERVED = {IMAGES, "loss", "accuracy", "epoch", "best"}
+"""What no term of a loss can be called."""
 
 CHECKPOINT_SECONDS = 300.0
 """In epochs longer than this, a checkpoint is also written between batches."""
@@ -152,6 +155,10 @@ def _train_epoch(
             after_step()
             bad = ~loss.value.detach().isfinite() & (bad_step < 0)
             bad_step = torch.where(bad, step, bad_step)
+        if taken := RESERVED & loss.terms.keys():
+            raise RunError(
+                f"stage {job.stage!r}: a term of the loss cannot be called {min(taken)!r}"
+            )
         values = {
             "loss": loss.value,
             **loss.terms,

@@ -12,7 +12,9 @@ from prunekit.budgets import (
     share_out,
     spread_erk,
 )
+from prunekit.checkpoint import read_model, write_model
 from prunekit.contracts import Loss, Scores
+from prunekit.errors import RunError
 from prunekit.evaluation import eval_mode
 from prunekit.masks import apply_masks, assert_masked, find_prunable
 from prunekit.selection import Selection, find_structured, follow, select
@@ -35,7 +37,7 @@ def make_net():
 
 def test_lamp_by_hand():
     """Squares 9, 1, 4: 9 / 9, 1 / 14, 4 / 13."""
-    scores = lamp(torch.tensor([[-3.0, 1.0], [2.0, 0.0]]))
+    scores = lamp(torch.tensor([[3.0, 1.0], [2.0, 0.0]]))
     expected = torch.tensor([[1.0, 1 / 14], [4 / 13, 0.0]], dtype=torch.float64)
     torch.testing.assert_close(scores, expected)
 
@@ -114,9 +116,9 @@ def test_followers_are_found_by_a_forward():
 
 def test_what_a_structure_does_not_suit_stays_dense():
     weights = find_prunable(make_net())
-    assert find_structured(weights, "channel", "7.weight") == ["0.weight", "3.weight"]
-    assert find_structured(weights, "2:4", "7.weight") == ["0.weight", "3.weight", "7.weight"]
-    assert find_structured(weights, "1:8", "7.weight") == ["3.weight"]
+    assert find_structured(weights, "channel", list(weights)) == ["0.weight", "3.weight"]
+    assert find_structured(weights, "2:4", []) == ["0.weight", "3.weight", "7.weight"]
+    assert find_structured(weights, "1:8", []) == ["3.weight"]
 
 
 @pytest.mark.parametrize("structure", ["channel", "2:4", "1:4", "element"])
@@ -129,7 +131,7 @@ def test_learned_structures_are_exact_after_finetuning(structure, budget):
     x, y = torch.rand(16, 4, 6, 6), torch.randint(3, (16,))
     weights = find_prunable(net)
     followers = find_followers(net.eval(), x[:1]) if structure == "channel" else {}
-    names = find_structured(weights, structure, "7.weight")
+    names = find_structured(weights, structure, list(weights))
     followers = {name: vectors for name, vectors in followers.items() if name in names}
     start = {name: 1e-3 * torch.randn_like(weights[name]) for name in names}
     selection = Selection(0.5, budget, structure)
@@ -226,3 +228,47 @@ def test_gate_gradients_by_hand():
     learned.detach()
     assert list(net.state_dict()) == ["0.weight"]
     assert torch.equal(net(x), torch.tensor([[3.0, 3.0], [1.0, 1.0]]))
+
+
+@pytest.mark.parametrize("budget", ["layer", "global", "erk", "lamp"])
+@pytest.mark.parametrize("structure", ["element", "channel"])
+def test_what_is_gone_stays_gone_and_the_rest_is_chosen_among(budget, structure):
+    torch.manual_seed(2)
+    values = {n: torch.rand_like(w) for n, w in find_prunable(make_net()).items()}
+    first = select(Scores(values), Selection(0.5, budget, structure))
+    again = select(Scores(values), Selection(0.75, budget, structure), first)
+    fresh = select(Scores(values), Selection(0.75, budget, structure))
+    for name, mask in again.items():
+        assert not (mask & ~first[name]).any()
+        # The same scores in the same order: the highest quarter is within the highest half.
+        assert int(mask.sum()) == int(fresh[name].sum()) or budget != "layer"
+    assert sum(int(m.sum()) for m in again.values()) == sum(int(m.sum()) for m in fresh.values())
+
+
+def test_dead_channels_come_after_negative_scores():
+    values = {"w": -torch.rand(10, 4)}
+    alive = {"w": torch.ones(10, 4, dtype=torch.bool)}
+    alive["w"][:5] = False
+    mask = select(Scores(values), Selection(0.5, structure="channel"), alive)["w"]
+    assert torch.equal(mask, alive["w"])
+
+
+def test_lamp_refuses_scores_whose_squares_mislead():
+    with pytest.raises(RunError, match="lamp"):
+        select(Scores({"w": torch.tensor([1.0, -2.0])}), Selection(0.5, "lamp"))
+
+
+@pytest.mark.parametrize("structure", ["channel", "2:4", "element"])
+def test_masks_come_back_from_a_file(tmp_path, structure):
+    net = make_net()
+    weights = find_prunable(net)
+    followers = find_followers(net.eval(), torch.zeros(1, 4, 6, 6))
+    names = find_structured(weights, structure, list(followers))
+    masks = select(Scores({n: weights[n].abs() for n in names}), Selection(0.5, "layer", structure))
+    if structure == "channel":
+        masks |= follow(masks, followers)
+    apply_masks(net, masks)
+    write_model(tmp_path / "model.safetensors", net, masks, {})
+    found = read_model(tmp_path / "model.safetensors", make_net())
+    assert found.keys() == masks.keys()
+    assert all(torch.equal(found[name], mask) for name, mask in masks.items())

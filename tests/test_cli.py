@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
@@ -500,3 +501,63 @@ def test_clean_frees_what_no_run_refers_to(ran):
 
 def test_clean_of_nothing(here):
     assert call("clean", "gone", code=2)[1] == "prunekit: there is no folder gone\n"
+
+
+SLOW = """
+[dataset]
+use = "digits"
+[architecture]
+use = "small-cnn"
+[objective]
+use = "benign"
+[[stage]]
+kind = "pretrain"
+epochs = 400
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_says_how_to_go_on(tmp_path, number):
+    (tmp_path / "slow.toml").write_text(SLOW)
+    command = [sys.executable, "-m", "prunekit", "run", "slow.toml"]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    told = []
+    for line in process.stderr:
+        told.append(line)
+        if "epoch" in line and "3/400" in line:
+            process.send_signal(number)
+            break
+    rest = process.stderr.read()
+    assert process.wait(60) == 130, "".join(told) + rest
+    assert "everything up to here is saved; go on with: prunekit run slow.toml" in rest
+    assert "Traceback" not in rest
+    (progress,) = (tmp_path / "runs/.stages").glob("*/progress.safetensors")
+    assert json.loads((tmp_path / "runs/slow/run.json").read_text())["status"] == "interrupted"
+    content = progress.read_bytes()
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    assert json.loads(header["__metadata__"]["prunekit"])["at"]["epoch"] >= 3
+
+
+def test_changed_data_is_run_again(tmp_path):
+    def write(seed):
+        labels = np.arange(40) % 2
+        images = np.random.default_rng(seed).integers(0, 256, (40, 8, 8), dtype=np.uint8)
+        np.savez(tmp_path / "my.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
+
+    write(0)
+    recipe = SLOW.replace('use = "digits"', 'use = "npz"\nfile = "my.npz"').replace("400", "1")
+    (tmp_path / "r.toml").write_text(recipe + '[[stage]]\nkind = "evaluate"\nwith = ["clean"]\n')
+    out = str(tmp_path / "out")
+    arguments = ["run", str(tmp_path / "r.toml"), "--out", out, "--device", "cpu"]
+    first = CliRunner().invoke(main, arguments)
+    assert first.exit_code == 0, first.output
+    again = CliRunner().invoke(main, arguments)
+    assert "is done already" in again.stderr
+    write(1)
+    changed = CliRunner().invoke(main, arguments)
+    assert changed.exit_code == 0, changed.output
+    assert "has changed since: running it again" in changed.stderr
+    assert "is done already" in CliRunner().invoke(main, arguments).stderr
+    # Gone, the results are still there to be shown.
+    (tmp_path / "my.npz").rename(tmp_path / "gone.npz")
+    assert CliRunner().invoke(main, ["results", out]).exit_code == 0

@@ -51,7 +51,8 @@ def test_nothing_is_broken():
 
 def test_find_components_reads_a_plugin_module():
     names = [(kind, c.name) for kind, c in find_components("prunekit_pruners")]
-    assert names == [("pruner", "score"), ("pruner", "lwm"), ("pruner", "random")]
+    assert {("pruner", "score"), ("pruner", "lwm"), ("pruner", "random")} <= set(names)
+    assert {kind for kind, _ in names} == {"pruner"}
 
 
 def changes_weights(options, context):

@@ -214,9 +214,10 @@ def test_batch_counts(n, size, most, sizes):
     assert count_batches(make_split(n), size, most) == len(sizes)
 
 
-@pytest.mark.parametrize(("images", "sizes"), [(None, [4, 4, 2]), (5, [4, 1]), (99, [4, 4, 2])])
+@pytest.mark.parametrize(("images", "sizes"), [(None, [4, 4, 2]), (5, [4, 1])])
 def test_evaluation_goes_in_order(images, sizes):
-    batches = list(eval_batches(make_split(), 4, CPU, images=images))
+    index = None if images is None else torch.arange(images)
+    batches = list(eval_batches(make_split(), 4, CPU, index))
     assert [len(y) for _, y in batches] == sizes
     assert torch.cat([y for _, y in batches]).tolist() == list(range(sum(sizes)))
     assert (batches[0][0][:, 0, 0, 0] * 255).round().tolist() == [0, 1, 2, 3]

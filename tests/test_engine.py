@@ -517,7 +517,9 @@ def test_data_are_loaded_once_for_runs_that_differ_in_batch_size_or_seed(bench, 
 def test_records_are_those_of_the_images(bench):
     (folder,) = bench.run(recipe=RECIPE.replace('["clean"]', '["clean"]\nimages = 7'))
     with np.load(folder.path / "records.npz", allow_pickle=False) as records:
-        assert records["evaluate/label"].tolist() == [20 % 3, 0, 1, 2, 0, 1, 2]
+        index = records["evaluate/index"]
+        assert index.tolist() == [i * 10 // 7 for i in range(7)]
+        assert records["evaluate/label"].tolist() == ((20 + index) % 3).tolist()
         assert len(records["evaluate/clean.correct"]) == 7
         mean = records["evaluate/clean.correct"].mean()
     assert folder.metrics["evaluate"]["clean.accuracy"] == pytest.approx(mean)

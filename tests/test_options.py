@@ -256,8 +256,10 @@ def test_evaluators_may_have_names_of_their_own():
     options, _ = resolve({"with": [{"use": "pgd", "name": "weak", "eps": 0.1}, "clean"]})
     assert [use.name for use in options.with_] == ["weak", "clean"]
     assert resolve({"with": [{"use": "clean", "name": 3}]})[1] == [
-        "with.0.name: name of evaluator 'clean' is a text, got 3"
+        "with.0.name: name of evaluator 'clean' is letters, digits, '-', '_' and '+', got 3"
     ]
+    (problem,) = resolve({"with": [{"use": "clean", "name": "../up"}]})[1]
+    assert problem.endswith("got '../up'")
     assert resolve({"pruner": {"use": "score", "name": "x"}})[1] == [
         "pruner.name: unknown option 'name' of pruner 'score'; there are: warmup"
     ]
@@ -272,7 +274,7 @@ def test_a_component_inherits_the_threat_and_may_override_parts_of_it():
     options, problems = resolve(table, threat=threat)
     assert problems == []
     assert [use.threat for use in options.with_] == [
-        threat, Threat("l2", 2), Threat("linf", 0.5), threat
+        threat, Threat("l2", 2), Threat("linf", 0.5), None
     ]  # fmt: skip
 
 

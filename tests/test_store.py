@@ -29,11 +29,13 @@ def test_a_stage_is_done_when_its_result_is_there(tmp_path):
     assert not folder.progress.exists()
 
 
-def test_a_damaged_result_is_told(tmp_path):
+@pytest.mark.parametrize("content", ["{", "{}", "[]", ""])
+def test_a_damaged_result_counts_as_none(tmp_path, content):
     folder = Store(tmp_path).folder("k")
     folder.path.mkdir()
-    (folder.path / "result.json").write_text("{")
-    with pytest.raises(UserError, match=r"result\.json is damaged"):
+    (folder.path / "result.json").write_text(content)
+    assert not folder.done
+    with pytest.raises(UserError, match="holds no result"):
         folder.read()
 
 
