@@ -13,6 +13,7 @@ import click
 
 from prunekit import __version__
 from prunekit.errors import Interrupted, RecipeError, UserError, relative
+from prunekit.stop import Stop
 
 if TYPE_CHECKING:
     from prunekit.plan import Plan
@@ -199,12 +200,16 @@ def run(
     plan = plan_recipe(recipe, settings, smoke=smoke)
     out = out or Path("runs") / (plan.name + ("-smoke" if smoke else ""))
     store = store or out.parent / ".stages"
-    from prunekit.running import preview_plan, run_plan
+    stop = Stop()
+    # From here on, so that a Ctrl-C does not break the long imports in the middle.
+    with stop.listen():
+        from prunekit.running import preview_plan, run_plan
 
-    if dry_run:
-        _print_preview(plan, preview_plan(plan, out, store, device), as_json)
-        return
-    folders = run_plan(plan, out, store, device, force=force, resume=_command())
+        stop.check()
+        if dry_run:
+            _print_preview(plan, preview_plan(plan, out, store, device), as_json)
+            return
+        folders = run_plan(plan, out, store, device, force=force, resume=command_line(), stop=stop)
     if folders is None:
         click.echo(f"{relative(out)} is done already: these are its results", err=True)
     _print_results(out, as_json)
@@ -230,7 +235,7 @@ def _print_preview(plan: Plan, preview: dict[str, Any], as_json: bool) -> None:
     click.echo(render_preview(preview, tomli_w.dumps(dict(document))))
 
 
-def _command() -> str:
+def command_line() -> str:
     """The command line that was given, to be given again."""
     return shlex.join(["prunekit", *sys.argv[1:]])
 
@@ -241,7 +246,7 @@ def _show_failure(folder: RunFolder) -> None:
         import traceback
 
         traceback.print_exception(folder.cause)
-    click.echo(f"prunekit: run {folder.run.label} failed: {folder.error}", err=True)
+    click.echo(f"prunekit: run {folder.run.label!r} failed: {folder.error}", err=True)
 
 
 # Results
@@ -292,3 +297,6 @@ def clean(folder: Path, store: Path | None, dry_run: bool) -> None:
         click.echo(f"{key}  {size / 1e6:.1f} MB")
     verb = "would be freed" if dry_run else "freed"
     click.echo(f"{sum(s for _, s in freed) / 1e6:.1f} MB {verb} ({count(len(freed), 'stage')})")
+
+
+import prunekit.cli_models  # noqa: E402, F401  its commands join `main`

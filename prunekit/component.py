@@ -122,7 +122,10 @@ class Use(Generic[Kind]):
             build = getattr(importlib.import_module(module), function)
         except (ImportError, AttributeError) as error:
             raise UserError(f"{owner} cannot be loaded: {error}") from error
-        return build(self.options, dataclasses.replace(context, threat=self.threat))
+        built = build(self.options, dataclasses.replace(context, threat=self.threat))
+        if self.kind in ("objective", "pruner", "evaluator", "reporter") and not callable(built):
+            raise UserError(f"{owner} is built as {built!r}, which cannot be called")
+        return built
 
 
 def option(

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -65,6 +65,7 @@ class Engine:
         folders = []
         broken = {} if self.smoke else self._rehearse(plan)
         for number, run in enumerate(plan.runs, start=1):
+            self.stop.check()
             folder = RunFolder(out / run.label if plan.swept else out, plan, run)
             folder.start(self.device)
             self.report(
@@ -126,6 +127,8 @@ class Engine:
                 raise Interrupted from None
             except Exception as error:
                 release(error)
+                if isinstance(error, RunError):
+                    error = RunError(f"rehearsal, one batch a stage: {error}")
                 failures[run.label] = error
         return failures
 
@@ -177,7 +180,14 @@ class Engine:
         if stage.kind == "evaluate":
             stored.write_records(outcome.records)
         else:
-            write_model(stored.model, state.model, state.masks, self._header(run, stage, loaded))
+            header = {
+                **describe_model(run, loaded.data.shape, loaded.data.classes),
+                "stage": _describe_stage(stage),
+                # No stage has pruned what `init` brought pruned.
+                "sparsity": stage.sparsity or outcome.metrics["sparsity"],
+                "smoke": self.smoke,
+            }
+            write_model(stored.model, state.model, state.masks, header)
         counts = describe_counts(state)
         result = StageResult(
             {**_finite(outcome.metrics), "counts": counts},
@@ -189,36 +199,13 @@ class Engine:
         stored.finish(result, _describe_stage(stage))
         return result
 
-    def _header(self, run: Run, stage: Stage, loaded: Loaded) -> dict[str, Any]:
-        return {
-            "architecture": describe(run.architecture),
-            "shape": list(loaded.data.shape),
-            "classes": loaded.data.classes,
-            "dataset": run.dataset.component.name,
-            "pixels": "[0, 1]; any normalisation is inside the network",
-            "threat": dataclasses.asdict(run.threat) if run.threat else None,
-            "stage": _describe_stage(stage),
-            "sparsity": stage.sparsity,
-            "seed": run.seed,
-            "smoke": self.smoke,
-        }
-
     def load(self, run: Run) -> Loaded:
         """The run's data, loaded once for all runs that share it."""
         chosen = run.data
         name = str([describe(run.dataset), chosen.fraction, chosen.validation,
                     chosen.validation_seed, chosen.extra, chosen.extra_ratio])  # fmt: skip
         if name not in self._loaded:
-            # Without the run's seed: runs of all seeds share the data.
-            context = Context(folder=run.folder)
-            try:
-                data = run.dataset.build(context)
-            except DataMissingError:
-                facts = run.dataset.component.facts
-                if not self.smoke or facts is None:
-                    raise
-                self.report(Note(f"{run.dataset.name} is not here: random images instead", True))
-                data = random_data(facts(run.dataset.options), chosen)
+            data = self.build_data(run)
             content = fingerprint(data)
             train, validation = hold_out(
                 data.train, chosen.fraction, chosen.validation, chosen.validation_seed
@@ -232,6 +219,18 @@ class Engine:
                 data, train, self._load_extra(run, data), validation, content
             )
         return self._loaded[name]
+
+    def build_data(self, run: Run) -> Data:
+        """The data set; in a smoke run random images where its files are missing."""
+        try:
+            # Without the run's seed: runs of all seeds share the data.
+            return run.dataset.build(Context(folder=run.folder))
+        except DataMissingError:
+            facts = run.dataset.component.facts
+            if not self.smoke or facts is None:
+                raise
+            self.report(Note(f"{run.dataset.name} is not here: random images instead", True))
+            return random_data(facts(run.dataset.options), run.data)
 
     def _load_extra(self, run: Run, data: Data) -> Extra | None:
         if run.data.extra is None:
@@ -292,6 +291,19 @@ class Engine:
         state.masks = {name: mask.to(self.device) for name, mask in state.masks.items()}
         _check_logits(model, run, data, self.device)
         return state
+
+
+def describe_model(run: Run, shape: Sequence[int], classes: int) -> dict[str, Any]:
+    """What the header of a model file says of the network, whoever trained it."""
+    return {
+        "architecture": describe(run.architecture),
+        "shape": list(shape),
+        "classes": classes,
+        "dataset": run.dataset.component.name,
+        "pixels": "[0, 1]; any normalisation is inside the network",
+        "threat": dataclasses.asdict(run.threat) if run.threat else None,
+        "seed": run.seed,
+    }
 
 
 def _check_logits(model: nn.Module, run: Run, data: Data, device: torch.device) -> None:

@@ -88,7 +88,8 @@ class ChannelGate(nn.Module):
     """Opens and closes the output channels of a layer by trained scores of its weights.
 
     Straight through as for single weights: with the gate m_c treated as the mean |s| of channel c,
-    ds = dL/dm_c sign(s) / n for its n weights. The layer itself stays whole meanwhile.
+    ds = dL/dm_c sign(s) / n for its n weights. The layer itself stays whole meanwhile: an
+    objective that reads its weight, instead of calling the network, sees no gate.
     """
 
     mask: Tensor

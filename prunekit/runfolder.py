@@ -7,6 +7,7 @@ import hashlib
 import json
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -148,6 +149,14 @@ class OutFolder:
         With `force`, what is there is moved aside. Raises `UserError` where another plan's runs, or
         files of somebody else, are in the way.
         """
+        if self.path.is_file():
+            raise UserError(f"{relative(self.path)} is a file; choose another --out")
+        here = self.path.resolve()
+        if force and here in (Path.cwd(), *self.plan.path.resolve().parents):
+            raise UserError(
+                f"{relative(self.path) or '.'} holds the recipe or is the present folder, and is "
+                "not moved aside; name a folder for the results with --out"
+            )
         if force and self.path.exists():
             if (self.path / LOCK).exists():
                 with self.alone():
@@ -211,6 +220,7 @@ class OutFolder:
             number += 1
         try:
             shutil.move(self.path, aside)
+            print(f"{relative(self.path)} is moved to {relative(aside)}", file=sys.stderr)
         except OSError as error:
             raise UserError(f"cannot move {relative(self.path)} aside: {error.strerror}") from None
 

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
 
-from prunekit.contracts import Context, Reporter
+from prunekit.contracts import Context, Data, Reporter
 from prunekit.data import count_batches
 from prunekit.engine import Engine
-from prunekit.errors import Interrupted, UserError, relative
+from prunekit.errors import DataMissingError, Interrupted, UserError, relative
 from prunekit.files import make_folder
 from prunekit.masks import find_prunable
 from prunekit.plan import Plan, Run, Stage
 from prunekit.report import Event, Note, Report
 from prunekit.runfolder import OutFolder, RunFolder
+from prunekit.stop import Stop
 from prunekit.store import Store
 
 
@@ -47,7 +50,14 @@ def find_device(name: str) -> torch.device:
 
 
 def run_plan(
-    plan: Plan, out: Path, store: Path, device: str, *, force: bool, resume: str
+    plan: Plan,
+    out: Path,
+    store: Path,
+    device: str,
+    *,
+    force: bool,
+    resume: str,
+    stop: Stop | None = None,
 ) -> list[RunFolder] | None:
     """Run a plan into a folder; None where its results are there already.
 
@@ -65,7 +75,7 @@ def run_plan(
         with folder.alone(), reporters(plan, out) as report:
             for note in plan.notes:
                 report(Note(note))
-            engine = Engine(Store(store), chosen, report, smoke=plan.smoke)
+            engine = Engine(Store(store), chosen, report, stop or Stop(), smoke=plan.smoke)
             with engine.stop.listen():
                 folders = engine.run(plan, out)
             done = all(f.status == "done" for f in folders)
@@ -121,9 +131,43 @@ def _close(listener: Reporter) -> None:
         getattr(listener, "close", lambda: None)()
 
 
+@dataclass(frozen=True)
+class Unread:
+    """A split whose files are not here: so many images that nobody may look at."""
+
+    labels: torch.Tensor
+
+    def batches(self, indices: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+        raise RuntimeError("a preview reads no images")
+
+
+class Preview(Engine):
+    """An engine that only looks: nothing is downloaded, missing data count as declared."""
+
+    def build_data(self, run: Run) -> Data:
+        use = run.dataset
+        if hasattr(use.options, "download"):
+            options = dataclasses.replace(use.options, download=False)
+            run = dataclasses.replace(run, dataset=dataclasses.replace(use, options=options))
+        try:
+            return super().build_data(run)
+        except DataMissingError:
+            if use.component.facts is None:
+                raise
+            facts = use.component.facts(use.options)
+            train, test = (
+                Unread(torch.zeros(n, dtype=torch.int64)) for n in (facts.train, facts.test)
+            )
+            click.echo(f"note: {use.name} is not here; sizes are those it should have", err=True)
+            return Data(train, test, facts.shape, facts.classes, facts.augment, "missing")
+
+
 def preview_plan(plan: Plan, out: Path, store: Path, device: str) -> dict[str, Any]:
-    """What a run would do: resolved recipes, stages, stored or not, steps, passes."""
-    engine = Engine(Store(store), find_device(device), lambda event: None, smoke=plan.smoke)
+    """What a run would do: resolved recipes, stages, stored or not, steps, passes.
+
+    Downloads nothing: where data are missing, sizes are those that the data set declares.
+    """
+    engine = Preview(Store(store), find_device(device), lambda event: None, smoke=plan.smoke)
     seen: set[str] = set()
     runs: list[dict[str, Any]] = []
     for run in plan.runs:

@@ -52,7 +52,9 @@ class DataOptions:
 class ArchitectureOptions:
     """Keys of [architecture] that are the core's."""
 
-    init: Path | None = option(None, help="start from the weights in this file", exists=True)
+    init: Path | None = option(
+        None, help="start from the weights in this file, and its masks", exists=True
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,14 +74,14 @@ class FitOptions:
 class PretrainOptions(FitOptions):
     """A pretrain stage."""
 
-    epochs: int = option(help="passes over the training images", low=1)
+    epochs: int = option(help="passes over the training images", low=1, high=10**6)
 
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneOptions(FitOptions):
     """A finetune stage."""
 
-    epochs: int = option(help="passes over the training images", low=1)
+    epochs: int = option(help="passes over the training images", low=1, high=10**6)
     optimizer: Use[OptimizerChoice] = option({"use": "sgd", "lr": 0.01}, help="optimizer")
 
 
@@ -87,7 +89,7 @@ class FinetuneOptions(FitOptions):
 class PruneOptions(FitOptions):
     """A prune stage."""
 
-    epochs: int | None = option(None, help="passes over the training images", low=1)
+    epochs: int | None = option(None, help="passes over the training images", low=1, high=10**6)
     sparsity: float | None = option(
         None, help='fraction of the weights removed; an "n:m" structure fixes it', above=0, below=1
     )

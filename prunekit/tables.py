@@ -84,7 +84,11 @@ def write_notes(rows: Sequence[Row]) -> list[str]:
     for name in _list_metrics(rows, is_diagnosis):
         most = max(row.metrics[name].mean for row in rows if name in row.metrics)
         if most > 0:
-            notes.append(f"{name} is up to {most:.4g}: without gradients attacks find too little")
+            owner = split_metric(name)[0]
+            notes.append(
+                f"{owner}: up to {most:.4g} images of a network gave no gradient; it may stand "
+                "less than its accuracy says, try another attack"
+            )
     if any(row.smoke for row in rows):
         notes.append("SMOKE: runs cut short to try them out; their numbers mean nothing")
     return notes

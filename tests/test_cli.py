@@ -357,13 +357,32 @@ def test_files_of_somebody_else_are_left_alone(here):
     assert err == "prunekit: mine/plan.json is none of ours; choose another --out\n"
 
 
-@pytest.mark.parametrize(
-    ("out", "reason"), [("r.toml/x", "Not a directory"), ("r.toml", "File exists")]
-)
-def test_an_output_folder_that_cannot_be(here, out, reason):
-    _, err = call("run", "r.toml", "--out", out, "--device", "cpu", code=2)
-    assert err == (f"prunekit: cannot write to {out}: {reason}; choose another folder with --out\n")
+def test_an_output_folder_that_cannot_be(here):
+    _, err = call("run", "r.toml", "--out", "r.toml/x", "--device", "cpu", code=2)
+    way = "choose another folder with --out"
+    assert err == f"prunekit: cannot write to r.toml/x: Not a directory; {way}\n"
     assert (here / "r.toml").read_text() == RECIPE
+
+
+@pytest.mark.parametrize("force", [[], ["--force"]])
+def test_the_recipe_is_never_moved_out_of_the_way(here, force):
+    _, err = call("run", "r.toml", "--out", "r.toml", "--device", "cpu", *force, code=2)
+    assert err == "prunekit: r.toml is a file; choose another --out\n"
+    _, err = call("run", "r.toml", "--out", ".", "--device", "cpu", *force, code=2)
+    assert "--out" in err
+    assert (here / "r.toml").read_text() == RECIPE
+
+
+def test_a_dry_run_downloads_nothing_and_knows_the_sizes(here, monkeypatch):
+    monkeypatch.setenv("PRUNEKIT_DATA", str(here / "nothing"))
+    recipe = RECIPE.replace('"digits"', '"mnist"')
+    (here / "m.toml").write_text(recipe)
+    out, err = call("run", "m.toml", "--dry-run", "--json", "--device", "cpu")
+    assert "mnist is not here" in err
+    assert not (here / "nothing").exists()
+    stage = json.loads(out)["runs"][0]["stages"][0]
+    assert stage["status"] == "to do"
+    assert stage["steps"] > 0
 
 
 @pytest.mark.parametrize("force", [False, True])
@@ -416,7 +435,7 @@ def test_a_run_that_fails_exits_with_1_and_the_others_go_on(here):
         'extends = "r.toml"\n[sweep]\n"pretrain.select" = ["nonsense", "accuracy"]\n'
     )
     out, err = call("run", "s.toml", "--device", "cpu", "--out", "out", code=1)
-    assert "prunekit: run select=nonsense failed: " in err
+    assert "prunekit: run 'select=nonsense' failed: " in err
     assert "nonsense" in err.splitlines()[-1]
     told = {
         label: json.loads((here / f"out/select={label}/run.json").read_text())["status"]

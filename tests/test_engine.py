@@ -595,7 +595,10 @@ def test_a_term_that_is_no_number_does_not_lose_the_stage(bench, parts):
 def test_a_metric_that_is_no_number_names_the_evaluator(bench, parts):
     parts.act["value"] = float("nan")
     (folder,) = bench.run(recipe=RECIPE.replace('"clean"', '"told"'))
-    assert folder.error == "evaluator 'told' of plugin told (told-dist 1.2) gave value = nan"
+    assert folder.error == (
+        "rehearsal, one batch a stage: "
+        "evaluator 'told' of plugin told (told-dist 1.2) gave value = nan"
+    )
 
 
 def test_weights_that_do_not_fit_are_told(bench):
