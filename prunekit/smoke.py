@@ -69,4 +69,6 @@ def random_data(facts: Facts, options: DataOptions) -> Data:
     share = options.fraction * min(options.validation or 1, 1 - options.validation)
     n = round(SMOKE_BATCHES * SMOKE_BATCH_SIZE / share) + 2
     train, test = part(n), part(SMOKE_BATCHES * SMOKE_BATCH_SIZE)
-    return Data(train, test, facts.shape, facts.classes, facts.augment)
+    # Images in memory are cropped as they are, not at another size.
+    names = tuple("crop" if name == "resized-crop" else name for name in facts.augment)
+    return Data(train, test, facts.shape, facts.classes, names)

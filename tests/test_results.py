@@ -254,7 +254,8 @@ def test_vanished_gradients_are_told(tmp_path: Path) -> None:
     stage = evaluate("k", 0.5, 0.9)
     stage["metrics"]["certify.zero_gradient"] = 0.25
     write_run(tmp_path / "a", {}, stage)
-    assert "certify: up to 0.25 images of a network gave no gradient" in show(compare(find_runs(tmp_path)))
+    text = show(compare(find_runs(tmp_path)))
+    assert "certify: up to 0.25 images of a network gave no gradient" in text
 
 
 def test_json_is_strict_and_complete(tmp_path: Path) -> None:
