@@ -1,0 +1,133 @@
+"""Commands on networks rather than recipes: import, export, eval. No torch before they run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from prunekit.cli import as_json, command_line, main, print_json, settings_option
+from prunekit.errors import relative
+
+device_option = click.option(
+    "--device", default="auto", help="auto, cpu, cuda, cuda:1, mps.", show_default=True
+)
+
+
+@main.command("import")
+@click.argument("kind", type=click.Choice(["hydra", "harp", "torch-prune", "dense"]))
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--model", required=True, help="Architecture: prunekit list architectures.")
+@click.option("--dataset", default="cifar10", show_default=True, help="What it was trained on.")
+@click.option("--sparsity", type=click.FloatRange(0, 1, max_open=True),
+              help="Part of the weights removed (hydra, harp): the file does not say.")  # fmt: skip
+@click.option("--eps", help="Radius that it was trained for, such as 8/255.")
+@click.option("--alpha", default=0.1, type=click.FloatRange(0, 1), show_default=True,
+              help="harp: no layer keeps less than alpha times the keep ratio.")  # fmt: skip
+@click.option("--out", type=click.Path(path_type=Path), help="Folder to write; runs/FILE.")
+@settings_option
+@as_json
+def import_file(
+    kind: str,
+    file: Path,
+    model: str,
+    dataset: str,
+    sparsity: float | None,
+    eps: str | None,
+    alpha: float,
+    out: Path | None,
+    settings: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Make a run folder of a FILE that other code wrote; evaluate, finetune, export it.
+
+    KIND: hydra and harp (popup_scores), torch-prune (weight_orig, weight_mask), or dense (a plain
+    state dict, pruned where it is zero).
+    """
+    from prunekit.importing import Source, import_model
+
+    out = out or Path("runs") / file.name.partition(".")[0]
+    sections: dict[str, Any] = {
+        "name": out.absolute().name,
+        "dataset": {"use": dataset},
+        "architecture": {"use": model},
+        "stage": [{"kind": "evaluate", "with": ["clean", *(["pgd"] if eps else [])]}],
+        **({"threat": {"eps": eps}} if eps else {}),
+    }
+    source = Source(file, kind, sparsity, alpha)
+    folder = import_model(source, sections, settings, out.absolute())
+    found = folder.metrics["import"]
+    if as_json:
+        print_json({"run": str(out), **found})
+        return
+    click.echo(f"{relative(out)}: sparsity {100 * found['sparsity']:.2f} %")
+    click.echo(f"judge it: prunekit eval {relative(out)} --with clean,pgd --eps 8/255", err=True)
+
+
+@main.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option(
+    "--format", "kind", type=click.Choice(["hydra"]), required=True, help="What to write."
+)
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="File to write.")
+@as_json
+def export(run: Path, kind: str, out: Path, as_json: bool) -> None:
+    """Write the network of a RUN folder (or model file) for other code."""
+    from prunekit.exporting import export_hydra
+    from prunekit.judging import find_model
+
+    sparsity = export_hydra(find_model(run), out)
+    if as_json:
+        print_json({"file": str(out), "format": kind, "sparsity": sparsity})
+        return
+    click.echo(f"{relative(out)}: keep ratio {round(1 - sparsity, 10):g}, --sparsity {sparsity:g}")
+    click.echo("removed weights are zero in it", err=True)
+
+
+@main.command("eval")
+@click.argument("run", metavar="RUN_OR_FILE", type=click.Path(path_type=Path))
+@click.option("--with", "evaluators", required=True, metavar="NAME,...",
+              help="Evaluators: prunekit list evaluators.")  # fmt: skip
+@click.option("--images", type=click.IntRange(1), help="Judge so many test images, evenly spaced.")
+@click.option("--eps", help="Radius, such as 8/255; by default the network's own.")
+@click.option("--dataset", help="Other data, or those of a file that does not say.")
+@click.option("--model", help="Architecture of a file that does not say.")
+@click.option("--store", type=click.Path(path_type=Path), envvar="PRUNEKIT_STORE",
+              help="Folder of stage results; the run's by default.")  # fmt: skip
+@device_option
+@settings_option
+@as_json
+def evaluate(
+    run: Path,
+    evaluators: str,
+    images: int | None,
+    eps: str | None,
+    dataset: str | None,
+    model: str | None,
+    store: Path | None,
+    device: str,
+    settings: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Judge any network that prunekit made or imported, by evaluators of your choice.
+
+    Options of an evaluator: --set pgd.steps=100. The result is kept in the run's folder
+    evaluations.
+    """
+    from prunekit import judging
+    from prunekit.showing import print_table
+
+    network = judging.read_network(run)
+    if network.header.get("smoke"):
+        click.echo("this network comes from a --smoke run: its numbers mean nothing", err=True)
+    names = judging.list_evaluators(evaluators)
+    asked = judging.Asked(names, dataset, model, eps, images, settings)
+    folder = judging.judge(network, asked, store, device, command_line())
+    metrics = judging.read_metrics(folder)
+    if as_json:
+        print_json({"evaluation": str(folder), "metrics": metrics})
+    else:
+        header = ("evaluator", "metric", "value", "95 % interval", "n")
+        print_table(header, judging.tabulate(metrics))
+    click.echo(f"in {relative(folder)}", err=True)

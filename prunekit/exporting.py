@@ -1,0 +1,84 @@
+"""Pruned networks -> files that other programs read."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from prunekit.checkpoint import read_checkpoint, read_masks
+from prunekit.errors import UserError, relative
+from prunekit.files import write_bytes
+from prunekit.importing import count_imported, find_keep_ratio
+
+HYDRA_NAMES = {
+    "cifar-small": "cifar_model",
+    "cifar-large": "cifar_model_large",
+    "mnist-small": "mnist_model",
+    "mnist-large": "mnist_model_large",
+}
+"""Architectures that HYDRA calls something else than our name with underscores."""
+
+
+def export_hydra(model: Path, out: Path) -> float:
+    """Write a checkpoint as HYDRA does: scores beside the weights, the kept ones the largest.
+
+    Returns the sparsity that it is to be read with: its keep ratio is not in the file. Removed
+    weights are zero in it. Raises `UserError` where one keep ratio cannot say the masks.
+    """
+    if out.exists():
+        raise UserError(f"{relative(out)} is there already; choose another --out")
+    state, header = read_checkpoint(model)
+    masks = read_masks(state, header, model)
+    if not masks:
+        raise UserError(f"{relative(model)} has no masks; it loads as plain weights as it is")
+    if odd := [name for name, mask in masks.items() if not _is_layer(name, mask)]:
+        raise UserError(f"a hydra file has scores of layers only, and {odd[0]} is pruned as well")
+    counts = {name: (mask.numel(), int(mask.sum())) for name, mask in masks.items()}
+    sparsity = find_sparsity(counts)
+    if sparsity is None:
+        kept = sorted((k / n, name) for name, (n, k) in counts.items())
+        raise UserError(
+            f"a hydra file has one keep ratio for all layers, and {kept[0][1]} keeps "
+            f"{kept[0][0]:.4g}, {kept[-1][1]} {kept[-1][0]:.4g} of its weights; prune with "
+            'budget = "layer"'
+        )
+    for name, mask in masks.items():
+        state[f"{name.removesuffix('weight')}popup_scores"] = mask.to(state[name].dtype)
+    name = str(header.get("architecture", {}).get("use", "unknown"))
+    if name.startswith("wrn-"):
+        # HYDRA's own loader wants the block that its forward pass never uses.
+        state |= {f"sub_{n}": v.clone() for n, v in state.items() if n.startswith("block1.")}
+    name = HYDRA_NAMES.get(name, name.removeprefix("cifar-").replace("-", "_"))
+    content = {"epoch": 0, "arch": name, "state_dict": state, "best_prec1": 0.0, "optimizer": {}}
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(out, buffer.getvalue())
+    return sparsity
+
+
+def _is_layer(name: str, mask: Tensor) -> bool:
+    return name.endswith(".weight") and mask.dim() > 1
+
+
+def find_sparsity(counts: Mapping[str, tuple[int, int]]) -> float | None:
+    """The shortest decimal that leaves just so many weights of each layer, by HYDRA's rule.
+
+    `counts` are layer -> (weights, kept weights); None where there is no such number.
+
+    >>> find_sparsity({"a": (1000, 100), "b": (10, 1)}), find_sparsity({"a": (8, 1), "b": (8, 2)})
+    (0.9, None)
+    """
+    low = max((n - kept) / n for n, kept in counts.values())
+    high = min((n - kept + 1) / n for n, kept in counts.values())
+    for digits in range(1, 11):
+        for value in (low, (low + high) / 2):
+            sparsity = round(value, digits)
+            ratio = find_keep_ratio(sparsity)
+            if all(count_imported(n, ratio) == kept for n, kept in counts.values()):
+                return sparsity
+    return None

@@ -1,0 +1,274 @@
+"""Networks of other code become runs that evaluate and finetune."""
+
+import json
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from prunekit_nets import NetOptions
+from prunekit_nets.linear import lin_1
+from prunekit_nets.vgg import build_vgg
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn.utils import prune
+
+from prunekit.checkpoint import read_checkpoint, read_masks
+from prunekit.cli import main
+from prunekit.contracts import Context
+from prunekit.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PRUNEKIT_STORE", raising=False)
+    return tmp_path
+
+
+def call(*arguments, code=0):
+    done = CliRunner().invoke(main, [str(a) for a in arguments])
+    assert done.exit_code == code, done.output
+    assert "Traceback" not in done.output
+    return done.stdout, done.stderr
+
+
+def take(kind, *arguments, model="lin-1", code=0):
+    """Import the file x.pt into runs/x."""
+    return call("import", kind, "x.pt", "--model", model, "--dataset", "digits", *arguments,
+                code=code)  # fmt: skip
+
+
+def make_net(seed=0):
+    torch.manual_seed(seed)
+    return lin_1(NetOptions(), Context(shape=(1, 8, 8), classes=10))
+
+
+def write_hydra(net, path="x.pt", prefix="", extra=None):
+    """A file as HYDRA writes it, with random scores; the scores."""
+    state, scores = dict(net.state_dict()), {}
+    for name, module in net.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            scores[name] = torch.randn_like(module.weight)
+            state[f"{name}.popup_scores"] = scores[name]
+    state = {f"{prefix}{name}": value for name, value in {**state, **(extra or {})}.items()}
+    torch.save({"epoch": 3, "arch": "x", "state_dict": state, "best_prec1": torch.tensor(4.0),
+                "optimizer": {"state": {}, "param_groups": [{"lr": 0.1}]}}, path)  # fmt: skip
+    return scores
+
+
+def find_masks(folder="runs/x"):
+    path = Path(folder) / "model.safetensors"
+    return read_masks(*read_checkpoint(path), path)
+
+
+# HYDRA
+
+
+@pytest.mark.parametrize(("sparsity", "keep_ratio"), [(0.9, 0.1), (0.95, 0.05), (0.1, 0.9)])
+def test_the_masks_are_those_of_the_scores(sparsity, keep_ratio):
+    torch.manual_seed(0)
+    net = build_vgg(2, NetOptions(), Context(shape=(1, 8, 8), classes=10), batch_norm=True)
+    scores = write_hydra(net, prefix="module.")
+    take("hydra", "--sparsity", sparsity, model="vgg2-bn")
+    masks = find_masks()
+    assert masks.keys() == {f"{layer}.weight" for layer in scores}
+    weights = load_file("runs/x/model.safetensors")
+    assert weights.keys() == net.state_dict().keys()
+    for layer, score in scores.items():
+        flat = score.abs().flatten().tolist()
+        removed = sorted(range(len(flat)), key=flat.__getitem__)[
+            : int((1 - keep_ratio) * len(flat))
+        ]
+        expected = torch.ones(len(flat), dtype=torch.bool)
+        expected[removed] = False
+        assert torch.equal(masks[f"{layer}.weight"].flatten(), expected)
+        plain = net.state_dict()[f"{layer}.weight"]
+        assert torch.equal(weights[f"{layer}.weight"], plain * expected.view_as(plain))
+    told = json.loads(Path("runs/x/run.json").read_text())
+    assert told["status"] == "done"
+    assert [stage["kind"] for stage in told["stages"]] == ["import"]
+
+
+def test_a_kept_weight_of_zero_stays_kept():
+    net = make_net()
+    with torch.no_grad():
+        next(net.parameters())[0] = 0.0
+    write_hydra(net)
+    take("hydra", "--sparsity", 0.5)
+    (mask,) = find_masks().values()
+    assert int(mask.sum()) == 320
+
+
+def test_the_unused_block_is_dropped_by_name_alone():
+    extra = {"sub_block1.layer.0.conv1.weight": torch.ones(2),
+             "sub_block1.layer.0.conv1.popup_scores": torch.ones(2)}  # fmt: skip
+    write_hydra(make_net(), extra=extra)
+    take("hydra", "--sparsity", 0.9)
+    write_hydra(make_net(), extra={"sub_block2.weight": torch.ones(2)})
+    error = take("hydra", "--sparsity", 0.9, "--out", "runs/y", code=2)[1]
+    assert "x.pt does not fit the network: not in the network: sub_block2.weight" in error
+    assert not os.path.exists("runs/y")
+
+
+def test_missing_keys_are_listed():
+    net = make_net()
+    write_hydra(net)
+    content = torch.load("x.pt", weights_only=True)
+    (bias,) = [name for name in content["state_dict"] if name.endswith("bias")]
+    del content["state_dict"][bias]
+    torch.save(content, "x.pt")
+    assert f"missing: {bias}" in take("hydra", "--sparsity", 0.9, code=2)[1]
+
+
+def test_a_layer_without_scores_stays_dense():
+    torch.manual_seed(0)
+    net = build_vgg(2, NetOptions(), Context(shape=(1, 8, 8), classes=10))
+    write_hydra(net)
+    content = torch.load("x.pt", weights_only=True)
+    del content["state_dict"]["classifier.4.popup_scores"]
+    torch.save(content, "x.pt")
+    take("hydra", "--sparsity", 0.9, model="vgg2")
+    assert "classifier.4.weight" not in find_masks()
+    assert "classifier.2.weight" in find_masks()
+
+
+def test_what_cannot_be_imported_is_told():
+    write_hydra(make_net())
+    assert "give --sparsity" in take("hydra", code=2)[1]
+    assert "not in the range" in take("hydra", "--sparsity", 1, code=2)[1]
+    assert (
+        "unknown architecture 'lin-9'" in take("hydra", "--sparsity", 0.5, model="lin-9", code=2)[1]
+    )
+    torch.save(make_net().state_dict(), "x.pt")
+    assert "prunekit import dense" in take("hydra", "--sparsity", 0.5, code=2)[1]
+    assert "no file of torch.nn.utils.prune" in take("torch-prune", code=2)[1]
+    write_hydra(make_net(), extra={"lost.popup_scores": torch.ones(3)})
+    assert (
+        "lost.popup_scores (3,) belongs to no weight" in take("hydra", "--sparsity", 0.5, code=2)[1]
+    )
+    os.makedirs("runs/x")
+    Path("runs/x/mine").write_text("")
+    assert "runs/x is there already" in take("hydra", "--sparsity", 0.5, code=2)[1]
+
+
+class Malice:
+    def __reduce__(self):
+        return os.mkdir, ("broken-in",)
+
+
+@pytest.mark.parametrize("kind", ["hydra", "harp", "torch-prune", "dense"])
+@pytest.mark.parametrize("bare", [True, False])
+def test_malice_is_refused(kind, bare):
+    content = {"state_dict": make_net().state_dict(), "optimizer": Malice()}
+    if bare:
+        Path("x.pt").write_bytes(pickle.dumps(content, protocol=2))
+    else:
+        torch.save(content, "x.pt")
+    error = take(kind, "--sparsity", 0.5, code=2)[1]
+    assert "cannot be read as tensors and is not unpickled further" in error
+    assert not os.path.exists("broken-in")
+    assert not os.path.exists("runs/x")
+
+
+# HARP, torch.nn.utils.prune, plain weights
+
+
+def test_harp_layers_have_their_own_keep_ratio():
+    torch.manual_seed(0)
+    net = build_vgg(2, NetOptions(), Context(shape=(1, 8, 8), classes=10))
+    rates = {"features.0": 0.0, "classifier.0": 2.0, "classifier.2": -20.0}
+    scores = write_hydra(net)
+    extra = {f"{layer}.k_score": torch.tensor(rates.get(layer, 0.0)) for layer in scores}
+    scores = write_hydra(net, extra=extra)
+    take("harp", "--sparsity", 0.9, model="vgg2")
+    masks = find_masks()
+    # The least is 0.1 of 0.1: sigmoid(0) = 0.5 gives 0.505, and 576 - int(0.495 * 576) = 291.
+    assert int(masks["features.0.weight"].sum()) == 291
+    # 65536 - int(0.99 * 65536).
+    assert int(masks["classifier.2.weight"].sum()) == 656
+    # sigmoid(2) = 0.880797 gives 0.881989, and 65536 - int(0.118011 * 65536) = 57803.
+    assert int(masks["classifier.0.weight"].sum()) == 57803
+    for layer, score in scores.items():
+        mask = masks[f"{layer}.weight"]
+        assert score.abs()[mask].min() > score.abs()[~mask].max()
+
+
+def test_a_harp_file_needs_its_rates():
+    write_hydra(make_net())
+    assert "k_score of a harp file" in take("harp", "--sparsity", 0.5, code=2)[1]
+
+
+def test_masks_of_torch_come_along():
+    net = make_net()
+    (layer,) = [m for m in net.modules() if isinstance(m, nn.Linear)]
+    prune.l1_unstructured(layer, "weight", amount=0.75)
+    prune.random_unstructured(layer, "bias", amount=0.5)
+    torch.save({f"module.{k}": v for k, v in net.state_dict().items()}, "x.pt")
+    take("torch-prune")
+    masks = find_masks()
+    found = load_file("runs/x/model.safetensors")
+    for name in ("weight", "bias"):
+        (key,) = [k for k in masks if k.endswith(name)]
+        assert torch.equal(masks[key], getattr(layer, f"{name}_mask").bool())
+        assert torch.equal(found[key], getattr(layer, name).detach())
+
+
+def test_zeros_of_plain_weights_are_the_mask():
+    net = make_net()
+    (layer,) = [m for m in net.modules() if isinstance(m, nn.Linear)]
+    with torch.no_grad():
+        layer.weight[:5] = 0.0
+        layer.bias.zero_()
+    torch.save(net.state_dict(), "x.pt")
+    take("dense")
+    ((name, mask),) = find_masks().items()
+    assert name.endswith("weight")
+    assert torch.equal(mask, layer.weight != 0)
+
+
+# Going on
+
+
+def test_an_imported_run_evaluates_and_finetunes():
+    write_hydra(make_net())
+    take("hydra", "--sparsity", 0.9, "--eps", "0.1", "--set", "dataset.fraction=0.1")
+    call("check", "runs/x/recipe.toml")
+    Path("go.toml").write_text(
+        'extends = "runs/x/recipe.toml"\nname = "go"\nobjective = "benign"\n'
+        '[[stage]]\nkind = "finetune"\nepochs = 2\n[[stage]]\nkind = "evaluate"\nwith = ["clean"]\n'
+    )
+    call("run", "go.toml", "--device", "cpu")
+    assert find_masks("runs/go").keys() == find_masks().keys()
+    before, after = find_masks(), find_masks("runs/go")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    (name,) = before
+    old, new = (load_file(f"runs/{run}/model.safetensors")[name] for run in ("x", "go"))
+    assert not new[~before[name]].any()
+    assert not torch.equal(old, new)
+    header = read_checkpoint(Path("runs/go/model.safetensors"))[1]
+    assert header["sparsity"] == pytest.approx(0.9)
+    told = json.loads(Path("runs/go/run.json").read_text())
+    assert told["stages"][-1]["metrics"]["sparsity"] == pytest.approx(0.9)
+
+
+def test_without_a_file_to_start_from_finetune_needs_a_prune_stage():
+    Path("r.toml").write_text(
+        'architecture = "lin-1"\ndataset = "digits"\nobjective = "benign"\n'
+        '[[stage]]\nkind = "finetune"\nepochs = 2\n'
+    )
+    assert "finetune before any prune" in call("check", "r.toml", code=2)[1]
+
+
+def test_a_header_that_does_not_fit_is_told(here):
+    state = {"a": torch.ones(3)}
+    for header in (
+        {"masked": ["b"], "kept_zeros": {}},
+        {"masked": ["a"], "kept_zeros": {"a": [7]}},
+        {"masked": 5},
+        {"masked": ["a"]},
+    ):
+        with pytest.raises(UserError, match="damaged"):
+            read_masks(state, header, here / "m.safetensors")
