@@ -130,3 +130,13 @@ def test_recipe_in_the_readme_passes_check(tmp_path):
     recipe = tmp_path / "readme.toml"
     recipe.write_text(block)
     assert len(make_plan(load_recipe(recipe), load_registry()).runs) == 18
+
+
+def test_output_of_the_quickstart_in_the_readme_is_that_of_its_recipe():
+    """Every combination of the sweep has its row, and nothing else has."""
+    text = (ROOT / "README.md").read_text()
+    (block,) = re.findall(r"<!-- quickstart -->\n```text\n(.*?)```", text, re.DOTALL)
+    rows = [line.split()[1:3] for line in block.splitlines() if line.split()[:1] == ["pruned"]]
+    plan = make_plan(load_recipe(ROOT / "recipes/quickstart.toml"), load_registry())
+    wanted = [[str(r.settings["prune.sparsity"]), r.settings["prune.pruner"]] for r in plan.runs]
+    assert rows == wanted
