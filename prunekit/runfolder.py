@@ -18,7 +18,7 @@ import filelock
 import tomli_w
 
 from prunekit.errors import UserError, relative
-from prunekit.files import copy, make_folder, read_json, write_bytes, write_json, write_text
+from prunekit.files import copy, make_folder, read_json, write_json, write_npz, write_text
 from prunekit.plan import Plan, Run, Stage
 from prunekit.store import StageFolder, StageResult, find_versions
 
@@ -116,17 +116,13 @@ class RunFolder:
 
     def _write_records(self) -> None:
         """Arrays of all evaluate stages, named "stage/evaluator.record"."""
-        import io
-
         import numpy as np
 
         arrays: dict[str, Any] = {}
         for name, path in self._records.items():
             with np.load(path, allow_pickle=False) as stored:
                 arrays |= {f"{name}/{key}": stored[key] for key in stored.files}
-        buffer = io.BytesIO()
-        np.savez_compressed(buffer, **arrays)
-        write_bytes(self.path / "records.npz", buffer.getvalue())
+        write_npz(self.path / "records.npz", arrays)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from typing import Any
 import filelock
 
 from prunekit.errors import UserError, relative
-from prunekit.files import make_folder, read_json, write_bytes, write_json
+from prunekit.files import make_folder, read_json, write_json, write_npz
 from prunekit.stop import Stop
 
 STORE = ".stages"
@@ -97,13 +97,7 @@ class StageFolder:
 
     def write_records(self, records: Mapping[str, Any]) -> None:
         """Per-image records as npz."""
-        import io
-
-        import numpy as np
-
-        buffer = io.BytesIO()
-        np.savez_compressed(buffer, **records)
-        write_bytes(self.records, buffer.getvalue())
+        write_npz(self.records, records)
 
 
 @dataclass(frozen=True)
