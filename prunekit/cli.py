@@ -246,7 +246,8 @@ def _show_failure(folder: RunFolder) -> None:
         import traceback
 
         traceback.print_exception(folder.cause)
-    click.echo(f"prunekit: run {folder.run.label!r} failed: {folder.error}", err=True)
+    name = f"run {folder.run.label!r}" if folder.plan.swept else "the run"
+    click.echo(f"prunekit: {name} failed: {folder.error}", err=True)
 
 
 # Results

@@ -35,10 +35,10 @@ def find_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0].partition(". ")[0].partition(" device type")[0][:80]
         raise UserError(
-            f"device {name!r} is not to be had ({reason}); write --device cpu"
+            f"no device {name!r} here ({reason}); write auto, cpu, cuda, cuda:1 or mps"
         ) from None
     if device.type == "cuda":
         # fp32 means fp32; and the same run gives the same bits.
