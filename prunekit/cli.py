@@ -257,11 +257,31 @@ def _show_failure(folder: RunFolder) -> None:
 @click.argument("folder", type=click.Path(path_type=Path), default="runs")
 @as_json
 @click.option("--csv", "as_csv", is_flag=True, help="Print CSV.")
-def results(folder: Path, as_json: bool, as_csv: bool) -> None:
+@click.option("--layers", is_flag=True, help="Count the kept weights of every layer instead.")
+def results(folder: Path, as_json: bool, as_csv: bool, layers: bool) -> None:
     """Compare all runs below FOLDER (mean and spread over seeds)."""
-    if as_json and as_csv:
-        raise click.UsageError("--json and --csv exclude each other")
-    _print_results(folder, as_json, as_csv)
+    if as_json + as_csv + layers > 1:
+        raise click.UsageError("--json, --csv and --layers exclude each other")
+    if layers:
+        _print_layers(folder)
+    else:
+        _print_results(folder, as_json, as_csv)
+
+
+def _print_layers(folder: Path) -> None:
+    from prunekit.results import find_runs
+    from prunekit.showing import print_table
+
+    rows = []
+    for found in find_runs(folder):
+        counts = {name: (n["kept"], n["weights"]) for name, n in found.layers.items()}
+        counts["all"] = (sum(k for k, _ in counts.values()), sum(n for _, n in counts.values()))
+        rows += [
+            (relative(found.folder), name, f"{kept:,}", f"{n:,}", f"{1 - kept / n:.4%}")
+            for name, (kept, n) in counts.items()
+            if n
+        ]
+    print_table(("run", "layer", "kept", "weights", "sparsity"), rows)
 
 
 def _print_results(folder: Path, as_json: bool, as_csv: bool = False) -> None:

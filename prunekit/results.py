@@ -7,7 +7,7 @@ import math
 import os
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,8 @@ class Run:
     """Its place in the recipe's sweep."""
     keys: tuple[str, ...] = ()
     """Of all its stages, those to come too."""
+    layers: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """Weight -> how many are "kept" of its "weights"."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,7 @@ def read_run(folder: Path) -> Run:
             error=told.get("error") or "",
             number=int(told.get("number", 0)),
             keys=tuple(told.get("keys", ())),
+            layers=dict((told.get("sparsity") or {}).get("layers", {})),
         )
     except KeyError as error:
         raise UserError(f"{where}: lacks {error}; run the recipe again") from error

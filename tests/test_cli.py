@@ -581,3 +581,15 @@ def test_changed_data_is_run_again(tmp_path):
     # Gone, the results are still there to be shown.
     (tmp_path / "my.npz").rename(tmp_path / "gone.npz")
     assert CliRunner().invoke(main, ["results", out]).exit_code == 0
+
+
+def test_results_count_the_layers(ran):
+    out, _ = call("results", "runs", "--layers")
+    header, *rows = [line.split() for line in out.splitlines()]
+    assert header == ["run", "layer", "kept", "weights", "sparsity"]
+    told = json.loads((ran / "runs/tiny/run.json").read_text())["sparsity"]
+    counts = {row[1]: [int(cell.replace(",", "")) for cell in row[2:4]] for row in rows}
+    assert counts.pop("all") == [told["kept"], told["weights"]]
+    assert counts == {n: [c["kept"], c["weights"]] for n, c in told["layers"].items()}
+    _, err = call("results", "runs", "--layers", "--json", code=2)
+    assert "exclude each other" in err
