@@ -6,7 +6,7 @@ import dataclasses
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 import pluggy
 
@@ -78,6 +78,14 @@ class Component:
     """Pruners: scores are trained, so the stage needs `epochs` and an `optimizer`."""
     facts: Callable[[Any], Facts] | None = None
     """Data sets: options -> Facts; None where only the files tell."""
+    judges: Literal["", "attack", "proof"] = ""
+    """Evaluators: what a record of an image says of its robustness under the threat.
+
+    An "attack" records `correct`: it did not fool the network there. A "proof" records `verified`:
+    no attack can. The core warns where the two contradict each other.
+    """
+    beats: tuple[str, ...] = ()
+    """Evaluators: names of attacks that leave more images standing than this one should."""
 
     @property
     def package(self) -> str:

@@ -18,6 +18,7 @@ from prunekit.contracts import Context, Data, Objective, Scores, Split
 from prunekit.data import Extra, eval_batches, train_batches
 from prunekit.errors import RunError
 from prunekit.evaluation import eval_mode
+from prunekit.guards import cross_examine
 from prunekit.masks import (
     apply_masks,
     count_weights,
@@ -230,6 +231,7 @@ def evaluate(state: State, stage: Stage, work: Work) -> Outcome:
                     f"{len(values)} records {name!r} for {len(labels)} images"
                 )
             records[f"{use.name}.{name}"] = values
+    notes += cross_examine(options.with_, records)
     return Outcome({**metrics, **_sparsity(state)}, records=records, notes=tuple(notes))
 
 

@@ -326,6 +326,9 @@ def _check_evaluator(use: Use[Any], context: Context) -> None:
     assert isinstance(result, Result), f"{name}: gives a {type(result).__name__}, no Result"
     assert result.metrics, f"{name}: no metric"
     assert all(np.isfinite(v) for v in result.metrics.values()), f"{name}: a metric is not finite"
+    if verdict := {"attack": "correct", "proof": "verified"}.get(use.component.judges):
+        kept = np.asarray(result.records.get(verdict, ()))
+        assert kept.dtype == bool, f"{name}: no boolean record {verdict!r}"
     assert result.metrics == results[1].metrics, f"{name}: not repeatable under one seed"
     for key, record in result.records.items():
         assert len(record) == 2 * BATCH, f"{name}: {len(record)} records {key!r}, not one an image"

@@ -161,6 +161,7 @@ def prunekit_evaluators() -> Iterable[Component]:
         options=PgdOptions,
         paper="Madry et al., ICLR 2018, arXiv 1706.06083",
         passes=lambda options: 1 + options.restarts * (options.steps + 1),
+        judges="attack",
     )
     yield Component(
         name="autoattack",
@@ -170,4 +171,6 @@ def prunekit_evaluators() -> Iterable[Component]:
         needs=("pyautoattack",),
         paper="Croce and Hein, ICML 2020, arXiv 2003.01690",
         passes=count_autoattack,
+        judges="attack",
+        beats=("pgd",),
     )
