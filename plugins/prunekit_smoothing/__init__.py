@@ -80,7 +80,7 @@ class CertifyOptions:
             raise OptionError(
                 "radii",
                 f"sigma = {self.sigma:g} with n = {self.n} and alpha = {self.alpha:g} certifies "
-                f"nothing beyond {reach(self):.3g}, so not {name_radius(max(self.radii))}; raise n "
+                f"nothing beyond {reach(self):.4g}, so not {name_radius(max(self.radii))}; raise n "
                 "or sigma, or write smaller radii",
             )
 
@@ -112,7 +112,7 @@ def reach(options: CertifyOptions) -> float:
     """The largest radius that can come out: that of an image whose n samples all agree.
 
     >>> round(reach(CertifyOptions()), 4)
-    0.7998
+    0.7996
     """
     alpha = options.alpha / len(plan_looks(options))
     return options.sigma * NormalDist().inv_cdf(alpha ** (1 / options.n))
