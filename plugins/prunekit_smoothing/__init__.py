@@ -66,7 +66,7 @@ class CertifyOptions:
         False, help="stop sampling an image once the given radii are decided; no acr then"
     )
     batch: int | None = option(
-        None, help="noisy images in a forward pass; default 100 on a CPU, 1000 elsewhere", low=1
+        None, help="noisy images in a forward pass; default 50 on a CPU, 1000 elsewhere", low=1
     )
 
     def __post_init__(self) -> None:

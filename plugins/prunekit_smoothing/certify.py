@@ -115,7 +115,7 @@ class Certify:
         for x, y in batches:
             labels.append(y.cpu())
             precision = name_precision(model, x)
-            batch = self.options.batch or (100 if x.device.type == "cpu" else 1000)
+            batch = self.options.batch or (50 if x.device.type == "cpu" else 1000)
             sampler = Sampler(model, self.options.sigma, self.seed, batch)
             for part in x.split(sampler.together):
                 if seen >= len(work.done):
