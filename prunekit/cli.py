@@ -321,6 +321,22 @@ def _print_results(
 
 
 @main.command()
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), default=Path("curve.png"),
+              help="Picture to write: .png, .svg, .pdf.", show_default=True)  # fmt: skip
+@as_json
+def curve(runs: tuple[Path, ...], out: Path, as_json: bool) -> None:
+    """Draw certified accuracy against the radius, of all runs in the folders RUNS."""
+    from prunekit import curves
+
+    found = curves.find_curves(runs)
+    curves.draw(found, out)
+    if as_json:
+        print_json({"file": str(out), "curves": curves.to_json(found)})
+    click.echo(f"in {relative(out)}", err=True)
+
+
+@main.command()
 @click.argument("folder", type=click.Path(path_type=Path), default="runs")
 @click.option("--store", type=click.Path(path_type=Path), envvar="PRUNEKIT_STORE",
               help="Folder of stage results; .stages in FOLDER by default.")  # fmt: skip

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 import pluggy
 
 if TYPE_CHECKING:
-    from prunekit.contracts import Context, Threat
+    from prunekit.contracts import Context, Norm, Threat
 
 API_VERSION = 1
 """Version of the plugin API: declarations, hooks and contracts together."""
@@ -147,12 +147,13 @@ def option(
     below: float | None = None,
     smoke: Any = None,
     exists: bool = False,
+    norm: Norm | None = None,
 ) -> Any:
     """A field of an options dataclass, with what `show` prints and `check` holds it against.
 
     `low` and `high` are allowed values, `above` and `below` are not; `smoke` is the most that
-    `--smoke` uses (attack steps, samples); a path that must be there says `exists=True`. Without
-    `default` the recipe has to give a value.
+    `--smoke` uses (attack steps, samples); a path that must be there says `exists=True`, a radius
+    that is always of one `norm` says which. Without `default` the recipe has to give a value.
 
     >>> @dataclass(frozen=True)
     ... class Options:
@@ -161,7 +162,8 @@ def option(
     10
     """
     limits = {"low": low, "high": high, "above": above, "below": below}
-    metadata = {"help": help, "unit": unit, "smoke": smoke, "exists": exists, **limits}
+    metadata = {"help": help, "unit": unit, "smoke": smoke, "exists": exists, "norm": norm}
+    metadata |= limits
     if isinstance(default, dict):  # a component with options; dataclasses want a factory for it
         return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)

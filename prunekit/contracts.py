@@ -169,6 +169,10 @@ class OptimizerChoice:
     schedule: Schedule
 
 
+def _go_on() -> None:
+    """Nobody asks for a stop."""
+
+
 def _absent(*_: Any) -> Any:
     raise RuntimeError("this part of the context exists only while a pruner scores")
 
@@ -214,5 +218,8 @@ class Context:
     gradient goes straight through; returns |score| of the best epoch."""
     scratch: Path | None = None
     """Evaluators: a folder of their own; what they leave there survives a kill, not the stage."""
+    pause: Callable[[], None] = _go_on
+    """Evaluators that take long over a batch: to be called where nothing would be lost; raises
+    `Interrupted` where the user has asked for a stop."""
     live: bool = False
     """Reporters: a terminal is there, so progress may be animated."""

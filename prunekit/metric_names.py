@@ -24,7 +24,7 @@ def split_metric(metric: str) -> tuple[str, str]:
     return ".".join(owner), measure
 
 
-FACTS = {"standard", "seed"}
+FACTS = {"standard", "seed", "sigma"}
 """Numbers that say how a metric was measured; not columns of the table either."""
 
 

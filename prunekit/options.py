@@ -104,7 +104,7 @@ class Resolver:
                 self.problem(path, f"{owner} needs {key}: {way}")
                 continue
             value = _over_default(table[key], default) if key in table else default
-            asked = Asked((*path, key), f, owner, norm)
+            asked = Asked((*path, key), f, owner, f.metadata.get("norm") or norm)
             with self._collecting():
                 values[f.name] = None if value is None else self._value(hints[f.name], value, asked)
         if len(self.problems) > before:

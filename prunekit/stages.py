@@ -214,7 +214,8 @@ def evaluate(state: State, stage: Stage, work: Work) -> Outcome:
     state.model.requires_grad_(False)
     for use in options.with_:
         seeds.seed_all(work.run.seed, stage.position, "evaluate", use.name)
-        evaluator = use.build(replace(context, scratch=work.folder.scratch(use.name)))
+        scratch = work.folder.scratch(use.name)
+        evaluator = use.build(replace(context, scratch=scratch, pause=work.stop.check))
         with eval_mode(state.model), warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             result = evaluator(state.model, _watched(work, stage, use.name, index))

@@ -26,7 +26,8 @@ STORE = ".stages"
 """Name of the store's folder, beside the run folders that share it."""
 
 PRESENTATION = {
-    "__main__", "choosing", "cli", "cli_models", "errors", "exporting", "failures", "hookspecs",
+    "__main__", "choosing", "cli", "cli_models", "curves", "errors", "exporting", "failures",
+    "hookspecs",
     "importing", "judging", "metric_names", "options", "plan", "recipe", "registry", "report",
     "results", "runfolder", "running", "showing", "source", "stop", "sweep", "tables", "testing",
     "values",

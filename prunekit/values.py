@@ -41,8 +41,13 @@ class Asked:
     @property
     def name(self) -> str:
         """The option as a message calls it: "betas of optimizer 'adam'", "betas[1] of ..."."""
+        return f"{self.key} of {self.owner}"
+
+    @property
+    def key(self) -> str:
+        """The option alone: "betas", "betas[1]"."""
         key = self.path[-1]
-        return f"{key if isinstance(key, str) else f'{self.path[-2]}[{key}]'} of {self.owner}"
+        return key if isinstance(key, str) else f"{self.path[-2]}[{key}]"
 
     def item(self, index: int) -> Asked:
         return dataclasses.replace(self, path=(*self.path, index))
@@ -87,8 +92,8 @@ def read_radius(value: Any, asked: Asked) -> Radius:
         raise asked.wants('a radius such as 0.03 or "8/255"', value)
     if not 0 <= number < float("inf") or (number > 1 and asked.norm == "linf"):
         way = f'; write "{number:g}/255"' if 1 < number <= 255 else ""
-        key = asked.path[-1]
-        raise Mistake(asked.path, f"{key} is a radius in [0, 1] pixel units, got {value}{way}")
+        message = f"{asked.key} is a radius in [0, 1] pixel units, got {value}{way}"
+        raise Mistake(asked.path, message)
     check_limits(number, asked)
     return Radius(number)
 

@@ -80,6 +80,7 @@ def build_pruner(options, context):
 def build_evaluator(options, context):
     def evaluate(model, batches):
         tell("evaluator")
+        act.get("judge", lambda context: None)(context)
         n = sum(len(y) for _, y in batches)
         return Result({"value": act.get("value", 0.5)}, {"correct": np.zeros(n, bool)})
 
@@ -242,6 +243,29 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(bench, stage):
     (started,) = [e for e in bench.of(StageStarted) if e.stage == stage]
     assert started.epoch == 1
     assert bench.run(recipe=recipe)[0].metrics == whole.metrics
+
+
+def test_an_evaluator_can_be_stopped_within_a_batch_and_finds_what_it_left(bench, parts):
+    engine = bench.engine()
+    stages, found = [None], []
+
+    def judge(context):
+        if stages[-1] != "evaluate":  # the rehearsal
+            return
+        note = context.scratch / "note"
+        found.append(note.exists())
+        note.write_text("so far")
+        engine.stop.requested = len(found) == 1
+        context.pause()
+
+    parts.act["judge"] = judge
+    engine.report = lambda event: stages.append(getattr(event, "stage", None))
+    recipe = RECIPE.replace('["clean"]', '["told"]')
+    with pytest.raises(Interrupted):
+        engine.run(bench.plan(recipe=recipe), bench.folder / "out")
+    engine.stop.requested = False
+    engine.run(bench.plan(recipe=recipe), bench.folder / "out")
+    assert found == [False, True]
 
 
 @pytest.mark.parametrize(

@@ -285,6 +285,21 @@ def test_a_radius_above_one_is_a_mistake_in_linf_alone():
     assert resolve({"with": [{"use": "pgd", "eps": 2, "norm": "l2"}]})[1] == []
 
 
+@dataclass(frozen=True)
+class OfOneNorm:
+    radii: tuple[Radius, ...] = option((), help="radii", norm="l2", above=0)
+
+
+def test_a_radius_that_is_always_of_l2_may_be_above_one_whatever_the_threat():
+    table = {"radii": [0.5, 2]}
+    for threat in (None, Threat("linf", 0.1)):
+        options, problems = resolve(table, OfOneNorm, threat)
+        assert (options.radii, problems) == ((0.5, 2), [])
+    assert resolve({"radii": [0.5, -1]}, OfOneNorm)[1] == [
+        "radii.1: radii[1] is a radius in [0, 1] pixel units, got -1"
+    ]
+
+
 def test_a_missing_threat_is_asked_for():
     assert resolve({"with": ["pgd"]})[1] == [
         "with.0: evaluator 'pgd' needs a threat; write [threat] with norm = \"linf\" and eps = "

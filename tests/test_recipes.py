@@ -16,10 +16,16 @@ RECIPES = {
     for path in sorted((ROOT / "recipes").rglob("*.toml"))
 }
 
+SMOOTHED = [
+    f"hydra/{data}-{net}-smoothing" for data in ("cifar10", "svhn") for net in ("vgg16", "wrn-28-4")
+]
+
 LESS = {
     # A forward pass costs 5 GMAC an image; the narrow net has the same layers.
     "hydra/cifar10-wrn-28-10": ("architecture=wrn-28-1",),
     "hydra/imagenet-resnet50-free-adv": ("prune.pruner=score",),
+    # Their networks are run by the rows of adversarial training.
+    **dict.fromkeys(SMOOTHED, ("architecture=vgg4-bn",)),
 }
 """What the smoke run of a recipe is spared here."""
 
@@ -112,7 +118,34 @@ def test_row_of_the_paper_has_its_settings(recipe):
                 assert (objective.component.name, *trades) == ("trades", 6.0, 10, 0.0078)
 
 
-@pytest.mark.parametrize("recipe", [*ROWS, "cifar10-resnet18-2-4", "cifar10-resnet18-channels"])
+@pytest.mark.parametrize("recipe", SMOOTHED)
+def test_smoothed_row_differs_in_objective_and_judgement_alone(recipe):
+    theirs = {str(r.settings): r for r in plan(recipe.removesuffix("-smoothing")).runs}
+    ours = {str(r.settings): r for r in plan(recipe).runs}
+    assert ours.keys() == theirs.keys()
+    for settings, run in ours.items():
+        other = theirs[settings]
+        assert describe(run.architecture) == describe(other.architecture)
+        assert (describe(run.dataset), run.data) == (describe(other.dataset), other.data)
+        for stage, twin in zip(run.stages, other.stages, strict=True):
+            mine, others = describe(stage.options), describe(twin.options)
+            if stage.kind == "evaluate":
+                clean, certify = stage.options.with_
+                assert (clean.component.name, certify.component.name) == ("clean", "certify")
+                wanted = certify.options
+                assert (wanted.sigma, wanted.n0, wanted.n) == (0.25, 100, 10_000)
+                assert (wanted.alpha, wanted.sequential) == (0.001, False)
+                assert 110 / 255 in wanted.radii
+                continue
+            objective, replaced = mine.pop("objective"), others.pop("objective")
+            assert (objective["use"], replaced["use"]) == ("smoothing", "trades")
+            assert (objective["sigma"], objective["beta"]) == (0.25, 6.0)
+            assert mine == others
+
+
+@pytest.mark.parametrize(
+    "recipe", [*ROWS, *SMOOTHED, "cifar10-resnet18-2-4", "cifar10-resnet18-channels"]
+)
 def test_methods_are_treated_alike(recipe):
     """At one sparsity, runs differ in the pruner alone."""
     alike = {}

@@ -1,0 +1,80 @@
+"""Training for randomized smoothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from prunekit.contracts import Clock, Context, Loss
+from prunekit_smoothing import SmoothingOptions
+
+
+@dataclass(frozen=True)
+class Smoothing:
+    """Validation of both losses; noise is added in pixel units, and noisy images are not clamped.
+
+    The validation metric `noisy_accuracy` of an image is the part of `draws` noisy copies that the
+    network gets right.
+    """
+
+    model: nn.Module
+    sigma: float
+    draws: int
+
+    def add_noise(self, x: Tensor) -> Tensor:
+        """x + N(0, sigma^2)."""
+        return x + self.sigma * torch.randn_like(x)
+
+    def predict(self, x: Tensor) -> Tensor:
+        """Logits (B, K), in float32 at least: in bfloat16 a softmax loses small differences."""
+        logits: Tensor = self.model(x)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    @torch.no_grad()
+    def validate(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        noisy = torch.stack(
+            [self.predict(self.add_noise(x)).argmax(1) == y for _ in range(self.draws)]
+        )
+        accuracy = (self.predict(x).argmax(1) == y).float()
+        return {"accuracy": accuracy, "noisy_accuracy": noisy.float().mean(0)}
+
+
+@dataclass(frozen=True)
+class Stability(Smoothing):
+    """CE(f(x), y) + beta * KL(p(x) || p(x + noise)) (Carmon et al., NeurIPS 2019, section 3.2).
+
+    Gradients flow through both arguments of the KL. The terms that are logged are `natural` and,
+    before beta, `stability`; logits are those at x.
+    """
+
+    beta: float
+
+    def __call__(self, x: Tensor, y: Tensor, clock: Clock) -> Loss:
+        # Two forward passes, not one of both: batch statistics of clean and noisy images differ.
+        logits = self.predict(x)
+        noisy = self.predict(self.add_noise(x))
+        natural = F.cross_entropy(logits, y)
+        stability = F.kl_div(
+            noisy.log_softmax(1), logits.log_softmax(1), reduction="batchmean", log_target=True
+        )
+        terms = {"natural": natural.detach(), "stability": stability.detach()}
+        return Loss(natural + self.beta * stability, logits.detach(), terms)
+
+
+@dataclass(frozen=True)
+class NoiseTraining(Smoothing):
+    """CE(f(x + noise), y) (Cohen et al., ICML 2019, section 3.3); logits are those at x + noise."""
+
+    def __call__(self, x: Tensor, y: Tensor, clock: Clock) -> Loss:
+        logits = self.predict(self.add_noise(x))
+        return Loss(F.cross_entropy(logits, y), logits.detach())
+
+
+def build_smoothing(options: SmoothingOptions, context: Context) -> Smoothing:
+    common = (context.model, options.sigma, options.validation_draws)
+    if options.beta is None:
+        return NoiseTraining(*common)
+    return Stability(*common, options.beta)
