@@ -21,6 +21,10 @@ class RunError(UserError):
     code = 1
 
 
+class PluginError(RunError):
+    """A plugin is broken: what it declares cannot be loaded or built."""
+
+
 class DataMissingError(UserError):
     """The files of a data set are not there and cannot be fetched (`--smoke` then goes without)."""
 

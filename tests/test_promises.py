@@ -99,6 +99,36 @@ def read_example(doc: str) -> dict[str, str]:
     return {name: "\n".join(lines) + "\n" for name, lines in files.items()}
 
 
+@pytest.mark.parametrize("plugin", PLUGINS, ids=lambda p: p.name)
+def test_plugins_name_the_other_plugins_whose_code_they_use(plugin):
+    """What decides a result is in its key: `Component.sources` names what is imported."""
+    names = {p.name for p in PLUGINS}
+    for entry in load_registry().entries:
+        if entry.component.package == plugin.name:
+            module = entry.component.build.partition(":")[0].replace(".", "/")
+            used = reach(plugin.parent / module)
+            assert used & names - {plugin.name} <= set(entry.component.sources), entry
+
+
+def reach(module: Path, known: frozenset[str] = frozenset()) -> set[str]:
+    """Packages that a plugin's module imports, through modules of its own package as well."""
+    file = (
+        module.with_suffix(".py") if module.with_suffix(".py").exists() else module / "__init__.py"
+    )
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    used = {name.partition(".")[0] for name in found}
+    package = module.relative_to(ROOT / "plugins").parts[0]
+    for name in found - known:
+        if name.partition(".")[0] == package:
+            used |= reach(ROOT / "plugins" / name.replace(".", "/"), known | found)
+    return used
+
+
 def test_every_plugin_has_a_test_file():
     missing = [
         p.name
