@@ -320,4 +320,5 @@ def clean(folder: Path, store: Path | None, dry_run: bool) -> None:
     click.echo(f"{sum(s for _, s in freed) / 1e6:.1f} MB {verb} ({count(len(freed), 'stage')})")
 
 
-import prunekit.cli_models  # noqa: E402, F401  its commands join `main`
+import prunekit.cli_models  # noqa: E402  its commands join `main`
+import prunekit.cli_support  # noqa: E402, F401

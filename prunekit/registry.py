@@ -40,6 +40,11 @@ class Entry:
         return f"{self.plugin} ({self.distribution})"
 
     @property
+    def ours(self) -> bool:
+        """Whether it comes with prunekit."""
+        return self.distribution.partition(" ")[0] == "prunekit"
+
+    @property
     def reference(self) -> str:
         """What a recipe writes after `use =`: the name, with the plugin where two claim it."""
         name = self.component.name

@@ -1,7 +1,6 @@
 """Promises about the whole."""
 
 import ast
-import inspect
 import re
 import subprocess
 import sys
@@ -9,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from prunekit import hookspecs
 from prunekit.component import KINDS
 from prunekit.plan import make_plan
 from prunekit.recipe import load_recipe
@@ -72,11 +70,11 @@ def test_recipe_begins_with_the_command_that_runs_it(recipe):
 @pytest.mark.parametrize("kind", KINDS)
 def test_hook_shows_a_plugin_that_works(kind, tmp_path, monkeypatch):
     """The example in the docstring of each hook, written to disk, keeps the contract."""
+    from prunekit.scaffold import read_example
     from prunekit.testing import check_component, find_components
 
-    hook = getattr(hookspecs, f"prunekit_{kind}s")
     package = f"documented_{kind}"
-    for name, code in read_example(hook.__doc__).items():
+    for name, code in read_example(kind).items():
         file = tmp_path / name.replace("my_plugin", package)
         file.parent.mkdir(exist_ok=True)
         file.write_text(code.replace("my_plugin", package))
@@ -84,19 +82,6 @@ def test_hook_shows_a_plugin_that_works(kind, tmp_path, monkeypatch):
     ((found, component),) = find_components(package)
     assert found == kind
     check_component(kind, component)
-
-
-def read_example(doc: str) -> dict[str, str]:
-    """File name -> code of the example in a docstring; a comment names each file."""
-    files: dict[str, list[str]] = {}
-    name = ""
-    for line in inspect.cleandoc(doc).splitlines():
-        if found := re.fullmatch(r"# (my_plugin/\w+\.py)", line):
-            name = found[1]
-            files[name] = []
-        elif name:
-            files[name].append(line)
-    return {name: "\n".join(lines) + "\n" for name, lines in files.items()}
 
 
 @pytest.mark.parametrize("plugin", PLUGINS, ids=lambda p: p.name)
