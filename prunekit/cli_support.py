@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import click
@@ -38,3 +39,26 @@ def new_plugin(name: str, kinds: tuple[str, ...], into: Path, as_json: bool) -> 
         return
     click.echo(relative(folder))
     click.echo(f"try it: cd {relative(folder)} && pip install -e . && python -m pytest", err=True)
+
+
+@main.command()
+@click.argument("runs", type=click.Path(path_type=Path), default="runs")
+@click.option("--store", type=click.Path(path_type=Path), envvar="PRUNEKIT_STORE",
+              help="Folder of stage results; .stages in RUNS by default.")  # fmt: skip
+@as_json
+def doctor(runs: Path, store: Path | None, as_json: bool) -> None:
+    """Look at this installation: versions, devices, data, plugins; what is broken, what mends it.
+
+    Exit code 1 where something is broken.
+    """
+    from prunekit.doctor import diagnose, render
+    from prunekit.registry import load_registry
+
+    findings = diagnose(load_registry(), runs, store)
+    broken = sum(finding.broken for finding in findings)
+    if as_json:
+        print_json({"broken": broken, "findings": [vars(finding) for finding in findings]})
+    else:
+        click.echo(render(findings))
+    if broken:
+        sys.exit(1)
