@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from prunekit import completion
 from prunekit.cli import as_json, main, print_json
 from prunekit.component import KINDS
 from prunekit.errors import relative
@@ -62,3 +63,16 @@ def doctor(runs: Path, store: Path | None, as_json: bool) -> None:
         click.echo(render(findings))
     if broken:
         sys.exit(1)
+
+
+@main.command("completion")
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def print_completion(shell: str) -> None:
+    """Print what makes a SHELL complete commands, components and recipes.
+
+    \b
+    bash   eval "$(prunekit completion bash)"      in ~/.bashrc
+    zsh    eval "$(prunekit completion zsh)"       in ~/.zshrc, after compinit
+    fish   prunekit completion fish | source       in ~/.config/fish/config.fish
+    """
+    click.echo(completion.write_script(shell, main))
