@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -265,14 +266,24 @@ def _show_failure(folder: RunFolder) -> None:
 @as_json
 @click.option("--csv", "as_csv", is_flag=True, help="Print CSV.")
 @click.option("--layers", is_flag=True, help="Count the kept weights of every layer instead.")
-def results(folder: Path, as_json: bool, as_csv: bool, layers: bool) -> None:
-    """Compare all runs below FOLDER (mean and spread over seeds)."""
+@click.option("--choose", multiple=True, metavar="ADDRESS",
+              help="Keep the value of this setting that is best on validation.")  # fmt: skip
+def results(
+    folder: Path, as_json: bool, as_csv: bool, layers: bool, choose: tuple[str, ...]
+) -> None:
+    """Compare all runs below FOLDER (mean and spread over seeds).
+
+    With --choose finetune.optimizer.lr, say, only the rate stays that was best on the validation
+    images, for each of the other settings: nothing is chosen by test results.
+    """
     if as_json + as_csv + layers > 1:
         raise click.UsageError("--json, --csv and --layers exclude each other")
+    if layers and choose:
+        raise click.UsageError("--layers counts the weights of all runs; leave --choose out")
     if layers:
         _print_layers(folder)
     else:
-        _print_results(folder, as_json, as_csv)
+        _print_results(folder, as_json, as_csv, choose)
 
 
 def _print_layers(folder: Path) -> None:
@@ -291,19 +302,29 @@ def _print_layers(folder: Path) -> None:
     print_table(("run", "layer", "kept", "weights", "sparsity"), rows)
 
 
-def _print_results(folder: Path, as_json: bool, as_csv: bool = False) -> None:
+def _print_results(
+    folder: Path, as_json: bool, as_csv: bool = False, addresses: tuple[str, ...] = ()
+) -> None:
     from rich.console import Console
 
     from prunekit import tables
+    from prunekit.choosing import choose, tell
     from prunekit.results import compare, find_runs
 
-    rows = compare(find_runs(folder))
+    runs, choices = choose(find_runs(folder), addresses) if addresses else (find_runs(folder), [])
+    rows = compare(runs)
     if as_json:
-        click.echo(json.dumps(tables.to_json(rows), indent=2, allow_nan=False))
-    elif as_csv:
+        told = tables.to_json(rows)
+        if addresses:
+            told["choices"] = [asdict(choice) for choice in choices]
+        click.echo(json.dumps(told, indent=2, allow_nan=False))
+        return
+    if as_csv:
         click.echo(tables.to_csv(rows), nl=False)
     else:
         tables.render(rows, Console())
+    for choice in choices:
+        click.echo(f"chosen for {tell(choice)}", err=as_csv)
 
 
 @main.command()

@@ -9,6 +9,12 @@ from math import sqrt
 import numpy as np
 from torch import nn
 
+Z95 = 1.959963984540054
+"""Of the normal distribution, 95 % lie within so many standard deviations."""
+
+UNBALANCED = 1.5
+"""Where the largest class has so many times the images of the smallest, accuracy misleads."""
+
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
@@ -22,7 +28,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def wilson(count: int, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
+def wilson(count: int, n: int, z: float = Z95) -> tuple[float, float]:
     """Wilson's score interval of a fraction count / n (Wilson 1927, JASA), 95 % by default.
 
     >>> tuple(round(v, 4) for v in wilson(8, 10))
@@ -43,3 +49,43 @@ def proportion(name: str, correct: np.ndarray) -> dict[str, float]:
     n, count = len(correct), int(np.count_nonzero(correct))
     low, high = wilson(count, n)
     return {name: count / n, f"{name}_low": low, f"{name}_high": high, "n": n}
+
+
+def is_unbalanced(labels: np.ndarray) -> bool:
+    """Whether accuracy alone would mislead: a constant answer to the largest class scores well.
+
+    >>> is_unbalanced(np.array([0, 0, 0, 1])), is_unbalanced(np.array([0, 1, 2]))
+    (True, False)
+    """
+    _, counts = np.unique(labels, return_counts=True)
+    return len(counts) > 0 and bool(counts.max() >= UNBALANCED * counts.min())
+
+
+def balance(values: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
+    """(mean over the classes that occur of the mean of their values, its standard error).
+
+    `values` (N,) lie in [0, 1]. The variance of a class is that of Wilson's centre, so that a class
+    with all values right or wrong still has one.
+
+    >>> balance(np.array([1, 1, 1, 0]), np.array([0, 0, 0, 1]))[0]
+    0.5
+    """
+    means, variances = [], []
+    for label in np.unique(labels):
+        own = np.asarray(values[labels == label], dtype=float)
+        centre = (own.sum() + Z95**2 / 2) / (len(own) + Z95**2)
+        means.append(own.mean())
+        variances.append(centre * (1 - centre) / len(own))
+    return float(np.mean(means)), sqrt(sum(variances)) / len(means)
+
+
+def balanced_proportion(name: str, correct: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """As `proportion`, every class counting alike; a normal 95 % interval, without n.
+
+    >>> result = balanced_proportion("a", np.array([True, False]), np.array([0, 1]))
+    >>> result["a"], result["a_high"] - result["a"] < 0.5
+    (0.5, True)
+    """
+    mean, error = balance(correct, labels)
+    low, high = mean - Z95 * error, mean + Z95 * error
+    return {name: mean, f"{name}_low": max(0.0, low), f"{name}_high": min(1.0, high)}

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from prunekit.checkpoint import read_checkpoint
+from prunekit.contracts import Threat
 from prunekit.errors import Place, RecipeError, RunError, UserError, relative
 from prunekit.files import read_json
 from prunekit.plan import Plan, make_plan
@@ -137,7 +138,18 @@ def plan_evaluation(network: Network, asked: Asked) -> Plan:
             ) from None
         raise
     run = dataclasses.replace(plan.runs[0], settings={**settings, **given})
-    return dataclasses.replace(plan, runs=(run,))
+    notes = (*plan.notes, *_note_training(network, run.threat))
+    return dataclasses.replace(plan, runs=(run,), notes=notes)
+
+
+def _note_training(network: Network, threat: Threat | None) -> Iterator[str]:
+    """A threat that is not the one the network was trained for is allowed, and flagged."""
+    trained = network.header.get("threat")
+    if trained and threat and trained != dataclasses.asdict(threat):
+        yield (
+            f"judged at norm {threat.norm}, eps {threat.eps:.6g}; the network was trained for "
+            f"{trained['norm']}, {trained['eps']:.6g}"
+        )
 
 
 def _choose_sections(network: Network, asked: Asked) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from prunekit.budgets import find_followers
 from prunekit.contracts import Context, Data, Objective, Scores, Split
 from prunekit.data import Extra, eval_batches, train_batches
 from prunekit.errors import RunError
-from prunekit.evaluation import eval_mode
+from prunekit.evaluation import balanced_proportion, eval_mode, is_unbalanced
 from prunekit.guards import cross_examine
 from prunekit.masks import (
     apply_masks,
@@ -100,7 +100,7 @@ def train(state: State, stage: Stage, work: Work) -> Outcome:
     context = work.context(stage, state)
     objective = stage.options.objective.build(context)
     history = _fit(variables, objective, stage, work, context)
-    return Outcome({**_best(history), **_sparsity(state)}, history)
+    return Outcome({**_best(history, stage), **_sparsity(state)}, history)
 
 
 def prune(state: State, stage: Stage, work: Work) -> Outcome:
@@ -156,7 +156,7 @@ def prune(state: State, stage: Stage, work: Work) -> Outcome:
     if options.bn == "recalibrate":
         seeds.seed_all(work.run.seed, stage.position, "recalibrate")
         _recalibrate(state.model, batches)
-    return Outcome({**_best(history), **_sparsity(state)}, history)
+    return Outcome({**_best(history, stage), **_sparsity(state)}, history)
 
 
 def _find_structured(
@@ -205,6 +205,7 @@ def evaluate(state: State, stage: Stage, work: Work) -> Outcome:
     if stage.batches is not None:
         index = index[: stage.batches * size]
     labels = work.data.test.labels[index]
+    unbalanced = is_unbalanced(work.data.test.labels.cpu().numpy())
     metrics: dict[str, Any] = {}
     records: dict[str, np.ndarray] = {"index": index.numpy(), "label": labels.cpu().numpy()}
     notes: list[str] = []
@@ -231,6 +232,9 @@ def evaluate(state: State, stage: Stage, work: Work) -> Outcome:
                     f"{len(values)} records {name!r} for {len(labels)} images"
                 )
             records[f"{use.name}.{name}"] = values
+        if unbalanced and "accuracy" in result.metrics and "correct" in result.records:
+            correct, name = np.asarray(result.records["correct"]), f"{use.name}.balanced_accuracy"
+            metrics |= balanced_proportion(name, correct, records["label"])
     notes += cross_examine(options.with_, records)
     return Outcome({**metrics, **_sparsity(state)}, records=records, notes=tuple(notes))
 
@@ -287,7 +291,7 @@ def _fit(
             report=work.report,
             stop=work.stop,
             progress=work.folder.progress,
-            select=options.select or options.objective.component.select,
+            select=_select(stage),
             clip_norm=options.clip_norm,
             most=stage.batches,
             replays=stage.replays,
@@ -295,10 +299,18 @@ def _fit(
     )
 
 
-def _best(history: list[dict[str, Any]]) -> dict[str, Any]:
-    """The row of the epoch whose weights are kept."""
+def _best(history: list[dict[str, Any]], stage: Stage) -> dict[str, Any]:
+    """The row of the epoch whose weights are kept, and the metric that chose it."""
     rows = [row for row in history if row["best"]]
-    return {k: v for k, v in rows[-1].items() if k != "best"} if rows else {}
+    if not rows:
+        return {}
+    return {**{k: v for k, v in rows[-1].items() if k != "best"}, "select": _select(stage)}
+
+
+def _select(stage: Stage) -> str:
+    """The validation metric that chooses the best epoch of a stage."""
+    options = stage.options
+    return options.select or str(options.objective.component.select)
 
 
 def _sparsity(state: State) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from prunekit.checkpoint import read_checkpoint, write_checkpoint
 from prunekit.contracts import Clock, Objective, OptimizerChoice, Split
 from prunekit.data import Extra, count_batches, eval_batches, train_batches
 from prunekit.errors import RunError, UserError
-from prunekit.evaluation import eval_mode
+from prunekit.evaluation import balance, eval_mode, is_unbalanced
 from prunekit.report import EpochDone, Progress, Report, StageStarted
 from prunekit.stop import Stop
 from prunekit.variables import Variables
@@ -212,14 +212,18 @@ def _summarise(job: Fit, at: _Position) -> dict[str, Any]:
 
 
 def validate(job: Fit, epoch: int) -> dict[str, float]:
-    """Means over the validation images; noise in it is the same in every epoch."""
+    """Means over the validation images; noise in it is the same in every epoch.
+
+    Where their classes are unbalanced, `balanced_accuracy` stands beside `accuracy`: a training
+    that answers with the largest class alone shows there.
+    """
     if not len(job.validation.labels):
         return {}
     check: Callable[[Tensor, Tensor], Mapping[str, Tensor]] | None = getattr(
         job.objective, "validate", None
     )
-    sums: dict[str, float] = {}
-    n = 0
+    found: dict[str, list[Tensor]] = {}
+    labels: list[Tensor] = []
     total = count_batches(job.validation, job.batch_size, job.most)
     model = job.variables.model
     with job.variables.step(), eval_mode(model):
@@ -234,12 +238,16 @@ def validate(job: Fit, epoch: int) -> dict[str, float]:
                 with torch.no_grad():
                     values = {"accuracy": model(x).argmax(1) == y}
             for name, value in values.items():
-                sums[name] = sums.get(name, 0.0) + float(value.double().sum())
-            n += len(y)
+                found.setdefault(name, []).append(value.double().cpu())
+            labels.append(y.cpu())
             job.report(
                 Progress(job.stage, number + 1, total, epoch, job.epochs, label="validating")
             )
-    return {name: value / n for name, value in sums.items()}
+    means = {name: float(torch.cat(values).mean()) for name, values in found.items()}
+    if "accuracy" in found and is_unbalanced(job.train.labels.cpu().numpy()):
+        correct = torch.cat(found["accuracy"]).numpy()
+        means["balanced_accuracy"] = balance(correct, torch.cat(labels).numpy())[0]
+    return means
 
 
 def _is_best(job: Fit, at: _Position, row: Mapping[str, Any], per_epoch: int) -> bool:

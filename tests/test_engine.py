@@ -8,10 +8,12 @@ import threading
 import numpy as np
 import pytest
 import torch
+from prunekit_adversarial import PgdOptions
 from safetensors.torch import load_file
 
 from prunekit import engine as module
 from prunekit.component import Component
+from prunekit.contracts import Result
 from prunekit.engine import Engine
 from prunekit.errors import Interrupted
 from prunekit.failures import explain
@@ -546,6 +548,62 @@ def test_records_are_those_of_the_images(bench):
         assert len(records["evaluate/clean.correct"]) == 7
         mean = records["evaluate/clean.correct"].mean()
     assert folder.metrics["evaluate"]["clean.accuracy"] == pytest.approx(mean)
+
+
+def test_unbalanced_classes_get_a_balanced_accuracy(bench):
+    """The test images have classes 2 0 1 2 0 1 2 0 1 2; now they have 0 four times as often."""
+    with np.load(bench.folder / "images.npz") as kept:
+        arrays = dict(kept)
+    arrays["y_test"] = np.array([0, 0, 0, 0, 0, 0, 0, 0, 1, 2])
+    arrays["y_train"] = np.array([0] * 12 + [1] * 4 + [2] * 4)
+    np.savez(bench.folder / "images.npz", **arrays)
+    (folder,) = bench.run()
+    found = folder.metrics["evaluate"]
+    with np.load(folder.path / "records.npz", allow_pickle=False) as records:
+        correct = records["evaluate/clean.correct"]
+    balanced = (correct[:8].mean() + correct[8] + correct[9]) / 3
+    assert found["clean.balanced_accuracy"] == pytest.approx(balanced)
+    assert found["clean.balanced_accuracy_low"] <= balanced
+    assert "validation.balanced_accuracy" in folder.metrics["pretrain"]
+
+
+def test_balanced_classes_get_none(bench):
+    (folder,) = bench.run()
+    assert "clean.balanced_accuracy" not in folder.metrics["evaluate"]
+
+
+def test_contradicting_verdicts_are_told(bench, parts):
+    """An attack that breaks what a proof says is verified: a warning that stays with the result."""
+    registry = find_registry()
+
+    def add(judges):
+        return Entry(
+            "evaluator",
+            Component(name=judges, summary=judges, build=f"told_parts:build_{judges}",
+                      options=PgdOptions, judges=judges),
+            "told", "told-dist 1.2",
+        )  # fmt: skip
+
+    for judges, record, verdict in (("attack", "correct", False), ("proof", "verified", True)):
+        setattr(parts, f"build_{judges}", give_verdict(record, verdict))
+    path = bench.folder / "r.toml"
+    path.write_text(RECIPE.replace('["clean"]', '["attack", "proof"]'))
+    plan = make_plan(load_recipe(path), Registry((*registry.entries, add("attack"), add("proof"))))
+    (folder,) = bench.engine().run(plan, bench.folder / "out")
+    assert folder.status == "done", folder.error
+    (warning,) = [e.text for e in bench.of(Note) if e.warning]
+    assert warning.startswith("UNSOUND: attack breaks 10 images that proof says are verified")
+
+
+def give_verdict(record, verdict):
+    def build(options, context):
+        def evaluate(model, batches):
+            n = sum(len(y) for _, y in batches)
+            return Result({"value": 0.5}, {record: np.full(n, verdict)})
+
+        return evaluate
+
+    return build
 
 
 # What goes wrong

@@ -168,6 +168,13 @@ def test_mistakes_name_the_option(run):
     assert "prunekit import" in judge("w.pt", "--with", "clean", code=2)[1]
 
 
+def test_another_radius_than_the_one_trained_for_is_flagged(run):
+    told = "the network was trained for linf, 0.1"
+    asked = ("--with", "pgd", "--images", 10, "--set", "pgd.steps=2", "--set", "pgd.restarts=1")
+    assert told in judge(run, *asked, "--eps", "8/255")[1]
+    assert told not in judge(run, *asked, "--eps", "0.1")[1]
+
+
 def test_evaluations_of_a_sweep_keep_its_settings(run):
     asked = Asked(("pgd",), eps="8/255", settings=("pgd.steps=3",))
     found = plan_evaluation(read_network(run), asked).runs[0]

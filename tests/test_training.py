@@ -311,7 +311,9 @@ def test_last_needs_no_validation(tmp_path):
 
 
 def test_an_unknown_metric_lists_those_there_are(tmp_path):
-    with pytest.raises(RunError, match=r"select = 'robust' .*there are: accuracy, last"):
+    with pytest.raises(
+        RunError, match=r"select = 'robust' .*there are: accuracy, balanced_accuracy, last"
+    ):
         fit(make_job(tmp_path, select="robust"))
 
 
@@ -339,6 +341,20 @@ def test_rows_are_means_over_images(tmp_path):
     x, y = job.validation.images.float() / 255, job.validation.labels
     accuracy = (job.variables.model(x).argmax(1) == y).float().mean().item()
     assert row["validation.accuracy"] == pytest.approx(accuracy)
+
+
+def test_unbalanced_classes_get_a_balanced_validation_accuracy(tmp_path):
+    images = make_split(10, 1).images
+    skewed = Arrays(images, torch.tensor([0] * 7 + [1] * 3))
+    even = Arrays(images, torch.tensor([0, 1] * 5))
+    job = make_job(tmp_path, train=even, progress=tmp_path / "even.safetensors")
+    assert "validation.balanced_accuracy" not in fit(job)[0]
+    job = make_job(tmp_path, train=skewed, validation=skewed, epochs=1)
+    (row,) = fit(job)
+    job.variables.model.eval()
+    correct = (job.variables.model(images.float() / 255).argmax(1) == skewed.labels).float()
+    balanced = (correct[:7].mean() + correct[7:].mean()) / 2
+    assert row["validation.balanced_accuracy"] == pytest.approx(balanced.item())
 
 
 def test_the_clock_and_the_rate(tmp_path):

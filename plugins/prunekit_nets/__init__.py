@@ -34,26 +34,40 @@ class NetOptions:
     )  # fmt: skip
 
 
-def _declare(name: str, summary: str, build: str, paper: str = "") -> Component:
+@dataclass(frozen=True)
+class CnnOptions(NetOptions):
+    """What the small CNNs can be told besides."""
+
+    batch_norm: bool = option(
+        False, help="batch normalisation behind every convolution; the papers' have none"
+    )
+
+
+def _declare(
+    name: str, summary: str, build: str, paper: str = "", options: type = NetOptions
+) -> Component:
     return Component(
-        name=name, summary=summary, build=f"prunekit_nets.{build}", options=NetOptions, paper=paper
+        name=name, summary=summary, build=f"prunekit_nets.{build}", options=options, paper=paper
     )
 
 
 @hookimpl
 def prunekit_architectures() -> Iterable[Component]:
-    yield _declare("small-cnn", "3 convolutions, 2 linear layers; fast", "small_cnns:small_cnn")
+    yield _declare(
+        "small-cnn", "3 convolutions, 2 linear layers; fast", "small_cnns:small_cnn",
+        options=CnnOptions,
+    )  # fmt: skip
     for layers in range(1, 5):
         summary = "One linear layer" if layers == 1 else f"{layers} linear layers, no ReLU"
         yield _declare(f"lin-{layers}", summary, f"linear:lin_{layers}")
     for data in ("cifar", "mnist"):
         yield _declare(
             f"{data}-small", "The small verified CNN, 2 convolutions", f"small_cnns:{data}_small",
-            VERIFIED_PAPER,
+            VERIFIED_PAPER, CnnOptions,
         )  # fmt: skip
         yield _declare(
             f"{data}-large", "The large verified CNN, 4 convolutions", f"small_cnns:{data}_large",
-            VERIFIED_PAPER,
+            VERIFIED_PAPER, CnnOptions,
         )  # fmt: skip
     yield _declare(
         "cifar-resnet-verified", "The residual verified CNN, 16 blocks, no normalisation",

@@ -1,4 +1,4 @@
-"""Small convolutional networks without normalisation, as bound propagation likes them."""
+"""Small convolutional networks, plain as bound propagation likes them, or normalised."""
 
 from __future__ import annotations
 
@@ -7,12 +7,24 @@ from functools import partial
 from torch import nn
 
 from prunekit.contracts import Context
-from prunekit_nets import NetOptions
+from prunekit_nets import CnnOptions, NetOptions
 from prunekit_nets.initialization import initialize
 from prunekit_nets.inputs import require_size
 
 
-def small_cnn(options: NetOptions, context: Context) -> nn.Sequential:
+def finish(network: nn.Sequential, options: CnnOptions) -> nn.Sequential:
+    """The network with its starting weights, batch normalisation put in where it is wanted."""
+    layers: list[nn.Module] = []
+    for layer in network:
+        layers.append(layer)
+        if options.batch_norm and isinstance(layer, nn.Conv2d):
+            layers.append(nn.BatchNorm2d(layer.out_channels))
+    network = nn.Sequential(*layers)
+    initialize(network, options)
+    return network
+
+
+def small_cnn(options: CnnOptions, context: Context) -> nn.Sequential:
     """3x3 convolutions with 16, 32 and 32 channels, linear layers with 32 and K outputs.
 
     The second and third convolution halve the size, rounding up: 8x8 images make 18,506
@@ -33,11 +45,10 @@ def small_cnn(options: NetOptions, context: Context) -> nn.Sequential:
         nn.ReLU(),
         nn.Linear(32, context.classes),
     )
-    initialize(network, options)
-    return network
+    return finish(network, options)
 
 
-def build_small(name: str, options: NetOptions, context: Context) -> nn.Sequential:
+def build_small(name: str, options: CnnOptions, context: Context) -> nn.Sequential:
     """4x4 convolutions of stride 2 with 16 and 32 channels, linear layers with 100 and K outputs.
 
     Raises `UserError` below 4x4 pixels.
@@ -54,14 +65,13 @@ def build_small(name: str, options: NetOptions, context: Context) -> nn.Sequenti
         nn.ReLU(),
         nn.Linear(100, context.classes),
     )
-    initialize(network, options)
-    return network
+    return finish(network, options)
 
 
 cifar_small, mnist_small = partial(build_small, "cifar-small"), partial(build_small, "mnist-small")
 
 
-def build_large(name: str, options: NetOptions, context: Context) -> nn.Sequential:
+def build_large(name: str, options: CnnOptions, context: Context) -> nn.Sequential:
     """3x3 convolutions and 4x4 ones of stride 2 in turn, with 32, 32, 64 and 64 channels.
 
     Linear layers with 512, 512 and K outputs. Raises `UserError` below 4x4 pixels.
@@ -84,8 +94,7 @@ def build_large(name: str, options: NetOptions, context: Context) -> nn.Sequenti
         nn.ReLU(),
         nn.Linear(512, context.classes),
     )
-    initialize(network, options)
-    return network
+    return finish(network, options)
 
 
 cifar_large, mnist_large = partial(build_large, "cifar-large"), partial(build_large, "mnist-large")

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from prunekit_nets import Initialization, NetOptions, prunekit_architectures
+from prunekit_nets import Initialization, prunekit_architectures
 from torch import nn
 
 from prunekit.component import Use
@@ -29,9 +29,13 @@ def build(
     classes: int = 10,
     how: Initialization = "kaiming-normal",
     keep_ratio: float | None = None,
+    *,
+    batch_norm: bool = False,
 ) -> nn.Module:
-    options = NetOptions(how, keep_ratio)
-    use: Use[nn.Module] = Use("architecture", COMPONENTS[name], options, "nets")
+    component = COMPONENTS[name]
+    told = {"batch_norm": True} if batch_norm else {}
+    options = component.options(initialize=how, keep_ratio=keep_ratio, **told)
+    use: Use[nn.Module] = Use("architecture", component, options, "nets")
     return use.build(Context(shape=shape, classes=classes))
 
 
@@ -330,6 +334,36 @@ def test_wide_resnet_block_by_hand() -> None:
     # Two channels of 3, summed to 6 by the second convolution, and a shortcut of 30.
     expected = torch.tensor([[0.0, 0.0], [36.0, 36.0]])
     torch.testing.assert_close(wider.flatten(1), expected, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["small-cnn", "cifar-small", "mnist-large"])
+def test_small_cnns_can_be_normalised(name: str) -> None:
+    """Each convolution is followed by a norm of its channels, and nothing else changes."""
+    plain, normed = build(name), build(name, batch_norm=True)
+    kinds = [type(layer).__name__ for layer in normed]
+    assert kinds.count("BatchNorm2d") == kinds.count("Conv2d")
+    assert all(kinds[i + 1] == "BatchNorm2d" for i, kind in enumerate(kinds) if kind == "Conv2d")
+    assert [k for k in kinds if k != "BatchNorm2d"] == [type(layer).__name__ for layer in plain]
+    images = torch.rand(4, *CIFAR)
+    normed.eval()
+    # Fresh running statistics and scales change nothing but the epsilon in the denominator.
+    for layer in normed:
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.eps = 0.0
+    plain.load_state_dict(
+        dict(zip(plain.state_dict(), (v for k, v in weights_of(normed)), strict=True))
+    )
+    torch.testing.assert_close(normed(images), plain(images))
+
+
+def weights_of(network: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """Those of convolutions and linear layers, in order."""
+    return [
+        (name, parameter)
+        for module in network.modules()
+        if isinstance(module, nn.Conv2d | nn.Linear)
+        for name, parameter in module.named_parameters()
+    ]
 
 
 @pytest.mark.parametrize(
