@@ -8,12 +8,14 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,7 +87,8 @@ def ask(tasks: Sequence[Task]) -> list[dict[str, Any]]:
             text, reason = done.stdout, _explain_end(done.returncode, done.stderr.decode())
         except subprocess.TimeoutExpired as late:
             text, reason = late.stdout or b"", f"no answer within {PATIENCE} seconds"
-        answers += [json.loads(line) for line in text.decode().splitlines()]
+        whole = text[: text.rfind(b"\n") + 1]
+        answers += [json.loads(line) for line in whole.decode().splitlines()]
         if len(answers) < len(tasks):
             answers.append({"error": reason})
         if "error" in answers[0]:
@@ -229,9 +232,14 @@ def _look_at_runs(runs: Path, root: Path) -> Iterator[Finding]:
 
 
 def _describe_store(root: Path) -> str:
-    stages = [path for path in root.iterdir() if path.is_dir()]
-    done = sum(Store(root).is_done(path.name) for path in stages)
-    size = sum(f.stat().st_size for f in root.rglob("*") if f.is_file())
+    # What may not be looked into is passed over.
+    _, stages, _ = next(os.walk(root), ("", [], []))
+    done = sum(Store(root).is_done(name) for name in stages)
+    size = 0
+    for folder, _, files in os.walk(root):
+        for name in files:
+            with suppress(OSError):
+                size += os.lstat(os.path.join(folder, name)).st_size
     half = f", {len(stages) - done} begun" if len(stages) > done else ""
     return f"{done} stages done{half}, {size / 1e6:,.1f} MB"
 
@@ -255,21 +263,28 @@ def _look_at_plugins(
         yield Finding(topic, owner, told)
         for error, first in reasons.items():
             told = f"{first} cannot be imported: {error}"
-            yield Finding(topic, owner, told, True, _reinstall(entries[0].distribution))
+            yield Finding(topic, owner, told, True, _mend(entries[0].distribution, error))
         for entry in broken:
             told = f"{entry.kind} {entry.component.name}: {entry.problem}"
             yield Finding(topic, owner, told, True, f"pip uninstall {entry.distribution.split()[0]}"
                           if not entry.ours else f'write "{entry.reference}"')  # fmt: skip
     for plugin in registry.broken:
-        yield Finding(topic, plugin.owner, plugin.reason, True, _reinstall(plugin.distribution))
+        yield Finding(
+            topic, plugin.owner, plugin.reason, True, _mend(plugin.distribution, plugin.reason)
+        )
 
 
-def _reinstall(distribution: str) -> str:
+def _mend(distribution: str, reason: str) -> str:
+    """What mends a plugin that fails for this reason."""
     name = distribution.partition(" ")[0]
+    missing = re.search(r"No module named '(\w+)[.\w]*'$", reason)
+    if missing and importlib.util.find_spec(missing[1]) is None:
+        return f"pip install {missing[1]}"
+    if name == "prunekit" or reason.endswith("update prunekit"):
+        return "pip install --upgrade prunekit"
     if name == "unknown":
         return "remove its entry point"
-    return f"pip install --upgrade {name}" + ("" if name == "prunekit" else
-                                               f", or pip uninstall {name}")  # fmt: skip
+    return f"pip install --upgrade {name}, or pip uninstall {name}"
 
 
 def render(findings: Sequence[Finding]) -> str:

@@ -75,5 +75,6 @@ def relative(path: Path) -> str:
     """The path as a user would write it from here: relative where that is shorter."""
     try:
         return str(path.resolve().relative_to(Path.cwd()))
-    except ValueError:
+    # Elsewhere, or behind a folder that may not be looked into.
+    except (ValueError, OSError):
         return str(path)

@@ -15,7 +15,6 @@ from pathlib import Path
 from prunekit import __version__, hookspecs
 from prunekit.component import KINDS, Component
 from prunekit.errors import UserError, relative
-from prunekit.files import make_folder
 from prunekit.registry import Entry, Registry
 from prunekit.showing import fragment
 
@@ -111,8 +110,8 @@ def make_plugin(name: str, kinds: Sequence[str], into: Path, registry: Registry)
     if folder.exists():
         raise UserError(f"{relative(folder)} is there already; choose another name or --into")
     existed = into.exists()
-    make_folder(into)
     try:
+        into.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=into, prefix=f".{name}-") as scratch:
             made = Path(scratch) / name
             for file, text in write_files(name, package, kinds).items():
@@ -122,7 +121,9 @@ def make_plugin(name: str, kinds: Sequence[str], into: Path, registry: Registry)
     except OSError as error:
         if not existed:
             shutil.rmtree(into, ignore_errors=True)
-        raise UserError(f"cannot write {relative(folder)}: {error.strerror}") from error
+        raise UserError(
+            f"cannot write {relative(folder)}: {error.strerror}; choose another --into"
+        ) from error
     return folder
 
 

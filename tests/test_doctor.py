@@ -11,8 +11,8 @@ from click.testing import CliRunner
 
 from prunekit import doctor, requirements
 from prunekit.cli import main
-from prunekit.doctor import Finding, ask, diagnose, render
-from prunekit.registry import Registry, load_registry
+from prunekit.doctor import Finding, _look_at_plugins, ask, diagnose, render
+from prunekit.registry import BrokenPlugin, Registry, load_registry
 from prunekit.requirements import find_module, is_within, read_requirements
 
 
@@ -194,6 +194,25 @@ def test_a_package_that_is_broken_is_told_once(tmp_path, monkeypatch):
     ])  # fmt: skip
     broken = [f.name for f in diagnose(load_registry(), tmp_path, None) if f.broken]
     assert broken == ["torchvision", "cuda"]
+
+
+@pytest.mark.parametrize(
+    ("distribution", "reason", "way"),
+    [
+        ("acme 1.0", "ModuleNotFoundError: No module named 'nothing_here.at_all'",
+         "pip install nothing_here"),
+        ("acme 1.0", "ModuleNotFoundError: No module named 'json.nothing'",
+         "pip install --upgrade acme, or pip uninstall acme"),
+        ("acme 1.0", "written for plugin API 2, this prunekit has 1; update prunekit",
+         "pip install --upgrade prunekit"),
+        ("prunekit 0.1.0", "SyntaxError: x", "pip install --upgrade prunekit"),
+        ("unknown", "SyntaxError: x", "remove its entry point"),
+    ],
+)  # fmt: skip
+def test_what_mends_a_plugin_follows_from_what_is_wrong(distribution, reason, way):
+    broken = BrokenPlugin("acme", distribution, reason)
+    (finding,) = _look_at_plugins(Registry((), (broken,)), {}, set())
+    assert (finding.told, finding.mend) == (reason, way)
 
 
 def test_a_process_that_does_not_answer(monkeypatch):

@@ -37,7 +37,14 @@ def test_core_imports_no_plugin(path):
 
 @pytest.mark.parametrize(
     "arguments",
-    [["list"], ["--help"], ["show", "trades"], ["check", "recipes/quickstart.toml"]],
+    [
+        ["list"],
+        ["--help"],
+        ["show", "trades"],
+        ["check", "recipes/quickstart.toml"],
+        ["completion", "bash"],
+        ["new", "plugin", "--help"],
+    ],
     ids=lambda a: a[0],
 )
 def test_reading_commands_import_no_torch(arguments):
