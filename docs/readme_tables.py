@@ -1,16 +1,25 @@
-"""Write the generated parts of README.md: `uv run python docs/readme_tables.py`.
+"""Write the generated parts of README.md and docs: `uv run python docs/readme_tables.py`.
 
-The table of components comes from the registry; a test fails where it is not current.
+Tables come from the registry and the dataclasses, examples from the hooks' docstrings; a test fails
+where a file is not current.
 """
 
 from __future__ import annotations
 
+import ast
+import inspect
 import re
+from collections.abc import Callable
 from pathlib import Path
 
+from prunekit import builtin, component, settings
+from prunekit.component import KINDS
 from prunekit.registry import load_registry
+from prunekit.scaffold import read_example
+from prunekit.showing import describe_options, write_value
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
 
 
 def write_components() -> str:
@@ -21,13 +30,78 @@ def write_components() -> str:
     return "\n".join(lines)
 
 
+def write_options(options: type) -> str:
+    """An options dataclass as a table, one line a key."""
+    lines = ["| key | what it takes | default | what it is |", "|---|---|---|---|"]
+    for option in describe_options(options):
+        taken = ", ".join(filter(None, (option["type"], option["limits"], option["unit"])))
+        default = "required" if option["required"] else "none"
+        if option["default"] is not None:
+            default = f"`{write_value(option['default'])}`"
+        cells = (f"`{option['name']}`", taken, default, option["help"])
+        lines.append(f"| {' | '.join(cell.replace('|', 'or') for cell in cells)} |")
+    return "\n".join(lines)
+
+
+def write_fields() -> str:
+    """The fields of `Component` with the text below each."""
+    (tree,) = ast.parse(inspect.getsource(component.Component)).body
+    assert isinstance(tree, ast.ClassDef)
+    lines = ["| field | what it says |", "|---|---|"]
+    for field, text in zip(tree.body, tree.body[1:], strict=False):
+        if not isinstance(field, ast.AnnAssign):
+            continue
+        assert isinstance(text, ast.Expr)
+        assert isinstance(text.value, ast.Constant)
+        words = " ".join(str(text.value.value).split())
+        lines.append(f"| `{ast.unparse(field.target)}` | {words} |")
+    return "\n".join(lines)
+
+
+def write_example(kind: str) -> str:
+    """The files of a hook's example, a block each."""
+    blocks = (f"```python\n# {file}\n{code}```" for file, code in read_example(kind).items())
+    return "\n\n".join(blocks)
+
+
+OPTIONS = {
+    "threat": settings.ThreatOptions,
+    "dataset": settings.DataOptions,
+    "architecture": settings.ArchitectureOptions,
+    **settings.STAGES,
+    **{f"{kind} {c.name}": c.options for kind, c in builtin.COMPONENTS},
+}
+
+GENERATED: dict[Path, dict[str, Callable[[], str]]] = {
+    README: {"components": write_components},
+    ROOT / "docs/plugins.md": {
+        "fields": write_fields,
+        **{kind: lambda kind=kind: write_example(kind) for kind in KINDS},  # type: ignore[misc]
+    },
+    ROOT / "docs/recipes.md": {
+        name: lambda options=options: write_options(options)  # type: ignore[misc]
+        for name, options in OPTIONS.items()
+    },
+}
+"""File -> mark -> what stands there."""
+
+
 def put(text: str, mark: str, content: str) -> str:
     """Replace what stands between <!-- mark --> and <!-- /mark -->."""
     between = re.compile(rf"(<!-- {mark} -->\n).*?(<!-- /{mark} -->)", re.DOTALL)
     if not between.search(text):
-        raise SystemExit(f"README.md has no <!-- {mark} -->")
+        raise SystemExit(f"there is no <!-- {mark} -->")
     return between.sub(lambda found: f"{found[1]}{content}\n{found[2]}", text)
 
 
+def renew(path: Path) -> str:
+    """The text of a file with its generated parts made anew."""
+    text = path.read_text(encoding="utf-8")
+    for mark, write in GENERATED[path].items():
+        text = put(text, mark, write())
+    return text
+
+
 if __name__ == "__main__":
-    README.write_text(put(README.read_text(), "components", write_components()))
+    for path in GENERATED:
+        path.write_text(renew(path), encoding="utf-8")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from prunekit import __version__
+from prunekit import __version__, completion
 from prunekit.errors import Interrupted, RecipeError, UserError, relative
 from prunekit.stop import Stop
 
@@ -74,6 +74,11 @@ as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 settings_option = click.option(
     "--set", "settings", multiple=True, metavar="ADDRESS=VALUE",
     help="Override, by a sweep's address: prune.sparsity=0.95. May be given again.",
+    shell_complete=completion.complete_addresses,
+)  # fmt: skip
+device_option = click.option(
+    "--device", default="auto", help="auto, cpu, cuda, cuda:1, mps.", show_default=True,
+    shell_complete=completion.complete_devices,
 )  # fmt: skip
 
 
@@ -81,7 +86,7 @@ settings_option = click.option(
 
 
 @main.command("list")
-@click.argument("kind", required=False)
+@click.argument("kind", required=False, shell_complete=completion.complete_kinds)
 @as_json
 def list_components(kind: str | None, as_json: bool) -> None:
     """List all components, or those of one KIND (objectives, pruners, ...)."""
@@ -107,7 +112,7 @@ def list_components(kind: str | None, as_json: bool) -> None:
 
 
 @main.command()
-@click.argument("name")
+@click.argument("name", shell_complete=completion.complete_components())
 @as_json
 def show(name: str, as_json: bool) -> None:
     """Show a component: its options, its paper, a recipe fragment that works."""
@@ -136,7 +141,8 @@ def plan_recipe(path: Path, settings: tuple[str, ...], *, smoke: bool = False) -
 
 
 @main.command()
-@click.argument("recipes", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("recipes", nargs=-1, required=True, type=click.Path(path_type=Path),
+                shell_complete=completion.complete_recipes)  # fmt: skip
 @settings_option
 @as_json
 def check(recipes: tuple[Path, ...], settings: tuple[str, ...], as_json: bool) -> None:
@@ -172,14 +178,15 @@ def count(n: int, word: str) -> str:
 
 
 @main.command()
-@click.argument("recipe", type=click.Path(path_type=Path))
+@click.argument("recipe", type=click.Path(path_type=Path),
+                shell_complete=completion.complete_recipes)  # fmt: skip
 @settings_option
 @click.option(
     "--out", type=click.Path(path_type=Path), help="Folder to write; runs/NAME by default."
 )
 @click.option("--store", type=click.Path(path_type=Path), envvar="PRUNEKIT_STORE",
               help="Folder of stage results; .stages beside --out by default.")  # fmt: skip
-@click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps.", show_default=True)
+@device_option
 @click.option("--dry-run", is_flag=True, help="Print what would be done, and do nothing.")
 @click.option(
     "--smoke", is_flag=True, help="Prove the recipe: the same stages, two tiny batches each."
@@ -357,4 +364,5 @@ def clean(folder: Path, store: Path | None, dry_run: bool) -> None:
     click.echo(f"{sum(s for _, s in freed) / 1e6:.1f} MB {verb} ({count(len(freed), 'stage')})")
 
 
-import prunekit.cli_models  # noqa: E402, F401  its commands join `main`
+import prunekit.cli_models  # noqa: E402  its commands join `main`
+import prunekit.cli_support  # noqa: E402, F401

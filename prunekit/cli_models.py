@@ -7,19 +7,28 @@ from typing import Any
 
 import click
 
-from prunekit.cli import as_json, command_line, main, print_json, settings_option
+from prunekit import completion
+from prunekit.cli import (
+    as_json,
+    command_line,
+    device_option,
+    main,
+    print_json,
+    settings_option,
+)
 from prunekit.errors import relative
 
-device_option = click.option(
-    "--device", default="auto", help="auto, cpu, cuda, cuda:1, mps.", show_default=True
-)
+model_names = completion.complete_components("architecture")
+dataset_names = completion.complete_components("dataset")
 
 
 @main.command("import")
 @click.argument("kind", type=click.Choice(["hydra", "harp", "torch-prune", "dense"]))
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option("--model", required=True, help="Architecture: prunekit list architectures.")
-@click.option("--dataset", default="cifar10", show_default=True, help="What it was trained on.")
+@click.option("--model", required=True, help="Architecture: prunekit list architectures.",
+              shell_complete=model_names)  # fmt: skip
+@click.option("--dataset", default="cifar10", show_default=True, help="What it was trained on.",
+              shell_complete=dataset_names)  # fmt: skip
 @click.option("--sparsity", type=click.FloatRange(0, 1, max_open=True),
               help="Part of the weights removed (hydra, harp): the file does not say.")  # fmt: skip
 @click.option("--eps", help="Radius that it was trained for, such as 8/255.")
@@ -88,11 +97,14 @@ def export(run: Path, kind: str, out: Path, as_json: bool) -> None:
 @main.command("eval")
 @click.argument("run", metavar="RUN_OR_FILE", type=click.Path(path_type=Path))
 @click.option("--with", "evaluators", required=True, metavar="NAME,...",
-              help="Evaluators: prunekit list evaluators.")  # fmt: skip
+              help="Evaluators: prunekit list evaluators.",
+              shell_complete=completion.complete_evaluators)  # fmt: skip
 @click.option("--images", type=click.IntRange(1), help="Judge so many test images, evenly spaced.")
 @click.option("--eps", help="Radius, such as 8/255; by default the network's own.")
-@click.option("--dataset", help="Other data, or those of a file that does not say.")
-@click.option("--model", help="Architecture of a file that does not say.")
+@click.option("--dataset", help="Other data, or those of a file that does not say.",
+              shell_complete=dataset_names)  # fmt: skip
+@click.option("--model", help="Architecture of a file that does not say.",
+              shell_complete=model_names)  # fmt: skip
 @click.option("--store", type=click.Path(path_type=Path), envvar="PRUNEKIT_STORE",
               help="Folder of stage results; the run's by default.")  # fmt: skip
 @device_option

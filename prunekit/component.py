@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
@@ -14,7 +15,11 @@ if TYPE_CHECKING:
     from prunekit.contracts import Context, Norm, Threat
 
 API_VERSION = 1
-"""Version of the plugin API: declarations, hooks and contracts together."""
+"""Version of the plugin API: declarations, hooks and contracts together.
+
+A plugin's module says which one it was written for, `PRUNEKIT_API = 1`; another one is listed as
+broken. Without it a plugin is taken to fit.
+"""
 
 hookimpl = pluggy.HookimplMarker("prunekit")
 """Marks a function of a plugin's module as the answer to one of the hooks of `hookspecs`."""
@@ -66,6 +71,12 @@ class Component:
     """Frozen dataclass; its fields (see `option`) are the recipe's keys."""
     needs: tuple[str, ...] = ()
     """Import names that must be there; looked for, never imported, by `prunekit list`."""
+    sources: tuple[str, ...] = ()
+    """Import names of further packages whose source decides the result, such as another plugin's.
+
+    A stored result is found again by its own package's source, these packages' and the core's, and
+    by the versions of what it `needs`.
+    """
     paper: str = ""
     """The source: authors, venue, identifier."""
     passes: Callable[[Any], int] = once
@@ -122,18 +133,36 @@ class Use(Generic[Kind]):
 
     def build(self, context: Context) -> Kind:
         """Import the implementation and build it; errors name the plugin."""
-        from prunekit.errors import UserError
+        from prunekit.errors import PluginError
 
         module, _, function = self.component.build.partition(":")
         owner = f"{self.kind} '{self.component.name}' of plugin {self.plugin}"
         try:
             build = getattr(importlib.import_module(module), function)
-        except (ImportError, AttributeError) as error:
-            raise UserError(f"{owner} cannot be loaded: {error}") from error
+        # Its module may raise anything at import, SystemExit included.
+        except (Exception, SystemExit) as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise PluginError(f"{owner} cannot be loaded: {reason}") from error
+        if not _takes(build, 2):
+            raise PluginError(
+                f"{owner} cannot be built: {self.component.build} is to be a function that is "
+                "called as build(options, context)"
+            )
         built = build(self.options, dataclasses.replace(context, threat=self.threat))
         if self.kind in ("objective", "pruner", "evaluator", "reporter") and not callable(built):
-            raise UserError(f"{owner} is built as {built!r}, which cannot be called")
+            raise PluginError(f"{owner} is built as {built!r}, which cannot be called")
         return built
+
+
+def _takes(function: Any, arguments: int) -> bool:
+    """Whether it can be called with so many positional arguments."""
+    try:
+        inspect.signature(function).bind(*[None] * arguments)
+    except TypeError:
+        return False
+    except ValueError:  # written in C, without a signature
+        return callable(function)
+    return True
 
 
 def option(

@@ -82,7 +82,8 @@ class Engine:
             except (Interrupted, KeyboardInterrupt):
                 folder.close("interrupted")
                 raise Interrupted from None
-            except Exception as error:
+            # A plugin may raise anything, SystemExit included.
+            except (Exception, SystemExit) as error:
                 message = explain(error, run)
                 folder.close("failed", message)
                 self.report(RunFailed(run.label, folder.path, message))
@@ -95,13 +96,13 @@ class Engine:
             folders.append(folder)
         return folders
 
-    def _rehearse(self, plan: Plan) -> dict[str, Exception]:
+    def _rehearse(self, plan: Plan) -> dict[str, BaseException]:
         """One batch through every missing stage, before hours are spent on the first of them.
 
         Returns label -> what would fail. Of runs that differ in numbers only, one that passes
         speaks for the others.
         """
-        failures: dict[str, Exception] = {}
+        failures: dict[str, BaseException] = {}
         told = False
         seen: set[frozenset[tuple[str, str]]] = set()
         for run in plan.runs:
@@ -125,7 +126,7 @@ class Engine:
                 seen.add(parts)
             except (Interrupted, KeyboardInterrupt):
                 raise Interrupted from None
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 release(error)
                 if isinstance(error, RunError):
                     error = RunError(f"rehearsal, one batch a stage: {error}")
@@ -152,7 +153,7 @@ class Engine:
                         state = self.build(run, loaded.data, latest)
                     try:
                         result = self._compute(run, stage, key, stored, state, loaded)
-                    except Exception as error:
+                    except (Exception, SystemExit) as error:
                         if not isinstance(error, Interrupted):
                             self._failed[key] = explain(error, run)
                         raise
@@ -267,7 +268,7 @@ class Engine:
             key = hash_stage(
                 upstream,
                 {"start": start, **_describe_stage(stage)},
-                {use.component.package for use in uses},
+                {name for u in uses for name in (u.component.package, *u.component.sources)},
                 {**environment, **{n: version_of(n) for u in uses for n in u.component.needs}},
             )
             keys.append(key)

@@ -21,6 +21,10 @@ class RunError(UserError):
     code = 1
 
 
+class PluginError(RunError):
+    """A plugin is broken: what it declares cannot be loaded or built."""
+
+
 class DataMissingError(UserError):
     """The files of a data set are not there and cannot be fetched (`--smoke` then goes without)."""
 
@@ -71,5 +75,6 @@ def relative(path: Path) -> str:
     """The path as a user would write it from here: relative where that is shorter."""
     try:
         return str(path.resolve().relative_to(Path.cwd()))
-    except ValueError:
+    # Elsewhere, or behind a folder that may not be looked into.
+    except (ValueError, OSError):
         return str(path)

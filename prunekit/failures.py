@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
-from prunekit.errors import UserError
+from prunekit.errors import Interrupted, RunError, UserError
 from prunekit.plan import Run
 
+OURS = re.compile(r"\(prunekit(?: \S+)?\)$")
+"""How the name of a plugin of prunekit's own ends."""
 MEMORY = ("not enough memory", "can't allocate memory", "out of memory")
 
 
@@ -25,7 +30,23 @@ def explain(error: BaseException, run: Run) -> str:
             f"memory ran out; lower dataset.batch_size (now {run.data.batch_size}) with --set "
             f"dataset.batch_size={max(run.data.batch_size // 2, 1)}, or take a smaller network"
         )
-    return f"{_find_owner(error, run)}{reason} (--debug shows where)"
+    if owner := _find_owner(error, run):
+        return f"plugin {owner} failed: {reason} (--debug shows where)"
+    # What a foreign plugin hands over may fail in our hands: a function with other arguments.
+    foreign = dict.fromkeys(u.plugin for u in run.uses() if not OURS.search(u.plugin))
+    used = f"plugins in use: {', '.join(foreign)}; " if foreign else ""
+    return f"{reason} ({used}--debug shows where)"
+
+
+@contextmanager
+def explained(run: Run) -> Iterator[None]:
+    """Whatever a plugin raises inside becomes a `RunError` of one line that names it."""
+    try:
+        yield
+    except (UserError, Interrupted):
+        raise
+    except (Exception, SystemExit) as error:
+        raise RunError(explain(error, run)) from error
 
 
 def release(error: BaseException) -> None:
@@ -43,5 +64,5 @@ def _find_owner(error: BaseException, run: Run) -> str:
     for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))):
         package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
         if package in owners:
-            return f"plugin {owners[package].plugin} failed: "
+            return owners[package].plugin
     return ""

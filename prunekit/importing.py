@@ -17,6 +17,7 @@ from prunekit.component import NoOptions
 from prunekit.contracts import Context
 from prunekit.engine import describe_model
 from prunekit.errors import UserError, relative
+from prunekit.failures import explained
 from prunekit.files import make_folder, write_text
 from prunekit.masks import apply_masks, find_prunable, hash_masks
 from prunekit.plan import Run, Stage, make_plan
@@ -77,9 +78,10 @@ def import_model(
     override(recipe, settings)
     plan = make_plan(recipe, load_registry())
     (run,) = plan.runs
-    shape, classes = _find_shape(run)
-    context = Context(seed=run.seed, folder=run.folder, shape=shape, classes=classes)
-    model: Any = run.architecture.build(context)
+    with explained(run):
+        shape, classes = _find_shape(run)
+        context = Context(seed=run.seed, folder=run.folder, shape=shape, classes=classes)
+        model: Any = run.architecture.build(context)
     weights, masks = read_source(source, model)
     load_weights(model, weights, source.path)
     apply_masks(model, masks)

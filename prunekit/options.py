@@ -83,10 +83,12 @@ class Resolver:
         path: KeyPath,
         owner: str,
         core: Collection[str] = (),
+        plugin: str = "",
     ) -> Any | None:
         """Build the options dataclass from a table; None where a problem was recorded.
 
-        `core` are the keys beside them that the core takes, for suggestions.
+        `core` are the keys beside them that the core takes, for suggestions; `plugin` is whose
+        dataclass it is.
         """
         hints = field_types(cls)
         values: dict[str, Any] = {}
@@ -115,7 +117,9 @@ class Resolver:
             self.problem((*path, key_of(error.field)), f"{owner}: {error}")
         # What a plugin's own check raises instead.
         except Exception as error:
-            self.problem(path, f"{owner} refuses its options: {type(error).__name__}: {error}")
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            of_plugin = f" of plugin {plugin}" if plugin else ""
+            self.problem(path, f"{owner}{of_plugin} refuses its options: {reason}")
         return None
 
     def use(
@@ -140,7 +144,7 @@ class Resolver:
         component, owner = entry.component, f"{kind} {entry.component.name!r}"
         core = ("name", *core) if kind == "evaluator" else core
         own = {k: v for k, v in table.items() if k != "use" and k not in core}
-        options = self.options(component.options, own, path, owner, core)
+        options = self.options(component.options, own, path, owner, core, entry.owner)
         if options is None:
             raise Recorded
         name = table.get("name", component.name) if kind == "evaluator" else component.name

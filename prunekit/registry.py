@@ -6,16 +6,19 @@ import contextlib
 import dataclasses
 import difflib
 import importlib.util
+import re
 import sys
 import typing
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 
 import pluggy
 
 from prunekit import builtin, hookspecs
-from prunekit.component import KINDS, Component
+from prunekit.component import API_VERSION, KINDS, Component
 from prunekit.errors import UserError
 
 GROUP = "prunekit"
@@ -35,6 +38,11 @@ class Entry:
     @property
     def owner(self) -> str:
         return f"{self.plugin} ({self.distribution})"
+
+    @property
+    def ours(self) -> bool:
+        """Whether it comes with prunekit."""
+        return self.distribution.partition(" ")[0] == "prunekit"
 
     @property
     def reference(self) -> str:
@@ -123,7 +131,7 @@ def load_registry(points: Iterable[EntryPoint] | None = None) -> Registry:
     broken: list[BrokenPlugin] = []
     if points is None:
         points = entry_points(group=GROUP)
-    for point in sorted(points, key=lambda p: (not _is_builtin(p), p.name)):
+    for name, point in _name_plugins(points):
         distribution = f"{point.dist.name} {point.dist.version}" if point.dist else "unknown"
         try:
             # What a plugin prints at import must not end up in a result.
@@ -131,20 +139,35 @@ def load_registry(points: Iterable[EntryPoint] | None = None) -> Registry:
                 found = _load_plugin(point)
         # A plugin may raise anything at import, SystemExit included.
         except (Exception, SystemExit) as error:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            broken.append(BrokenPlugin(point.name, distribution, reason))
+            broken.append(BrokenPlugin(name, distribution, _explain(error, point)))
             continue
-        entries += [Entry(kind, c, point.name, distribution) for kind, c in found]
+        entries += [Entry(kind, c, name, distribution) for kind, c in found]
     entries += [
         Entry(kind, component, "core", "prunekit") for kind, component in builtin.COMPONENTS
     ]
     return Registry(_mark_conflicts(entries), tuple(broken))
 
 
+def _name_plugins(points: Iterable[EntryPoint]) -> list[tuple[str, EntryPoint]]:
+    """Plugins in order, ours first; where several chose one name, others go by their module's."""
+    ordered = sorted(
+        {(p.name, p.value): p for p in points}.values(),
+        key=lambda p: (not _is_builtin(p), p.name, p.value),
+    )
+    taken = Counter(p.name for p in ordered)
+    return [(p.value if taken[p.name] > 1 and not _is_builtin(p) else p.name, p) for p in ordered]
+
+
+class ApiError(Exception):
+    """A plugin was written for another version of the plugin API; the message is for the user."""
+
+
 def _load_plugin(point: EntryPoint) -> list[tuple[str, Component]]:
     manager = pluggy.PluginManager(GROUP)
     manager.add_hookspecs(hookspecs)
-    manager.register(point.load(), name=point.name)
+    module = point.load()
+    _check_api(getattr(module, "PRUNEKIT_API", API_VERSION))
+    manager.register(module, name=point.name)
     _check_hooks(manager)
     found = []
     for kind in KINDS:
@@ -155,6 +178,45 @@ def _load_plugin(point: EntryPoint) -> list[tuple[str, Component]]:
     if not found:
         raise LookupError("declares no component; is @hookimpl missing, or a return?")
     return found
+
+
+def _check_api(version: object) -> None:
+    """Raise `ApiError` where a plugin's version of the API is not ours."""
+    if isinstance(version, bool) or not isinstance(version, int):
+        raise ApiError(f"PRUNEKIT_API is {version!r}; write PRUNEKIT_API = {API_VERSION}")
+    if version != API_VERSION:
+        older, newer = ("update it", "update prunekit")
+        raise ApiError(
+            f"written for plugin API {version}, this prunekit has {API_VERSION}; "
+            f"{newer if version > API_VERSION else older}"
+        )
+
+
+def _explain(error: BaseException, point: EntryPoint) -> str:
+    """Why a plugin is broken, in a line.
+
+    One that was written for another API may fail while it is imported, before it could say so.
+    """
+    if not isinstance(error, ApiError):
+        try:
+            _check_api(_read_api(point.module))
+        except ApiError as mismatch:
+            error = mismatch
+    if isinstance(error, ApiError):
+        return str(error)
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def _read_api(module: str) -> int:
+    """The version that a module's source says it was written for; ours where it says none."""
+    try:
+        spec = importlib.util.find_spec(module)
+        text = Path(spec.origin).read_text("utf-8") if spec and spec.origin else ""
+    # An import on the way there may raise anything again.
+    except (Exception, SystemExit):
+        text = ""
+    found = re.search(r"^PRUNEKIT_API(?:\s*:\s*int)?\s*=\s*(\d+)", text, re.MULTILINE)
+    return int(found[1]) if found else API_VERSION
 
 
 def _check_hooks(manager: pluggy.PluginManager) -> None:
@@ -171,6 +233,14 @@ def _check_declaration(hook: str, component: object) -> None:
     """What reading commands rely on; `testing.check_component` holds it against more."""
     if not isinstance(component, Component):
         raise TypeError(f"{hook} gave a {type(component).__name__}, not a Component")
+    for field in ("name", "summary", "build"):
+        if not isinstance(value := getattr(component, field), str):
+            raise TypeError(f"{field} of {component.name!r} is no text: {value!r}")
+    for field in ("needs", "sources", "beats"):
+        value = getattr(component, field)
+        # A text is a sequence of letters to Python: needs=("torch") has no comma.
+        if not isinstance(value, tuple | list) or not all(isinstance(v, str) for v in value):
+            raise TypeError(f'{field} of {component.name!r} is {value!r}; write ("...",)')
     if not dataclasses.is_dataclass(component.options):
         raise TypeError(f"options of {component.name!r} is no dataclass: {component.options!r}")
     typing.get_type_hints(component.options)

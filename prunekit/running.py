@@ -7,7 +7,7 @@ import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,12 @@ from typing import Any
 import click
 import torch
 
+from prunekit.component import Use
 from prunekit.contracts import Context, Data, Reporter
 from prunekit.data import count_batches
 from prunekit.engine import Engine
-from prunekit.errors import DataMissingError, Interrupted, UserError, relative
+from prunekit.errors import DataMissingError, Interrupted, PluginError, UserError, relative
+from prunekit.failures import explained
 from prunekit.files import make_folder
 from prunekit.masks import find_prunable
 from prunekit.plan import Plan, Run, Stage
@@ -72,7 +74,8 @@ def run_plan(
         click.echo("the data or a file of the recipe has changed since: running it again", err=True)
     make_folder(store)
     try:
-        with folder.alone(), reporters(plan, out) as report:
+        # What a plugin prints must not end up among the results.
+        with folder.alone(), redirect_stdout(sys.stderr), reporters(plan, out) as report:
             for note in plan.notes:
                 report(Note(note))
             engine = Engine(Store(store), chosen, report, stop or Stop(), smoke=plan.smoke)
@@ -92,32 +95,46 @@ def _is_current(plan: Plan, known: list[str], store: Store, device: torch.device
     """Whether what the results were computed from is the same still; also where it is gone."""
     engine = Engine(store, device, lambda event: None, smoke=plan.smoke)
     try:
-        return known == [digest for run in plan.runs for digest in engine.inputs(run)]
-    except UserError:
+        with redirect_stdout(sys.stderr):
+            return known == [digest for run in plan.runs for digest in engine.inputs(run)]
+    # Also where a plugin of the data set is broken by now: what was found is there still.
+    except (Exception, SystemExit):
         return True
 
 
 @contextmanager
 def reporters(plan: Plan, out: Path) -> Iterator[Report]:
-    """One report function for all reporters; one that fails is dropped with a message."""
+    """One report function for all reporters; one that fails is dropped with a message.
+
+    Raises `UserError` where a reporter says what has to be mended before it can be built.
+    """
     live = (
         sys.stderr.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
     )
-    listeners: list[tuple[str, Reporter]] = [
-        (use.component.name, use.build(Context(folder=out, live=live))) for use in plan.reporters
-    ]
+    listeners: list[tuple[Use[Reporter], Reporter]] = []
+
+    def drop(use: Use[Reporter], error: BaseException) -> None:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        told = f"reporter {use.component.name!r} of plugin {use.plugin} failed: {reason}"
+        told = str(error) if isinstance(error, PluginError) else told
+        click.echo(f"prunekit: {told}; the run goes on without it", err=True)
+
+    for use in plan.reporters:
+        try:
+            listeners.append((use, use.build(Context(folder=out, live=live))))
+        except (Exception, SystemExit) as error:
+            if isinstance(error, UserError) and not isinstance(error, PluginError):
+                raise
+            drop(use, error)
 
     def report(event: Event) -> None:
-        for name, listener in list(listeners):
+        for use, listener in list(listeners):
             try:
                 listener(event)
-            except Exception as error:
-                listeners.remove((name, listener))
+            except (Exception, SystemExit) as error:
+                listeners.remove((use, listener))
                 _close(listener)
-                click.echo(
-                    f"prunekit: reporter {name!r} failed and is left out: "
-                    f"{type(error).__name__}: {error}", err=True,
-                )  # fmt: skip
+                drop(use, error)
 
     try:
         yield report
@@ -127,7 +144,7 @@ def reporters(plan: Plan, out: Path) -> Iterator[Report]:
 
 
 def _close(listener: Reporter) -> None:
-    with suppress(Exception):
+    with suppress(Exception, SystemExit):
         getattr(listener, "close", lambda: None)()
 
 
@@ -171,29 +188,33 @@ def preview_plan(plan: Plan, out: Path, store: Path, device: str) -> dict[str, A
     seen: set[str] = set()
     runs: list[dict[str, Any]] = []
     for run in plan.runs:
-        model = engine.build(run, engine.load(run).data, None).model
-        stages: list[dict[str, Any]] = []
-        for stage, key in zip(run.stages, engine.keys(run), strict=True):
-            steps, passes = _count_work(engine, run, stage)
-            status = "stored" if engine.store.is_done(key) else "shared" if key in seen else "to do"
-            seen.add(key)
-            stages.append(
-                {"name": stage.name, "kind": stage.kind, "key": key, "status": status,
-                 "steps": steps, "forward_passes": passes}
-            )  # fmt: skip
-        runs.append(
-            {
-                "run": run.label,
-                "parameters": sum(p.numel() for p in model.parameters()),
-                "prunable": sum(w.numel() for w in find_prunable(model).values()),
-                "recipe": run.describe(),
-                "stages": stages,
-            }
-        )
+        with redirect_stdout(sys.stderr), explained(run):
+            runs.append(_preview_run(engine, run, seen))
     return {
         "out": relative(out), "store": relative(store), "smoke": plan.smoke,
         "notes": list(plan.notes), "runs": runs,
     }  # fmt: skip
+
+
+def _preview_run(engine: Engine, run: Run, seen: set[str]) -> dict[str, Any]:
+    """What `preview_plan` says of one run; `seen` are the stages of the runs before it."""
+    model = engine.build(run, engine.load(run).data, None).model
+    stages: list[dict[str, Any]] = []
+    for stage, key in zip(run.stages, engine.keys(run), strict=True):
+        steps, passes = _count_work(engine, run, stage)
+        status = "stored" if engine.store.is_done(key) else "shared" if key in seen else "to do"
+        seen.add(key)
+        stages.append(
+            {"name": stage.name, "kind": stage.kind, "key": key, "status": status,
+             "steps": steps, "forward_passes": passes}
+        )  # fmt: skip
+    return {
+        "run": run.label,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "prunable": sum(w.numel() for w in find_prunable(model).values()),
+        "recipe": run.describe(),
+        "stages": stages,
+    }
 
 
 def _count_work(engine: Engine, run: Run, stage: Stage) -> tuple[int, int]:

@@ -69,20 +69,26 @@ def describe_component(entry: Entry) -> dict[str, Any]:
     return {
         **summarize(entry),
         "paper": component.paper,
-        "options": [
-            {
-                "name": key_of(f.name),
-                "type": name_type(field_types(component.options)[f.name]),
-                "default": _plain(default_of(f)),
-                "required": default_of(f) is dataclasses.MISSING,
-                "limits": limits(f),
-                "unit": f.metadata.get("unit", ""),
-                "help": f.metadata.get("help", ""),
-            }
-            for f in dataclasses.fields(component.options)
-        ],
+        "options": describe_options(component.options),
         "recipe": fragment(entry),
     }
+
+
+def describe_options(options: type) -> list[dict[str, Any]]:
+    """The fields of an options dataclass, as plain data."""
+    types = field_types(options)
+    return [
+        {
+            "name": key_of(f.name),
+            "type": name_type(types[f.name]),
+            "default": _plain(default_of(f)),
+            "required": default_of(f) is dataclasses.MISSING,
+            "limits": limits(f),
+            "unit": f.metadata.get("unit", ""),
+            "help": f.metadata.get("help", ""),
+        }
+        for f in dataclasses.fields(options)
+    ]
 
 
 def render_component(entry: Entry) -> str:
@@ -101,7 +107,7 @@ def render_component(entry: Entry) -> str:
     for option in facts["options"]:
         default = "required" if option["required"] else "optional"
         if option["default"] is not None:
-            default = f"default {_toml(option['default'])}"
+            default = f"default {write_value(option['default'])}"
         details = ", ".join(
             filter(None, (option["type"], option["limits"], option["unit"], default))
         )
@@ -137,7 +143,7 @@ def fragment(entry: Entry) -> str:
     ]
     first = next(
         (
-            f"{key_of(f.name)} = {_toml(_plain(default_of(f)))}"
+            f"{key_of(f.name)} = {write_value(_plain(default_of(f)))}"
             for f in dataclasses.fields(component.options)
             if default_of(f) not in (dataclasses.MISSING, None)
         ),
@@ -189,13 +195,14 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _toml(value: Any) -> str:
+def write_value(value: Any) -> str:
+    """The value as TOML has it."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False)
     if isinstance(value, list):
-        return f"[{', '.join(map(_toml, value))}]"
+        return f"[{', '.join(map(write_value, value))}]"
     if isinstance(value, dict):
-        return "{ " + ", ".join(f"{k} = {_toml(v)}" for k, v in value.items()) + " }"
+        return "{ " + ", ".join(f"{k} = {write_value(v)}" for k, v in value.items()) + " }"
     return str(value)

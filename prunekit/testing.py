@@ -14,6 +14,7 @@ import contextlib
 import copy
 import dataclasses
 import importlib
+import importlib.util
 import inspect
 import io
 import re
@@ -110,6 +111,9 @@ def check_declaration(kind: str, component: Component) -> None:
     for field in dataclasses.fields(component.options):
         assert field.metadata.get("help"), f"{name}.{field.name}: declare it with option(help=...)"
         assert field.name not in TAKEN.get(kind, ()), f"{name}.{field.name} is a key of the core"
+    for package in component.sources:
+        assert "." not in package, f"{name}: sources names top-level packages, got {package!r}"
+        assert importlib.util.find_spec(package), f"{name}: there is no package {package!r}"
     module, colon, function = component.build.partition(":")
     assert colon, f'{name}: build is "module:function", got {component.build!r}'
     build = getattr(importlib.import_module(module), function, None)

@@ -135,6 +135,8 @@ class Taken:
         ({"options": NoHelp}, "option\\(help"),
         ({"options": Taken}, "key of the core"),
         ({"build": "math"}, "module:function"),
+        ({"sources": ("no_such_package",)}, "there is no package"),
+        ({"sources": ("os.path",)}, "top-level"),
         ({"build": "math:nothing"}, "no function"),
     ],
 )

@@ -1,5 +1,6 @@
 """Runs from recipe to results: sharing, resuming, failing, and what a key follows."""
 
+import dataclasses
 import importlib
 import json
 import threading
@@ -485,6 +486,28 @@ def test_keys_follow_the_source_of_the_plugins_that_are_used(bench, parts):
     after = bench.keys(recipe=recipe)
     assert [a != b for a, b in zip(before, after, strict=True)] == [False, True, True, True]
     assert bench.keys() == other
+
+
+def test_keys_follow_the_source_of_other_packages_that_a_component_names(bench, monkeypatch):
+    helper = bench.folder / "told_helper.py"
+    helper.write_text("a = 1\n")
+    monkeypatch.syspath_prepend(bench.folder)
+    plan = bench.plan()
+    (run,) = plan.runs
+    use = run.stages[1].options.pruner
+    component = dataclasses.replace(use.component, sources=("told_helper",))
+    options = dataclasses.replace(
+        run.stages[1].options, pruner=dataclasses.replace(use, component=component)
+    )
+    stages = list(run.stages)
+    stages[1] = dataclasses.replace(stages[1], options=options)
+    run = dataclasses.replace(run, stages=tuple(stages))
+    hash_source.cache_clear()
+    before = bench.engine().keys(run)
+    helper.write_text("a = 2\n")
+    hash_source.cache_clear()
+    after = bench.engine().keys(run)
+    assert [a != b for a, b in zip(before, after, strict=True)] == [False, True, True, True]
 
 
 def test_keys_follow_the_starting_weights(bench):

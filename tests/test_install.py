@@ -169,3 +169,64 @@ def test_a_broken_third_party_is_contained(environment):
         assert "signs (prunekit-signs 2.5)" in checked.stderr
     finally:
         declaration.write_text(good)
+
+
+FRESH_RECIPE = """
+name = "fresh"
+dataset = "digits"
+architecture = "small-cnn"
+objective = "acme-fresh"
+[[stage]]
+kind = "pretrain"
+epochs = 1
+[[stage]]
+kind = "evaluate"
+with = ["clean", "acme-fresh"]
+"""
+
+
+def pip(environment: Path, *arguments: str | Path) -> None:
+    command = [environment / "env/bin/python", "-m", "pip", *arguments]
+    subprocess.run(command, check=True, capture_output=True)
+
+
+def test_a_plugin_that_new_wrote_from_its_installation_to_its_removal(environment):
+    kinds = ("--kind", "objective", "--kind", "evaluator")
+    made = prunekit(environment, "new", "plugin", "acme-fresh", *kinds)
+    assert (made.returncode, made.stdout) == (0, "acme-fresh\n"), made.stderr
+    wheel = build_wheel(environment / "acme-fresh", environment / "fresh-wheel")
+    pip(environment, "install", "--no-index", "--no-deps", wheel)
+    listed = prunekit(environment, "list", "objectives")
+    assert "acme-fresh 0.1.0" in listed.stdout
+    assert "label-noise" not in listed.stdout
+
+    # Broken where only a run gets to, then mended: the run goes on.
+    (environment / "fresh.toml").write_text(FRESH_RECIPE)
+    (site,) = (environment / "env/lib").glob("python*/site-packages")
+    loss = site / "acme_fresh/loss.py"
+    good = loss.read_text()
+    loss.write_text(good.replace("logits = ", "raise ValueError('on purpose')\n        logits = "))
+    failed = prunekit(environment, "run", "fresh.toml", "--smoke")
+    assert failed.returncode == 1
+    assert "plugin acme-fresh (acme-fresh 0.1.0) failed: ValueError: on purpose" in failed.stderr
+    loss.write_text(good)
+    done = prunekit(environment, "run", "fresh.toml", "--smoke")
+    assert done.returncode == 0, done.stderr
+
+    # Written for another prunekit.
+    declaration = site / "acme_fresh/__init__.py"
+    text = declaration.read_text()
+    declaration.write_text(text.replace("PRUNEKIT_API = 1", "PRUNEKIT_API = 2"))
+    listed = prunekit(environment, "list")
+    assert listed.returncode == 0
+    assert "broken: written for plugin API 2, this prunekit has 1; update prunekit" in listed.stdout
+    declaration.write_text(text)
+
+    pip(environment, "uninstall", "--yes", "acme-fresh")
+    assert "acme-fresh" not in prunekit(environment, "list").stdout
+    checked = prunekit(environment, "check", "fresh.toml")
+    assert checked.returncode == 2
+    assert "unknown objective 'acme-fresh'" in checked.stderr
+    # What it found is told still.
+    told = prunekit(environment, "results", "runs/fresh-smoke")
+    assert (told.returncode, told.stdout) == (0, done.stdout)

@@ -1,7 +1,6 @@
 """Promises about the whole."""
 
 import ast
-import inspect
 import re
 import subprocess
 import sys
@@ -9,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from prunekit import hookspecs
 from prunekit.component import KINDS
 from prunekit.plan import make_plan
 from prunekit.recipe import load_recipe
@@ -39,7 +37,14 @@ def test_core_imports_no_plugin(path):
 
 @pytest.mark.parametrize(
     "arguments",
-    [["list"], ["--help"], ["show", "trades"], ["check", "recipes/quickstart.toml"]],
+    [
+        ["list"],
+        ["--help"],
+        ["show", "trades"],
+        ["check", "recipes/quickstart.toml"],
+        ["completion", "bash"],
+        ["new", "plugin", "--help"],
+    ],
     ids=lambda a: a[0],
 )
 def test_reading_commands_import_no_torch(arguments):
@@ -72,11 +77,11 @@ def test_recipe_begins_with_the_command_that_runs_it(recipe):
 @pytest.mark.parametrize("kind", KINDS)
 def test_hook_shows_a_plugin_that_works(kind, tmp_path, monkeypatch):
     """The example in the docstring of each hook, written to disk, keeps the contract."""
+    from prunekit.scaffold import read_example
     from prunekit.testing import check_component, find_components
 
-    hook = getattr(hookspecs, f"prunekit_{kind}s")
     package = f"documented_{kind}"
-    for name, code in read_example(hook.__doc__).items():
+    for name, code in read_example(kind).items():
         file = tmp_path / name.replace("my_plugin", package)
         file.parent.mkdir(exist_ok=True)
         file.write_text(code.replace("my_plugin", package))
@@ -86,17 +91,34 @@ def test_hook_shows_a_plugin_that_works(kind, tmp_path, monkeypatch):
     check_component(kind, component)
 
 
-def read_example(doc: str) -> dict[str, str]:
-    """File name -> code of the example in a docstring; a comment names each file."""
-    files: dict[str, list[str]] = {}
-    name = ""
-    for line in inspect.cleandoc(doc).splitlines():
-        if found := re.fullmatch(r"# (my_plugin/\w+\.py)", line):
-            name = found[1]
-            files[name] = []
-        elif name:
-            files[name].append(line)
-    return {name: "\n".join(lines) + "\n" for name, lines in files.items()}
+@pytest.mark.parametrize("plugin", PLUGINS, ids=lambda p: p.name)
+def test_plugins_name_the_other_plugins_whose_code_they_use(plugin):
+    """What decides a result is in its key: `Component.sources` names what is imported."""
+    names = {p.name for p in PLUGINS}
+    for entry in load_registry().entries:
+        if entry.component.package == plugin.name:
+            module = entry.component.build.partition(":")[0].replace(".", "/")
+            used = reach(plugin.parent / module)
+            assert used & names - {plugin.name} <= set(entry.component.sources), entry
+
+
+def reach(module: Path, known: frozenset[str] = frozenset()) -> set[str]:
+    """Packages that a plugin's module imports, through modules of its own package as well."""
+    file = (
+        module.with_suffix(".py") if module.with_suffix(".py").exists() else module / "__init__.py"
+    )
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    used = {name.partition(".")[0] for name in found}
+    package = module.relative_to(ROOT / "plugins").parts[0]
+    for name in found - known:
+        if name.partition(".")[0] == package:
+            used |= reach(ROOT / "plugins" / name.replace(".", "/"), known | found)
+    return used
 
 
 def test_every_plugin_has_a_test_file():

@@ -136,6 +136,34 @@ def test_a_claimed_name_of_a_built_in_does_not_replace_it(plugin):
         load_registry(points).find("pruner", "lwm")
 
 
+def test_two_plugins_of_one_name_go_by_their_modules(plugin):
+    def declare(name, component):
+        point = plugin(name, GOOD.replace("mine", component))
+        return EntryPoint("same", point.value, "prunekit")
+
+    points = [declare("a", "mine"), declare("b", "mine"), declare("c", "other")]
+    registry = load_registry([*points, points[0]])
+    assert [e.owner for e in registry.entries if e.kind == "pruner"] == [
+        f"plugin_under_test_{name} (unknown)" for name in "abc"
+    ]
+    with pytest.raises(UserError, match='write "plugin_under_test_a:mine" or "plugin_under_test_b'):
+        registry.find("pruner", "mine")
+    assert registry.find("pruner", "plugin_under_test_b:mine").component.package == (
+        "plugin_under_test_b"
+    )
+    assert registry.find("pruner", "other").reference == "other"
+
+
+def test_a_plugin_that_takes_the_name_of_one_of_ours_leaves_it_its_name(plugin):
+    from importlib.metadata import entry_points
+
+    point = plugin("a", GOOD.replace("mine", "lwm"))
+    theirs = EntryPoint("pruners", point.value, "prunekit")
+    registry = load_registry([*entry_points(group="prunekit"), theirs])
+    assert registry.find("pruner", "pruners:lwm").component.package == "prunekit_pruners"
+    assert registry.find("pruner", "plugin_under_test_a:lwm").plugin == "plugin_under_test_a"
+
+
 @pytest.mark.parametrize(
     ("kind", "name", "message"),
     [
