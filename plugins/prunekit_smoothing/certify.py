@@ -117,6 +117,7 @@ class Certify:
             precision = name_precision(model, x)
             batch = self.options.batch or (50 if x.device.type == "cpu" else 1000)
             sampler = Sampler(model, self.options.sigma, self.seed, batch)
+            # So many images that the first chunks of all make one forward pass.
             for part in x.split(sampler.together):
                 if seen >= len(work.done):
                     self.judge(sampler, part, work, keeper)
