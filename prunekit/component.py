@@ -66,6 +66,8 @@ class Component:
     """Frozen dataclass; its fields (see `option`) are the recipe's keys."""
     needs: tuple[str, ...] = ()
     """Import names that must be there; looked for, never imported, by `prunekit list`."""
+    install: str = ""
+    """The command that brings what is missing of `needs`; default: pip install and the names."""
     paper: str = ""
     """The source: authors, venue, identifier."""
     passes: Callable[[Any], int] = once
