@@ -87,17 +87,29 @@ def is_certain(lower: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def full_precision() -> Iterator[None]:
-    """No autocast and no TF32 inside: their rounding is larger than what bounds are about."""
+def full_precision(dtype: torch.dtype | None = None) -> Iterator[None]:
+    """No autocast and no TF32 inside: their rounding is larger than what bounds are about.
+
+    What auto_LiRPA makes without a dtype, is made with this one.
+    """
     matmul, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    default = torch.get_default_dtype()
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
+    torch.set_default_dtype(dtype or default)
     try:
         with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
             yield
     finally:
+        torch.set_default_dtype(default)
         torch.set_float32_matmul_precision(matmul)
         torch.backends.cudnn.allow_tf32 = cudnn
+
+
+def _agree(found: Tensor, expected: Tensor) -> bool:
+    """Equal but for rounding, by the scale of the largest value."""
+    scale = 1 + float(expected.abs().max())
+    return float((found - expected).abs().max()) < 1e-3 * scale
 
 
 @dataclass
@@ -122,60 +134,115 @@ class Bounds:
     """Of the optimisation of "alpha-crown"."""
     _bounded: Any = field(default=None, repr=False)
     _classes: int = 0
+    _tried: set[str] = field(default_factory=set)
 
     def margins(self, box: Box, y: Tensor, method: str) -> Tensor:
         """Lower bounds (B, K - 1) of f_y - f_j over the box, for the classes j other than y.
 
         Raises `UserError` for a network that auto_LiRPA cannot bound.
         """
-        return self._compute(box, y, method)[1]
+        return self._bound(box, y, method)[1]
 
     def margins_twice(self, box: Box, y: Tensor) -> tuple[Tensor, Tensor]:
         """The bounds of "ibp" and of "crown-ibp", which is made of it."""
-        return self._compute(box, y, "crown-ibp")
+        return self._bound(box, y, "crown-ibp")
 
     def prepare(self) -> None:
         """Trace the network, where that is not done. Raises `UserError` as `margins` does."""
-        if self._bounded is None:
-            model, example = self._copy()
-            with versions.unsupported() as found:
-                try:
-                    self._bounded = versions.trace(model, example, self.relu)
-                # Whatever it raises, the network is out of its reach.
-                except Exception as error:
-                    raise UserError(explain(error, found, *self._copy())) from error
-            self._bounded.eval()
-            self._classes = self._bounded.final_shape[1]
-            versions.limit_iterations(self._bounded, self.iterations)
+        if self._bounded is not None:
+            return
+        model, example = self._copy()
+        try:
+            with versions.unsupported() as unsupported:
+                self._bounded = versions.trace(model, example, self.relu)
+        # Whatever it raises, the network is out of its reach.
+        except Exception as error:
+            raise UserError(explain(error, unsupported, *self._copy())) from error
+        self._bounded.eval()
+        self._classes = self._bounded.final_shape[1]
+        versions.limit_iterations(self._bounded, self.iterations)
+        with torch.no_grad(), full_precision(self.dtype):
+            if not _agree(self._bounded(example), model(example)):
+                raise UserError(
+                    "auto_LiRPA reads this network wrongly: what it computes is not what the network "
+                    "does (poolings with ceil_mode, dilation, or padding that is not counted, for "
+                    "example); replace what docs/certified.md does not list"
+                )
 
     def forget(self) -> None:
         """Trace again next time: what was cut off has left its half-done work in the old trace."""
         self._bounded = None
 
-    def _compute(self, box: Box, y: Tensor, method: str) -> tuple[Tensor, Tensor]:
+    def _bound(self, box: Box, y: Tensor, method: str) -> tuple[Tensor, Tensor]:
         """(bounds by IBP, where the method begins with these; bounds by the method)."""
         self.prepare()
+        if method == "alpha-crown" and not self._bounded.optimizable_activations:
+            method = "crown"  # a linear network: nothing to optimise, and nothing to gain
+        with full_precision(self.dtype):
+            self._bind()
+            if method not in self._tried:
+                self._try(method)
+            if method != "alpha-crown":
+                return self._compute(box, y, method)
+            # What one optimisation leaves in the trace does not suit the next.
+            bounds = self._compute(box, y, method)
+            self.forget()
+            return bounds
+
+    def _try(self, method: str) -> None:
+        """Raise `UserError` where the bounds over a box of a single image are not its margins.
+
+        Some operators are bounded wrongly, and silently, where their options are unusual.
+        """
+        _, example = self._copy()
+        y = torch.arange(len(example), device=example.device) % self._classes
+        with torch.no_grad():
+            logits = self._bounded(example)
+            exact = (compare_classes(y, self._classes, logits.dtype) @ logits[:, :, None])[..., 0]
+            simple = "crown" if method == "alpha-crown" else method
+            _, lower = self._compute(Box(example, example), y, simple)
+        if not _agree(lower, exact):
+            raise UserError(
+                f"auto_LiRPA gets {method} wrong for this network: over a box of one image alone, it "
+                "is not the image's margin (overlapping or padded average pooling, for example); "
+                'use "ibp", or replace what docs/certified.md does not list'
+            )
+        self._tried.add(method)
+
+    def _compute(self, box: Box, y: Tensor, method: str) -> tuple[Tensor, Tensor]:
         auto_lirpa = versions.load()
         lower, upper = (side.to(self.dtype or side.dtype) for side in (box.lower, box.upper))
         center = (lower + upper) / 2
         region = auto_lirpa.PerturbationLpNorm(norm=float("inf"), x_L=lower, x_U=upper)
-        with full_precision():
-            self._bind()
-            try:
-                found, _ = self._bounded.compute_bounds(
-                    x=(auto_lirpa.BoundedTensor(center, region),),
-                    # The last linear layer is merged with it.
-                    C=compare_classes(y, self._classes, center.dtype),
-                    method=METHODS[method],
-                    bound_upper=False,
-                )
-            except torch.OutOfMemoryError:
+        try:
+            found, _ = self._bounded.compute_bounds(
+                x=(auto_lirpa.BoundedTensor(center, region),),
+                # The last linear layer is merged with it.
+                C=compare_classes(y, self._classes, center.dtype),
+                method=METHODS[method],
+                bound_upper=False,
+            )
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            if not _failed_nodes(error):
                 raise
-            except Exception as error:
-                if not _failed_nodes(error):
-                    raise
-                raise UserError(explain(error, [], *self._copy())) from error
+            raise UserError(explain(error, [], *self._copy())) from error
+        if self.detached or not torch.is_grad_enabled():
+            found = found.masked_fill(~self._finite(len(y))[:, None], -torch.inf)
         return self._bounded.ibp_lower, found
+
+    def _finite(self, images: int) -> Tensor:
+        """(B,) booleans: no bound within the network is infinite.
+
+        auto_LiRPA leaves a bias out that is no number, such as 0 * inf, and goes on as if proved.
+        """
+        finite = torch.ones(images, dtype=torch.bool, device=self._bounded.device)
+        for node in self._bounded._modules.values():
+            for bound in (getattr(node, "lower", None), getattr(node, "upper", None)):
+                if node.perturbed and isinstance(bound, Tensor) and len(bound) == images:
+                    finite &= bound.flatten(1).isfinite().all(1)
+        return finite
 
     def _bind(self) -> None:
         """Let the nodes of parameters and buffers answer with what the network has now."""
@@ -207,8 +274,9 @@ class Bounds:
                     copied = nn.Parameter(parameter.detach().clone(), requires_grad=False)
                     parent._parameters[name] = copied
         device = next(self.model.parameters()).device
-        example = torch.zeros(2, *self.shape, dtype=self.dtype, device=device)
-        return model.to(self.dtype), example
+        generator = torch.Generator().manual_seed(0)
+        example = torch.rand(2, *self.shape, generator=generator)
+        return model.to(self.dtype), example.to(device, self.dtype)
 
 
 def _answer(value: Tensor) -> Tensor:
@@ -235,9 +303,9 @@ def _failed_nodes(error: Exception) -> list[str]:
     """The class of the innermost auto_LiRPA node that an error came through, if any."""
     found = []
     for frame, _ in traceback.walk_tb(error.__traceback__):
-        owner = type(frame.f_locals.get("self")).__name__
-        if owner.startswith("Bound") and owner != "BoundedModule":
-            found = [owner]
+        owner = type(frame.f_locals.get("self"))
+        if owner.__module__.startswith("auto_LiRPA.operators"):
+            found = [owner.__name__]
     return found
 
 

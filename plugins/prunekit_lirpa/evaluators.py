@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import traceback
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -95,11 +96,10 @@ class Verified:
             except Exception as error:
                 bounds.forget()
                 method[left] = FAILED
-                text = str(error).partition("\n")[0]
-                if not isinstance(error, UserError):
-                    text = f"{type(error).__name__}: {text}"
-                warnings.warn(f"{name} failed on some images, which count as errors: {text}",
-                              stacklevel=4)  # fmt: skip
+                warnings.warn(
+                    f"{name} failed on some images, which count as errors: {describe(error)}",
+                    stacklevel=4,
+                )
                 continue
             if best is None:
                 best = torch.full((len(y), lower.shape[1]), -torch.inf).to(lower)
@@ -119,6 +119,15 @@ class Verified:
         metrics |= {"errors": int((method == FAILED).sum()), "timeouts": int((method == LATE).sum())}
         records = {"verified": verified, "method": method.astype(str), "margin": margin}
         return Result(metrics, records)
+
+
+def describe(error: Exception) -> str:
+    """One line; where the error says nothing itself, the function that raised it."""
+    text = str(error).partition("\n")[0]
+    if isinstance(error, UserError):
+        return text
+    *_, frame = traceback.extract_tb(error.__traceback__)
+    return f"{type(error).__name__}: {text or f'in {frame.name}'}"
 
 
 class OutOfTimeError(BaseException):

@@ -29,6 +29,8 @@ def load() -> ModuleType:
     with _lent(), _unchanged_process():
         import auto_LiRPA
     _accept_duplicates(auto_LiRPA.BoundedModule)
+    if auto_LiRPA.__version__ == "0.3":
+        _make_contiguous(auto_LiRPA.bound_ops.BoundAveragePool)
     return auto_LiRPA
 
 
@@ -40,7 +42,25 @@ def trace(model: nn.Module, example: torch.Tensor, relu: str) -> Any:
     # The option of the slope is called "relu" up to 0.3, and by its long name since.
     options = {"relu": relu, "activation_bound_option": relu}
     with _lent():
-        return load().BoundedModule(model, example, bound_opts=options, device=example.device)
+        bounded = load().BoundedModule(model, example, bound_opts=options, device=example.device)
+    for node in bounded._modules.values():
+        if type(node).__name__ == "BoundReshape" and node.output_shape[0] == len(example):
+            # The number of images that it was traced with is in its shape as a constant.
+            node.forward = partial(_reshape, node.forward, [-1, *node.output_shape[1:]])
+        if is_old() and type(node).__name__ == "BoundConstant" and len(node.value.shape) > 1:
+            # 0.3 mistakes the first of the dimensions (1, C, 1, 1) for channels.
+            node.value = node.value.squeeze(0)
+    return bounded
+
+
+def _reshape(forward: Any, shape: list[int], x: torch.Tensor, traced: torch.Tensor) -> Any:
+    return forward(x, shape)
+
+
+def is_old() -> bool:
+    """Whether this is the release of the package index, with its flaws."""
+    version: str = load().__version__
+    return version == "0.3"
 
 
 def limit_iterations(bounded: Any, iterations: int) -> None:
@@ -129,3 +149,15 @@ def _accept_duplicates(bounded: Any) -> None:
         return original(self, members, prefix, recurse)
 
     bounded._named_members = named_members
+
+
+def _make_contiguous(pool: Any) -> None:
+    """0.3 takes a view of coefficients that may be expanded, which torch refuses."""
+    original = pool.bound_backward
+
+    def bound_backward(self: Any, last_lower: Any, last_upper: Any, *x: Any) -> Any:
+        sides = (a.contiguous() if isinstance(a, torch.Tensor) else a
+                 for a in (last_lower, last_upper))  # fmt: skip
+        return original(self, *sides, *x)
+
+    pool.bound_backward = bound_backward
