@@ -115,7 +115,7 @@ class ChannelGate(nn.Module):
 
 def _gate_output(module: nn.Module, inputs: Any, output: Tensor) -> Any:
     """The forward hook of a layer with a gate."""
-    return module.channel_gate(output)
+    return module._modules["channel_gate"](output)  # type: ignore[misc]
 
 
 def attach_gates(
@@ -195,7 +195,7 @@ def effective_parameters(model: nn.Module) -> dict[str, Tensor]:
         names = [name for name, value in module._parameters.items() if value is not None]
         if _is_scored(module):
             names.append("weight")
-            inner.update(module.parametrizations["weight"].modules())  # type: ignore[index, union-attr]
+            inner.update(module.parametrizations["weight"].modules())
         if gate is not None:
             inner.add(gate)
         for name in names if module not in inner else ():

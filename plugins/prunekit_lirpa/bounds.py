@@ -50,9 +50,7 @@ def surround(x: Tensor, eps: float) -> Box:
 def check_threat(threat: Threat | None, owner: str) -> float:
     """The radius of an L-inf threat; raises `UserError` for every other."""
     if threat is None:
-        raise UserError(
-            f'{owner} needs a radius; write [threat] with norm = "linf", eps = "2/255"'
-        )
+        raise UserError(f'{owner} needs a radius; write [threat] with norm = "linf", eps = "2/255"')
     if threat.norm != "linf":
         raise UserError(
             f'{owner} bounds boxes, norm "linf", not "{threat.norm}"; write norm = "linf" and an '
@@ -114,11 +112,11 @@ def _agree(found: Tensor, expected: Tensor) -> bool:
 
 @dataclass
 class Bounds:
-    """Bounds of a live network: it is traced once, when first needed, and its weights are read anew.
+    """Bounds of a live network: traced once, when first needed; its weights are read each time.
 
-    What is traced is a plain copy in eval mode, without scores; its parameter nodes then answer with
-    the effective parameters of the step and the present statistics of batch normalisation. So the
-    network, its modes and what of it is frozen stay as they are, and gradients reach the scores.
+    What is traced is a plain copy in eval mode, without scores; its parameter nodes then answer
+    with the effective parameters of the step and the present statistics of batch normalisation. So
+    the network, its modes and what of it is frozen stay as they are, and scores get gradients.
 
     `relu` is the lower slope of an unstable ReLU: "adaptive" (1 where u > -l, else 0), or
     "same-slope", u / (u - l) as the upper one. With `detached`, weights are read without gradients;
@@ -154,20 +152,25 @@ class Bounds:
         model, example = self._copy()
         try:
             with versions.unsupported() as unsupported:
-                self._bounded = versions.trace(model, example, self.relu)
+                bounded = versions.trace(model, example, self.relu)
         # Whatever it raises, the network is out of its reach.
         except Exception as error:
             raise UserError(explain(error, unsupported, *self._copy())) from error
-        self._bounded.eval()
-        self._classes = self._bounded.final_shape[1]
-        versions.limit_iterations(self._bounded, self.iterations)
+        bounded.eval()
+        more = torch.cat([example, example[:1]])
         with torch.no_grad(), full_precision(self.dtype):
-            if not _agree(self._bounded(example), model(example)):
+            logits = model(more)
+            if not logits.isfinite().all():
+                raise UserError("the network's outputs are no numbers: there is nothing to bound")
+            if not _agree(bounded(more), logits):
                 raise UserError(
-                    "auto_LiRPA reads this network wrongly: what it computes is not what the network "
+                    "auto_LiRPA reads this network wrongly: it does not compute what the network "
                     "does (poolings with ceil_mode, dilation, or padding that is not counted, for "
                     "example); replace what docs/certified.md does not list"
                 )
+        self._classes = bounded.final_shape[1]
+        versions.limit_iterations(bounded, self.iterations)
+        self._bounded = bounded
 
     def forget(self) -> None:
         """Trace again next time: what was cut off has left its half-done work in the old trace."""
@@ -203,9 +206,9 @@ class Bounds:
             _, lower = self._compute(Box(example, example), y, simple)
         if not _agree(lower, exact):
             raise UserError(
-                f"auto_LiRPA gets {method} wrong for this network: over a box of one image alone, it "
-                "is not the image's margin (overlapping or padded average pooling, for example); "
-                'use "ibp", or replace what docs/certified.md does not list'
+                f"auto_LiRPA gets {method} wrong for this network: over a box of one image alone "
+                "it is not the image's margin (overlapping or padded average pooling, for "
+                'example); use "ibp", or replace what docs/certified.md does not list'
             )
         self._tried.add(method)
 

@@ -29,11 +29,11 @@ OPEN, MISCLASSIFIED, FAILED, LATE = "open", "misclassified", "error", "timeout"
 class Verified:
     """Verified accuracy: the images whose every margin is proved positive over the box.
 
-    Methods run in their order, each on the correctly classified images that are still open; the best
-    lower bound of each margin counts. Metrics, each with its interval: `verified`, for each method
-    what it and those before verify (`crown_verified`), and `accuracy`; and the numbers `errors` and
-    `timeouts` of images that are neither verified nor open, because a method failed on them or the
-    time was up.
+    Methods run in their order, each on the correctly classified images that are still open; the
+    best lower bound of each margin counts. Metrics, each with its interval: `verified`, for each
+    method what it and those before verify (`crown_verified`), and `accuracy`; and the numbers
+    `errors` and `timeouts` of images that are neither verified nor open, because a method failed on
+    them or the time was up.
 
     Records: `verified` (N,) bool; `method` (N,), the name of the one that proved it, or `OPEN`,
     `MISCLASSIFIED`, `FAILED`, `LATE`; `margin` (N,), the best lower bound of the worst margin, NaN
@@ -116,7 +116,10 @@ class Verified:
             so_far = np.isin(method, self.options.methods[:number])
             metrics |= proportion(f"{name}_verified", so_far)
         metrics |= proportion("accuracy", method != MISCLASSIFIED)
-        metrics |= {"errors": int((method == FAILED).sum()), "timeouts": int((method == LATE).sum())}
+        metrics |= {
+            "errors": int((method == FAILED).sum()),
+            "timeouts": int((method == LATE).sum()),
+        }
         records = {"verified": verified, "method": method.astype(str), "margin": margin}
         return Result(metrics, records)
 

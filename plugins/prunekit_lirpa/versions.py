@@ -1,8 +1,8 @@
 """auto_LiRPA as it is installed: all that depends on its version is here.
 
-0.3 is the last release on the package index, made for a torch before 2.0; 0.7 and its like come from
-the project's repository. What 0.3 needs of torch and numpy that is no longer there is lent to it
-while it is imported and traces, never over anything that exists, and taken back after.
+0.3 is the last release on the package index, made for a torch before 2.0; 0.7 and its like come
+from the project's repository. What 0.3 needs of torch and numpy that is no longer there is lent to
+it while it is imported and traces, never over anything that exists, and taken back after.
 """
 
 from __future__ import annotations
@@ -41,8 +41,10 @@ def trace(model: nn.Module, example: torch.Tensor, relu: str) -> Any:
     """
     # The option of the slope is called "relu" up to 0.3, and by its long name since.
     options = {"relu": relu, "activation_bound_option": relu}
-    with _lent():
-        bounded = load().BoundedModule(model, example, bound_opts=options, device=example.device)
+    make = load().BoundedModule
+    # Warnings: whatever tracing makes constant shows when the trace is compared with the network.
+    with _lent(), warnings.catch_warnings(record=True):
+        bounded = make(model, example, bound_opts=options, device=example.device)
     for node in bounded._modules.values():
         if type(node).__name__ == "BoundReshape" and node.output_shape[0] == len(example):
             # The number of images that it was traced with is in its shape as a constant.
@@ -75,9 +77,9 @@ def unsupported() -> Iterator[list[tuple[str, str]]]:
 
     class Listener(logging.Filter):
         def filter(self, record: logging.LogRecord) -> bool:
-            for node in record.args if isinstance(record.args, tuple) else ():
-                if hasattr(node, "op"):
-                    found.append((node.op, node.name))
+            # The arguments of the message: one of auto_LiRPA's named tuples.
+            arguments: Any = record.args
+            found.extend((node.op, node.name) for node in arguments or () if hasattr(node, "op"))
             return record.levelno < logging.ERROR
 
     load()
@@ -107,7 +109,7 @@ def _lent() -> Iterator[None]:
             returns.callback(delattr, helper, "_set_opset_version")
         node = torch._C.Node
         if not hasattr(node, "__getitem__"):
-            node.__getitem__ = _read_attribute
+            setattr(node, "__getitem__", _read_attribute)  # noqa: B010 (the class has none)
             returns.callback(delattr, node, "__getitem__")
         yield
 
@@ -144,7 +146,11 @@ def _accept_duplicates(bounded: Any) -> None:
         return
 
     def named_members(
-        self: Any, members: Any, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+        self: Any,
+        members: Any,
+        prefix: str = "",
+        recurse: bool = True,
+        remove_duplicate: bool = True,
     ) -> Any:
         return original(self, members, prefix, recurse)
 
