@@ -198,6 +198,8 @@ def test_validation_is_at_the_whole_eps_with_the_bound_of_training(name: str) ->
         assert values["accuracy"].tolist() == [0, 1, 1, 1, 1, 1]
         assert values["verified_accuracy"].tolist() == (lower > 1e-5).all(1).float().tolist()
     assert COMPONENTS[name].select in values
+    values = objective.validate(x, (net(x).argmax(1) + 1) % K)
+    assert not any(value.any() for value in values.values())
 
 
 @pytest.mark.parametrize("name", COMPONENTS)
