@@ -77,6 +77,13 @@ class Component:
     A stored result is found again by its own package's source, these packages' and the core's, and
     by the versions of what it `needs`.
     """
+    install: str = ""
+    """The command that brings what is missing of `needs`; default: pip install and the names."""
+    loads: str = ""
+    """"module:function" that imports and returns what it `needs`, where a plain import would fail.
+
+    `prunekit doctor` calls it.
+    """
     paper: str = ""
     """The source: authors, venue, identifier."""
     passes: Callable[[Any], int] = once

@@ -56,13 +56,14 @@ def diagnose(registry: Registry, runs: Path, store: Path | None) -> list[Finding
         ("import", "torch"),  # the first, as everything else stands on it
         *(("import", m) for m in modules.values() if m and m != "torch"),
         ("devices", ""),
-        *(("import", name) for name in here),
+        *(_choose_import(name, registry) for name in here),
         *dict.fromkeys(("component", e.component.build) for e in ready),
         *(("data", name) for name in data),
     ]
     answers = dict(zip(tasks, ask(tasks), strict=True))
     # A package that is broken breaks what imports it: it is told once.
-    known = {a["error"] for (what, _), a in answers.items() if what == "import" and "error" in a}
+    known = {a["error"] for (what, _), a in answers.items() if what in ("import", "load")
+             and "error" in a}  # fmt: skip
     return [
         *_look_at_packages(modules, answers),
         *_look_at_devices(answers["devices", ""]),
@@ -147,21 +148,31 @@ def _look_at_packages(
             yield Finding(topic, name, version)
 
 
+def _choose_import(name: str, registry: Registry) -> Task:
+    """How an optional part is imported: as a component that needs it says, or plainly."""
+    ways = [e.component.loads for e in registry.entries if name in e.component.needs]
+    way = next(filter(None, ways), None)
+    return ("load", way) if way else ("import", name)
+
+
 def _look_at_optional(
     names: Sequence[str], registry: Registry, answers: Mapping[Task, Mapping[str, Any]]
 ) -> Iterator[Finding]:
     topic = "optional parts"
     for name in names:
-        users = [f"{e.kind} {e.component.name}" for e in registry.entries
-                 if name in e.component.needs]  # fmt: skip
+        needing = [e for e in registry.entries if name in e.component.needs]
+        users = [f"{e.kind} {e.component.name}" for e in needing]
+        command = next((e.component.install for e in needing if e.component.install), "")
         what = ", ".join(users[:3]) + (f" and {len(users) - 3} more" if len(users) > 3 else "")
-        answer = answers.get(("import", name))
+        answer = answers.get(_choose_import(name, registry))
         if answer is None:
             told = f"not installed; for {what}"
-            yield Finding(topic, name, told, mend=f"pip install {name}")
+            yield Finding(topic, name, told, mend=command or f"pip install {name}")
         elif "error" in answer:
             told = f"cannot be imported: {answer['error']}; for {what}"
-            yield Finding(topic, name, told, True, f"pip install --force-reinstall {name}")
+            again = f"{command} --force-reinstall" if command else ""
+            mend = again or f"pip install --force-reinstall {name}"
+            yield Finding(topic, name, told, True, mend)
         else:
             owner = find_distributions().get(name.partition(".")[0], [name])[0]
             try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -88,8 +89,8 @@ class ChannelGate(nn.Module):
     """Opens and closes the output channels of a layer by trained scores of its weights.
 
     Straight through as for single weights: with the gate m_c treated as the mean |s| of channel c,
-    ds = dL/dm_c sign(s) / n for its n weights. The layer itself stays whole meanwhile: an
-    objective that reads its weight, instead of calling the network, sees no gate.
+    ds = dL/dm_c sign(s) / n for its n weights. The layer itself stays whole meanwhile: what reads
+    its weight, instead of calling the network, wants `effective_parameters`.
     """
 
     mask: Tensor
@@ -102,10 +103,19 @@ class ChannelGate(nn.Module):
         """Whether channels are the last dimension of the output (linear layers), or the second."""
 
     def forward(self, output: Tensor) -> Tensor:
-        importance = self.score.abs().flatten(1).mean(1)
-        opened = self.mask.flatten(1).any(1).to(output.dtype).clamp_min(LEAK)
-        gate = opened + importance - importance.detach()
+        gate = self.opening(output.dtype)
         return output * (gate if self.last else gate.view(-1, *[1] * (output.dim() - 2)))
+
+    def opening(self, dtype: torch.dtype) -> Tensor:
+        """What each channel (O,) is multiplied with: 1, or `LEAK`."""
+        importance = self.score.abs().flatten(1).mean(1)
+        opened = self.mask.flatten(1).any(1).to(dtype).clamp_min(LEAK)
+        return opened + importance - importance.detach()
+
+
+def _gate_output(module: nn.Module, inputs: Any, output: Tensor) -> Any:
+    """The forward hook of a layer with a gate."""
+    return module._modules["channel_gate"](output)  # type: ignore[misc]
 
 
 def attach_gates(
@@ -119,7 +129,7 @@ def attach_gates(
         module = modules[end.rpartition(".")[0]]
         # A child of the layer, so that the score is among the model's parameters and states.
         module.add_module("channel_gate", gate)
-        hook = module.register_forward_hook(lambda m, inputs, output: m.channel_gate(output))
+        hook = module.register_forward_hook(_gate_output)
         undo += [hook.remove, partial(module.__delattr__, "channel_gate")]
     return undo
 
@@ -168,6 +178,49 @@ def effective_weights(model: nn.Module) -> Iterator[None]:
                 if _is_scored(module):
                     _ = module.weight
         yield
+
+
+def effective_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters as the forward pass of this step uses them, by the plain network's names.
+
+    A weight with scores is masked; a layer whose channels a gate opens and closes has weight and
+    bias multiplied by it along the outputs, which is what the gate does to the output. Gradients
+    reach the scores. A tied parameter is there under the name of each layer that uses it.
+    """
+    values: dict[str, Tensor] = {}
+    inner: set[nn.Module] = set()
+    for prefix, module in model.named_modules():
+        gate = module._modules.get("channel_gate")
+        gate = gate if isinstance(gate, ChannelGate) else None
+        names = [name for name, value in module._parameters.items() if value is not None]
+        if _is_scored(module):
+            names.append("weight")
+            inner.update(module.parametrizations["weight"].modules())
+        if gate is not None:
+            inner.add(gate)
+        for name in names if module not in inner else ():
+            value = getattr(module, name)
+            if gate is not None:
+                value = value * gate.opening(value.dtype).view(-1, *[1] * (value.dim() - 1))
+            values[f"{prefix}.{name}" if prefix else name] = value
+    return values
+
+
+def copy_plain(model: nn.Module) -> nn.Module:
+    """A copy of the network without scores and gates: plain, unmasked layers, for tracing."""
+    plain = copy.deepcopy(model)
+    for module in list(plain.modules()):
+        if isinstance(module._modules.get("channel_gate"), ChannelGate):
+            del module.channel_gate
+            hooks = module._forward_hooks
+            for key in [key for key, hook in hooks.items() if hook is _gate_output]:
+                del hooks[key]
+        if _is_scored(module):
+            # Not torch's way of removing: the class that it would change is the original's too.
+            lists: Any = module._modules.pop("parametrizations")
+            module.__class__ = type(module).__bases__[0]
+            module._parameters = {"weight": lists["weight"].original, **module._parameters}
+    return plain
 
 
 @torch.no_grad()

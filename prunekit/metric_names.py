@@ -9,8 +9,16 @@ from typing import Any
 
 FRACTIONS = {"abstained", "accuracy", "certified", "fraction", "rate", "sparsity", "verified"}
 """A metric with one of these words in its name, the evaluator's apart, is shown in percent."""
-DIAGNOSTICS = {"zero_gradient"}
-"""Numbers that say how far to trust a metric; not columns of the table."""
+DIAGNOSTICS = {
+    "zero_gradient": "gave no gradient; it may stand less than its accuracy says, try another "
+    "attack",
+    "errors": "made the verifier fail; they count as not verified, which says nothing of them",
+    "timeouts": "ran out of time; they count as not verified, which says nothing of them",
+}
+"""Numbers of images that say how far to trust a metric, and what is wrong with those images.
+
+Not columns of the table, but notes below it.
+"""
 
 
 def split_metric(metric: str) -> tuple[str, str]:
@@ -42,7 +50,7 @@ def is_main(metric: str) -> bool:
     >>> [is_main(name) for name in ("pgd.accuracy", "pgd.accuracy_low", "pgd.n")]
     [True, False, False]
     """
-    return not is_part(metric) and split_metric(metric)[1] not in DIAGNOSTICS | FACTS
+    return not is_part(metric) and split_metric(metric)[1] not in DIAGNOSTICS.keys() | FACTS
 
 
 def is_fraction(metric: str) -> bool:

@@ -25,6 +25,13 @@ def try_import(name: str) -> dict[str, Any]:
     return {"version": str(getattr(importlib.import_module(name), "__version__", ""))}
 
 
+def try_load(function: str) -> dict[str, Any]:
+    """Import a package as a component says: "module:function" returns it."""
+    module, _, name = function.partition(":")
+    loaded = getattr(importlib.import_module(module), name)()
+    return {"version": str(getattr(loaded, "__version__", ""))}
+
+
 def try_component(build: str) -> dict[str, Any]:
     """Import what builds a component: "module:function"."""
     module, _, function = build.partition(":")
@@ -75,6 +82,7 @@ def try_data(reference: str) -> dict[str, Any]:
 
 TASKS: dict[str, Callable[[str], dict[str, Any]]] = {
     "import": try_import,
+    "load": try_load,
     "component": try_component,
     "devices": try_devices,
     "data": try_data,

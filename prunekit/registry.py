@@ -105,9 +105,8 @@ class Registry:
             raise UserError(f"{kind} {name!r} is claimed by the plugins {owners}; write {ways}")
         if found[0].missing:
             names = " ".join(found[0].missing)
-            raise UserError(
-                f"{kind} {name!r} needs {names}, not installed here; run: pip install {names}"
-            )
+            command = found[0].component.install or f"pip install {names}"
+            raise UserError(f"{kind} {name!r} needs {names}, not installed here; run: {command}")
         return found[0]
 
     def _suggest(self, kind: str, name: str) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from prunekit.errors import relative
 from prunekit.metric_names import (
+    DIAGNOSTICS,
     format_metric,
     format_setting,
     is_diagnosis,
@@ -84,11 +85,9 @@ def write_notes(rows: Sequence[Row]) -> list[str]:
     for name in _list_metrics(rows, is_diagnosis):
         most = max(row.metrics[name].mean for row in rows if name in row.metrics)
         if most > 0:
-            owner = split_metric(name)[0]
-            notes.append(
-                f"{owner}: up to {most:.4g} images of a network gave no gradient; it may stand "
-                "less than its accuracy says, try another attack"
-            )
+            owner, measure = split_metric(name)
+            images = f"up to {most:.4g} images of a network"
+            notes.append(f"{owner}: {images} {DIAGNOSTICS[measure]}")
     if any(row.smoke for row in rows):
         notes.append("SMOKE: runs cut short to try them out; their numbers mean nothing")
     return notes

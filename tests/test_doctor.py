@@ -118,12 +118,13 @@ def test_a_crash_is_reported_and_what_comes_after_is_tried(tmp_path, monkeypatch
     (tmp_path / "crashing.py").write_text("import os\nos.abort()\n")
     (tmp_path / "leaving.py").write_text("raise SystemExit(4)")
     (tmp_path / "loud.py").write_text("print('hello')\n__version__ = '1.5'\nx = 3\n")
+    (tmp_path / "odd.py").write_text("def load():\n    import loud\n    return loud\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     tasks = [("import", "json"), ("import", "crashing"), ("import", "leaving"), ("import", "loud"),
-             ("component", "loud:x")]  # fmt: skip
+             ("component", "loud:x"), ("load", "odd:load")]  # fmt: skip
     assert ask(tasks) == [
         {"version": "2.0.9"}, {"error": "crashes (SIGABRT)"}, {"error": "SystemExit: 4"},
-        {"version": "1.5"}, {"error": "TypeError: loud:x is no function"},
+        {"version": "1.5"}, {"error": "TypeError: loud:x is no function"}, {"version": "1.5"},
     ]  # fmt: skip
 
 

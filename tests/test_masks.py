@@ -12,12 +12,17 @@ from prunekit import selection as module
 from prunekit.contracts import Scores
 from prunekit.errors import RunError
 from prunekit.masks import (
+    LEAK,
+    ChannelGate,
     ScoredWeight,
     apply_masks,
     assert_masked,
     attach,
+    attach_gates,
+    copy_plain,
     count_weights,
     detach,
+    effective_parameters,
     effective_weights,
     find_prunable,
     hash_masks,
@@ -335,6 +340,89 @@ def test_attach_and_detach_leave_no_trace():
     assert list(before) == list(net.state_dict())
     assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
     assert torch.equal(net(torch.ones(1, 4)), outputs)
+    assert type(net[0]) is nn.Linear
+
+
+# What the forward pass uses
+
+
+def test_effective_parameters_of_a_plain_network_are_its_own():
+    net = make_net()
+    values = effective_parameters(net)
+    assert list(values) == [name for name, _ in net.named_parameters()]
+    assert all(values[name] is parameter for name, parameter in net.named_parameters())
+
+
+def test_effective_parameters_are_masked_and_made_once_a_step(monkeypatch):
+    net, parts = scored_net()
+    calls = []
+    original = ScoredWeight.forward
+    monkeypatch.setattr(
+        ScoredWeight, "forward", lambda self, w: calls.append(1) or original(self, w)
+    )
+    with effective_weights(net):
+        values = effective_parameters(net)
+        for name, part in parts.items():
+            assert torch.equal(values[name] != 0, part.mask)
+        net(torch.rand(2, 4))
+        values["2.weight"].sum().backward()
+    assert len(calls) == 2  # layers
+    assert values.keys() == dict(make_net().named_parameters()).keys()
+    assert values["0.bias"] is net[0].bias
+    assert parts["2.weight"].score.grad is not None
+
+
+def test_a_gate_multiplies_weight_and_bias_along_the_outputs():
+    """Gate (1, LEAK, 1): what y = gate * (W x + b) does, (gate W) x + gate b does as well."""
+    net = nn.Linear(2, 3)
+    weight, bias = net.weight.detach().clone(), net.bias.detach().clone()
+    gate = ChannelGate(torch.ones(3, 2), last=True)
+    gate.mask[1] = False
+    attach_gates(net, {"weight": gate}, {"weight": ["bias"]})
+    values = effective_parameters(net)
+    opened = torch.tensor([1.0, LEAK, 1.0])
+    assert values.keys() == {"weight", "bias"}
+    torch.testing.assert_close(values["weight"], opened[:, None] * weight)
+    torch.testing.assert_close(values["bias"], opened * bias)
+    x = torch.rand(4, 2)
+    torch.testing.assert_close(F.linear(x, values["weight"], values["bias"]), net(x))
+    F.linear(x, values["weight"], values["bias"]).square().sum().backward()
+    through = gate.score.grad.clone()
+    gate.score.grad = None
+    net(x).square().sum().backward()
+    torch.testing.assert_close(through, gate.score.grad)
+
+
+def test_a_gate_behind_a_normalisation_multiplies_its_scale_and_shift():
+    net = nn.Sequential(nn.Conv2d(1, 2, 2, bias=False), nn.BatchNorm2d(2)).eval()
+    gate = ChannelGate(torch.ones(2, 1, 2, 2), last=False)
+    gate.mask[0] = False
+    attach_gates(net, {"0.weight": gate}, {"0.weight": ["1.weight", "1.bias"]})
+    values = effective_parameters(net)
+    assert values["0.weight"] is net[0].weight
+    torch.testing.assert_close(values["1.weight"], torch.tensor([LEAK, 1.0]))
+    plain = copy_plain(net)
+    plain.load_state_dict({**plain.state_dict(), **values})
+    x = torch.rand(3, 1, 4, 4)
+    torch.testing.assert_close(plain(x), net(x))
+
+
+def test_a_plain_copy_is_as_if_nothing_had_been_attached():
+    net, _ = scored_net()
+    attach_gates(net, {"2.weight": ChannelGate(torch.ones(3, 6), last=True)}, {"2.weight": []})
+    masked = net(torch.ones(1, 4))
+    plain = copy_plain(net)
+    fresh = make_net()
+    assert [type(module) for module in plain.modules()] == [type(m) for m in fresh.modules()]
+    assert list(plain.state_dict()) == list(fresh.state_dict())
+    assert all(
+        torch.equal(a, b) for a, b in zip(plain.parameters(), fresh.parameters(), strict=True)
+    )
+    assert torch.equal(plain(torch.ones(1, 4)), fresh(torch.ones(1, 4)))
+    with torch.no_grad():
+        plain[0].weight.zero_()
+    assert torch.equal(net(torch.ones(1, 4)), masked)
+    detach(net)
     assert type(net[0]) is nn.Linear
 
 

@@ -26,6 +26,12 @@ LESS = {
     "hydra/imagenet-resnet50-free-adv": ("prune.pruner=score",),
     # Their networks are run by the rows of adversarial training.
     **dict.fromkeys(SMOOTHED, ("architecture=vgg4-bn",)),
+    # CROWN through the large network takes seconds and gigabytes for each image.
+    **{
+        f"certified/{data}-large-{objective}": ("architecture=cifar-small",)
+        for data in ("svhn", "cifar10")
+        for objective in ("crown-ibp", "mixtrain")
+    },
 }
 """What the smoke run of a recipe is spared here."""
 
@@ -178,3 +184,43 @@ def test_subnetwork_is_learned_within_a_benign_network_and_not_finetuned():
     assert {(p.pruner.component.name, p.bn) for p in prunes} == {
         ("score", "train"), ("score", "freeze"), ("lwm", "train")
     }  # fmt: skip
+
+
+CERTIFIED = {
+    f"certified/{data}-{size}-{objective}": (data, size, objective)
+    for data in ("svhn", "cifar10")
+    for size in ("small", "large")
+    for objective in ("crown-ibp", "mixtrain")
+}
+
+
+@pytest.mark.parametrize("recipe", CERTIFIED)
+def test_certified_row_has_its_settings(recipe):
+    data, size, objective = CERTIFIED[recipe]
+    mixtrain = objective == "mixtrain"
+    runs = plan(recipe).runs
+    tuned = {}
+    for run in runs:
+        assert run.dataset.component.name == data
+        assert run.architecture.component.name == f"cifar-{size}"
+        assert run.threat.eps == (0.007 if data == "svhn" else 2 / 255)
+        assert run.data.batch_size == (50 if mixtrain else 128)
+        pretrain, _, prune, finetune, _ = run.stages
+        epochs = (60, 60) if mixtrain else (200, 100)
+        assert (pretrain.options.epochs, finetune.options.epochs) == epochs
+        chosen = pretrain.options.objective
+        assert chosen.component.name == objective
+        assert chosen.options.ramp_epochs == (15 if mixtrain else 120)
+        if mixtrain:
+            drawn = (chosen.options.images, chosen.options.probability)
+            assert drawn == (1 if size == "large" else 5, 0.8)
+        pruner = prune.options.pruner.component.name
+        if pruner == "score":
+            rate = prune.options.optimizer.options.lr
+            assert (prune.options.epochs, rate) == (20, 1e-5)
+        assert pretrain.options.optimizer.options.lr == 1e-3
+        assert pretrain.options.optimizer.options.weight_decay == 1e-4
+        rates = tuned.setdefault((prune.options.sparsity, pruner), [])
+        rates.append(finetune.options.optimizer.options.lr)
+    assert {sparsity for sparsity, _ in tuned} == {0.9, 0.95, 0.99}
+    assert all(sorted(rates) == [1e-5, 1e-4, 5e-4] for rates in tuned.values())

@@ -198,6 +198,13 @@ def test_a_component_whose_packages_are_missing_says_how_to_get_them(plugin):
         registry.find("pruner", "mine")
 
 
+def test_a_component_may_know_a_better_command(plugin):
+    needs = 'needs=("no_such_package",), install="pip install --no-deps x==1", build="'
+    registry = load_registry([plugin("a", GOOD.replace('build="', needs))])
+    with pytest.raises(UserError, match=r"run: pip install --no-deps x==1$"):
+        registry.find("pruner", "mine")
+
+
 def test_a_component_knows_its_package():
     @dataclass(frozen=True)
     class Options:

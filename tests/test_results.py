@@ -258,6 +258,17 @@ def test_vanished_gradients_are_told(tmp_path: Path) -> None:
     assert "certify: up to 0.25 images of a network gave no gradient" in text
 
 
+@pytest.mark.parametrize(
+    ("name", "words"), [("errors", "made the verifier fail"), ("timeouts", "ran out of time")]
+)
+def test_images_without_a_verdict_are_told(tmp_path: Path, name: str, words: str) -> None:
+    stage = evaluate("k", 0.5, 0.9)
+    stage["metrics"][f"verified.{name}"] = 3
+    write_run(tmp_path / "a", {}, stage)
+    text = show(compare(find_runs(tmp_path)))
+    assert f"verified: up to 3 images of a network {words}" in text
+
+
 def test_json_is_strict_and_complete(tmp_path: Path) -> None:
     write_sweep(tmp_path)
     write_run(tmp_path / "x", {"prune.sparsity": 0.9, "seed": 2}, status="interrupted")
@@ -334,6 +345,9 @@ def test_runs_are_found_everywhere_but_in_hidden_folders(tmp_path: Path) -> None
         ("certify.acr", True, False),
         ("pgd.n", False, False),
         ("pgd.zero_gradient", False, False),
+        ("verified.crown-ibp_verified", True, True),
+        ("verified.errors", False, False),
+        ("verified.timeouts", False, False),
         ("sparsity", True, True),
         ("accuracy-of-names.loss", True, False),
     ],

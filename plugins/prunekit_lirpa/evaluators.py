@@ -1,0 +1,165 @@
+"""Verification: for each image a proof, by the cheapest bound that has one."""
+
+from __future__ import annotations
+
+import time
+import traceback
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from prunekit.contracts import Context, Result
+from prunekit.errors import UserError
+from prunekit.evaluation import proportion
+from prunekit_lirpa import VerifiedOptions
+from prunekit_lirpa.bounds import Bounds, check_threat, is_certain, surround
+
+OPEN, MISCLASSIFIED, FAILED, LATE = "open", "misclassified", "error", "timeout"
+"""What the record `method` says of images that no method proves."""
+
+
+@dataclass(frozen=True)
+class Verified:
+    """Verified accuracy: the images whose every margin is proved positive over the box.
+
+    Methods run in their order, each on the correctly classified images that are still open; the
+    best lower bound of each margin counts. Metrics, each with its interval: `verified`, for each
+    method what it and those before verify (`crown_verified`), and `accuracy`; and the numbers
+    `errors` and `timeouts` of images that are neither verified nor open, because a method failed on
+    them or the time was up.
+
+    Records: `verified` (N,) bool; `method` (N,), the name of the one that proved it, or `OPEN`,
+    `MISCLASSIFIED`, `FAILED`, `LATE`; `margin` (N,), the best lower bound of the worst margin, NaN
+    where nothing was computed.
+    """
+
+    eps: float
+    options: VerifiedOptions
+
+    def __call__(self, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Result:
+        bounds: Bounds | None = None
+        methods, margins = [], []
+        for x, y in batches:
+            if bounds is None:
+                bounds = self.make_bounds(model, x)
+            size = self.options.batch or len(y)
+            for part in range(0, len(y), size):
+                found, margin = self.verify(bounds, x[part : part + size], y[part : part + size])
+                methods.append(found)
+                margins.append(margin)
+        method = np.concatenate(methods)
+        return self.summarise(method, np.concatenate(margins))
+
+    def make_bounds(self, model: nn.Module, x: Tensor) -> Bounds:
+        """Raises `UserError` for a network that auto_LiRPA cannot trace."""
+        channels, height, width = x.shape[1:]
+        bounds = Bounds(
+            model,
+            (channels, height, width),
+            detached=True,
+            dtype=torch.float64 if self.options.precision == "fp64" else None,
+            iterations=self.options.iterations,
+        )
+        bounds.prepare()
+        return bounds
+
+    def verify(self, bounds: Bounds, x: Tensor, y: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """The records `method` and `margin` of some images."""
+        with torch.no_grad():
+            logits = bounds.model(x)
+            correct = ((logits.argmax(1) == y) & ~logits.isnan().any(1)).cpu().numpy()
+        method = np.where(correct, OPEN, MISCLASSIFIED).astype(object)
+        margin = np.full(len(y), np.nan)
+        best: Tensor | None = None
+        end = None if self.options.seconds is None else time.monotonic() + self.options.seconds
+        for name in self.options.methods:
+            left = np.flatnonzero((method == OPEN) | (method == FAILED))
+            if not len(left):
+                break
+            index = torch.from_numpy(left).to(x.device)
+            try:
+                with torch.set_grad_enabled(name == "alpha-crown"), deadline(end):
+                    box = surround(x[index].to(bounds.dtype), self.eps)
+                    lower = bounds.margins(box, y[index], name).detach()
+            except OutOfTimeError:
+                bounds.forget()
+                method[left] = LATE
+                break
+            # Whatever a verifier raises says nothing about the network.
+            except Exception as error:
+                bounds.forget()
+                method[left] = FAILED
+                warnings.warn(
+                    f"{name} failed on some images, which count as errors: {describe(error)}",
+                    stacklevel=4,
+                )
+                continue
+            if best is None:
+                best = torch.full((len(y), lower.shape[1]), -torch.inf).to(lower)
+            best[index] = torch.fmax(best[index], lower)
+            margin[left] = best[index].amin(1).cpu().numpy()
+            proved = is_certain(best[index]).cpu().numpy()
+            method[left[proved]] = name
+        return method, margin
+
+    def summarise(self, method: np.ndarray, margin: np.ndarray) -> Result:
+        verified = np.isin(method, self.options.methods)
+        metrics = proportion("verified", verified)
+        for number, name in enumerate(self.options.methods, 1):
+            so_far = np.isin(method, self.options.methods[:number])
+            metrics |= proportion(f"{name}_verified", so_far)
+        metrics |= proportion("accuracy", method != MISCLASSIFIED)
+        metrics |= {
+            "errors": int((method == FAILED).sum()),
+            "timeouts": int((method == LATE).sum()),
+        }
+        records = {"verified": verified, "method": method.astype(str), "margin": margin}
+        return Result(metrics, records)
+
+
+def describe(error: Exception) -> str:
+    """One line; where the error says nothing itself, the function that raised it."""
+    text = str(error).partition("\n")[0]
+    if isinstance(error, UserError):
+        return text
+    *_, frame = traceback.extract_tb(error.__traceback__)
+    return f"{type(error).__name__}: {text or f'in {frame.name}'}"
+
+
+class OutOfTimeError(BaseException):
+    """The time for some images is up; no `Exception`, so that nothing takes it for a failure."""
+
+
+class Deadline(TorchFunctionMode):
+    """Raises `OutOfTimeError` before the first operation after `end`, by the monotonic clock."""
+
+    def __init__(self, end: float) -> None:
+        super().__init__()
+        self.end = end
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if time.monotonic() > self.end:
+            raise OutOfTimeError
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def deadline(end: float | None) -> Iterator[None]:
+    if end is None:
+        yield
+    else:
+        with Deadline(end):
+            yield
+
+
+def build_verified(options: VerifiedOptions, context: Context) -> Verified:
+    return Verified(check_threat(context.threat, "verified"), options)

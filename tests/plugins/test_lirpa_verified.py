@@ -1,0 +1,187 @@
+"""The verifier: who proves what, and what is neither proved nor refuted."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+import prunekit_lirpa
+import pytest
+import torch
+from prunekit_lirpa import VerifiedOptions, evaluators
+from prunekit_lirpa.bounds import Bounds, surround
+from prunekit_lirpa.evaluators import FAILED, LATE, MISCLASSIFIED, OPEN
+from torch import Tensor, nn
+
+from prunekit import Use, UserError
+from prunekit.contracts import Context, Result, Threat
+from prunekit.errors import OptionError
+
+SHAPE, K, EPS = (2, 6, 6), 3, 0.02
+(COMPONENT,) = prunekit_lirpa.prunekit_evaluators()
+
+
+def make_net() -> nn.Module:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(2, 4, 3, stride=2), nn.ReLU(), nn.Flatten(),
+        nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, K),
+    )  # fmt: skip
+    with torch.no_grad():
+        for layer in (net[0], net[3], net[5]):
+            layer.weight.mul_(3)
+    return net.eval()
+
+
+def make_batch(net: nn.Module, n: int = 40) -> tuple[Tensor, Tensor]:
+    """The first two images are misclassified."""
+    torch.manual_seed(1)
+    x = torch.rand(n, *SHAPE)
+    y = net(x).argmax(1)
+    y[:2] = (y[:2] + 1) % K
+    return x, y
+
+
+def verify(net: nn.Module, *batches: tuple[Tensor, Tensor], **options: Any) -> Result:
+    """Evaluate as the core does: from the declaration."""
+    threat = Threat("linf", EPS)
+    use: Use[Any] = Use("evaluator", COMPONENT, VerifiedOptions(**options), threat=threat)
+    return use.build(Context(model=net))(net, iter(batches))
+
+
+def test_each_image_is_proved_by_the_cheapest_bound_that_can() -> None:
+    net = make_net()
+    x, y = make_batch(net)
+    result = verify(net, (x[:30], y[:30]), (x[30:], y[30:]))
+    box = surround(x, EPS)
+    best = torch.full((40, K - 1), -torch.inf)
+    expected = np.array([MISCLASSIFIED] * 2 + [OPEN] * 38, dtype="<U13")
+    for name in ("ibp", "crown-ibp", "crown"):
+        best = torch.maximum(best, Bounds(net, SHAPE, detached=True).margins(box, y, name))
+        proved = (best > 1e-5).all(1).numpy() & (expected == OPEN)
+        expected[proved] = name
+        verified = np.isin(expected, ("ibp", "crown-ibp", "crown")).mean()
+        assert result.metrics[f"{name}_verified"] == pytest.approx(verified)
+    assert result.records["method"].tolist() == expected.tolist()
+    assert set(expected) == {MISCLASSIFIED, OPEN, "ibp", "crown-ibp", "crown"}
+    assert result.metrics["verified"] == result.metrics["crown_verified"]
+    assert result.metrics["accuracy"] == pytest.approx(38 / 40)
+    assert (result.metrics["errors"], result.metrics["timeouts"], result.metrics["n"]) == (0, 0, 40)
+    assert (
+        result.metrics["verified_low"]
+        < result.metrics["verified"]
+        < result.metrics["verified_high"]
+    )
+    assert (result.records["verified"] == np.isin(expected, ("ibp", "crown-ibp", "crown"))).all()
+    margin = result.records["margin"]
+    assert np.isnan(margin[:2]).all()
+    open_ = expected == OPEN
+    np.testing.assert_allclose(margin[open_], best.amin(1).numpy()[open_], atol=1e-6)
+    assert (margin[open_] < 1e-5).all()
+
+
+@pytest.mark.parametrize("options", [{"batch": 7}, {"precision": "fp64"}, {"seconds": 600.0}])
+def test_batches_precision_and_time_do_not_change_verdicts(options: dict[str, Any]) -> None:
+    net = make_net()
+    batch = make_batch(net, 20)
+    plain, other = verify(net, batch), verify(net, batch, **options)
+    assert plain.records["method"].tolist() == other.records["method"].tolist()
+    np.testing.assert_allclose(plain.records["margin"], other.records["margin"], atol=1e-4)
+
+
+def test_alpha_crown_proves_no_less() -> None:
+    net = make_net()
+    batch = make_batch(net, 12)
+    crown = verify(net, batch, methods=("crown",))
+    alpha = verify(net, batch, methods=("crown", "alpha-crown"), iterations=5)
+    assert (alpha.records["verified"] >= crown.records["verified"]).all()
+    assert all(parameter.grad is None for parameter in net.parameters())
+
+
+def test_a_failure_is_an_error_and_not_a_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    """crown-ibp breaks down; what crown proves after it is proved, the rest are errors."""
+    net = make_net()
+    batch = make_batch(net)
+    plain = verify(net, batch)
+    original = Bounds.margins
+
+    def margins(self: Bounds, box: Any, y: Tensor, method: str) -> Tensor:
+        if method == "crown-ibp":
+            raise RuntimeError("out of luck\nand more")
+        return original(self, box, y, method)
+
+    monkeypatch.setattr(Bounds, "margins", margins)
+    with pytest.warns(
+        UserWarning, match="crown-ibp failed on some images.*RuntimeError: out of luck$"
+    ):
+        result = verify(net, batch)
+    assert (result.records["verified"] == plain.records["verified"]).all()
+    opened = plain.records["method"] == OPEN
+    assert (result.records["method"][opened] == FAILED).all()
+    assert result.metrics["errors"] == opened.sum() > 0
+    assert "crown-ibp" not in result.records["method"]
+
+
+def test_time_that_is_up_is_a_timeout_and_not_a_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = make_net()
+    batch = make_batch(net)
+    plain = verify(net, batch)
+    passed = [0.0]
+
+    def monotonic() -> float:
+        return passed[0]
+
+    original = Bounds.margins
+
+    def margins(self: Bounds, box: Any, y: Tensor, method: str) -> Tensor:
+        passed[0] += 10.0 if method == "crown" else 0.0
+        return original(self, box, y, method)
+
+    monkeypatch.setattr(evaluators.time, "monotonic", monotonic)
+    monkeypatch.setattr(Bounds, "margins", margins)
+    result = verify(net, batch, seconds=5.0)
+    late = result.records["method"] == LATE
+    assert (late == np.isin(plain.records["method"], (OPEN, "crown"))).all()
+    assert result.metrics["timeouts"] == late.sum() > 0
+    assert result.metrics["errors"] == 0
+    # The next batch begins anew.
+    again = verify(net, batch, seconds=20.0)
+    assert again.records["method"].tolist() == plain.records["method"].tolist()
+
+
+def add_for_hours() -> None:
+    x = torch.zeros(10)
+    with evaluators.deadline(time.monotonic() + 0.05):
+        for _ in range(10**9):
+            x = x + 1
+
+
+def test_a_deadline_ends_a_computation_in_the_middle() -> None:
+    with pytest.raises(evaluators.OutOfTimeError):
+        add_for_hours()
+
+
+def test_outputs_that_are_no_numbers_are_told() -> None:
+    net = make_net()
+    batch = make_batch(net, 4)
+    with torch.no_grad():
+        net[5].bias.fill_(float("nan"))
+    with pytest.raises(UserError, match="outputs are no numbers"):
+        verify(net, batch)
+
+
+def test_methods_are_named_once_and_at_least_one() -> None:
+    with pytest.raises(OptionError, match="leave methods out"):
+        VerifiedOptions(methods=())
+    with pytest.raises(OptionError, match="twice"):
+        VerifiedOptions(methods=("ibp", "ibp"))
+
+
+@pytest.mark.parametrize(
+    ("threat", "words"), [(None, r"\[threat\]"), (Threat("l2", 0.5), 'norm "linf", not "l2"')]
+)
+def test_a_threat_that_cannot_be_verified(threat: Threat | None, words: str) -> None:
+    use: Use[Any] = Use("evaluator", COMPONENT, VerifiedOptions(), threat=threat)
+    with pytest.raises(UserError, match=words):
+        use.build(Context(model=make_net()))
