@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 import pluggy
@@ -48,6 +49,11 @@ def once(options: Any) -> int:
     return 1
 
 
+def no_files(options: Any) -> tuple[Path, ...]:
+    """The default of `Component.files`: none."""
+    return ()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Component:
     """The declaration of one component: what a recipe calls it, its options, how to build it.
@@ -68,6 +74,13 @@ class Component:
     """Import names that must be there; looked for, never imported, by `prunekit list`."""
     paper: str = ""
     """The source: authors, venue, identifier."""
+    details: str = ""
+    """What `prunekit show` says beyond the summary, in paragraphs."""
+    files: Callable[[Any], Iterable[Path]] = no_files
+    """options -> files that results depend on and that are no option themselves: what a file
+    imports, the content of a folder. By their content they are part of a stage's hash."""
+    catalog: str = ""
+    """"module:function" -> names that the option `model` takes, for `prunekit list --match`."""
     passes: Callable[[Any], int] = once
     """options -> forward passes an image takes, in a training step or in an evaluation."""
     replays: Callable[[Any], int] = once

@@ -171,7 +171,7 @@ def preview_plan(plan: Plan, out: Path, store: Path, device: str) -> dict[str, A
     seen: set[str] = set()
     runs: list[dict[str, Any]] = []
     for run in plan.runs:
-        model = engine.build(run, engine.load(run).data, None).model
+        model = engine.build(run, engine.load(run).data, None, weights=False).model
         stages: list[dict[str, Any]] = []
         for stage, key in zip(run.stages, engine.keys(run), strict=True):
             steps, passes = _count_work(engine, run, stage)
