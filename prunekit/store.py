@@ -26,9 +26,10 @@ STORE = ".stages"
 """Name of the store's folder, beside the run folders that share it."""
 
 PRESENTATION = {
-    "__main__", "cli", "cli_models", "errors", "exporting", "failures", "hookspecs", "importing",
-    "judging", "metric_names", "options", "plan", "recipe", "registry", "report", "results",
-    "runfolder", "running", "showing", "source", "stop", "sweep", "tables", "testing", "values",
+    "__main__", "api", "cli", "cli_models", "errors", "exporting", "failures", "hookspecs",
+    "importing", "inspecting", "judging", "loading", "metric_names", "options", "plan", "recipe",
+    "registry", "report", "results", "runfolder", "running", "showing", "source", "stop", "sweep",
+    "tables", "testing", "values",
 }  # fmt: skip
 """Modules of the core that decide no result: what a recipe resolves to is in the key."""
 
