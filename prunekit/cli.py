@@ -148,6 +148,7 @@ def check(recipes: tuple[Path, ...], settings: tuple[str, ...], deep: bool, as_j
     problems: list[str] = []
     for path in recipes:
         networks: list[dict[str, Any]] = []
+        plan = None
         try:
             plan = plan_recipe(path, settings)
             if deep:
@@ -155,9 +156,10 @@ def check(recipes: tuple[Path, ...], settings: tuple[str, ...], deep: bool, as_j
 
                 networks = inspect_networks(plan)
         except UserError as error:
-            found = (
-                [str(p) for p in error.problems] if isinstance(error, RecipeError) else [str(error)]
-            )
+            # What building finds names no recipe.
+            found = [f"{path}: {error}" if plan else str(error)]
+            if isinstance(error, RecipeError):
+                found = [str(problem) for problem in error.problems]
             problems += found
             results.append({"recipe": str(path), "problems": found})
             continue

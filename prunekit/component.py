@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
@@ -81,6 +81,9 @@ class Component:
     imports, the content of a folder. By their content they are part of a stage's hash."""
     catalog: str = ""
     """"module:function" -> names that the option `model` takes, for `prunekit list --match`."""
+    exports: Mapping[str, str] = field(default_factory=dict)
+    """Architectures: format of `prunekit export` -> "module:function" that writes it, called as
+    `function(model, options, header, out)`; the header is that of the model file."""
     passes: Callable[[Any], int] = once
     """options -> forward passes an image takes, in a training step or in an evaluation."""
     replays: Callable[[Any], int] = once

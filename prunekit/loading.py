@@ -10,6 +10,7 @@ from torch import nn
 
 from prunekit import seeds
 from prunekit.checkpoint import read_model
+from prunekit.component import Use
 from prunekit.contracts import Context
 from prunekit.errors import Place, RecipeError, UserError, relative
 from prunekit.judging import Network
@@ -33,22 +34,25 @@ def load_network(network: Network, given: nn.Module | None = None) -> tuple[Any,
     return model.eval(), masks
 
 
-def _build(network: Network) -> nn.Module:
-    where, header = relative(network.file), network.header
-    if missing := [k for k in ("shape", "classes") if k not in header]:
-        raise UserError(f"{where} does not say its {missing[0]}; give model=...")
+def find_architecture(network: Network) -> Use[nn.Module]:
+    """The architecture that a model file or its run names. Raises `UserError` where none does."""
+    where = relative(network.file)
     if "architecture" not in network.sections:
-        raise UserError(f"{where} does not say its architecture; give model=...")
+        raise UserError(f"{where} does not say its architecture; prunekit did not write it")
     resolver = Resolver(load_registry(), network.file.parent, lambda path: Place(where))
     table = network.sections["architecture"]
     use = resolver.use("architecture", table, ("architecture",), CORE)
     if use is None:
         raise RecipeError(resolver.problems)
+    return use
+
+
+def _build(network: Network) -> nn.Module:
+    use, header = find_architecture(network), network.header
     seed = header.get("seed", 0)
     seeds.seed_all(seed, "architecture")
     context = Context(
         seed=seed, folder=network.file.parent, shape=tuple(header["shape"]),
         classes=header["classes"], fresh=False,
     )  # fmt: skip
-    model: nn.Module = use.build(context)
-    return model
+    return use.build(context)

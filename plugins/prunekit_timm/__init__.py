@@ -35,7 +35,10 @@ tables, or weight-standardised convolutions. Left dense unless a prune stage say
   those with depthwise convolutions (EfficientNet, MobileNet, ...)    these, the first convolution
   those of patches (ViT, DeiT, Swin, Mixer, ConvNeXt, ...)            and the classifier too
 exclude = [] prunes everything, exclude = ["head.*", "*.attn.*"] leaves these layers dense.
-prunekit check --deep RECIPE says what it comes to."""
+prunekit check --deep RECIPE says what it comes to.
+
+prunekit export RUN --format timm --out FOLDER writes what timm.create_model("local-dir:FOLDER",
+pretrained=True) reads. That model takes normalised pixels; mean and std are in its config.json."""
 
 
 @dataclass(frozen=True)
@@ -82,4 +85,5 @@ def prunekit_architectures() -> Iterable[Component]:
         details=DETAILS,
         files=find_files,
         catalog="prunekit_timm.models:list_names",
+        exports={"timm": "prunekit_timm.models:save"},
     )

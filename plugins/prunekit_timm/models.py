@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from timm.models import load_model_config_from_hf
+from timm.models import load_model_config_from_hf, save_for_hf
 
 from prunekit.architectures import find_fragile, normalize_inputs
 from prunekit.contracts import Context
@@ -64,6 +64,31 @@ def adapt(values: Sequence[float], channels: int) -> list[float]:
     return [values[i % len(values)] for i in range(channels)]
 
 
+def save(model: Any, options: TimmOptions, header: Mapping[str, Any], out: Path) -> None:
+    """Write the folder that `timm.create_model("local-dir:OUT", pretrained=True)` builds from.
+
+    timm's models take normalised pixels: its `config.json` has the mean and deviation that the
+    network here has inside (0 and 1 for one without).
+    """
+    shape = list(header["shape"])
+    mean, deviation = [0.0] * shape[0], [1.0] * shape[0]
+    if options.normalize:
+        mean, deviation = (t.flatten().tolist() for t in (model.input_mean, model.input_deviation))
+    threat = header.get("threat")
+    about = f"pruned by prunekit to sparsity {header['sparsity']:.4g} of its layers"
+    about += f", trained for {threat['norm']} {threat['eps']:.4g} in pixels" if threat else ""
+    arguments = {"num_classes": header["classes"], "in_chans": shape[0], **options.kwargs}
+    if _has_size(options):
+        arguments.setdefault("img_size", shape[1:])
+    config = {
+        "input_size": shape, "mean": mean, "std": deviation, "num_classes": header["classes"],
+        "crop_pct": 1.0, "tag": "prunekit", "description": about,
+    }  # fmt: skip
+    save_for_hf(
+        model, str(out), {"pretrained_cfg": config}, model_args=arguments, safe_serialization=True
+    )
+
+
 def _find_folder(options: TimmOptions) -> Path:
     return Path(options.model.removeprefix(LOCAL)).expanduser()
 
@@ -80,7 +105,7 @@ def _has_size(options: TimmOptions) -> bool:
         config, _, arguments = load_model_config_from_hf(name.partition(":")[2])
     else:
         bare = name.partition(".")[0]
-        if not timm.is_model(bare):
+        if not timm.is_model(bare) and "/" not in name:  # of a path timm itself says what to write
             close = difflib.get_close_matches(bare, timm.list_models(), n=3)
             way = f"did you mean {' or '.join(map(repr, close))}?" if close else "see"
             raise UserError(
