@@ -37,6 +37,7 @@ from prunekit import given
 from prunekit.contracts import Data, Threat
 from prunekit.data import Arrays, to_device
 from prunekit.errors import Interrupted, Place, RunError, UserError, relative
+from prunekit.evaluation import eval_mode
 from prunekit.judging import read_network
 from prunekit.loading import load_network
 from prunekit.plan import Plan, make_plan
@@ -222,9 +223,12 @@ def evaluate(
     sections: dict[str, Any] = {"stage": [stage], "seed": seed}
     if threat is not None:
         sections["threat"] = _table_threat(threat)
-    _, outcome, _ = _do_stage(model, given.read_images(data), sections, batch_size, device)
-    found = {name: value for name, value in outcome.metrics.items() if "." in name}
-    return Judgement(found, outcome.records, outcome.notes)
+    _check_model(model)
+    found = given.read_images(data)
+    found = given.read_images(found, _count_classes(model, found.shape))
+    _, outcome, _ = _do_stage(model, found, sections, batch_size, device)
+    metrics = {name: value for name, value in outcome.metrics.items() if "." in name}
+    return Judgement(metrics, outcome.records, outcome.notes)
 
 
 def load(path: str | Path, model: nn.Module | None = None) -> RunResult:
@@ -311,6 +315,20 @@ def _execute(
         raise RunError(failed.error) from failed.cause
     paths = [folder / run.label if plan.swept else folder for run in plan.runs]
     return [load(path, model) for path in paths]
+
+
+def _count_classes(model: nn.Module, shape: Sequence[int]) -> int:
+    """Logits of an image; raises `UserError` where the network does not take it."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    try:
+        with eval_mode(model), torch.no_grad():
+            return int(model(torch.zeros(1, *shape, device=device)).shape[1])
+    except Exception as error:  # whatever layers raise that such an image does not suit
+        size = " x ".join(map(str, shape))
+        reason = (str(error).splitlines() or [""])[0]
+        raise UserError(
+            f"the network cannot take images of {size}: {type(error).__name__}: {reason}"
+        ) from error
 
 
 def _do_stage(

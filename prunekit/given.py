@@ -25,7 +25,7 @@ from prunekit.component import NoOptions, Use
 from prunekit.contracts import Context, Data
 from prunekit.errors import DataMissingError, UserError
 from prunekit.imports import find_imports
-from prunekit.npz import KEYS, Channels, to_data
+from prunekit.npz import KEYS, Channels, to_data, to_split
 from prunekit.store import hash_file, version_of
 
 
@@ -75,22 +75,44 @@ def read_data(data: Any) -> Data:
     if isinstance(data, Data):
         return data
     if not isinstance(data, Sequence) or len(data) != len(KEYS):
-        raise UserError(
-            f"data is ({', '.join(KEYS)}), or a prunekit.contracts.Data; got a "
-            f"{type(data).__name__}{f' of {len(data)}' if isinstance(data, Sequence) else ''}"
-        )
-    channels: Channels = "first" if isinstance(data[0], Tensor) else "last"
-    return to_data(dict(zip(KEYS, map(_to_array, data), strict=True)), "data", channels=channels)
+        raise _wants(f"({', '.join(KEYS)})", data)
+    arrays = dict(zip(KEYS, map(_to_array, data), strict=True))
+    return to_data(arrays, "data", channels=_find_channels(data))
 
 
-def read_images(data: Any) -> Data:
+def read_images(data: Any, classes: int | None = None) -> Data:
     """The same where only some images are looked at: a pair (x, y) serves as well.
 
-    Raises `UserError` as `read_data` does.
+    `classes` is their number where a network tells; without it the largest label does. Raises
+    `UserError` as `read_data` does, and for a label beyond the classes.
     """
-    if isinstance(data, Sequence) and len(data) == 2:
-        data = (*data, *data)
-    return read_data(data)
+    if isinstance(data, Data) or (isinstance(data, Sequence) and len(data) == len(KEYS)):
+        found = read_data(data)
+    elif isinstance(data, Sequence) and len(data) == 2:
+        arrays = dict(zip("xy", map(_to_array, data), strict=True))
+        part = to_split(arrays, ("x", "y"), "data", _find_channels(data))
+        _, c, h, w = part.images.shape
+        found = Data(part, part, (c, h, w), int(part.labels.max()) + 1)
+    else:
+        raise _wants(f"(x, y), or ({', '.join(KEYS)})", data)
+    largest = int(found.test.labels.max())
+    if classes is not None and largest >= classes:
+        raise UserError(
+            f"data: there is a label {largest}, and the network has {classes} classes: 0 to "
+            f"{classes - 1}"
+        )
+    return found if classes is None else dataclasses.replace(found, classes=classes)
+
+
+def _wants(wanted: str, data: Any) -> UserError:
+    size = f" of {len(data)}" if isinstance(data, Sequence) else ""
+    return UserError(
+        f"data is {wanted}, or a prunekit.contracts.Data; got: {type(data).__name__}{size}"
+    )
+
+
+def _find_channels(data: Sequence[Any]) -> Channels:
+    return "first" if isinstance(data[0], Tensor) else "last"
 
 
 def _to_array(values: Any) -> Any:

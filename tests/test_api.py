@@ -297,6 +297,20 @@ def test_images_in_any_form_are_judged_alike(data):
     assert net.training
 
 
+def test_images_that_a_network_does_not_suit():
+    with pytest.raises(UserError, match=r"cannot take images of 1 x 4 x 4: RuntimeError: .*mat1"):
+        prunekit.evaluate(make_net(), (X[:, :4, :4], Y))
+    with pytest.raises(UserError, match="there is a label 3, and the network has 3 classes"):
+        prunekit.evaluate(make_net(), (X, Y + 1))
+    with pytest.raises(UserError, match=r"data is \(x, y\), or \(x_train, .*; got: int"):
+        prunekit.evaluate(make_net(), 3)
+    with pytest.raises(UserError, match="data: x holds floats from -1 to"):
+        prunekit.evaluate(make_net(), (X / 127.5 - 1, Y))
+    # Classes without an image are classes all the same.
+    found = prunekit.evaluate(make_net(), (X[:1], Y[:1]), threat=0.1)
+    assert found.metrics["clean.n"] == 1
+
+
 @pytest.mark.parametrize("threat", ["8/255", 8 / 255, {"eps": "8/255"}, Threat("linf", 8 / 255)])
 def test_threats(threat):
     attack = {"use": "pgd", "steps": 2, "restarts": 1}
@@ -329,6 +343,7 @@ def test_largest_weights_are_kept_by_hand():
     assert int((net[1].weight == 0).sum()) == 4
 
 
+@pytest.mark.filterwarnings("ignore:(asked for|structure)")
 def test_masks_with_images_structures_and_exclusions():
     net = make_net()
     sensitive = prunekit.make_masks(net, 0.5, "snip", data=(X, Y), budget="global")

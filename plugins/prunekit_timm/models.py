@@ -18,6 +18,7 @@ from prunekit.contracts import Context
 from prunekit.errors import UserError
 from prunekit_timm import LOCAL, TimmOptions
 
+SEARCH = "see: prunekit list architectures --match 'resnet*'"
 HUB = ("hf-hub:", "hf_hub:")
 
 
@@ -107,11 +108,8 @@ def _has_size(options: TimmOptions) -> bool:
         bare = name.partition(".")[0]
         if not timm.is_model(bare) and "/" not in name:  # of a path timm itself says what to write
             close = difflib.get_close_matches(bare, timm.list_models(), n=3)
-            way = f"did you mean {' or '.join(map(repr, close))}?" if close else "see"
-            raise UserError(
-                f"timm has no model {name!r}; {way} "
-                f"(prunekit list architectures --match '{bare[:4]}*')"
-            )
+            way = f"did you mean {' or '.join(map(repr, close))}?" if close else SEARCH
+            raise UserError(f"timm has no model {name!r}; {way}")
         known = timm.get_pretrained_cfg(name)
         config, arguments = known.to_dict() if known else {}, {}
     return bool(config.get("fixed_input_size") or "img_size" in arguments)

@@ -35,15 +35,13 @@ def build_model(options: ModelOptions, context: Context) -> Any:
     name, (channels, height, width) = options.model, context.shape
     if name not in list_names():
         close = difflib.get_close_matches(name, list_names(), n=1)
-        way = f"did you mean {close[0]!r}?" if close else "see"
-        raise UserError(
-            f"torchvision has no classifier {name!r}; {way} "
-            f"(prunekit list architectures --match '{name[:4]}*')"
-        )
+        way = "see: prunekit list architectures --match 'resnet*'"
+        way = f"did you mean {close[0]!r}?" if close else way
+        raise UserError(f"torchvision has no classifier {name!r}; {way}")
     if channels != 3:
         raise UserError(
             f"torchvision's models take images with 3 channels, these are {channels} x {height} x "
-            f'{width}; write use = "timm" and model = "{name}", which take any'
+            f'{width}; those of timm take any: write use = "timm"'
         )
     chosen = _choose_weights(options)
     arguments: dict[str, Any] = {"num_classes": context.classes}

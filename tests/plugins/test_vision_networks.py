@@ -198,7 +198,7 @@ def refuse(*arguments: Any, **options: Any) -> None:
         ("fcn_resnet50", {}, "no classifier 'fcn_resnet50'"),
         ("resnet18", {"weights": "V7"}, "no weights 'V7'; there are: IMAGENET1K_V1, DEFAULT"),
         ("resnet18", {"kwargs": {"depth": 3}}, r"with kwargs {'depth': 3}: .*'depth'"),
-        ("resnet18", {"shape": (1, 28, 28)}, '3 channels, these are 1 x 28 x 28; write use = "tim'),
+        ("resnet18", {"shape": (1, 28, 28)}, "3 channels, these are 1 x 28 x 28; those of timm"),
         ("googlenet", {"kwargs": {"init_weights": False}}, "kwargs = { aux_logits = false }"),
     ],
 )
