@@ -38,6 +38,7 @@ from prunekit.contracts import Data, Threat
 from prunekit.data import Arrays, to_device
 from prunekit.errors import Interrupted, Place, RunError, UserError, relative
 from prunekit.evaluation import eval_mode
+from prunekit.identity import identify
 from prunekit.judging import read_network
 from prunekit.loading import load_network
 from prunekit.plan import Plan, make_plan
@@ -259,7 +260,7 @@ def _plan(
     ]
     if model is not None:
         _check_model(model)
-        table = {"use": "given", **given.identify(model)}
+        table = {"use": "given", **identify(model)}
         chosen.append(Setting("architecture", table, Place("model")))
     if data is not None:
         chosen.append(Setting("dataset", {"use": "given"}, Place("data")))

@@ -4,29 +4,18 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import hashlib
-import inspect
-import sys
-import sysconfig
-import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import Enum
-from functools import partial
-from pathlib import Path
-from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
-import torch
+import numpy as np
 from torch import Tensor, nn
 
 from prunekit.builtin import GivenModelOptions
 from prunekit.component import NoOptions, Use
 from prunekit.contracts import Context, Data
 from prunekit.errors import DataMissingError, UserError
-from prunekit.imports import find_imports
 from prunekit.npz import KEYS, Channels, to_data, to_split
-from prunekit.store import hash_file, version_of
 
 
 @dataclass(frozen=True)
@@ -116,132 +105,4 @@ def _find_channels(data: Sequence[Any]) -> Channels:
 
 
 def _to_array(values: Any) -> Any:
-    import numpy as np
-
     return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
-
-
-# Networks
-
-
-def identify(model: nn.Module) -> dict[str, Any]:
-    """Options of the component "given": the network's class, and a hash of all that decides it.
-
-    That is its weights, the source of its classes and of what the files of these import from their
-    own folder, the versions of installed packages, and the values that its modules hold. Where one
-    of them cannot be read the hash is never the same again, so that no stored stage is taken for
-    another network's; `unique` says why.
-    """
-    digest = hashlib.sha256()
-    unique = ""
-    try:
-        for text in _describe_network(model):
-            digest.update(f"{text}\n".encode())
-    except _Unreadable as error:
-        unique = str(error)
-        digest.update(uuid.uuid4().bytes)
-    return {"name": type(model).__qualname__, "content": digest.hexdigest()[:32]} | (
-        {"unique": unique} if unique else {}
-    )
-
-
-SKIPPED = {"training", "_parameters", "_buffers", "_modules"}
-"""What a module holds that decides nothing, or is hashed by itself."""
-
-
-class _Unreadable(Exception):
-    """Something has no text that stands for it in every process."""
-
-
-def _describe_network(model: nn.Module) -> Iterator[str]:
-    first: dict[Any, str] = {}
-    classes: dict[type, str] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if (known := first.setdefault(module, name)) != name:
-            yield f"{name} is {known}"
-            continue
-        cls = type(module)
-        if cls not in classes:
-            classes[cls] = _describe_class(cls)
-        yield f"{name} {classes[cls]}"
-        for key, value in sorted(vars(module).items()):
-            if key not in SKIPPED:
-                yield f"{key}={_describe(value, (name, key))}"
-        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
-            path = f"{name}.{key}"
-            known = first.setdefault(tensor, path) if tensor is not None else path
-            yield f"{path} is {known if known != path else _describe(tensor, (name, key))}"
-
-
-def _describe(value: Any, path: tuple[str, ...]) -> str:
-    """A text that is the same for the same value, in any process. Raises `_Unreadable`."""
-    if value is None or isinstance(value, str | int | float | complex | bytes | Enum):
-        return f"{type(value).__name__} {value!r}"
-    if isinstance(value, torch.dtype | torch.device | torch.memory_format | torch.layout):
-        return repr(value)
-    if isinstance(value, Tensor):
-        plain = value.detach().cpu().contiguous()
-        content = hashlib.sha256(plain.flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
-        return f"{plain.dtype} {tuple(plain.shape)} {content}"
-    if isinstance(value, nn.Module):  # one that is no child: held in a list, say
-        return str(identify(value))
-    if isinstance(value, type):
-        return _describe_class(value)
-    if isinstance(value, partial):
-        return f"partial {_describe((value.func, value.args, value.keywords), path)}"
-    if isinstance(value, MethodType):
-        return f"method {value.__name__} of {_describe_class(type(value.__self__))}"
-    if isinstance(value, FunctionType | BuiltinFunctionType):
-        return _describe_function(value, path)
-    if isinstance(value, Mapping):
-        # Hooks are keyed by a counter of the process.
-        items = value.values() if "_hooks" in path[-1] else value.items()
-        return f"{{{', '.join(_describe(i, path) for i in items)}}}"
-    if isinstance(value, set | frozenset):
-        return f"{{{', '.join(sorted(_describe(i, path) for i in value))}}}"
-    if isinstance(value, list | tuple):
-        return f"({', '.join(_describe(i, path) for i in value)})"
-    if dataclasses.is_dataclass(value):
-        return f"{_describe_class(type(value))} {_describe(vars(value), path)}"
-    raise _Unreadable(f"{'.'.join(filter(None, path))} is a {type(value).__name__}")
-
-
-def _describe_function(value: Any, path: tuple[str, ...]) -> str:
-    held = [cell.cell_contents for cell in getattr(value, "__closure__", None) or ()]
-    held += [*(getattr(value, "__defaults__", None) or ())]
-    code = getattr(value, "__code__", None)
-    # Functions without a name of their own are told apart by where they stand.
-    line = code.co_firstlineno if code is not None else 0
-    name = f"{value.__module__}.{value.__qualname__}:{line}"
-    return f"{name} {_describe_source(value)} {_describe(held, path)}"
-
-
-def _describe_class(cls: type) -> str:
-    bases = [c for c in cls.__mro__ if c.__module__ != "builtins"]
-    return ", ".join(f"{c.__module__}.{c.__qualname__} {_describe_source(c)}" for c in bases)
-
-
-def _describe_source(value: Any) -> str:
-    """The version of the package, or a hash of the source. Raises `_Unreadable` without either."""
-    module = value.__module__ or "builtins"
-    package = module.partition(".")[0]
-    if package in sys.stdlib_module_names and package != "__main__":
-        return sys.version
-    try:
-        file = Path(inspect.getfile(value))
-    except (TypeError, OSError):
-        built = getattr(sys.modules.get(package), "__file__", None)
-        if built and _is_installed(Path(built)):  # written in C
-            return version_of(package)
-        raise _Unreadable(f"the source of {value.__qualname__} is not in a file") from None
-    if _is_installed(file):
-        return version_of(package)
-    if file.is_file():
-        return hashlib.sha256("".join(map(hash_file, find_imports(file))).encode()).hexdigest()
-    # A notebook: what the cell says is known, what it calls is not.
-    raise _Unreadable(f"the source of {value.__qualname__} is not in a file")
-
-
-def _is_installed(file: Path) -> bool:
-    folders = {sysconfig.get_path(name) for name in ("purelib", "platlib")}
-    return any(file.is_relative_to(folder) for folder in folders)

@@ -27,9 +27,9 @@ STORE = ".stages"
 
 PRESENTATION = {
     "__main__", "api", "cli", "cli_models", "errors", "exporting", "failures", "hookspecs",
-    "importing", "inspecting", "judging", "loading", "metric_names", "options", "plan", "recipe",
-    "registry", "report", "results", "runfolder", "running", "showing", "source", "stop", "sweep",
-    "tables", "testing", "values",
+    "identity", "importing", "imports", "inspecting", "judging", "loading", "metric_names",
+    "options", "plan", "recipe", "registry", "report", "results", "runfolder", "running",
+    "showing", "source", "stop", "sweep", "tables", "testing", "values",
 }  # fmt: skip
 """Modules of the core that decide no result: what a recipe resolves to is in the key."""
 

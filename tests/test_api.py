@@ -7,6 +7,7 @@ import json
 import random
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from prunekit.cli import main
 from prunekit.contracts import Data, Threat
 from prunekit.data import Arrays
 from prunekit.errors import RunError, UserError
+from prunekit.identity import identify
 
 
 def test_examples_in_the_docstrings():
@@ -369,16 +371,16 @@ def test_masks_with_images_structures_and_exclusions():
 
 
 def content(net):
-    return given.identify(net)["content"]
+    return identify(net)["content"]
 
 
 def test_a_network_is_known_again_in_another_process(here, monkeypatch):
-    code = "from net import make; from prunekit.given import identify; print(identify(make()))"
+    code = "from net import make; from prunekit.identity import identify; print(identify(make()))"
     there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=here)
     monkeypatch.syspath_prepend(here)
     monkeypatch.delitem(sys.modules, "net", raising=False)
     net = importlib.import_module("net").make()
-    assert there.stdout == f"{given.identify(net)}\n", there.stderr
+    assert there.stdout == f"{identify(net)}\n", there.stderr
 
 
 def set_slope(net):
@@ -409,9 +411,21 @@ def set_function(net):
     net.act = torch.relu
 
 
-@pytest.mark.parametrize(
-    "change", [set_slope, set_bias, set_stride, add_hook, add_buffer, tie, set_function]
-)
+def set_forward(net):
+    net.forward = types.MethodType(lambda self, x: self.fc(self.conv(x).flatten(1)), net)
+
+
+def hold(net):
+    net.held = [nn.Linear(1, 1, bias=False).requires_grad_(False), {"p": 0.5, "q": (1, None)}]
+    net.held[0].weight.fill_(2)
+
+
+CHANGES = (
+    set_slope, set_bias, set_stride, add_hook, add_buffer, tie, set_function, set_forward, hold,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_what_changes_a_network_changes_its_hash(change):
     one, other = make_net(), make_net()
     assert content(one) == content(other)
@@ -420,7 +434,7 @@ def test_what_changes_a_network_changes_its_hash(change):
     third = make_net()
     change(third)
     assert content(third) == content(other)
-    assert "unique" not in given.identify(third)
+    assert "unique" not in identify(third)
 
 
 def test_the_mode_and_gradients_change_nothing():
@@ -437,6 +451,26 @@ def test_tied_weights_are_not_two_equal_ones():
     for layer, twin in zip(one, other, strict=True):
         twin.bias.data = layer.bias.data.clone()
     assert content(one) != content(other)
+
+
+def test_what_a_factory_binds_and_a_program_sets_is_part_of_the_hash():
+    def make_class(factor):
+        class Scaled(nn.Linear):
+            bias_too = False
+
+            def forward(self, x):
+                return factor * super().forward(x)
+
+        return Scaled
+
+    def make(factor):
+        torch.manual_seed(0)
+        return make_class(factor)(2, 2)
+
+    assert content(make(2)) == content(make(2)) != content(make(3))
+    net = make(2)
+    type(net).bias_too = True
+    assert content(net) != content(make(2))
 
 
 def test_source_is_part_of_the_hash(here, monkeypatch):
@@ -463,12 +497,15 @@ def test_what_cannot_be_read_is_never_shared(here, capsys):
     space["Typed"].__module__ = "nowhere"
     torch.manual_seed(0)
     net = space["Typed"]()
-    first, second = given.identify(net), given.identify(net)
+    first, second = identify(net), identify(net)
     assert first["unique"] == "the source of Typed is not in a file"
     assert first["content"] != second["content"]
     held = make_net()
     held.conv.engine = object()
-    assert given.identify(held)["unique"] == "conv.engine is a object"
+    assert identify(held)["unique"] == "conv.engine is a object"
+    held = make_net()
+    held.conv.parents = [held]
+    assert identify(held)["unique"] == "values of its modules contain each other"
     prunekit.run("r.toml", model=net, data=DATA, out="runs/a", quiet=True)
     prunekit.run("r.toml", model=net, data=DATA, out="runs/b")
     assert stages_of(here / "runs/b") == [False] * 4
