@@ -69,7 +69,11 @@ OPTIONS = {
     "dataset": settings.DataOptions,
     "architecture": settings.ArchitectureOptions,
     **settings.STAGES,
-    **{f"{kind} {c.name}": c.options for kind, c in builtin.COMPONENTS},
+    **{
+        f"{kind} {c.name}": c.options
+        for kind, c in builtin.COMPONENTS
+        if kind in ("optimizer", "schedule")
+    },
 }
 
 GENERATED: dict[Path, dict[str, Callable[[], str]]] = {

@@ -1,11 +1,11 @@
-"""The core's own components: optimisers and schedules (a short list, no hook)."""
+"""The core's own components, without a hook: optimisers, schedules, what Python gives."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
-from prunekit.component import Component, Use, option
+from prunekit.component import Component, NoOptions, Use, option
 from prunekit.contracts import Schedule
 from prunekit.errors import OptionError
 
@@ -75,12 +75,28 @@ class AdamWOptions:
     schedule: Use[Schedule] = option("cosine", help="how the rate changes")
 
 
+@dataclass(frozen=True)
+class GivenModelOptions:
+    """Written by `prunekit.run`, not by hand."""
+
+    name: str = option("", help="its class")
+    content: str = option("", help="hash of its weights, source and values")
+    unique: str | None = option(None, help="why the hash cannot be that of another call")
+
+
 def _declare(kind: str, name: str, summary: str, options: type) -> tuple[str, Component]:
     build = f"prunekit.optimization:{name}"
     return kind, Component(name=name, summary=summary, build=build, options=options)
 
 
+def _give(kind: str, argument: str, summary: str, options: type) -> tuple[str, Component]:
+    build = f"prunekit.given:build_{argument}"
+    return kind, Component(name="given", summary=summary, build=build, options=options)
+
+
 COMPONENTS = (
+    _give("architecture", "model", "What Python gives to prunekit.run(model=)", GivenModelOptions),
+    _give("dataset", "data", "What Python gives to prunekit.run(data=)", NoOptions),
     _declare("optimizer", "sgd", "Stochastic gradient descent with momentum", SgdOptions),
     _declare("optimizer", "adam", "Adam (Kingma 2015)", AdamOptions),
     _declare("optimizer", "adamw", "Adam with decoupled weight decay", AdamWOptions),

@@ -87,11 +87,13 @@ device_option = click.option(
 
 @main.command("list")
 @click.argument("kind", required=False, shell_complete=completion.complete_kinds)
+@click.option("--match", metavar="PATTERN",
+              help="Names like 'convnext*' alone, those of timm and torchvision too.")  # fmt: skip
 @as_json
-def list_components(kind: str | None, as_json: bool) -> None:
+def list_components(kind: str | None, match: str | None, as_json: bool) -> None:
     """List all components, or those of one KIND (objectives, pruners, ...)."""
     from prunekit.registry import load_registry
-    from prunekit.showing import print_table, summarize
+    from prunekit.showing import find_matches, print_table, summarize
     from prunekit.values import suggest
 
     registry = load_registry()
@@ -100,12 +102,13 @@ def list_components(kind: str | None, as_json: bool) -> None:
     if wanted and wanted not in kinds:
         raise UserError(f"unknown kind {kind!r}; {suggest(f'{wanted}s', [f'{k}s' for k in kinds])}")
     entries = [e for k in kinds for e in registry.entries if e.kind == k and wanted in (None, k)]
+    found = find_matches(entries, match) if match else [summarize(entry) for entry in entries]
     if as_json:
         broken = [vars(plugin) for plugin in registry.broken]
-        print_json({"components": [summarize(entry) for entry in entries], "broken": broken})
+        print_json({"components": found, "broken": broken})
         return
-    rows = [(e.kind, e.component.name, e.component.summary, e.distribution, e.status)
-            for e in entries]  # fmt: skip
+    rows = [tuple(c[k] for k in ("kind", "name", "summary", "distribution", "status"))
+            for c in found]  # fmt: skip
     rows += [("plugin", b.plugin, "", b.distribution, f"broken: {b.reason}")
              for b in registry.broken]  # fmt: skip
     print_table(("kind", "name", "what it is", "from", "status"), rows)
@@ -144,26 +147,38 @@ def plan_recipe(path: Path, settings: tuple[str, ...], *, smoke: bool = False) -
 @click.argument("recipes", nargs=-1, required=True, type=click.Path(path_type=Path),
                 shell_complete=completion.complete_recipes)  # fmt: skip
 @settings_option
+@click.option("--deep", is_flag=True, help="Build the networks too, and count their weights.")
 @as_json
-def check(recipes: tuple[Path, ...], settings: tuple[str, ...], as_json: bool) -> None:
+def check(recipes: tuple[Path, ...], settings: tuple[str, ...], deep: bool, as_json: bool) -> None:
     """Check recipes: everything that is wrong, at once. Trains nothing."""
     results: list[dict[str, Any]] = []
     problems: list[str] = []
     for path in recipes:
+        networks: list[dict[str, Any]] = []
+        plan = None
         try:
             plan = plan_recipe(path, settings)
+            if deep:
+                from prunekit.inspecting import inspect_networks
+
+                networks = inspect_networks(plan)
         except UserError as error:
-            found = (
-                [str(p) for p in error.problems] if isinstance(error, RecipeError) else [str(error)]
-            )
+            # What building finds names no recipe.
+            found = [f"{path}: {error}" if plan else str(error)]
+            if isinstance(error, RecipeError):
+                found = [str(problem) for problem in error.problems]
             problems += found
             results.append({"recipe": str(path), "problems": found})
             continue
-        results.append({"recipe": str(path), "problems": [], "runs": len(plan.runs)})
+        results.append(
+            {"recipe": str(path), "problems": [], "runs": len(plan.runs)}
+            | ({"networks": networks} if deep else {})
+        )
         if not as_json:
             for note in plan.notes:
                 click.echo(f"note: {path}: {note}", err=True)
             click.echo(f"{path}: good ({count(len(plan.runs), 'run')})")
+            _print_networks(networks)
     if as_json:
         print_json({"recipes": results})
     else:
@@ -171,6 +186,17 @@ def check(recipes: tuple[Path, ...], settings: tuple[str, ...], as_json: bool) -
             click.echo(problem, err=True)
     if problems:
         sys.exit(2)
+
+
+def _print_networks(networks: list[dict[str, Any]]) -> None:
+    for found in networks:
+        click.echo(
+            f"  {found['architecture']}: {found['parameters']:,} parameters, "
+            f"{found['prunable']:,} prunable in {count(found['layers'], 'layer')}"
+        )
+        for word, key in (("left dense", "dense"), ("not to be pruned", "unprunable")):
+            if found[key]:
+                click.echo(f"    {word}: {', '.join(found[key])}")
 
 
 def count(n: int, word: str) -> str:

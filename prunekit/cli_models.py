@@ -76,21 +76,28 @@ def import_file(
 
 @main.command()
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option(
-    "--format", "kind", type=click.Choice(["hydra"]), required=True, help="What to write."
-)
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="File to write.")
+@click.option("--format", "kind", required=True,
+              help="hydra, or a format of the architecture's own, such as timm.")  # fmt: skip
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="What to write it to.")
 @as_json
 def export(run: Path, kind: str, out: Path, as_json: bool) -> None:
     """Write the network of a RUN folder (or model file) for other code."""
-    from prunekit.exporting import export_hydra
+    from prunekit.exporting import export_hydra, export_own
     from prunekit.judging import find_model
 
-    sparsity = export_hydra(find_model(run), out)
+    if kind == "hydra":
+        sparsity = export_hydra(find_model(run), out)
+        keep = round(1 - sparsity, 10)
+        told = {"file": str(out), "format": kind, "sparsity": sparsity}
+        line = f"{relative(out)}: keep ratio {keep:g}, --sparsity {sparsity:g}"
+    else:
+        export_own(run, kind, out)
+        told = {"file": str(out), "format": kind}
+        line = f"{relative(out)}: {kind}"
     if as_json:
-        print_json({"file": str(out), "format": kind, "sparsity": sparsity})
+        print_json(told)
         return
-    click.echo(f"{relative(out)}: keep ratio {round(1 - sparsity, 10):g}, --sparsity {sparsity:g}")
+    click.echo(line)
     click.echo("removed weights are zero in it", err=True)
 
 

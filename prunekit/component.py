@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 import pluggy
@@ -53,6 +54,11 @@ def once(options: Any) -> int:
     return 1
 
 
+def no_files(options: Any) -> tuple[Path, ...]:
+    """The default of `Component.files`: none."""
+    return ()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Component:
     """The declaration of one component: what a recipe calls it, its options, how to build it.
@@ -86,6 +92,16 @@ class Component:
     """
     paper: str = ""
     """The source: authors, venue, identifier."""
+    details: str = ""
+    """What `prunekit show` says beyond the summary, in paragraphs."""
+    files: Callable[[Any], Iterable[Path]] = no_files
+    """options -> files that results depend on and that are no option themselves: what a file
+    imports, the content of a folder. By their content they are part of a stage's hash."""
+    catalog: str = ""
+    """"module:function" -> names that the option `model` takes, for `prunekit list --match`."""
+    exports: Mapping[str, str] = field(default_factory=dict)
+    """Architectures: format of `prunekit export` -> "module:function" that writes it, called as
+    `function(model, options, header, out)`; the header is that of the model file."""
     passes: Callable[[Any], int] = once
     """options -> forward passes an image takes, in a training step or in an evaluation."""
     replays: Callable[[Any], int] = once

@@ -149,7 +149,12 @@ class Reporter(Protocol):
 
 
 class Architecture(Protocol):
-    """A module from pixels (B, C, H, W) in [0, 1] to logits (B, K); normalises inside."""
+    """A module from pixels (B, C, H, W) in [0, 1] to logits (B, K); normalises inside.
+
+    `prunekit.architectures.normalize_inputs` puts a normalisation there. The module may also have
+    an attribute `leave_dense`: names of weights, or patterns of such ("head.*"), that prune stages
+    leave as they are, unless they say `exclude` themselves.
+    """
 
     def __call__(self, x: Tensor) -> Tensor: ...
 
@@ -184,7 +189,7 @@ class Context:
     | kind | has |
     |---|---|
     | dataset | `folder` |
-    | architecture | and `seed`, `shape`, `classes` |
+    | architecture | and `seed`, `shape`, `classes`, `fresh` |
     | objective, evaluator | and `model`, `device`, `threat`, `stage` |
     | pruner | and `weights`, `generator`, `objective`, `batches`, `learn` |
     | reporter | `folder` (the run's), `live` |
@@ -198,6 +203,8 @@ class Context:
     device: torch.device | str = "cpu"
     threat: Threat | None = None
     """For components whose options have the fields `eps` and `norm` (None: the recipe's)."""
+    fresh: bool = True
+    """Architectures: the weights count; False where others are loaded over them at once."""
     stage: str = ""
     """pretrain, prune, finetune or evaluate."""
     sparsity: float = 0.0

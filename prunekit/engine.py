@@ -242,6 +242,7 @@ class Engine:
     def inputs(self, run: Run) -> list[str]:
         """Hashes of all that a run reads: its data, extra images, the weights it starts from."""
         files = [path for path in (run.data.extra, run.init) if path]
+        files += [path for use in run.uses() for path in use.component.files(use.options)]
         return [self.load(run).fingerprint, *map(hash_file, files)]
 
     def keys(self, run: Run) -> list[str]:
@@ -265,9 +266,10 @@ class Engine:
         keys, upstream = [], ""
         for stage in run.stages:
             uses = list(uses_in((run.dataset, run.architecture, stage.options)))
+            files = [hash_file(path) for u in uses for path in u.component.files(u.options)]
             key = hash_stage(
                 upstream,
-                {"start": start, **_describe_stage(stage)},
+                {"start": start, **_describe_stage(stage), "files": files},
                 {name for u in uses for name in (u.component.package, *u.component.sources)},
                 {**environment, **{n: version_of(n) for u in uses for n in u.component.needs}},
             )
@@ -276,22 +278,60 @@ class Engine:
                 upstream = key
         return keys
 
-    def build(self, run: Run, data: Data, latest: StageFolder | None) -> State:
-        """The network of a run: fresh, from the file of `init`, or as a stored stage left it."""
-        context = Context(seed=run.seed, folder=run.folder, shape=data.shape, classes=data.classes)
-        seeds.seed_all(run.seed, "architecture")
-        model = run.architecture.build(context)
-        if not isinstance(model, nn.Module):
-            raise RunError(f"architecture {run.architecture.component.name!r} is no nn.Module")
+    def build(
+        self, run: Run, data: Data, latest: StageFolder | None, *, weights: bool = True
+    ) -> State:
+        """The network of a run: fresh, from the file of `init`, or as a stored stage left it.
+
+        Without `weights` only its shapes matter, and nothing is fetched for a fresh one.
+        """
+        fresh = weights and latest is None and run.init is None
+        model = build_network(run, data.shape, data.classes, self.device, fresh=fresh)
         state = State(model)
         if latest is not None:
             state.masks = read_model(latest.model, model)
         elif run.init is not None:
             state.masks = start_from(run.init, model)
-        model.to(self.device)
         state.masks = {name: mask.to(self.device) for name, mask in state.masks.items()}
-        _check_logits(model, run, data, self.device)
         return state
+
+
+def build_network(
+    run: Run,
+    shape: tuple[int, int, int],
+    classes: int,
+    device: torch.device | str = "cpu",
+    *,
+    fresh: bool = True,
+) -> nn.Module:
+    """The network of a run with the weights it starts with, tried on two black images.
+
+    Raises `RunError` where it does not take them, or does not give logits (2, K).
+    """
+    use = run.architecture
+    seeds.seed_all(run.seed, "architecture")
+    model = use.build(
+        Context(seed=run.seed, folder=run.folder, shape=shape, classes=classes, fresh=fresh)
+    )
+    owner = f"architecture {use.component.name!r} of plugin {use.plugin}"
+    if not isinstance(model, nn.Module):
+        raise RunError(f"{owner} is no nn.Module")
+    model.to(device)
+    size = " x ".join(map(str, shape))
+    try:
+        with eval_mode(model), torch.no_grad():
+            logits = model(torch.zeros(2, *shape, device=device))
+    except Exception as error:  # whatever layers raise that images of this size do not suit
+        reason = (str(error).splitlines() or [""])[0]
+        raise RunError(
+            f"{owner} cannot take images of {size}: {type(error).__name__}: {reason}"
+        ) from error
+    found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+    if found != (2, classes):
+        raise RunError(
+            f"{owner} gives {found} for 2 images and {classes} classes, not (2, {classes})"
+        )
+    return model
 
 
 def describe_model(run: Run, shape: Sequence[int], classes: int) -> dict[str, Any]:
@@ -305,16 +345,6 @@ def describe_model(run: Run, shape: Sequence[int], classes: int) -> dict[str, An
         "threat": dataclasses.asdict(run.threat) if run.threat else None,
         "seed": run.seed,
     }
-
-
-def _check_logits(model: nn.Module, run: Run, data: Data, device: torch.device) -> None:
-    with eval_mode(model), torch.no_grad():
-        shape = tuple(model(torch.zeros(2, *data.shape, device=device)).shape)
-    if shape != (2, data.classes):
-        raise RunError(
-            f"architecture {run.architecture.component.name!r} of plugin {run.architecture.plugin} "
-            f"gives {shape} for 2 images and {data.classes} classes, not (2, {data.classes})"
-        )
 
 
 def _describe_stage(stage: Stage) -> dict[str, Any]:

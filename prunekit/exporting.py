@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,8 +12,10 @@ from torch import Tensor
 
 from prunekit.checkpoint import read_checkpoint, read_masks
 from prunekit.errors import UserError, relative
-from prunekit.files import write_bytes
+from prunekit.files import make_folder, write_bytes
 from prunekit.importing import count_imported, find_keep_ratio
+from prunekit.judging import read_network
+from prunekit.loading import find_architecture, load_network
 
 HYDRA_NAMES = {
     "cifar-small": "cifar_model",
@@ -59,6 +62,26 @@ def export_hydra(model: Path, out: Path) -> float:
     out.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(out, buffer.getvalue())
     return sparsity
+
+
+def export_own(path: Path, kind: str, out: Path) -> None:
+    """Write the network of a run, or of a model file, in a format of its architecture's.
+
+    Raises `UserError` where that has no such format.
+    """
+    network = read_network(path)
+    use = find_architecture(network)
+    if kind not in use.component.exports:
+        formats = ", ".join(["hydra", *use.component.exports])
+        raise UserError(
+            f"architecture {use.component.name!r} has no format {kind!r}; there are: {formats}"
+        )
+    if out.exists():
+        raise UserError(f"{relative(out)} is there already; choose another --out")
+    model, _ = load_network(network)
+    module, _, function = use.component.exports[kind].partition(":")
+    make_folder(out.parent)
+    getattr(importlib.import_module(module), function)(model, use.options, network.header, out)
 
 
 def _is_layer(name: str, mask: Tensor) -> bool:

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from prunekit.checkpoint import load_weights, read_weights, write_model
 from prunekit.component import NoOptions
-from prunekit.contracts import Context
-from prunekit.engine import describe_model
+from prunekit.engine import build_network, describe_model
 from prunekit.errors import UserError, relative
 from prunekit.failures import explained
 from prunekit.files import make_folder, write_text
+from prunekit.inspecting import find_shape
 from prunekit.masks import apply_masks, find_prunable, hash_masks
-from prunekit.plan import Run, Stage, make_plan
+from prunekit.plan import Stage, make_plan
 from prunekit.recipe import Recipe, override
 from prunekit.registry import load_registry
 from prunekit.runfolder import RunFolder
@@ -79,9 +79,8 @@ def import_model(
     plan = make_plan(recipe, load_registry())
     (run,) = plan.runs
     with explained(run):
-        shape, classes = _find_shape(run)
-        context = Context(seed=run.seed, folder=run.folder, shape=shape, classes=classes)
-        model: Any = run.architecture.build(context)
+        shape, classes = find_shape(run)
+        model = build_network(run, shape, classes, fresh=False)
     weights, masks = read_source(source, model)
     load_weights(model, weights, source.path)
     apply_masks(model, masks)
@@ -110,13 +109,6 @@ def import_model(
             shutil.rmtree(out, ignore_errors=True)
         raise
     return folder
-
-
-def _find_shape(run: Run) -> tuple[tuple[int, int, int], int]:
-    """Of an image, and the number of classes; the data is read only where nothing else tells."""
-    facts = run.dataset.component.facts
-    known = facts(run.dataset.options) if facts else run.dataset.build(Context(folder=run.folder))
-    return known.shape, known.classes
 
 
 def _write_recipe(document: dict[str, Any], source: Source, out: Path) -> str:

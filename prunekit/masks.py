@@ -16,23 +16,41 @@ from torch.nn.utils import parametrize
 
 from prunekit.errors import RunError
 
+WEIGHTS = ("weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_weight")
+"""Names of the parameters that can be pruned, in the order that layers register them."""
+
+
+def find_weights(module: nn.Module) -> tuple[str, ...]:
+    """Names of the parameters of one layer, not of its children, that can be pruned.
+
+    The weight of a Conv2d or Linear, and the projections of a MultiheadAttention, packed or not.
+    Weight-standardised layers have none: standardising revives zeros.
+    """
+    if isinstance(module, nn.Conv2d | nn.Linear) and "Std" not in type(module).__name__:
+        names: tuple[str, ...] = WEIGHTS[:1]
+    elif isinstance(module, nn.MultiheadAttention):
+        names = WEIGHTS[1:]
+    else:
+        return ()
+    return tuple(name for name in names if module._parameters.get(name) is not None)
+
 
 def find_prunable(model: nn.Module, exclude: Sequence[str] = ()) -> dict[str, Tensor]:
-    """Parameter name -> weight of every Conv2d and Linear, in the model's order.
+    """Parameter name -> weight that can be pruned, as `find_weights` says, in the model's order.
 
     A weight that several layers share is there once, under the model's name for it. Left out are
-    weight-standardised layers (standardising revives zeros), weights that are no parameter but
-    computed from others, and names that match a pattern of `exclude`.
+    weights that are no parameter but computed from others, and names that match a pattern of
+    `exclude`.
 
     Raises `RunError` where nothing is left to prune, or a pattern matches nothing.
     """
     names = {parameter: name for name, parameter in model.named_parameters()}
     found: dict[str, Tensor] = {}
     for module in model.modules():
-        if isinstance(module, nn.Conv2d | nn.Linear) and "Std" not in type(module).__name__:
-            weight = module._parameters.get("weight")
-            if weight is not None:
-                found[names[weight]] = weight
+        for own in find_weights(module):
+            weight = module._parameters[own]
+            assert weight is not None
+            found[names[weight]] = weight
     for pattern in exclude:
         if not any(fnmatchcase(name, pattern) for name in found):
             raise RunError(
@@ -43,6 +61,22 @@ def find_prunable(model: nn.Module, exclude: Sequence[str] = ()) -> dict[str, Te
     if not kept:
         raise RunError("there is nothing to prune: the network has no Conv2d or Linear left")
     return kept
+
+
+def find_unprunable(model: nn.Module) -> dict[str, str]:
+    """Parameter name -> class of its layer, of every matrix or kernel that cannot be pruned."""
+    owners: dict[Tensor, nn.Module] = {}
+    prunable: set[Tensor] = set()
+    for module in model.modules():
+        parameters = {n: p for n, p in module._parameters.items() if p is not None}
+        owners |= dict.fromkeys(parameters.values(), module)
+        prunable |= {parameters[name] for name in find_weights(module)}
+    return {
+        name: type(owners[parameter]).__name__
+        for name, parameter in model.named_parameters()
+        # Vectors, also those with axes of one entry for broadcasting, are none.
+        if sum(size > 1 for size in parameter.shape) > 1 and parameter not in prunable
+    }
 
 
 class StraightThrough(torch.autograd.Function):
@@ -139,30 +173,36 @@ def attach(model: nn.Module, parts: Mapping[str, ScoredWeight]) -> None:
     named = dict(model.named_parameters())
     by_weight = {named[name]: part for name, part in parts.items()}
     for module in list(model.modules()):
-        weight = module._parameters.get("weight")
-        if weight in by_weight:
-            parametrize.register_parametrization(module, "weight", by_weight[weight], unsafe=True)
+        for own in find_weights(module):
+            weight = module._parameters[own]
+            if weight in by_weight:
+                parametrize.register_parametrization(module, own, by_weight[weight], unsafe=True)
 
 
 def detach(model: nn.Module) -> None:
     """Undo `attach`: the plain weights are back, unmasked."""
     for module in list(model.modules()):
-        if _is_scored(module):
-            parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
-            # Comes back as the last parameter, but is the first in these layers: a resumed
+        scored = _find_scored(module)
+        for own in scored:
+            parametrize.remove_parametrizations(module, own, leave_parametrized=False)
+        if scored:
+            # They come back as the last parameters, but are the first in these layers: a resumed
             # optimiser, whose network was built anew, tells parameters apart by their order.
             parameters = module._parameters
-            for name in [n for n in parameters if n != "weight"]:
+            for name in sorted(parameters, key=_place):
                 parameters[name] = parameters.pop(name)
 
 
-def _is_scored(module: nn.Module) -> bool:
+def _place(name: str) -> int:
+    return WEIGHTS.index(name) if name in WEIGHTS else len(WEIGHTS)
+
+
+def _find_scored(module: nn.Module) -> list[str]:
+    """Names of the weights of a layer that scores are attached to."""
     lists = module._modules.get("parametrizations")
-    return (
-        isinstance(lists, nn.ModuleDict)
-        and "weight" in lists
-        and isinstance(next(lists["weight"].children(), None), ScoredWeight)
-    )
+    if not isinstance(lists, nn.ModuleDict):
+        return []
+    return [n for n in lists if isinstance(next(lists[n].children(), None), ScoredWeight)]
 
 
 @contextmanager
@@ -175,8 +215,8 @@ def effective_weights(model: nn.Module) -> Iterator[None]:
     with parametrize.cached():
         with torch.enable_grad():
             for module in model.modules():
-                if _is_scored(module):
-                    _ = module.weight
+                for own in _find_scored(module):
+                    getattr(module, own)
         yield
 
 
@@ -193,9 +233,9 @@ def effective_parameters(model: nn.Module) -> dict[str, Tensor]:
         gate = module._modules.get("channel_gate")
         gate = gate if isinstance(gate, ChannelGate) else None
         names = [name for name, value in module._parameters.items() if value is not None]
-        if _is_scored(module):
-            names.append("weight")
-            inner.update(module.parametrizations["weight"].modules())
+        for name in _find_scored(module):
+            names.append(name)
+            inner.update(module.parametrizations[name].modules())
         if gate is not None:
             inner.add(gate)
         for name in names if module not in inner else ():
@@ -215,11 +255,12 @@ def copy_plain(model: nn.Module) -> nn.Module:
             hooks = module._forward_hooks
             for key in [key for key, hook in hooks.items() if hook is _gate_output]:
                 del hooks[key]
-        if _is_scored(module):
+        if scored := _find_scored(module):
             # Not torch's way of removing: the class that it would change is the original's too.
             lists: Any = module._modules.pop("parametrizations")
             module.__class__ = type(module).__bases__[0]
-            module._parameters = {"weight": lists["weight"].original, **module._parameters}
+            weights = {name: lists[name].original for name in scored}
+            module._parameters = {**weights, **module._parameters}
     return plain
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -111,7 +111,7 @@ def load_recipe(path: Path, settings: Sequence[str] = ()) -> Recipe:
 
 def override(recipe: Recipe, settings: Sequence[str]) -> None:
     """Apply `--set` settings. Raises `RecipeError` where one names nothing."""
-    problems = []
+    problems, found = [], []
     for text in settings:
         address, equals, value = text.partition("=")
         setting = Setting(address.strip(), parse_value(value), Place(f"--set {text}"))
@@ -119,6 +119,17 @@ def override(recipe: Recipe, settings: Sequence[str]) -> None:
             message = "write ADDRESS=VALUE, such as prune.sparsity=0.95"
             problems.append(Problem(setting.place, message))
             continue
+        found.append(setting)
+    apply(recipe, found, problems)
+
+
+def apply(recipe: Recipe, settings: Iterable[Setting], problems: Sequence[Problem] = ()) -> None:
+    """Put settings over what the recipe and its sweep say.
+
+    Raises `RecipeError` where one names nothing, and where there were `problems` before.
+    """
+    problems = list(problems)
+    for setting in settings:
         wrong = recipe.assign(setting)
         problems += wrong
         if not wrong:

@@ -198,7 +198,7 @@ def preview_plan(plan: Plan, out: Path, store: Path, device: str) -> dict[str, A
 
 def _preview_run(engine: Engine, run: Run, seen: set[str]) -> dict[str, Any]:
     """What `preview_plan` says of one run; `seen` are the stages of the runs before it."""
-    model = engine.build(run, engine.load(run).data, None).model
+    model = engine.build(run, engine.load(run).data, None, weights=False).model
     stages: list[dict[str, Any]] = []
     for stage, key in zip(run.stages, engine.keys(run), strict=True):
         steps, passes = _count_work(engine, run, stage)

@@ -105,7 +105,10 @@ class PruneOptions(FitOptions):
         "train",
         help="batch normalisation while scores are learned; recalibrate: also measured anew after",
     )
-    exclude: tuple[str, ...] = option((), help='names of weights left dense, such as "fc.*"')
+    exclude: tuple[str, ...] | None = option(
+        None,
+        help='names of weights left dense, such as "fc.*"; default: what the architecture says',
+    )
 
     def __post_init__(self) -> None:
         if not STRUCTURE.fullmatch(self.structure):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -63,12 +65,33 @@ def summarize(entry: Entry) -> dict[str, str]:
     }
 
 
+def find_matches(entries: Sequence[Entry], pattern: str) -> list[dict[str, str]]:
+    """What `summarize` says of components whose name is like the pattern, and of their models.
+
+    A pattern without `*`, `?` or `[` may stand anywhere in a name. Imports what lists the models.
+    """
+    if not set(pattern) & set("*?["):
+        pattern = f"*{pattern}*"
+    found = []
+    for entry in entries:
+        if fnmatch(entry.component.name, pattern):
+            found.append(summarize(entry))
+        if entry.component.catalog and entry.status == "ready":
+            module, _, function = entry.component.catalog.partition(":")
+            for name in getattr(importlib.import_module(module), function)():
+                if fnmatch(name, pattern):
+                    use = f'use = "{entry.reference}", model = "{name}"'
+                    found.append({**summarize(entry), "name": name, "summary": use})
+    return found
+
+
 def describe_component(entry: Entry) -> dict[str, Any]:
     """Everything of a declaration, as plain data."""
     component = entry.component
     return {
         **summarize(entry),
         "paper": component.paper,
+        "details": component.details,
         "options": describe_options(component.options),
         "recipe": fragment(entry),
     }
@@ -103,6 +126,8 @@ def render_component(entry: Entry) -> str:
         lines.append(f"  status  {facts['status']}")
     if facts["paper"]:
         lines.append(f"  paper   {facts['paper']}")
+    if facts["details"]:
+        lines += ["", facts["details"]]
     lines += ["", "options" if facts["options"] else "It has no options."]
     for option in facts["options"]:
         default = "required" if option["required"] else "optional"

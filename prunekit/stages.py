@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,6 +23,7 @@ from prunekit.masks import (
     apply_masks,
     count_weights,
     find_prunable,
+    find_unprunable,
     hash_masks,
     measure_sparsity,
 )
@@ -163,7 +164,7 @@ def _find_structured(
     state: State, stage: Stage, work: Work, selection: Selection
 ) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
     """(weights that the stage prunes, vectors that go with their channels)."""
-    weights = find_prunable(state.model, stage.options.exclude)
+    weights = _find_unstructured(state.model, stage.options.exclude, work)
     if selection.structure == "element":
         return weights, {}
     with eval_mode(state.model):
@@ -176,6 +177,23 @@ def _find_structured(
         work.report(Note(f"structure {selection.structure!r} leaves dense: {', '.join(left)}"))
     chosen = followers if selection.structure == "channel" else {}
     return {name: weights[name] for name in names}, {n: v for n, v in chosen.items() if n in names}
+
+
+def _find_unstructured(
+    model: nn.Module, exclude: Sequence[str] | None, work: Work
+) -> dict[str, Tensor]:
+    """All that `exclude`, or else the architecture, leaves to prune; what it does not is told."""
+    if others := find_unprunable(model):
+        named = ", ".join(f"{name} ({layer})" for name, layer in others.items())
+        work.report(Note(f"not to be pruned by the kind of their layer: {named}"))
+    if exclude is not None:
+        return find_prunable(model, exclude)
+    left: Sequence[str] = getattr(model, "leave_dense", ())
+    weights = find_prunable(model, left)
+    if left:
+        dense = ", ".join(name for name in find_prunable(model) if name not in weights)
+        work.report(Note(f"left dense unless the stage says exclude: {dense}"))
+    return weights
 
 
 @torch.no_grad()

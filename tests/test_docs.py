@@ -25,7 +25,6 @@ PAGES = sorted((ROOT / "docs").glob("*.md"))
 BLOCK = re.compile(r"^( *)```(\w+)\n(.*?)^ *```$", re.DOTALL | re.MULTILINE)
 
 BEING_WRITTEN = {
-    "architecture": {"timm": set(), "torchvision": set(), "python": set()},
 }  # fmt: skip
 """Components that others are writing just now, with the options that the pages name."""
 

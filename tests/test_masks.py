@@ -25,6 +25,7 @@ from prunekit.masks import (
     effective_parameters,
     effective_weights,
     find_prunable,
+    find_unprunable,
     hash_masks,
     measure_sparsity,
 )
@@ -461,3 +462,112 @@ def test_selection_never_sorts(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "sort", refuse)
     monkeypatch.setattr(torch.Tensor, "argsort", refuse)
     select(Scores({"w": torch.rand(100)}), Selection(0.5, "global"))
+
+
+# Attention
+
+
+class Attention(nn.Module):
+    """A packed attention and one whose keys are of another width, as a classifier of 3 tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.packed = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.other = nn.MultiheadAttention(4, 1, kdim=6, vdim=6, batch_first=True)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x):
+        x = x.reshape(-1, 3, 4)
+        x = x + self.packed(x, x, x, need_weights=False)[0]
+        keys = torch.cat([x, x[..., :2]], 2)
+        return self.head(self.other(x, keys, keys, need_weights=False)[0].mean(1))
+
+
+ATTENTION = [
+    "packed.in_proj_weight", "packed.out_proj.weight", "other.q_proj_weight",
+    "other.k_proj_weight", "other.v_proj_weight", "other.out_proj.weight", "head.weight",
+]  # fmt: skip
+
+
+def make_attention():
+    torch.manual_seed(0)
+    return Attention()
+
+
+def test_projections_of_attention_are_prunable():
+    net = make_attention()
+    assert list(find_prunable(net)) == ATTENTION
+    assert [tuple(w.shape) for w in find_prunable(net).values()] == [
+        (12, 4), (4, 4), (4, 4), (4, 6), (4, 6), (4, 4), (2, 4)
+    ]  # fmt: skip
+    assert list(find_prunable(net, ["*.in_proj_weight", "other.*"])) == [ATTENTION[1], ATTENTION[6]]
+    masks = {"packed.in_proj_weight": torch.zeros(12, 4, dtype=torch.bool)}
+    masks["packed.in_proj_weight"][0] = True
+    assert count_weights(net, masks)["packed.in_proj_weight"] == {"kept": 4, "weights": 48}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("gradients", [True, False])
+def test_attached_attention_is_the_masked_one(training, gradients):
+    """In eval mode without gradients torch takes a path of its own, which reads weights itself."""
+    net, x = make_attention(), torch.rand(2, 12)
+    weights = find_prunable(net)
+    scores = {name: torch.rand_like(weight) for name, weight in weights.items()}
+    masks = select(Scores(scores), Selection(0.5))
+    twin = make_attention()
+    apply_masks(twin, masks)
+    parts = attach_scores(net, scores)
+    for name, part in parts.items():
+        part.mask.copy_(masks[name])
+    net.train(training)
+    twin.train(training)
+    with effective_weights(net), torch.set_grad_enabled(gradients):
+        torch.testing.assert_close(net(x), twin(x))
+    with torch.set_grad_enabled(gradients):
+        assert not torch.allclose(net(x), make_attention().train(training)(x))
+
+
+def test_scores_of_attention_learn():
+    net = make_attention()
+    parts = attach_scores(net, {n: torch.randn_like(w) for n, w in find_prunable(net).items()})
+    with effective_weights(net):
+        net(torch.rand(2, 12)).square().sum().backward()
+    assert all(part.score.grad.abs().sum() > 0 for part in parts.values())
+
+
+def test_detached_attention_has_its_parameters_in_their_order():
+    net = make_attention()
+    before = [(name, value.clone()) for name, value in net.named_parameters()]
+    # One projection alone, and all: each comes back to its place.
+    for names in (["other.k_proj_weight"], ATTENTION):
+        attach_scores(net, {n: torch.ones_like(find_prunable(net)[n]) for n in names})
+        detach(net)
+        after = list(net.named_parameters())
+        assert [name for name, _ in after] == [name for name, _ in before]
+        assert all(torch.equal(a, b) for (_, a), (_, b) in zip(after, before, strict=True))
+    assert net.packed.q_proj_weight is None
+
+
+def test_what_cannot_be_pruned_is_found():
+    class Layers(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(4, 2, add_bias_kv=True)
+            self.line = nn.Conv1d(2, 2, 3)
+            self.table = nn.Parameter(torch.zeros(1, 3, 4))
+            self.token = nn.Parameter(torch.zeros(1, 1, 4))
+            self.norm = nn.LayerNorm(4)
+            self.up = nn.ConvTranspose2d(2, 2, 3)
+            self.linear = nn.Linear(3, 3)
+            self.words = nn.Embedding(3, 3)
+            self.words.weight = self.linear.weight
+            self.computed = nn.utils.parametrizations.weight_norm(nn.Linear(3, 3))
+
+    net = Layers()
+    assert find_unprunable(net) == {
+        "table": "Layers", "line.weight": "Conv1d", "up.weight": "ConvTranspose2d",
+        "computed.parametrizations.weight.original1": "ParametrizationList",
+    }  # fmt: skip
+    assert list(find_prunable(net)) == [
+        "attention.in_proj_weight", "attention.out_proj.weight", "linear.weight"
+    ]  # fmt: skip

@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from prunekit.component import Component, Facts, hookimpl, option
+from prunekit.errors import OptionError
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,36 @@ IMAGENET_CLASSES = 1000
 RESNET_PAPER = "He et al., CVPR 2016, arXiv 1512.03385"
 RESNET_DEPTHS = (18, 34, 50)
 
+MODEL_DETAILS = """\
+Any classifier of torchvision's (prunekit list architectures --match 'vit_*'). The number of
+classes comes from the data set: where published weights have another one, the last layer starts
+anew. Images have three colours; their size is told to ViT and MaxViT. They are normalised inside,
+as ImageNet's. GoogLeNet and Inception want kwargs = { aux_logits = false }.
+
+What is left dense unless a prune stage says exclude is as of timm's models: see prunekit show timm.
+"""
+MODEL_TAKEN = {
+    "num_classes": "it comes from the data set",
+    "weights": "write it beside kwargs",
+    "progress": "it changes nothing",
+}
+"""Arguments of torchvision's that are not for `kwargs`."""
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    model: str = option(help='torchvision\'s name, such as "resnet18" or "vit_b_16"')
+    weights: str | None = option(
+        None, help='start from published weights, "DEFAULT" or by name ("IMAGENET1K_V1")'
+    )
+    normalize: bool = option(True, help="work on (x - mean) / deviation of ImageNet's pixels")
+    kwargs: dict[str, Any] = option({}, help="more arguments of the model")
+
+    def __post_init__(self) -> None:
+        for name in self.kwargs.keys() & MODEL_TAKEN.keys():
+            raise OptionError("kwargs", f"kwargs cannot hold {name}: {MODEL_TAKEN[name]}")
+
+
 STREAM_AUGMENT = ("resized-crop", "flip")
 
 
@@ -151,6 +183,15 @@ def prunekit_datasets() -> Iterable[Component]:
 
 @hookimpl
 def prunekit_architectures() -> Iterable[Component]:
+    yield Component(
+        name="torchvision",
+        summary="Any image classifier of torchvision: ResNet, ConvNeXt, ViT, EfficientNet, ...",
+        build="prunekit_vision.models:build_model",
+        options=ModelOptions,
+        needs=("torchvision",),
+        details=MODEL_DETAILS,
+        catalog="prunekit_vision.models:list_names",
+    )
     for depth in RESNET_DEPTHS:
         yield Component(
             name=f"imagenet-resnet{depth}",

@@ -1,0 +1,148 @@
+"""Runs a Python file and calls what makes the network in it; errors name the file and the line."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import importlib
+import inspect
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunekit.contracts import Context
+from prunekit.errors import UserError, relative
+from prunekit.evaluation import eval_mode
+from prunekit.values import suggest
+from prunekit_python import PythonOptions, find_files
+
+
+def build_python(options: PythonOptions, context: Context) -> nn.Module:
+    """The network that the file makes, tried on two images.
+
+    Raises `UserError` that names file and line where it cannot be made, is no module, or does not
+    give logits (2, K).
+    """
+    with _importing(options), _explaining(options.file):
+        make = find_function(run_file(options.file), options)
+        given = {"shape": context.shape, "classes": context.classes}
+        known = {k: v for k, v in given.items() if _takes(make, k)}
+        try:
+            inspect.signature(make).bind(**known, **options.kwargs)
+        except TypeError as error:
+            raise UserError(
+                f"{_locate(options)}: {options.build} is called with "
+                f"{', '.join({**known, **options.kwargs}) or 'nothing'}: {error}"
+            ) from None
+        model = make(**known, **options.kwargs)
+        if not isinstance(model, nn.Module):
+            raise UserError(
+                f"{_locate(options)}: {options.build} gives a {type(model).__name__}, no nn.Module"
+            )
+        with eval_mode(model), torch.no_grad():
+            logits = model(torch.zeros(2, *context.shape))
+    found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    if found != (2, context.classes):
+        raise UserError(
+            f"{_locate(options)}: the network of {options.build} gives {found} for 2 "
+            f"images and {context.classes} classes, not (2, {context.classes})"
+        )
+    return model
+
+
+def run_file(file: Path) -> ModuleType:
+    """The file as a module, run afresh. Its name is nobody else's, whatever the file is called."""
+    module = ModuleType(f"prunekit_python_file_{file.stem}")
+    module.__file__ = str(file)
+    sys.modules[module.__name__] = module  # where classes look for what their annotations name
+    exec(compile(file.read_bytes(), str(file), "exec"), vars(module))
+    return module
+
+
+def find_function(module: ModuleType, options: PythonOptions) -> Callable[..., Any]:
+    """What `build` names. Raises `UserError` with what there is."""
+    made = getattr(module, options.build, None)
+    if callable(made):
+        return made
+    own = [
+        name
+        for name, value in vars(module).items()
+        if (inspect.isfunction(value) or inspect.isclass(value))
+        and value.__module__ == module.__name__
+    ]
+    raise UserError(
+        f"{relative(options.file)} has no function or class {options.build!r}; "
+        f"{suggest(options.build, own) if own else 'it defines none'}"
+    )
+
+
+def _takes(function: Callable[..., Any], name: str) -> bool:
+    parameters = inspect.signature(function).parameters
+    return name in parameters and parameters[name].kind in (
+        inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY,
+    )  # fmt: skip
+
+
+@contextmanager
+def _importing(options: PythonOptions) -> Iterator[None]:
+    """Inside, modules in the file's folder can be imported, and are run afresh.
+
+    They are not kept from an earlier import: they may have changed since, or belong to the file of
+    another folder.
+    """
+    folder = options.file.parent
+    own = {f.relative_to(folder).parts[0].removesuffix(".py") for f in find_files(options)[1:]}
+    for name in [n for n in sys.modules if n.partition(".")[0] in own]:
+        del sys.modules[name]
+    importlib.invalidate_caches()
+    written, sys.dont_write_bytecode = sys.dont_write_bytecode, True
+    sys.path.insert(0, str(folder))
+    try:
+        # What the file prints must not end up in a result.
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        sys.path.remove(str(folder))
+        sys.dont_write_bytecode = written
+
+
+@contextmanager
+def _explaining(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except UserError:
+        raise
+    except SyntaxError as error:
+        where = relative(Path(error.filename)) if error.filename else relative(file)
+        raise UserError(f"{where}:{error.lineno}: {error.msg}") from error
+    except (Exception, SystemExit) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        place = _find_line(error, file.parent) or relative(file)
+        raise UserError(f"{place}: {type(error).__name__}: {reason}") from error
+
+
+def _find_line(error: BaseException, folder: Path) -> str:
+    """ "FILE:LINE" of the innermost frame in the folder."""
+    places = [
+        f"{relative(Path(frame.f_code.co_filename))}:{line}"
+        for frame, line in traceback.walk_tb(error.__traceback__)
+        if Path(frame.f_code.co_filename).is_relative_to(folder)
+    ]
+    return places[-1] if places else ""
+
+
+def _locate(options: PythonOptions) -> str:
+    """ "FILE:LINE" of what `build` names."""
+    for node in ast.parse(options.file.read_bytes()).body:
+        imported = [alias.asname or alias.name for alias in getattr(node, "names", [])]
+        assigned = [getattr(target, "id", "") for target in getattr(node, "targets", [])]
+        if options.build in (getattr(node, "name", ""), *imported, *assigned):
+            return f"{relative(options.file)}:{node.lineno}"
+    return relative(options.file)

@@ -1,0 +1,124 @@
+"""torchvision's classifiers for the images at hand: classes, size, normalised inside."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from typing import Any
+
+from torch import Tensor
+from torchvision import models
+
+from prunekit.architectures import find_fragile, normalize_inputs
+from prunekit.contracts import Context
+from prunekit.errors import UserError
+from prunekit_vision import ModelOptions
+from prunekit_vision.resnet import DEVIATION, MEAN
+
+SIZES = {"vit_": "image_size", "maxvit_": "input_size"}
+"""Beginnings of names of models that are built for one size, and how they call it."""
+AUXILIARY = ("aux", "AuxLogits")
+"""Beginnings of the keys of what classifies from the middle of a network, in training."""
+
+
+def list_names() -> list[str]:
+    """Names of all classifiers."""
+    return models.list_models(module=models)
+
+
+def build_model(options: ModelOptions, context: Context) -> Any:
+    """The model for images of `context.shape`; its state-dict keys are torchvision's.
+
+    Raises `UserError` where there is no such model or weights, where it does not take the images or
+    what `kwargs` holds, and where published weights cannot be had.
+    """
+    name, (channels, height, width) = options.model, context.shape
+    if name not in list_names():
+        close = difflib.get_close_matches(name, list_names(), n=1)
+        way = "see: prunekit list architectures --match 'resnet*'"
+        way = f"did you mean {close[0]!r}?" if close else way
+        raise UserError(f"torchvision has no classifier {name!r}; {way}")
+    if channels != 3:
+        raise UserError(
+            f"torchvision's models take images with 3 channels, these are {channels} x {height} x "
+            f'{width}; those of timm take any: write use = "timm"'
+        )
+    chosen = _choose_weights(options)
+    arguments: dict[str, Any] = {"num_classes": context.classes}
+    for start, size in SIZES.items():
+        if name.startswith(start):
+            arguments[size] = height if size == "image_size" else (height, width)
+    arguments |= options.kwargs
+    try:
+        model: Any = models.get_model(name, weights=None, **arguments)
+    except Exception as error:  # a constructor of torchvision's may raise anything
+        told = f" with kwargs {options.kwargs}" if options.kwargs else ""
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"torchvision's {name!r} cannot be built{told}: {reason}") from error
+    if getattr(model, "aux_logits", False):
+        raise UserError(
+            f"torchvision's {name!r} has more than one output in training; write "
+            "kwargs = { aux_logits = false }"
+        )
+    if chosen is not None and context.fresh:
+        load_published(model, chosen, name, context.classes)
+    if options.normalize:
+        transform = chosen.transforms() if chosen is not None else None
+        normalize_inputs(
+            model, getattr(transform, "mean", MEAN), getattr(transform, "std", DEVIATION)
+        )
+    model.leave_dense = find_fragile(model)
+    return model
+
+
+def _choose_weights(options: ModelOptions) -> models.WeightsEnum | None:
+    if options.weights is None:
+        return None
+    known = models.get_model_weights(options.model)
+    bare = options.weights.removeprefix(f"{known.__name__}.")
+    if bare not in known.__members__:
+        names = ", ".join(known.__members__)
+        raise UserError(
+            f"torchvision's {options.model!r} has no weights {options.weights!r}; there are: "
+            f"{names}"
+        )
+    return known[bare]
+
+
+def load_published(model: Any, chosen: models.WeightsEnum, name: str, classes: int) -> None:
+    """Load published weights; the last layer stays as it is where the classes are not theirs.
+
+    Raises `UserError` where they cannot be fetched or do not fit.
+    """
+    try:
+        # Tensors alone; what is in the cache is not fetched again.
+        state = chosen.get_state_dict(progress=False, check_hash=True, weights_only=True)
+    except Exception as error:  # whatever a download may raise
+        raise UserError(
+            f"the weights {chosen.name} of torchvision's {name!r} are not in the cache and cannot "
+            f"be fetched ({type(error).__name__}); go online once, or leave out weights, or write "
+            'init = "FILE" with a file of theirs'
+        ) from error
+    published = len(chosen.meta["categories"])
+    state = {_rename(k): v for k, v in state.items() if not k.startswith(AUXILIARY)}
+    own: dict[str, Tensor] = model.state_dict()
+    # Counters that the oldest files lack.
+    state |= {k: v for k, v in own.items() if k.endswith("num_batches_tracked") and k not in state}
+    for key, value in own.items():
+        first, *others = value.shape or (0,)
+        theirs = (published, *others)
+        if first == classes != published and key in state and state[key].shape == theirs:
+            state[key] = value
+    wrong = sorted(own.keys() ^ state.keys())
+    wrong += [k for k in own if k in state and own[k].shape != state[k].shape]
+    if wrong:
+        raise UserError(
+            f"the weights {chosen.name} of torchvision's {name!r} do not fit it at this size or "
+            f"with these kwargs: {', '.join(wrong[:4])}"
+        )
+    model.load_state_dict(state)
+
+
+def _rename(key: str) -> str:
+    """DenseNet's files are older than its keys: "denselayer1.norm.1.weight"."""
+    return re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12])\.", r"\1\2.", key)

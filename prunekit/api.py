@@ -1,0 +1,392 @@
+"""prunekit from Python: the same runs, masks and judgements as on the command line.
+
+Everything here is also `prunekit.NAME`. Images are pixels: integers 0 to 255, or floats in [0, 1]
+that are multiples of 1/255; as tensors (N, C, H, W), as numpy arrays (N, H, W) or (N, H, W, C).
+Labels are integers (N,). A network takes pixels in [0, 1] and normalises inside. One that is handed
+over stays as it is: everything works on copies.
+
+The examples below have such a network and such images:
+
+>>> import torch
+>>> from torch import nn
+>>> import prunekit
+>>> _ = torch.manual_seed(0)
+>>> net = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 2))
+>>> x = torch.randint(256, (40, 1, 8, 8), dtype=torch.uint8)
+>>> y = torch.arange(40) % 2
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import random
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from prunekit import given
+from prunekit.contracts import Data, Threat
+from prunekit.data import Arrays, to_device
+from prunekit.errors import Interrupted, Place, RunError, UserError, relative
+from prunekit.evaluation import eval_mode
+from prunekit.identity import identify
+from prunekit.judging import read_network
+from prunekit.loading import load_network
+from prunekit.plan import Plan, make_plan
+from prunekit.recipe import Recipe, Setting, apply, load_recipe
+from prunekit.registry import load_registry
+from prunekit.report import Event, Note
+from prunekit.results import read_run
+from prunekit.running import find_device, run_plan
+from prunekit.selection import Masks
+from prunekit.stages import STAGES, Outcome, State, Work
+from prunekit.stop import Stop
+from prunekit.store import STORE, StageFolder
+
+Named = str | Mapping[str, Any]
+"""A component as in a recipe: a name, or a table with `use` and options."""
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run left: the network in evaluation mode on the CPU, its masks, and what was found.
+
+    `masks` are bool, True = kept, by parameter name; removed weights are zero in the network.
+    `metrics` are those of `run.json`, stage by stage: `metrics["evaluate"]["pgd.accuracy"]`.
+    """
+
+    model: Any
+    masks: Masks
+    metrics: dict[str, dict[str, Any]]
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What evaluators found: `metrics["pgd.accuracy"]`, and per image (N,) `records`.
+
+    `records["index"]` and `records["label"]` say which image; `notes` are warnings about them.
+    """
+
+    metrics: dict[str, Any]
+    records: Mapping[str, np.ndarray]
+    notes: tuple[str, ...] = ()
+
+
+def run(
+    recipe: str | Path | Mapping[str, Any],
+    *,
+    model: nn.Module | None = None,
+    data: Any = None,
+    settings: Mapping[str, Any] | None = None,
+    out: str | Path | None = None,
+    store: str | Path | None = None,
+    device: str = "auto",
+    force: bool = False,
+    quiet: bool = False,
+) -> RunResult:
+    """Run a recipe, a file or its tables, as `prunekit run` does; the result is found again.
+
+    `model` takes the place of [architecture], and starts with the weights that it has; `data`,
+    (x_train, y_train, x_test, y_test) or a `prunekit.contracts.Data`, that of [dataset]. Stored
+    stages serve as long as the network's weights, classes and values and the images are the same;
+    a class that was typed into a notebook has no file to compare, so its runs share nothing. The
+    seed of a recipe decides everything but the weights of a `model`.
+
+    `settings` are those of `--set`: {"prune.sparsity": 0.95}. `out`, `store`, `device` and `force`
+    are the options of the command; `quiet` shows no progress.
+
+    Raises `UserError` for what is wrong with the recipe or the arguments, `RunError` where the run
+    failed, and `KeyboardInterrupt` where it was stopped: the same call goes on from there.
+
+    >>> recipe = {
+    ...     "dataset": {"use": "given", "batch_size": 8, "validation": 0.25},
+    ...     "objective": "benign",
+    ...     "stage": [
+    ...         {"kind": "pretrain", "epochs": 1},
+    ...         {"kind": "prune", "sparsity": 0.5, "pruner": "lwm"},
+    ...         {"kind": "evaluate", "with": ["clean"]},
+    ...     ],
+    ... }
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     out = Path(folder) / "mine"
+    ...     result = prunekit.run(recipe, model=net, data=(x, y, x, y), out=out, quiet=True)
+    >>> result.metrics["evaluate"]["sparsity"], int((result.model[1].weight == 0).sum())
+    (0.5, 512)
+    """
+    plan = _plan(recipe, model, data, settings)
+    if plan.swept:
+        raise UserError(
+            f"{relative(plan.path)} has a sweep of {len(plan.runs)} runs; call prunekit.run_sweep"
+        )
+    return _execute(plan, model, out, store, device, force, quiet)[0]
+
+
+def run_sweep(
+    recipe: str | Path | Mapping[str, Any],
+    *,
+    model: nn.Module | None = None,
+    data: Any = None,
+    settings: Mapping[str, Any] | None = None,
+    out: str | Path | None = None,
+    store: str | Path | None = None,
+    device: str = "auto",
+    force: bool = False,
+    quiet: bool = False,
+) -> list[RunResult]:
+    """The same for every combination of the recipe's sweep, in its order."""
+    plan = _plan(recipe, model, data, settings)
+    return _execute(plan, model, out, store, device, force, quiet)
+
+
+def make_masks(
+    model: nn.Module,
+    sparsity: float | None = None,
+    pruner: Named = "lwm",
+    *,
+    data: Any = None,
+    budget: str = "layer",
+    structure: str = "element",
+    exclude: Sequence[str] | None = None,
+    batch_size: int = 128,
+    seed: int = 0,
+    device: str = "auto",
+) -> Masks:
+    """The masks that a one-shot pruner gives the network, by parameter name; True = kept.
+
+    `sparsity`, `pruner`, `budget`, `structure` and `exclude` are options of a prune stage (where
+    `exclude` is None, the network's own `leave_dense` decides). `data` (x, y) is for pruners that
+    look at images, and for structures. `prunekit.apply_masks(model, masks)` then sets the removed
+    weights to zero.
+
+    Layers that stay dense although nobody asked for it are told in a warning. Raises `UserError`
+    for a pruner that learns its scores: that takes a recipe, and `prunekit.run`.
+
+    >>> masks = prunekit.make_masks(net, sparsity=0.9)
+    >>> {name: (int(mask.sum()), mask.numel()) for name, mask in masks.items()}
+    {'1.weight': (103, 1024), '3.weight': (4, 32)}
+    """
+    name = pruner if isinstance(pruner, str) else str(pruner.get("use"))
+    found = load_registry().find("pruner", name).component
+    if found.learns:
+        raise UserError(
+            f"pruner {name!r} learns its scores, in the prune stage of a recipe: call prunekit.run"
+        )
+    if data is None and structure != "element":
+        raise UserError(f"structure {structure!r} is found by sending an image through: give data")
+    stage: dict[str, Any] = {"kind": "prune", "pruner": pruner, "budget": budget}
+    stage["structure"] = structure
+    stage |= {} if sparsity is None else {"sparsity": sparsity}
+    stage |= {} if exclude is None else {"exclude": list(exclude)}
+    images = Data(_NoImages(), _NoImages(), (0, 0, 0), 0) if data is None else None
+    sections = {"stage": [stage], "seed": seed}
+    state, _, notes = _do_stage(
+        model, images or given.read_images(data), sections, batch_size, device
+    )
+    for note in notes:
+        warnings.warn(note.text, stacklevel=2)
+    return state.masks
+
+
+def evaluate(
+    model: nn.Module,
+    data: Any,
+    evaluators: Sequence[Named] = ("clean",),
+    *,
+    threat: Any = None,
+    images: int | None = None,
+    batch_size: int = 128,
+    seed: int = 0,
+    device: str = "auto",
+) -> Judgement:
+    """Judge a network on (x, y), or the test part of a data set, as `prunekit eval` does.
+
+    `evaluators` are names or tables, such as ["clean", {"use": "pgd", "steps": 10}]. `threat` is a
+    radius ("8/255", of L-inf) or a table {"norm": "l2", "eps": 0.5}. The numbers are those of the
+    command for the same images, `batch_size` and `seed`.
+
+    >>> attack = {"use": "pgd", "steps": 2}
+    >>> found = prunekit.evaluate(net, (x, y), ["clean", attack], threat="2/255")
+    >>> found.metrics["pgd.accuracy"] <= found.metrics["clean.accuracy"]
+    True
+    """
+    stage: dict[str, Any] = {"kind": "evaluate", "with": list(evaluators)}
+    stage |= {} if images is None else {"images": images}
+    sections: dict[str, Any] = {"stage": [stage], "seed": seed}
+    if threat is not None:
+        sections["threat"] = _table_threat(threat)
+    _check_model(model)
+    found = given.read_images(data)
+    found = given.read_images(found, _count_classes(model, found.shape))
+    _, outcome, _ = _do_stage(model, found, sections, batch_size, device)
+    metrics = {name: value for name, value in outcome.metrics.items() if "." in name}
+    return Judgement(metrics, outcome.records, outcome.notes)
+
+
+def load(path: str | Path, model: nn.Module | None = None) -> RunResult:
+    """What is in a run's folder, or in a model file (without metrics).
+
+    `model` is a network to load the weights into, a copy of it; it is needed where the network came
+    from Python. Raises `UserError` where it does not fit.
+    """
+    network = read_network(Path(path))
+    with _own_generators():
+        built, masks = load_network(network, model)
+    metrics = {}
+    if network.run is not None:
+        metrics = {stage.name: dict(stage.metrics) for stage in read_run(network.run).stages}
+    return RunResult(built, masks, metrics, network.run or network.file.parent)
+
+
+def _plan(
+    source: str | Path | Mapping[str, Any],
+    model: nn.Module | None,
+    data: Any,
+    settings: Mapping[str, Any] | None,
+) -> Plan:
+    recipe = _read(source)
+    chosen = [
+        Setting(address, value, Place(f"settings {address}"))
+        for address, value in (settings or {}).items()
+    ]
+    if model is not None:
+        _check_model(model)
+        table = {"use": "given", **identify(model)}
+        chosen.append(Setting("architecture", table, Place("model")))
+    if data is not None:
+        chosen.append(Setting("dataset", {"use": "given"}, Place("data")))
+    apply(recipe, chosen)
+    plan = make_plan(recipe, load_registry())
+    values = {
+        "architecture": model,
+        "dataset": None if data is None else given.read_data(data),
+    }
+    notes = plan.notes
+    if model is not None and "unique" in table:
+        notes += (f"no stored stage can serve this network: {table['unique']}",)
+    runs = plan.runs
+    for key, value in values.items():
+        if value is not None:
+            uses = [given.replace(getattr(run, key), value) for run in runs]
+            pairs = zip(runs, uses, strict=True)
+            runs = tuple(dataclasses.replace(run, **{key: use}) for run, use in pairs)  # type: ignore[arg-type]
+    return dataclasses.replace(plan, runs=runs, notes=notes)
+
+
+def _read(source: str | Path | Mapping[str, Any]) -> Recipe:
+    if isinstance(source, Mapping):
+        return Recipe(Path.cwd() / "recipe.toml", copy.deepcopy(dict(source)))
+    return load_recipe(Path(source))
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise UserError(f"model is an nn.Module, got a {type(model).__name__}")
+
+
+def _execute(
+    plan: Plan,
+    model: nn.Module | None,
+    out: str | Path | None,
+    store: str | Path | None,
+    device: str,
+    force: bool,
+    quiet: bool,
+) -> list[RunResult]:
+    folder = Path(out) if out is not None else Path("runs") / plan.name
+    if quiet:
+        others = [use for use in plan.reporters if use.component.name != "console"]
+        plan = dataclasses.replace(plan, reporters=tuple(others))
+    root = Path(store) if store is not None else folder.parent / STORE
+    try:
+        with _own_generators():
+            done = run_plan(plan, folder, root, device, force=force, resume="the same call")
+    except Interrupted:
+        raise KeyboardInterrupt from None
+    for failed in (f for f in done or [] if f.status == "failed"):
+        raise RunError(failed.error) from failed.cause
+    paths = [folder / run.label if plan.swept else folder for run in plan.runs]
+    return [load(path, model) for path in paths]
+
+
+def _count_classes(model: nn.Module, shape: Sequence[int]) -> int:
+    """Logits of an image; raises `UserError` where the network does not take it."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    try:
+        with eval_mode(model), torch.no_grad():
+            return int(model(torch.zeros(1, *shape, device=device)).shape[1])
+    except Exception as error:  # whatever layers raise that such an image does not suit
+        size = " x ".join(map(str, shape))
+        reason = (str(error).splitlines() or [""])[0]
+        raise UserError(
+            f"the network cannot take images of {size}: {type(error).__name__}: {reason}"
+        ) from error
+
+
+def _do_stage(
+    model: nn.Module, data: Data, sections: Mapping[str, Any], batch_size: int, device: str
+) -> tuple[State, Outcome, list[Note]]:
+    """One stage, alone, on a copy of the network; nothing of it is stored."""
+    _check_model(model)
+    tables = {
+        "dataset": {"use": "given", "batch_size": batch_size, "validation": 0},
+        "architecture": {"use": "given", "name": type(model).__qualname__},
+        **sections,
+    }
+    (chosen,) = make_plan(_read(tables), load_registry()).runs
+    (stage,) = chosen.stages
+    place = find_device(device)
+    notes: list[Note] = []
+
+    def report(event: Event) -> None:
+        if isinstance(event, Note):
+            notes.append(event)
+
+    train, test = (to_device(part, place) for part in (data.train, data.test))
+    data = dataclasses.replace(data, train=train, test=test)
+    nobody = Arrays(torch.empty(0), torch.empty(0, dtype=torch.int64))
+    state = State(copy.deepcopy(model).to(place))
+    with tempfile.TemporaryDirectory(prefix="prunekit-") as scratch, _own_generators():
+        work = Work(
+            chosen, data, train, None, nobody, place, StageFolder(Path(scratch)), "", report, Stop()
+        )
+        outcome = STAGES[stage.kind](state, stage, work)
+    return state, outcome, notes
+
+
+class _NoImages:
+    """In place of images that were not given."""
+
+    @property
+    def labels(self) -> Tensor:
+        raise UserError("this pruner looks at images: give data=(x, y)")
+
+    def batches(self, indices: Sequence[Tensor]) -> Iterator[Tensor]:
+        raise UserError("this pruner looks at images: give data=(x, y)")
+
+
+def _table_threat(threat: Any) -> Any:
+    if isinstance(threat, Threat):
+        return dataclasses.asdict(threat)
+    return dict(threat) if isinstance(threat, Mapping) else {"eps": threat}
+
+
+@contextmanager
+def _own_generators() -> Iterator[None]:
+    """Inside, the random generators of torch, numpy and Python are ours; then as they were."""
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
