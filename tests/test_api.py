@@ -514,7 +514,7 @@ def test_what_cannot_be_read_is_never_shared(here, capsys):
     assert "no stored stage can serve this network: the source of Typed" in capsys.readouterr().err
 
 
-@pytest.mark.filterwarnings("ignore:(asked for|not to be pruned)")
+@pytest.mark.filterwarnings("ignore:(asked for|not to be pruned|structure)")
 def test_masks_of_packed_attention():
     torch.manual_seed(0)
     net = VisionTransformer(32, 8, 1, 2, 16, 32, num_classes=3)
