@@ -14,6 +14,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from torch import nn
+from torchvision.models import VisionTransformer
 
 import prunekit
 from prunekit import api, given
@@ -107,6 +108,7 @@ use = "benign"
 FILE = """
 import torch
 from torch import nn
+from torchvision.models import VisionTransformer
 
 {source}
 
@@ -510,3 +512,23 @@ def test_what_cannot_be_read_is_never_shared(here, capsys):
     prunekit.run("r.toml", model=net, data=DATA, out="runs/b")
     assert stages_of(here / "runs/b") == [False] * 4
     assert "no stored stage can serve this network: the source of Typed" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:(asked for|not to be pruned|structure)")
+def test_masks_of_packed_attention():
+    torch.manual_seed(0)
+    net = VisionTransformer(32, 8, 1, 2, 16, 32, num_classes=3)
+    nn.init.normal_(net.heads.head.weight)
+    x = np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3), dtype=np.uint8)
+    data = (x, np.arange(6) % 3)
+    (name,) = (n for n, _ in net.named_parameters() if n.endswith("in_proj_weight"))
+    with pytest.warns(UserWarning, match=r"by the kind of their layer: encoder\.pos_embedding"):
+        masks = prunekit.make_masks(net, 0.5, "snip", data=data)
+    assert int(masks[name].sum()) == 48 * 16 // 2
+    masks = prunekit.make_masks(net, structure="2:4", data=data)
+    assert bool((masks[name].unflatten(1, (-1, 4)).sum(2) == 2).all())
+    # torch calls no layer for its projections, so that channels have nowhere to be closed.
+    with pytest.warns(UserWarning, match=r"'channel' leaves dense: .*in_proj_weight.*out_proj"):
+        masks = prunekit.make_masks(net, 0.5, structure="channel", data=data)
+    assert name not in masks
+    assert any("mlp" in n for n in masks)

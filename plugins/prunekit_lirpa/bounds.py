@@ -149,13 +149,13 @@ class Bounds:
         """Trace the network, where that is not done. Raises `UserError` as `margins` does."""
         if self._bounded is not None:
             return
-        model, example = self._copy()
+        model, example = self._copy(), self._example()
         try:
             with versions.unsupported() as unsupported:
                 bounded = versions.trace(model, example, self.relu)
         # Whatever it raises, the network is out of its reach.
         except Exception as error:
-            raise UserError(explain(error, unsupported, *self._copy())) from error
+            raise UserError(explain(error, unsupported, self._copy(), example)) from error
         bounded.eval()
         more = torch.cat([example, example[:1]])
         with torch.no_grad(), full_precision(self.dtype):
@@ -197,7 +197,7 @@ class Bounds:
 
         Some operators are bounded wrongly, and silently, where their options are unusual.
         """
-        _, example = self._copy()
+        example = self._example()
         y = torch.arange(len(example), device=example.device) % self._classes
         with torch.no_grad():
             logits = self._bounded(example)
@@ -227,10 +227,9 @@ class Bounds:
             )
         except torch.OutOfMemoryError:
             raise
+        # It has no errors of its own: an operator out of reach may raise anything.
         except Exception as error:
-            if not _failed_nodes(error):
-                raise
-            raise UserError(explain(error, [], *self._copy())) from error
+            raise UserError(explain(error, [], self._copy(), self._example())) from error
         if self.detached or not torch.is_grad_enabled():
             found = found.masked_fill(~self._finite(len(y))[:, None], -torch.inf)
         return self._bounded.ibp_lower, found
@@ -263,8 +262,13 @@ class Bounds:
                     slots[slot] = value
                     node.forward = partial(_answer, value)
 
-    def _copy(self) -> tuple[nn.Module, Tensor]:
-        """What is traced: a plain copy in eval mode, and two images for it."""
+    def _example(self) -> Tensor:
+        """Two random images, always the same."""
+        images = torch.rand(2, *self.shape, generator=torch.Generator().manual_seed(0))
+        return images.to(next(self.model.parameters()).device, self.dtype)
+
+    def _copy(self) -> nn.Module:
+        """What is traced: a plain copy in eval mode."""
         model = copy_plain(self.model).eval()
         for parent in list(model.modules()):
             for name, module in parent.named_children():
@@ -276,10 +280,7 @@ class Bounds:
                     # A node for each use of a tied weight: a gate may be behind one of them.
                     copied = nn.Parameter(parameter.detach().clone(), requires_grad=False)
                     parent._parameters[name] = copied
-        device = next(self.model.parameters()).device
-        generator = torch.Generator().manual_seed(0)
-        example = torch.rand(2, *self.shape, generator=generator)
-        return model.to(self.dtype), example.to(device, self.dtype)
+        return model.to(self.dtype)
 
 
 def _answer(value: Tensor) -> Tensor:
@@ -319,7 +320,7 @@ def find_layers(model: nn.Module, example: Tensor, operators: list[str]) -> list
 
     def watch(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         # Tracing calls the layer again, and hooks on what is traced.
-        if watching and not any(module.children()):
+        if watching and inputs and not any(module.children()):
             watching.clear()
             if operators_of(module, inputs[0]) & set(operators):
                 found[f"{names[module]} ({type(module).__name__})"] = None
@@ -340,9 +341,10 @@ def operators_of(layer: nn.Module, x: Tensor) -> set[str]:
     """The ONNX operators that a layer is traced to."""
     with versions.unsupported() as unknown:
         try:
-            nodes = versions.trace(layer, x, "adaptive")._modules.values()
-        except NotImplementedError:
-            nodes = ()
-    return {type(node).__name__.removeprefix("Bound") for node in nodes} | {
-        name.rpartition("::")[2] for name, _ in unknown
-    }
+            bounded = versions.trace(layer, x, "adaptive")
+            nodes = [type(node).__name__ for node in bounded._modules.values()]
+        # Whatever it is, it comes of the operator that could not be traced.
+        except Exception as error:
+            nodes = _failed_nodes(error)
+    unknown_names = {name.rpartition("::")[2] for name, _ in unknown}
+    return unknown_names | {name.removeprefix("Bound") for name in nodes}

@@ -49,7 +49,7 @@ def trace(model: nn.Module, example: torch.Tensor, relu: str) -> Any:
         if type(node).__name__ == "BoundReshape" and node.output_shape[0] == len(example):
             # The number of images that it was traced with is in its shape as a constant.
             node.forward = partial(_reshape, node.forward, [-1, *node.output_shape[1:]])
-        if is_old() and type(node).__name__ == "BoundConstant" and len(node.value.shape) > 1:
+        if is_old() and type(node).__name__ == "BoundConstant" and node.value.dim() > 1:
             # 0.3 mistakes the first of the dimensions (1, C, 1, 1) for channels.
             node.value = node.value.squeeze(0)
     return bounded

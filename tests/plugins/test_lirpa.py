@@ -176,9 +176,11 @@ class Normalizing(nn.Module):
         super().__init__()
         self.first = nn.Conv2d(2, 4, 2, stride=2)
         self.last = nn.Linear(36, K)
+        mean = torch.tensor([0.4, 0.6]).view(1, 2, 1, 1)
+        self.register_buffer("mean", mean, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = (x - torch.tensor([0.4, 0.6]).view(1, 2, 1, 1)) / 0.3
+        x = (x - self.mean) / torch.tensor([0.2, 0.3]).view(1, 2, 1, 1)
         return self.last((self.first(x)).relu().flatten(1))
 
 
@@ -406,6 +408,10 @@ def conv(*layers: nn.Module, out: int) -> nn.Module:
             conv(nn.MaxPool2d(3, 2), out=8), "crown-ibp",
             r"cannot bound MaxPool .*stride.* of layer 1 \(MaxPool2d\)",
         ),
+        (
+            conv(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(2, 2, 2, padding="same"), out=98), "ibp",
+            r"auto_LiRPA .* of layer",
+        ),
         # Silently wrong in auto_LiRPA 0.3, were they not tried.
         (conv(nn.ReLU(), nn.AvgPool2d(3, 2, 1), out=18), "crown-ibp", "gets crown-ibp wrong"),
         (
@@ -414,7 +420,7 @@ def conv(*layers: nn.Module, out: int) -> nn.Module:
         ),
         (Normalizing(), "crown", "cannot bound Div"),
     ],
-    ids=["gelu", "max-pool", "average-pool", "uncounted-padding", "normalizing"],
+    ids=["gelu", "max-pool", "padding", "average-pool", "uncounted-padding", "normalizing"],
 )  # fmt: skip
 def test_a_network_out_of_reach_is_told_in_one_line(net: Any, method: str, words: str) -> None:
     bounds = Bounds(net.eval(), SHAPE)
