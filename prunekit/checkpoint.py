@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -64,22 +66,38 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         state = read_checkpoint(path)[0]
     else:
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        except FileNotFoundError:
-            raise UserError(f"there is no file {relative(path)}") from None
-        except Exception as error:  # whatever unpickling foreign bytes may raise
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise UserError(
-                f"{relative(path)} cannot be read as tensors and is not unpickled further "
-                f"({reason}); save a plain state dict, best as .safetensors"
-            ) from None
+        content = _load_tensors(path)
         state = content.get("state_dict", content) if isinstance(content, dict) else {}
     if not state or not all(isinstance(v, Tensor) for v in state.values()):
-        raise UserError(f"{relative(path)} holds no state dict of tensors")
+        there = f"; it holds {', '.join(map(str, list(state)[:8]))}" if state else ""
+        raise UserError(
+            f"{relative(path)} holds no state dict of tensors, by itself or as state_dict{there}"
+        )
     if all(key.startswith("module.") for key in state):
         state = {key.removeprefix("module."): value for key, value in state.items()}
     return state
+
+
+def _load_tensors(path: Path) -> Any:
+    """What `torch.save` wrote. Raises `UserError` for all that is not made of tensors."""
+    if path.is_dir():
+        raise UserError(f"{relative(path)} is a folder; name the file in it")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"there is no file {relative(path)}") from None
+    except Exception as error:  # whatever unpickling foreign bytes may raise
+        # Not in torch's words: they tell how to switch the protection off.
+        asked = re.search(r"GLOBAL ([\w.]+\w)", str(error))
+        if asked:
+            reason = f"is a pickle that asks for {asked[1]}, and only tensors are taken"
+        else:
+            reason = f"is damaged, or no plain torch.save of tensors ({type(error).__name__})"
+        raise UserError(
+            f"{relative(path)} {reason}; save a plain state dict, best as .safetensors"
+        ) from None
 
 
 def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: Path) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import click
 import tomli_w
 import torch
 from torch import Tensor, nn
@@ -15,11 +16,11 @@ from torch import Tensor, nn
 from prunekit.checkpoint import load_weights, read_weights, write_model
 from prunekit.component import NoOptions
 from prunekit.engine import build_network, describe_model
-from prunekit.errors import UserError, relative
+from prunekit.errors import Place, UserError, relative
 from prunekit.failures import explained
 from prunekit.files import make_folder, write_text
 from prunekit.inspecting import find_shape
-from prunekit.masks import apply_masks, find_prunable, hash_masks
+from prunekit.masks import apply_masks, find_broken, find_prunable, hash_masks
 from prunekit.plan import Stage, make_plan
 from prunekit.recipe import Recipe, override
 from prunekit.registry import load_registry
@@ -27,6 +28,7 @@ from prunekit.runfolder import RunFolder
 from prunekit.selection import Masks
 from prunekit.stages import State, describe_counts
 from prunekit.store import StageFolder, StageResult, hash_file
+from prunekit.values import KeyPath
 
 MODEL = "model.safetensors"
 
@@ -74,7 +76,7 @@ def import_model(
         raise UserError(f"a {source.kind} file does not say its keep ratio; give --sparsity 0.9")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{relative(out)} is there already; choose another folder with --out")
-    recipe = Recipe(out / "recipe.toml", dict(sections))
+    recipe = Recipe(out / "recipe.toml", dict(sections), _places(sections))
     override(recipe, settings)
     plan = make_plan(recipe, load_registry())
     (run,) = plan.runs
@@ -84,6 +86,8 @@ def import_model(
     weights, masks = read_source(source, model)
     load_weights(model, weights, source.path)
     apply_masks(model, masks)
+    if broken := find_broken(model):
+        raise UserError(f"{relative(source.path)}: {broken} holds values that are no numbers")
     state = State(model, masks)
     counts = describe_counts(state)
     sparsity = 1 - counts["kept"] / counts["weights"]
@@ -100,8 +104,11 @@ def import_model(
         folder.start("cpu")
         stage = Stage("import", "import", 0, NoOptions())
         metrics = {"sparsity": sparsity, "masks": hash_masks(masks), "counts": counts}
-        note = f"{source.kind} file {source.path.name}, SHA-256 {about['sha256']}"
-        folder.add(stage, "", StageResult(metrics, notes=[note]), StageFolder(out), False)
+        notes = [f"{source.kind} file {source.path.name}, SHA-256 {about['sha256']}"]
+        for doubt in _find_doubts(source, model, masks):
+            click.echo(f"note: {relative(source.path)}: {doubt}", err=True)
+            notes.append(doubt)
+        folder.add(stage, "", StageResult(metrics, notes=notes), StageFolder(out), False)
         write_text(out / "recipe.toml", _write_recipe(plan.describe(run), source, out))
         folder.close("done")
     except BaseException:
@@ -109,6 +116,27 @@ def import_model(
             shutil.rmtree(out, ignore_errors=True)
         raise
     return folder
+
+
+def _places(sections: Mapping[str, Any]) -> dict[KeyPath, Place]:
+    """Where mistakes are: in the options of the command line."""
+    flags = {
+        "--dataset": ("dataset", "use"), "--model": ("architecture", "use"),
+        "--eps": ("threat", "eps"),
+    }  # fmt: skip
+    return {
+        (section, key): Place(f"{flag} {sections[section][key]}")
+        for flag, (section, key) in flags.items()
+        if key in sections.get(section, {})
+    }
+
+
+def _find_doubts(source: Source, model: nn.Module, masks: Masks) -> list[str]:
+    """What somebody who judges the network has to know."""
+    doubts = [f"nothing is left of {name}" for name, mask in masks.items() if not mask.any()]
+    if source.kind == "harp" and (dense := find_prunable(model).keys() - masks.keys()):
+        doubts.append(f"without popup_scores, so left dense: {', '.join(sorted(dense))}")
+    return doubts
 
 
 def _write_recipe(document: dict[str, Any], source: Source, out: Path) -> str:
@@ -120,6 +148,7 @@ def _write_recipe(document: dict[str, Any], source: Source, out: Path) -> str:
         "#",
         f'#   extends = "{out}/recipe.toml"',
         '#   objective = "trades"',
+        *([] if "threat" in document else ["#   [threat]", '#   eps = "8/255"']),
         "#   [[stage]]",
         '#   kind = "finetune"',
         "#   epochs = 100",
@@ -143,7 +172,13 @@ def read_source(source: Source, model: nn.Module) -> tuple[Tensors, Masks]:
     if source.kind == "dense":
         masks = {n: state[n] != 0 for n in find_prunable(model) if n in state}
         return state, {n: mask for n, mask in masks.items() if not mask.all()}
-    return _read_scored(state, source)
+    weights, masks = _read_scored(state, source)
+    if source.kind == "hydra" and (dense := find_prunable(model).keys() - masks.keys()):
+        # A network with another layer type is caught by its keys.
+        lacking = ", ".join(sorted(name.rpartition(".")[0] for name in dense & weights.keys())[:8])
+        if lacking:
+            raise UserError(f"{relative(source.path)} lacks the popup_scores of {lacking}")
+    return weights, masks
 
 
 def _read_scored(state: Tensors, source: Source) -> tuple[Tensors, Masks]:
@@ -199,6 +234,12 @@ def _read_torch_prune(state: Tensors, source: Source) -> tuple[Tensors, Masks]:
             + (f"_orig and _mask do not go together for {', '.join(odd[:8])}" if odd else
                "it holds no weight_orig; for plain weights: prunekit import dense")
         )  # fmt: skip
+    for name, mask in found.items():
+        if not ((mask == 0) | (mask == 1)).all():
+            raise UserError(
+                f"{relative(source.path)}: {name}_mask holds values other than 0 and 1, which "
+                "scale weights; multiply them in, and import the zeros: prunekit import dense"
+            )
     masks = {name: mask != 0 for name, mask in found.items()}
     if wrong := [n for n, mask in masks.items() if mask.shape != originals[n].shape]:
         raise UserError(f"{relative(source.path)}: the mask of {wrong[0]} has another shape")

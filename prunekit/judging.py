@@ -220,13 +220,13 @@ def read_metrics(folder: Path) -> dict[str, Any]:
 
 
 def tabulate(metrics: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """Rows (evaluator, metric, value, 95 % interval, n) of what is a result by itself."""
-    from prunekit.metric_names import format_metric, is_diagnosis, is_main, split_metric
+    """Rows (evaluator, metric, value, 95 % interval, n): results, and what to know about them."""
+    from prunekit.metric_names import format_metric, is_part, split_metric
 
     rows: list[tuple[str, ...]] = []
     for name, value in metrics.items():
         owner, metric = split_metric(name)
-        if not owner or isinstance(value, str) or not (is_main(name) or is_diagnosis(name)):
+        if not owner or isinstance(value, str) or is_part(name):
             continue
         low, high = metrics.get(f"{name}_low"), metrics.get(f"{name}_high")
         interval = ""

@@ -264,6 +264,14 @@ def copy_plain(model: nn.Module) -> nn.Module:
     return plain
 
 
+def find_broken(model: nn.Module) -> str:
+    """The first parameter or buffer that holds NaN or infinity; empty where none does."""
+    for name, value in (*model.named_parameters(), *model.named_buffers()):
+        if value.is_floating_point() and not value.isfinite().all():
+            return name
+    return ""
+
+
 @torch.no_grad()
 def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     """Set the pruned weights of the model to zero, in place."""

@@ -150,7 +150,8 @@ def _to_images(images: np.ndarray, name: str, channels: Channels) -> Tensor:
         levels = levels[:, None]
     elif channels == "last":
         levels = levels.transpose(0, 3, 1, 2)
-    return torch.from_numpy(np.ascontiguousarray(levels))
+    # Writable, or torch warns; a copy only where it is neither that nor contiguous.
+    return torch.from_numpy(np.require(levels, requirements=["C", "W"]))
 
 
 def _to_levels(images: np.ndarray, name: str) -> np.ndarray:

@@ -22,6 +22,7 @@ from prunekit.guards import cross_examine
 from prunekit.masks import (
     apply_masks,
     count_weights,
+    find_broken,
     find_prunable,
     find_unprunable,
     hash_masks,
@@ -219,6 +220,8 @@ def _recalibrate(model: nn.Module, batches: Callable[[], Iterator[tuple[Tensor, 
 def evaluate(state: State, stage: Stage, work: Work) -> Outcome:
     """Judge the network on the test images, each evaluator by itself."""
     options, size = stage.options, work.run.data.batch_size
+    if broken := find_broken(state.model):
+        raise RunError(f"{broken} of the network holds NaN or infinity: there is nothing to judge")
     index = _choose(len(work.data.test.labels), options.images)
     if stage.batches is not None:
         index = index[: stage.batches * size]

@@ -82,18 +82,27 @@ class StageFolder:
         return StageResult(**{f.name: content[f.name] for f in dataclasses.fields(StageResult)})
 
     def _content(self) -> dict[str, Any] | None:
-        """Of `result.json`; None where it is not there or damaged: the stage is then not done."""
+        """Of `result.json`; None where it or a file beside it is missing or cut off.
+
+        The stage is then not done.
+        """
         with suppress(OSError, UserError):
             content = read_json(self.path / "result.json")
             if isinstance(content, dict) and all(
                 f.name in content for f in dataclasses.fields(StageResult)
             ):
-                return content
+                return content if content.get("sizes") == self._measure() else None
         return None
+
+    def _measure(self) -> dict[str, int]:
+        """Bytes of the files that belong to the result."""
+        files = (self.model, self.records)
+        return {file.name: file.stat().st_size for file in files if file.is_file()}
 
     def finish(self, result: StageResult, description: Mapping[str, Any]) -> None:
         """Mark the stage as done; its checkpoint has served."""
-        write_json(self.path / "result.json", {**vars(result), "stage": description})
+        content = {**vars(result), "stage": description, "sizes": self._measure()}
+        write_json(self.path / "result.json", content)
         self.progress.unlink(missing_ok=True)
         shutil.rmtree(self.path / "scratch", ignore_errors=True)
 

@@ -88,6 +88,12 @@ def write_notes(rows: Sequence[Row]) -> list[str]:
             owner, measure = split_metric(name)
             images = f"up to {most:.4g} images of a network"
             notes.append(f"{owner}: {images} {DIAGNOSTICS[measure]}")
+    for name in _list_metrics(rows, lambda name: split_metric(name)[1] == "standard"):
+        if any(row.metrics[name].mean < 1 for row in rows if name in row.metrics):
+            owner = split_metric(name)[0]
+            notes.append(
+                f"{owner}: not its standard attacks and budgets in all rows; compare like with like"
+            )
     if any(row.smoke for row in rows):
         notes.append("SMOKE: runs cut short to try them out; their numbers mean nothing")
     return notes

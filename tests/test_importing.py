@@ -123,16 +123,60 @@ def test_missing_keys_are_listed():
     assert f"missing: {bias}" in take("hydra", "--sparsity", 0.9, code=2)[1]
 
 
-def test_a_layer_without_scores_stays_dense():
+def test_every_layer_of_hydra_has_scores_and_harp_may_leave_some_dense():
     torch.manual_seed(0)
     net = build_vgg(2, NetOptions(), Context(shape=(1, 8, 8), classes=10))
-    write_hydra(net)
+    layers = write_hydra(net)
+    write_hydra(net, extra={f"{layer}.k_score": torch.tensor(0.0) for layer in layers})
     content = torch.load("x.pt", weights_only=True)
-    del content["state_dict"]["classifier.4.popup_scores"]
+    for name in ("popup_scores", "k_score"):
+        del content["state_dict"][f"classifier.4.{name}"]
     torch.save(content, "x.pt")
-    take("hydra", "--sparsity", 0.9, model="vgg2")
+    told = take("harp", "--sparsity", 0.9, model="vgg2")[1]
+    assert "note: x.pt: without popup_scores, so left dense: classifier.4.weight" in told
     assert "classifier.4.weight" not in find_masks()
     assert "classifier.2.weight" in find_masks()
+    state = {n: v for n, v in content["state_dict"].items() if not n.endswith("k_score")}
+    torch.save({"state_dict": state}, "x.pt")
+    error = take("hydra", "--sparsity", 0.9, "--out", "runs/y", model="vgg2", code=2)[1]
+    assert "x.pt lacks the popup_scores of classifier.4" in error
+
+
+def test_values_that_are_no_numbers_are_refused():
+    net = make_net()
+    with torch.no_grad():
+        for name, parameter in net.named_parameters():
+            if name.endswith("bias"):
+                parameter[3] = float("nan")
+    torch.save(net.state_dict(), "x.pt")
+    assert "bias holds values that are no numbers" in take("dense", code=2)[1]
+    assert not os.path.exists("runs/x")
+
+
+def test_a_layer_of_which_nothing_is_left_is_told():
+    net = make_net()
+    (layer,) = [m for m in net.modules() if isinstance(m, nn.Linear)]
+    prune.custom_from_mask(layer, "weight", torch.zeros_like(layer.weight))
+    torch.save(net.state_dict(), "x.pt")
+    assert "note: x.pt: nothing is left of " in take("torch-prune")[1]
+    (stage,) = json.loads(Path("runs/x/run.json").read_text())["stages"]
+    assert stage["notes"][1].startswith("nothing is left of ")
+
+
+def test_masks_that_scale_are_refused():
+    net = make_net()
+    (layer,) = [m for m in net.modules() if isinstance(m, nn.Linear)]
+    prune.identity(layer, "weight")
+    layer.weight_mask.mul_(0.5)
+    torch.save(net.state_dict(), "x.pt")
+    assert "weight_mask holds values other than 0 and 1" in take("torch-prune", code=2)[1]
+
+
+def test_mistakes_of_the_command_line_are_placed_there():
+    write_hydra(make_net())
+    error = take("hydra", "--sparsity", 0.5, "--eps", "8", model="lin-9", code=2)[1]
+    assert "--model lin-9: unknown architecture" in error
+    assert "--eps 8: eps is a radius" in error
 
 
 def test_what_cannot_be_imported_is_told():
@@ -168,7 +212,10 @@ def test_malice_is_refused(kind, bare):
     else:
         torch.save(content, "x.pt")
     error = take(kind, "--sparsity", 0.5, code=2)[1]
-    assert "cannot be read as tensors and is not unpickled further" in error
+    assert "x.pt is a pickle that asks for " in error
+    # A bare pickle has torch's old way to write a tensor first.
+    asked = "torch.storage._load_from_bytes" if bare else "mkdir"
+    assert f"{asked}, and only tensors are taken; save a plain state dict" in error
     assert not os.path.exists("broken-in")
     assert not os.path.exists("runs/x")
 

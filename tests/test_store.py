@@ -90,6 +90,20 @@ def test_the_lock_is_let_go_after_an_error(tmp_path):
         pass
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "records.npz"])
+def test_a_stage_whose_files_are_cut_off_is_not_done(tmp_path, name):
+    folder = Store(tmp_path).folder("k")
+    folder.path.mkdir()
+    folder.model.write_bytes(b"12345")
+    folder.records.write_bytes(b"123")
+    folder.finish(StageResult({"a": 1}), {})
+    assert folder.done
+    (folder.path / name).write_bytes(b"12")
+    assert not folder.done
+    (folder.path / name).unlink()
+    assert not folder.done
+
+
 def test_remove_unused_keeps_what_is_used_or_at_work(tmp_path):
     store = Store(tmp_path)
     for key in ("used", "unused", "working"):
