@@ -1,10 +1,11 @@
-"""The command line. Results go to stdout, everything else to stderr; torch only where it runs."""
+"""The command line. Results go to stdout, everything else to stderr; torch only where it runs.
+
+Commands on recipes and results are here, those on networks and of help in the modules beside.
+"""
 
 from __future__ import annotations
 
 import json
-import os
-import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -12,74 +13,23 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from prunekit import __version__, completion
-from prunekit.errors import Interrupted, RecipeError, UserError, relative
+from prunekit import cli_models, cli_support, completion
+from prunekit.cli_group import (
+    as_json,
+    command_line,
+    device_option,
+    main,
+    print_json,
+    settings_option,
+)
+from prunekit.errors import RecipeError, UserError, relative
 from prunekit.stop import Stop
 
 if TYPE_CHECKING:
     from prunekit.plan import Plan
     from prunekit.runfolder import RunFolder
 
-SCHEMA = 1
-"""Version of everything that `--json` prints."""
-
-
-class Cli(click.Group):
-    """Turns every exception into a message and an exit code."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except (click.ClickException, click.exceptions.Exit, click.Abort):
-            raise
-        except RecipeError as error:
-            fail("\n".join(map(str, error.problems)), 2, ctx, plain=True)
-        except UserError as error:
-            fail(str(error), error.code, ctx)
-        except (Interrupted, KeyboardInterrupt):
-            fail("interrupted", 130, ctx)
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(0)
-        except OSError as error:
-            where = f"{relative(Path(error.filename))}: " if error.filename else ""
-            fail(f"{where}{error.strerror or error}", 1, ctx)
-        except Exception as error:
-            message = f"{type(error).__name__}: {error} (a defect of prunekit; --debug shows where)"
-            fail(message, 1, ctx)
-
-
-def fail(message: str, code: int, ctx: click.Context, *, plain: bool = False) -> None:
-    """Print one message, with the traceback under `--debug`, and end."""
-    if ctx.params.get("debug") and sys.exc_info()[0] is not None:
-        import traceback
-
-        traceback.print_exc()
-    click.echo(message if plain else f"prunekit: {message}", err=True)
-    sys.exit(code)
-
-
-@click.group(cls=Cli, context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-@click.version_option(__version__, prog_name="prunekit")
-def main(debug: bool) -> None:
-    """Prune robust neural networks: learn the mask against the robust objective itself."""
-
-
-def print_json(value: Any) -> None:
-    click.echo(json.dumps({"schema_version": SCHEMA, **value}, indent=2, allow_nan=False))
-
-
-as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-settings_option = click.option(
-    "--set", "settings", multiple=True, metavar="ADDRESS=VALUE",
-    help="Override, by a sweep's address: prune.sparsity=0.95. May be given again.",
-    shell_complete=completion.complete_addresses,
-)  # fmt: skip
-device_option = click.option(
-    "--device", default="auto", help="auto, cpu, cuda, cuda:1, mps.", show_default=True,
-    shell_complete=completion.complete_devices,
-)  # fmt: skip
+__all__ = ["cli_models", "cli_support", "main"]  # their commands are in `main` once imported
 
 
 # What there is
@@ -269,11 +219,6 @@ def _print_preview(plan: Plan, preview: dict[str, Any], as_json: bool) -> None:
     click.echo(render_preview(preview, tomli_w.dumps(dict(document))))
 
 
-def command_line() -> str:
-    """The command line that was given, to be given again."""
-    return shlex.join(["prunekit", *sys.argv[1:]])
-
-
 def _show_failure(folder: RunFolder) -> None:
     context = click.get_current_context().find_root()
     if context.params.get("debug") and folder.cause is not None:
@@ -388,7 +333,3 @@ def clean(folder: Path, store: Path | None, dry_run: bool) -> None:
         click.echo(f"{key}  {size / 1e6:.1f} MB")
     verb = "would be freed" if dry_run else "freed"
     click.echo(f"{sum(s for _, s in freed) / 1e6:.1f} MB {verb} ({count(len(freed), 'stage')})")
-
-
-import prunekit.cli_models  # noqa: E402  its commands join `main`
-import prunekit.cli_support  # noqa: E402, F401

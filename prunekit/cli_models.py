@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from prunekit import completion
-from prunekit.cli import (
+from prunekit.cli_group import (
     as_json,
     command_line,
     device_option,

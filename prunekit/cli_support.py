@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from prunekit import completion
-from prunekit.cli import as_json, main, print_json
+from prunekit.cli_group import as_json, main, print_json
 from prunekit.component import KINDS
 from prunekit.errors import relative
 

@@ -26,11 +26,12 @@ STORE = ".stages"
 """Name of the store's folder, beside the run folders that share it."""
 
 PRESENTATION = {
-    "__main__", "api", "choosing", "cli", "cli_models", "cli_support", "completion", "curves",
-    "doctor", "errors", "exporting", "failures", "hookspecs", "identity", "importing",
-    "imports", "inspecting", "judging", "loading", "metric_names", "options", "plan", "probe",
-    "recipe", "registry", "report", "requirements", "results", "runfolder", "running",
-    "scaffold", "showing", "source", "stop", "sweep", "tables", "testing", "values",
+    "__main__", "api", "choosing", "cli", "cli_group", "cli_models", "cli_support",
+    "completion", "curves", "doctor", "errors", "exporting", "failures", "hookspecs",
+    "identity", "importing", "imports", "inspecting", "judging", "loading", "metric_names",
+    "options", "plan", "probe", "recipe", "registry", "report", "requirements", "results",
+    "runfolder", "running", "scaffold", "showing", "source", "stop", "sweep", "tables",
+    "testing", "values",
 }  # fmt: skip
 """Modules of the core that decide no result: what a recipe resolves to is in the key."""
 
