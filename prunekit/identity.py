@@ -40,8 +40,6 @@ def identify(model: nn.Module) -> dict[str, Any]:
             digest.update(f"{text}\n".encode())
     except _Unreadable as error:
         unique = str(error)
-    except RecursionError:
-        unique = "values of its modules contain each other"
     if unique is not None:
         digest.update(uuid.uuid4().bytes)
     found = {"name": type(model).__qualname__, "content": digest.hexdigest()[:32]}
@@ -52,7 +50,12 @@ class _Unreadable(Exception):
     """Something has no text that stands for it in every process."""
 
 
-def _describe_network(model: nn.Module) -> Iterator[str]:
+Inside = frozenset[int]
+"""Identities of the values that hold the one that is described: none may hold itself."""
+
+
+def _describe_network(model: nn.Module, inside: Inside = frozenset()) -> Iterator[str]:
+    inside = _enter(model, inside)
     first: dict[Any, str] = {}
     classes: dict[type, str] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -61,18 +64,25 @@ def _describe_network(model: nn.Module) -> Iterator[str]:
             continue
         cls = type(module)
         if cls not in classes:
-            classes[cls] = _describe_class(cls)
+            classes[cls] = _describe_class(cls, inside)
         yield f"{name} {classes[cls]}"
         for key, value in sorted(vars(module).items()):
             if key not in SKIPPED:
-                yield f"{key}={_describe(value, f'{name}.{key}')}"
+                yield f"{key}={_describe(value, f'{name}.{key}', inside)}"
         for key, tensor in (*module._parameters.items(), *module._buffers.items()):
             path = f"{name}.{key}"
             known = path if tensor is None else first.setdefault(tensor, path)
-            yield f"{path} is {known if known != path else _describe(tensor, path)}"
+            yield f"{path} is {known if known != path else _describe(tensor, path, inside)}"
 
 
-def _describe(value: Any, path: str) -> str:
+def _enter(value: Any, inside: Inside) -> Inside:
+    """Raises `_Unreadable` for a value that, through others, holds itself."""
+    if id(value) in inside:
+        raise _Unreadable("values of its modules contain each other")
+    return inside | {id(value)}
+
+
+def _describe(value: Any, path: str, inside: Inside) -> str:
     """A text that is the same for the same value, in any process. Raises `_Unreadable`."""
     plain = str | int | float | complex | bytes | Enum | torch.dtype | torch.device
     if value is None or isinstance(value, plain | torch.memory_format | torch.layout):
@@ -81,29 +91,31 @@ def _describe(value: Any, path: str) -> str:
         bits = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
         return f"{value.dtype} {tuple(value.shape)} {hashlib.sha256(bits).hexdigest()}"
     if isinstance(value, nn.Module):  # one that is no child: held in a list, say
-        return "; ".join(_describe_network(value))
+        return "; ".join(_describe_network(value, inside))
     if isinstance(value, type):
-        return _describe_class(value)
-    if isinstance(value, partial):
-        return f"partial {_describe((value.func, value.args, value.keywords), path)}"
-    if isinstance(value, MethodType):
-        return f"{_describe_class(type(value.__self__))} {_describe_function(value.__func__)}"
+        return _describe_class(value, inside)
     if isinstance(value, FunctionType | BuiltinFunctionType):
-        return _describe_function(value)
+        return _describe_function(value, inside)
+    inside = _enter(value, inside)
+    if isinstance(value, partial):
+        return f"partial {_describe((value.func, value.args, value.keywords), path, inside)}"
+    if isinstance(value, MethodType):
+        owner = _describe_class(type(value.__self__), inside)
+        return f"{owner} {_describe_function(value.__func__, inside)}"
     if isinstance(value, Mapping):
         # Hooks are keyed by a counter of the process.
         items = value.values() if "_hooks" in path else value.items()
-        return f"{{{', '.join(_describe(item, path) for item in items)}}}"
+        return f"{{{', '.join(_describe(item, path, inside) for item in items)}}}"
     if isinstance(value, set | frozenset):
-        return f"{{{', '.join(sorted(_describe(item, path) for item in value))}}}"
+        return f"{{{', '.join(sorted(_describe(item, path, inside) for item in value))}}}"
     if isinstance(value, list | tuple):
-        return f"({', '.join(_describe(item, path) for item in value)})"
+        return f"({', '.join(_describe(item, path, inside) for item in value)})"
     if dataclasses.is_dataclass(value):
-        return f"{_describe_class(type(value))} {_describe(vars(value), path)}"
+        return f"{_describe_class(type(value), inside)} {_describe(vars(value), path, inside)}"
     raise _Unreadable(f"{path.strip('.')} is a {type(value).__name__}")
 
 
-def _describe_class(cls: type) -> str:
+def _describe_class(cls: type, inside: Inside) -> str:
     texts = []
     for base in cls.__mro__:
         if base.__module__ != "builtins":
@@ -113,13 +125,14 @@ def _describe_class(cls: type) -> str:
             for key, value in vars(base).items():
                 value = getattr(value, "__func__", getattr(value, "fget", value))
                 if isinstance(value, FunctionType):
-                    texts.append(f"{key}={_describe_function(value)}")
+                    texts.append(f"{key}={_describe_function(value, inside)}")
                 elif isinstance(value, str | int | float) and not key.startswith("__"):
                     texts.append(f"{key}={value!r}")
     return ", ".join(texts)
 
 
-def _describe_function(value: Any) -> str:
+def _describe_function(value: Any, inside: Inside) -> str:
+    inside = _enter(value, inside)
     code = getattr(value, "__code__", None)
     # Functions without a name of their own are told apart by where they stand.
     name = f"{value.__module__}.{value.__qualname__}:{code.co_firstlineno if code else 0}"
@@ -127,7 +140,7 @@ def _describe_function(value: Any) -> str:
     if code is not None:
         bound = zip(code.co_freevars, value.__closure__ or (), strict=True)
         held += [cell.cell_contents for variable, cell in bound if variable != "__class__"]
-    return f"{name} {_describe_source(value)} {_describe(held, name)}"
+    return f"{name} {_describe_source(value)} {_describe(held, name, inside)}"
 
 
 def _describe_source(value: Any) -> str:

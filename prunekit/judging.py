@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import click
+
 from prunekit.checkpoint import read_checkpoint
 from prunekit.contracts import Threat
 from prunekit.errors import Place, RecipeError, RunError, UserError, relative
@@ -207,6 +209,9 @@ def judge(network: Network, asked: Asked, store: Path | None, device: str, resum
     plan = plan_evaluation(network, asked)
     folder = network.evaluations / f"{plan.runs[0].stages[0].name}-{digest(plan)[:8]}"
     folders = run_plan(plan, folder, store or network.store, device, force=False, resume=resume)
+    if folders is None:
+        for note in plan.notes:
+            click.echo(f"note: {note}", err=True)
     for done in folders or []:
         if done.status == "failed":
             raise RunError(done.error)

@@ -32,7 +32,7 @@ def split_metric(metric: str) -> tuple[str, str]:
     return ".".join(owner), measure
 
 
-FACTS = {"standard", "seed", "sigma"}
+FACTS = {"standard", "seed", "sigma", "eps", "alpha", "n0", "samples", "sequential"}
 """Numbers that say how a metric was measured; not columns of the table either."""
 
 

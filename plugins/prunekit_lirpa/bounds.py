@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -157,17 +158,20 @@ class Bounds:
         except Exception as error:
             raise UserError(explain(error, unsupported, self._copy(), example)) from error
         bounded.eval()
-        more = torch.cat([example, example[:1]])
+        # More images than it was traced with, and others: a branch on the images is not traced.
+        others = (0 * example, 0 * example + 1, example / 10, 1 - example / 10)
         with torch.no_grad(), full_precision(self.dtype):
-            logits = model(more)
-            if not logits.isfinite().all():
-                raise UserError("the network's outputs are no numbers: there is nothing to bound")
-            if not _agree(bounded(more), logits):
-                raise UserError(
-                    "auto_LiRPA reads this network wrongly: it does not compute what the network "
-                    "does (poolings with ceil_mode, dilation, or padding that is not counted, for "
-                    "example); replace what docs/certified.md does not list"
-                )
+            for images in (torch.cat([example, example[:1]]), *others):
+                logits = model(images)
+                if not logits.isfinite().all():
+                    raise UserError("the network's outputs are no numbers: nothing to bound")
+                if not _agree(bounded(images), logits):
+                    raise UserError(
+                        "auto_LiRPA reads this network wrongly: it does not compute what the "
+                        "network does (poolings with ceil_mode, dilation, padding that is not "
+                        "counted, or Python's if on images, for example); replace what "
+                        "docs/certified.md does not list"
+                    )
         self._classes = bounded.final_shape[1]
         versions.limit_iterations(bounded, self.iterations)
         self._bounded = bounded
@@ -187,8 +191,10 @@ class Bounds:
                 self._try(method)
             if method != "alpha-crown":
                 return self._compute(box, y, method)
-            # What one optimisation leaves in the trace does not suit the next.
-            bounds = self._compute(box, y, method)
+            # What one optimisation leaves in the trace does not suit the next, and what it prints
+            # is no result of ours.
+            with contextlib.redirect_stdout(io.StringIO()):
+                bounds = self._compute(box, y, method)
             self.forget()
             return bounds
 

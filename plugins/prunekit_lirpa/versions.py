@@ -31,6 +31,7 @@ def load() -> ModuleType:
     _accept_duplicates(auto_LiRPA.BoundedModule)
     if auto_LiRPA.__version__ == "0.3":
         _make_contiguous(auto_LiRPA.bound_ops.BoundAveragePool)
+        auto_LiRPA.bound_ops.BoundRelu._relu_mask_alpha = staticmethod(_mask_alpha)
     return auto_LiRPA
 
 
@@ -40,7 +41,10 @@ def trace(model: nn.Module, example: torch.Tensor, relu: str) -> Any:
     `relu` is the lower slope of an unstable ReLU: "adaptive", or "same-slope" as the upper one.
     """
     # The option of the slope is called "relu" up to 0.3, and by its long name since.
-    options = {"relu": relu, "activation_bound_option": relu}
+    options: dict[str, Any] = {"relu": relu, "activation_bound_option": relu}
+    if is_old():
+        # 0.3 mixes up its own indices where nearly all neurons of a layer are unstable.
+        options |= {"sparse_features_alpha": False, "sparse_spec_alpha": False}
     make = load().BoundedModule
     # Warnings: whatever tracing makes constant shows when the trace is compared with the network.
     with _lent(), warnings.catch_warnings(record=True):
@@ -155,6 +159,30 @@ def _accept_duplicates(bounded: Any) -> None:
         return original(self, members, prefix, recurse)
 
     bounded._named_members = named_members
+
+
+def _mask_alpha(
+    lower: torch.Tensor,
+    upper: torch.Tensor,
+    lower_alpha: torch.Tensor | None,
+    upper_alpha: torch.Tensor | None,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
+    """Slopes below unstable neurons from alpha, 1 below active ones, 0 below dead ones.
+
+    In place of a function of 0.3 that clamps alpha to [0, 1]: since torch 2.15 clamp has no
+    gradient at 0 and 1, where alpha starts, and it would never move.
+    """
+    active = (lower >= 0).to(lower.dtype)
+    dead = upper <= 0
+    unstable = (1 - active) * (1 - dead.to(upper.dtype))
+
+    def slope(alpha: torch.Tensor | None) -> torch.Tensor | None:
+        if alpha is None:
+            return None
+        inside = alpha + (alpha.clamp(0, 1) - alpha).detach()
+        return inside * unstable + active
+
+    return slope(lower_alpha), slope(upper_alpha), dead.all()
 
 
 def _make_contiguous(pool: Any) -> None:

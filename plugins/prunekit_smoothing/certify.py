@@ -83,10 +83,11 @@ class Certify:
     "not certified", no more. The radius of an image is then the largest of the given ones that is
     certified, or 0.
 
-    Metrics: `accuracy` (right, not abstained), `abstained`, `certified@R`, `sigma`, and `acr`, the
-    mean over all images of radius * [correct], or if sequential `passes`, the forward passes an
-    image took. Records, (N,) each: `prediction`, `count` of `samples`, `radius` (0 if abstained),
-    `abstained`, `correct`, `precision` (of the network that was sampled: the certificate is its).
+    Metrics: `accuracy` (right, not abstained), `abstained`, `certified@R`, and `acr`, the mean over
+    all images of radius * [correct], or if sequential `passes`, the forward passes an image took;
+    and what it was measured with, `sigma`, `alpha`, `n0`, `samples` (n) and `sequential` (1 or 0).
+    Records, (N,) each: `prediction`, `count` of `samples`, `radius` (0 if abstained), `abstained`,
+    `correct`, `precision` (of the network that was sampled: the certificate is its).
 
     With a folder `scratch`, counts are kept there, and an evaluation that was cut off goes on from
     them to the same result. `pause` is called after each forward pass, and may raise.
@@ -202,7 +203,10 @@ class Certify:
             metrics["passes"] = options.n0 + float(samples.mean())
         else:
             metrics["acr"] = float((radius * correct).mean())
-        metrics["sigma"] = options.sigma
+        metrics |= {
+            "sigma": options.sigma, "alpha": options.alpha, "n0": options.n0, "samples": options.n,
+            "sequential": float(options.sequential),
+        }  # fmt: skip
         records = {
             "prediction": prediction,
             "count": np.array([t.hits for t in tallies]),
