@@ -13,7 +13,7 @@ from prunekit.component import (
     hookimpl,
     option,
 )
-from prunekit.errors import DataMissingError, OptionError, UserError
+from prunekit.errors import DataMissingError, OptionError, RunError, UserError
 
 if TYPE_CHECKING:
     from prunekit.api import Judgement, RunResult, evaluate, load, make_masks, run, run_sweep
@@ -28,6 +28,7 @@ __all__ = [
     "NoOptions",
     "OptionError",
     "Radius",
+    "RunError",
     "RunResult",
     "Use",
     "UserError",

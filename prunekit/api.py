@@ -200,7 +200,7 @@ def make_masks(
 def evaluate(
     model: nn.Module,
     data: Any,
-    evaluators: Sequence[Named] = ("clean",),
+    evaluators: Named | Sequence[Named] = ("clean",),
     *,
     threat: Any = None,
     images: int | None = None,
@@ -210,7 +210,8 @@ def evaluate(
 ) -> Judgement:
     """Judge a network on (x, y), or the test part of a data set, as `prunekit eval` does.
 
-    `evaluators` are names or tables, such as ["clean", {"use": "pgd", "steps": 10}]. `threat` is a
+    `evaluators` are names or tables, such as ["clean", {"use": "pgd", "steps": 10}], or one of
+    them. `threat` is a
     radius ("8/255", of L-inf) or a table {"norm": "l2", "eps": 0.5}. The numbers are those of the
     command for the same images, `batch_size` and `seed`.
 
@@ -219,7 +220,9 @@ def evaluate(
     >>> found.metrics["pgd.accuracy"] <= found.metrics["clean.accuracy"]
     True
     """
-    stage: dict[str, Any] = {"kind": "evaluate", "with": list(evaluators)}
+    single = isinstance(evaluators, str | Mapping)
+    named = [evaluators] if single else list(evaluators)
+    stage: dict[str, Any] = {"kind": "evaluate", "with": named}
     stage |= {} if images is None else {"images": images}
     sections: dict[str, Any] = {"stage": [stage], "seed": seed}
     if threat is not None:

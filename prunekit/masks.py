@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from prunekit.errors import RunError
+from prunekit.errors import RunError, UserError
 
 WEIGHTS = ("weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_weight")
 """Names of the parameters that can be pruned, in the order that layers register them."""
@@ -274,8 +274,19 @@ def find_broken(model: nn.Module) -> str:
 
 @torch.no_grad()
 def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
-    """Set the pruned weights of the model to zero, in place."""
+    """Set the pruned weights of the model to zero, in place.
+
+    Raises `UserError` for a mask that fits no parameter; nothing is changed then.
+    """
     weights = dict(model.named_parameters())
+    for name, mask in masks.items():
+        if name not in weights:
+            raise UserError(f"the mask {name!r} is of no parameter of the network")
+        if mask.dtype != torch.bool or mask.shape != weights[name].shape:
+            raise UserError(
+                f"the mask of {name} is {mask.dtype} {tuple(mask.shape)}; give booleans of the "
+                f"weight's shape {tuple(weights[name].shape)}, True where it is kept"
+            )
     for name, mask in masks.items():
         weights[name].masked_fill_(~mask, 0)
 

@@ -47,6 +47,30 @@ def test_importing_prunekit_imports_no_torch():
         _ = prunekit.runn
 
 
+def test_one_evaluator_needs_no_list():
+    net = make_net()
+    listed = prunekit.evaluate(net, (X, Y), ["clean"]).metrics
+    assert prunekit.evaluate(net, (X, Y), "clean").metrics == listed
+    table = {"use": "pgd", "steps": 1, "restarts": 1}
+    found = prunekit.evaluate(net, (X, Y), table, threat="8/255").metrics
+    assert found["pgd.eps"] == pytest.approx(8 / 255)  # what it was measured with
+
+
+def test_both_errors_can_be_caught_by_name():
+    assert issubclass(prunekit.RunError, prunekit.UserError)
+
+
+class Holder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(2, 2)
+        self.parents = [self]
+
+
+def test_a_network_that_holds_itself_is_told_and_not_followed():
+    assert identify(Holder())["unique"] == "values of its modules contain each other"
+
+
 class Net(nn.Module):
     """A class in a file; it holds a number, as networks do."""
 

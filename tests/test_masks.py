@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 
 from prunekit import selection as module
 from prunekit.contracts import Scores
-from prunekit.errors import RunError
+from prunekit.errors import RunError, UserError
 from prunekit.masks import (
     LEAK,
     ChannelGate,
@@ -571,3 +571,20 @@ def test_what_cannot_be_pruned_is_found():
     assert list(find_prunable(net)) == [
         "attention.in_proj_weight", "attention.out_proj.weight", "linear.weight"
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "mask", "words"),
+    [
+        ("zz", torch.ones(2, 3, dtype=torch.bool), "is of no parameter"),
+        ("0.weight", torch.ones(3, 2, dtype=torch.bool), "give booleans of the weight's shape"),
+        ("0.weight", torch.ones(2, 3), "give booleans of the weight's shape"),
+    ],
+)
+def test_masks_that_do_not_fit_change_nothing(name, mask, words):
+    net = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
+    before = {n: p.detach().clone() for n, p in net.named_parameters()}
+    good = torch.zeros(2, 2, dtype=torch.bool)
+    with pytest.raises(UserError, match=words):
+        apply_masks(net, {"1.weight": good, name: mask})
+    assert all(torch.equal(before[n], p) for n, p in net.named_parameters())

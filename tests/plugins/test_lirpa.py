@@ -278,6 +278,47 @@ def test_optimised_bounds_are_sound_and_do_not_disturb_the_next_ones() -> None:
     torch.testing.assert_close(bounds.margins(surround(x, 0.05), y, "crown"), before)
 
 
+@pytest.mark.parametrize("eps", [0.03, 0.2])
+@pytest.mark.parametrize("name", ["linear", "convolution"])
+def test_optimised_bounds_are_tighter(
+    name: str, eps: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Slopes start at 0 and 1 and have to leave them; at 0.2 nearly all neurons are unstable."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(192, 30), nn.ReLU(), nn.Linear(30, 3))
+    if name == "convolution":
+        net = nn.Sequential(
+            nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(384, 3)
+        )
+    x = torch.rand(8, 3, 8, 8)
+    y = torch.arange(8) % 3
+    bounds = Bounds(net, (3, 8, 8), detached=True, iterations=20)
+    crown = bounds.margins(surround(x, eps), y, "crown").detach()
+    alpha = bounds.margins(surround(x, eps), y, "alpha-crown").detach()
+    assert (alpha >= crown - 1e-5).all()
+    assert float((alpha - crown).max()) > 1e-3
+    assert (alpha <= attack_margins(net, x, y, eps) + 1e-4).all()
+    assert capsys.readouterr().out == ""
+
+
+class Branching(nn.Module):
+    """Turns around where no pixel is bright: what a trace of bright images does not see."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Linear(192, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.last(x.flatten(1))
+        return logits if float(x.detach().max()) > 0.5 else -logits
+
+
+def test_a_branch_on_the_images_is_refused() -> None:
+    torch.manual_seed(0)
+    with pytest.raises(UserError, match=r"reads this network wrongly: .* Python's if on images"):
+        Bounds(Branching(), (3, 8, 8)).prepare()
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_bounds_enclose_all_that_a_tiny_network_does(method: str) -> None:
     """Two inputs: a grid of 101 x 101 points of each box."""

@@ -341,6 +341,7 @@ def test_certified_radius_of_a_linear_network_is_below_the_true_one() -> None:
         assert result.metrics["abstained"] == pytest.approx(records["abstained"].mean())
         assert result.metrics["n"] == 40
         assert result.metrics["sigma"] == 0.25
+        assert (result.metrics["alpha"], result.metrics["n0"]) == (0.001, 100)
 
 
 def test_images_whose_samples_all_agree_have_the_largest_radius() -> None:
