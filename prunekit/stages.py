@@ -241,14 +241,14 @@ def evaluate(state: State, stage: Stage, work: Work) -> Outcome:
             warnings.simplefilter("always")
             result = evaluator(state.model, _watched(work, stage, use.name, index))
         notes += [f"{use.name}: {text}" for text in dict.fromkeys(str(w.message) for w in caught)]
-        if use.threat is not None and use.component.judges:
-            metrics[f"{use.name}.eps"] = use.threat.eps
         for name, value in result.metrics.items():
             if not math.isfinite(value):
                 raise RunError(
                     f"evaluator {use.component.name!r} of plugin {use.plugin} gave {name} = {value}"
                 )
             metrics[f"{use.name}.{name}"] = value
+        if use.threat is not None and use.component.judges:
+            metrics[f"{use.name}.eps"] = use.threat.eps
         for name, values in result.records.items():
             if len(values) != len(labels):
                 raise RunError(

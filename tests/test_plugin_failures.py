@@ -206,6 +206,11 @@ def test_a_failing_run_names_the_plugin_and_goes_on_once_it_is_mended(package, m
     package.fail(moment, f"{kind}('on purpose')")
     done = run(code=1)
     told = f"plugin {OWNER} failed: {kind}: on purpose (--debug shows where)"
+    if moment == "forward":  # tried when the network is built
+        told = (
+            f"rehearsal, one batch a stage: architecture 'signs' of plugin {OWNER} cannot take "
+            f"images of 1 x 4 x 4: {kind}: on purpose"
+        )
     assert done.stderr.splitlines()[-1] == f"prunekit: the run failed: {told}"
     record = read_record()
     assert (record["status"], record["error"]) == ("failed", told)
