@@ -21,12 +21,12 @@ from prunekit_lirpa import versions
 from prunekit_lirpa.bounds import Bounds, compare_classes, robust_cross_entropy, surround
 from torch import Tensor, nn
 
+from prunekit.catalog.registry import load_registry
 from prunekit.contracts import Context, Scores
-from prunekit.masks import effective_parameters, find_prunable
-from prunekit.registry import load_registry
-from prunekit.selection import Selection
+from prunekit.pruning.layers import find_prunable
+from prunekit.pruning.learning import LearnedScores, effective_parameters
+from prunekit.pruning.selection import Selection
 from prunekit.testing import resolve
-from prunekit.variables import LearnedScores
 
 SHAPE, K, EPS = (3, 32, 32), 10, 0.007
 

@@ -24,9 +24,9 @@ from prunekit_smoothing.objectives import Stability
 from scipy.stats import beta, norm
 from torch import Tensor, nn
 
-from prunekit.component import Facts
+from prunekit.catalog.component import Facts
+from prunekit.catalog.registry import load_registry
 from prunekit.contracts import Clock, Context
-from prunekit.registry import load_registry
 
 SIGMA, N0, N, ALPHA = 0.25, 100, 10_000, 0.001
 

@@ -12,11 +12,12 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from prunekit import builtin, component, settings
-from prunekit.component import KINDS
-from prunekit.registry import load_registry
-from prunekit.scaffold import read_example
-from prunekit.showing import describe_options, write_value
+from prunekit.catalog import component
+from prunekit.catalog.component import KINDS
+from prunekit.catalog.registry import load_registry
+from prunekit.cli.components import describe_options, write_value
+from prunekit.cli.scaffold import read_example
+from prunekit.recipe import sections
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -65,14 +66,14 @@ def write_example(kind: str) -> str:
 
 
 OPTIONS = {
-    "threat": settings.ThreatOptions,
-    "dataset": settings.DataOptions,
-    "architecture": settings.ArchitectureOptions,
-    **settings.STAGES,
+    "threat": sections.ThreatOptions,
+    "dataset": sections.DataOptions,
+    "architecture": sections.ArchitectureOptions,
+    **sections.STAGE_OPTIONS,
     **{
-        f"{kind} {c.name}": c.options
-        for kind, c in builtin.COMPONENTS
-        if kind in ("optimizer", "schedule")
+        f"{e.kind} {e.component.name}": e.component.options
+        for e in load_registry().entries
+        if e.kind in ("optimizer", "schedule")
     },
 }
 

@@ -1,9 +1,13 @@
-"""prunekit prunes adversarially robust neural networks."""
+"""prunekit prunes adversarially robust neural networks.
+
+What is here, and in the modules `contracts`, `errors`, `evaluation`, `report` and `testing` beside
+it, is what programs and plugins may import; everything deeper may change.
+"""
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from prunekit.component import (
+from prunekit.catalog.component import (
     API_VERSION,
     Component,
     Facts,
@@ -17,10 +21,20 @@ from prunekit.errors import DataMissingError, OptionError, RunError, UserError
 
 if TYPE_CHECKING:
     from prunekit.api import Judgement, RunResult, evaluate, load, make_masks, run, run_sweep
-    from prunekit.masks import apply_masks
+    from prunekit.data.arrays import read_npz, to_data
+    from prunekit.data.batches import Arrays
+    from prunekit.data.seeds import derive_seed
+    from prunekit.models.building import find_fragile, normalize_inputs
+    from prunekit.models.imports import find_imports
+    from prunekit.pruning.learning import copy_plain, effective_parameters
+    from prunekit.pruning.masks import apply_masks
+    from prunekit.recipe.values import suggest
+    from prunekit.results.metrics import format_metric, format_setting, is_fraction, is_main
+    from prunekit.store.files import read_json, write_json
 
 __all__ = [
     "API_VERSION",
+    "Arrays",
     "Component",
     "DataMissingError",
     "Facts",
@@ -33,20 +47,55 @@ __all__ = [
     "Use",
     "UserError",
     "apply_masks",
+    "copy_plain",
+    "derive_seed",
+    "effective_parameters",
     "evaluate",
+    "find_fragile",
+    "find_imports",
+    "format_metric",
+    "format_setting",
     "hookimpl",
+    "is_fraction",
+    "is_main",
     "load",
     "make_masks",
+    "normalize_inputs",
     "option",
+    "read_json",
+    "read_npz",
     "run",
     "run_sweep",
+    "suggest",
+    "to_data",
+    "write_json",
 ]
 __version__ = "0.1.0"
 
-_LATER = {"apply_masks": "prunekit.masks"} | dict.fromkeys(
-    ("Judgement", "RunResult", "evaluate", "load", "make_masks", "run", "run_sweep"), "prunekit.api"
-)
-"""What is imported when it is first used: it needs torch."""
+_HOMES = {
+    "prunekit.api": (
+        "Judgement",
+        "RunResult",
+        "evaluate",
+        "load",
+        "make_masks",
+        "run",
+        "run_sweep",
+    ),
+    "prunekit.data.arrays": ("read_npz", "to_data"),
+    "prunekit.data.batches": ("Arrays",),
+    "prunekit.data.seeds": ("derive_seed",),
+    "prunekit.models.building": ("find_fragile", "normalize_inputs"),
+    "prunekit.models.imports": ("find_imports",),
+    "prunekit.pruning.learning": ("copy_plain", "effective_parameters"),
+    "prunekit.pruning.masks": ("apply_masks",),
+    "prunekit.recipe.values": ("suggest",),
+    "prunekit.results.metrics": ("format_metric", "format_setting", "is_fraction", "is_main"),
+    "prunekit.store.files": ("read_json", "write_json"),
+}
+"""Module -> what is imported from it when it is first used, since torch takes seconds to import."""
+
+_LATER = {name: module for module, names in _HOMES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-from prunekit.cli import main
+from prunekit.cli.group import main
 
 if __name__ == "__main__":
     main()

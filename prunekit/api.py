@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import logging
 import random
 import tempfile
 import warnings
@@ -33,24 +34,28 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from prunekit import given
-from prunekit.contracts import Data, Threat
-from prunekit.data import Arrays, to_device
+from prunekit.catalog.registry import load_registry
+from prunekit.contracts import Data, Masks, Threat
+from prunekit.data.batches import Arrays, to_device
+from prunekit.engine.running import run_plan
+from prunekit.engine.stages import STAGES
+from prunekit.engine.work import Outcome, Work
 from prunekit.errors import Interrupted, Place, RunError, UserError, relative
 from prunekit.evaluation import eval_mode
-from prunekit.identity import identify
-from prunekit.judging import read_network
-from prunekit.loading import load_network
-from prunekit.plan import Plan, make_plan
-from prunekit.recipe import Recipe, Setting, apply, load_recipe
-from prunekit.registry import load_registry
-from prunekit.report import Event, Note
-from prunekit.results import read_run
-from prunekit.running import find_device, run_plan
-from prunekit.selection import Masks
-from prunekit.stages import STAGES, Outcome, State, Work
-from prunekit.stop import Stop
-from prunekit.store import STORE, StageFolder
+from prunekit.models.from_python import hand_over, read_data, read_images
+from prunekit.models.identity import identify
+from prunekit.models.stored import load_network
+from prunekit.pruning.masks import State
+from prunekit.recipe.document import Recipe, Setting, apply, load_recipe
+from prunekit.recipe.plan import Plan, make_plan
+from prunekit.report import Event, Note, Stop
+from prunekit.store.layout import STORE
+from prunekit.store.networks import read_network
+from prunekit.store.records import read_run
+from prunekit.store.stages import StageFolder
+from prunekit.training.compute import find_device
+
+LOG = logging.getLogger("prunekit")
 
 Named = str | Mapping[str, Any]
 """A component as in a recipe: a name, or a table with `use` and options."""
@@ -189,9 +194,7 @@ def make_masks(
     stage |= {} if exclude is None else {"exclude": list(exclude)}
     images = Data(_NoImages(), _NoImages(), (0, 0, 0), 0) if data is None else None
     sections = {"stage": [stage], "seed": seed}
-    state, _, notes = _do_stage(
-        model, images or given.read_images(data), sections, batch_size, device
-    )
+    state, _, notes = _do_stage(model, images or read_images(data), sections, batch_size, device)
     for note in notes:
         warnings.warn(note.text, stacklevel=2)
     return state.masks
@@ -228,8 +231,8 @@ def evaluate(
     if threat is not None:
         sections["threat"] = _table_threat(threat)
     _check_model(model)
-    found = given.read_images(data)
-    found = given.read_images(found, _count_classes(model, found.shape))
+    found = read_images(data)
+    found = read_images(found, _count_classes(model, found.shape))
     _, outcome, _ = _do_stage(model, found, sections, batch_size, device)
     metrics = {name: value for name, value in outcome.metrics.items() if "." in name}
     return Judgement(metrics, outcome.records, outcome.notes)
@@ -271,7 +274,7 @@ def _plan(
     plan = make_plan(recipe, load_registry())
     values = {
         "architecture": model,
-        "dataset": None if data is None else given.read_data(data),
+        "dataset": None if data is None else read_data(data),
     }
     notes = plan.notes
     if model is not None and "unique" in table:
@@ -279,7 +282,7 @@ def _plan(
     runs = plan.runs
     for key, value in values.items():
         if value is not None:
-            uses = [given.replace(getattr(run, key), value) for run in runs]
+            uses = [hand_over(getattr(run, key), value) for run in runs]
             pairs = zip(runs, uses, strict=True)
             runs = tuple(dataclasses.replace(run, **{key: use}) for run, use in pairs)  # type: ignore[arg-type]
     return dataclasses.replace(plan, runs=runs, notes=notes)
@@ -312,7 +315,9 @@ def _execute(
     root = Path(store) if store is not None else folder.parent / STORE
     try:
         with _own_generators():
-            done = run_plan(plan, folder, root, device, force=force, resume="the same call")
+            done = run_plan(
+                plan, folder, root, device, force=force, resume="the same call", tell=LOG.warning
+            )
     except Interrupted:
         raise KeyboardInterrupt from None
     for failed in (f for f in done or [] if f.status == "failed"):

@@ -7,17 +7,34 @@ Radii and noise are in the same pixel units of [0, 1].
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
     from torch import Tensor, nn
 
-    from prunekit.report import Event
+
+Masks: TypeAlias = "dict[str, Tensor]"
+"""Bool, True = kept; keyed and shaped like the prunable weights (and what goes with them)."""
+
+
+STRUCTURE = re.compile(r"element|channel|[1-9]\d*:[1-9]\d*")
+
+
+def read_ratio(structure: str) -> tuple[int, int] | None:
+    """(n, m) of an "n:m" structure; None for the other structures.
+
+    >>> read_ratio("2:4"), read_ratio("channel")
+    ((2, 4), None)
+    """
+    n, _, m = structure.partition(":")
+    return (int(n), int(m)) if m else None
+
 
 Norm = Literal["linf", "l2"]
 
@@ -139,19 +156,10 @@ class Evaluator(Protocol):
     def __call__(self, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Result: ...
 
 
-class Reporter(Protocol):
-    """`reporter(event)`: told of everything that happens; must not change results.
-
-    It may also have `close()`, called once when nothing more comes, or after it raised.
-    """
-
-    def __call__(self, event: Event) -> None: ...
-
-
 class Architecture(Protocol):
     """A module from pixels (B, C, H, W) in [0, 1] to logits (B, K); normalises inside.
 
-    `prunekit.architectures.normalize_inputs` puts a normalisation there. The module may also have
+    `prunekit.normalize_inputs` puts a normalisation there. The module may also have
     an attribute `leave_dense`: names of weights, or patterns of such ("head.*"), that prune stages
     leave as they are, unless they say `exclude` themselves.
     """

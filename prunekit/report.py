@@ -2,10 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
+
+from prunekit.errors import Interrupted
+
+if TYPE_CHECKING:
+    pass
+
+
+@dataclass
+class Stop:
+    """Asks a running loop to stop at the next safe moment; a second signal stops at once."""
+
+    requested: bool = False
+
+    def check(self) -> None:
+        """Raise `Interrupted` where a stop was asked for."""
+        if self.requested:
+            raise Interrupted
+
+    @contextmanager
+    def listen(self) -> Iterator[None]:
+        """Inside, SIGINT and SIGTERM ask for a stop."""
+
+        def request(number: int, frame: Any) -> None:
+            if self.requested:
+                raise KeyboardInterrupt
+            self.requested = True
+
+        try:
+            old = {s: signal.signal(s, request) for s in (signal.SIGINT, signal.SIGTERM)}
+        except ValueError:  # not in the main thread, which alone gets signals
+            yield
+            return
+        try:
+            yield
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)
+
+
+class Reporter(Protocol):
+    """`reporter(event)`: told of everything that happens; must not change results.
+
+    It may also have `close()`, called once when nothing more comes, or after it raised.
+    """
+
+    def __call__(self, event: Event) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -100,4 +148,9 @@ class RunFailed:
 
 
 Event = RunStarted | StageStarted | Progress | EpochDone | StageDone | Note | RunDone | RunFailed
+
+
 Report = Callable[[Event], None]
+
+Tell = Callable[[str], None]
+"""Tells the user a line that is neither an event of a run nor a result."""

@@ -10,48 +10,41 @@ def test_contract():
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import dataclasses
 import importlib
 import importlib.util
 import inspect
-import io
 import re
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor, nn
-
-from prunekit import hookspecs
-from prunekit.component import KINDS, Component, Use
-from prunekit.contracts import Clock, Context, Data, Loss, Result, Scores, Threat
-from prunekit.data import eval_batches
-from prunekit.errors import DataMissingError, Place, RecipeError
-from prunekit.evaluation import eval_mode
-from prunekit.options import Resolver, field_types
-from prunekit.registry import Registry, load_registry
-from prunekit.report import (
-    EpochDone,
-    Note,
-    Progress,
-    RunDone,
-    RunFailed,
-    RunStarted,
-    StageDone,
-    StageStarted,
+from prunekit.catalog import hookspecs
+from prunekit.catalog.component import KINDS, Component, Use
+from prunekit.catalog.registry import Registry, load_registry
+from prunekit.contracts import Context, Threat
+from prunekit.engine.contract import (
+    CHECKS,
+    CLASSES,
+    SHAPE,
+    example_events,
+    tiny_batches,
+    tiny_network,
 )
-from prunekit.seeds import generator, seed_all
-from prunekit.selection import Selection
-from prunekit.settings import ArchitectureOptions, DataOptions
-from prunekit.smoke import reduce_options
-from prunekit.variables import LearnedScores
+from prunekit.engine.rehearsal import reduce_options
+from prunekit.errors import Place, RecipeError
+from prunekit.recipe.resolver import Resolver, field_types
+from prunekit.recipe.sections import ArchitectureOptions, DataOptions
 
-SHAPE, CLASSES, BATCH = (1, 8, 8), 3, 4
+__all__ = [
+    "check_component",
+    "check_declaration",
+    "example_events",
+    "find_components",
+    "resolve",
+    "tiny_batches",
+    "tiny_network",
+]
 
 TAKEN = {
     "dataset": {f.name for f in dataclasses.fields(DataOptions)},
@@ -144,234 +137,3 @@ def resolve(kind: str, component: Component, options: Mapping[str, Any], folder:
         eps, norm = getattr(built, "eps"), getattr(built, "norm")  # noqa: B009 (typed Any)
         threat = Threat(norm or "linf", 0.1 if eps is None else eps)
     return Use(kind, component, built, "under test", component.name, threat)
-
-
-def tiny_network(shape: tuple[int, int, int] = SHAPE, classes: int = CLASSES) -> nn.Module:
-    """A network with a convolution, batch normalisation and a linear layer, seeded."""
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(shape[0], 4, 3, stride=2, padding=1),
-        nn.BatchNorm2d(4),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(2),
-        nn.Flatten(),
-        nn.Linear(16, classes),
-    )
-
-
-def tiny_batches(batches: int = 2) -> list[tuple[Tensor, Tensor]]:
-    """Random images and labels, seeded."""
-    g = torch.Generator().manual_seed(0)
-    return [
-        (torch.rand(BATCH, *SHAPE, generator=g), torch.randint(CLASSES, (BATCH,), generator=g))
-        for _ in range(batches)
-    ]
-
-
-def _snapshot(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
-def _same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
-def _check_objective(use: Use[Any], context: Context) -> None:
-    name = use.component.name
-    model = tiny_network()
-    (x, y), _ = tiny_batches()
-    images = x.clone()
-    objective = use.build(dataclasses.replace(context, model=model, stage="pretrain"))
-    model.train()
-
-    def step() -> Loss:
-        seed_all(1)
-        loss = objective(x, y, Clock(0, 10, 0, 2))
-        assert isinstance(loss, Loss), f"{name}: the step gives a {type(loss).__name__}, no Loss"
-        return loss
-
-    parameters = {n: p.detach().clone() for n, p in model.named_parameters()}
-    loss = step()
-    assert loss.value.shape == (), f"{name}: the loss is not a scalar"
-    assert loss.value.isfinite(), f"{name}: the loss is not finite"
-    assert loss.logits.shape == (BATCH, CLASSES), f"{name}: logits are {tuple(loss.logits.shape)}"
-    assert all(t.numel() == 1 for t in loss.terms.values()), f"{name}: a term is not a scalar"
-    assert all(p.grad is None for p in model.parameters()), f"{name}: the step left gradients"
-    assert all(torch.equal(parameters[n], p) for n, p in model.named_parameters()), (
-        f"{name}: the step changed the weights; that is the optimiser's"
-    )
-    assert torch.equal(x, images), f"{name}: the step changed the images in place"
-    assert all(m.training for m in model.modules()), f"{name}: the step left train mode"
-    loss.value.backward()
-    assert all(p.grad is not None for p in model.parameters()), f"{name}: a weight has no gradient"
-    model.load_state_dict(_fresh_state())
-    first = float(step().value.detach())
-    model.load_state_dict(_fresh_state())
-    assert first == float(step().value.detach()), f"{name}: not repeatable under one seed"
-    _check_scores_learn(use, context, x, y)
-    if hasattr(objective, "validate"):
-        before = _snapshot(model)
-        with eval_mode(model):
-            values = objective.validate(x, y)
-        assert all(v.shape == (BATCH,) for v in values.values()), f"{name}: validate is per image"
-        assert _same(before, model.state_dict()), f"{name}: validate changed the network"
-        names = set(values)
-    else:
-        names = {"accuracy"}
-    assert use.component.select in {*names, "last"}, f"{name}: select is no validation metric"
-
-
-def _fresh_state() -> dict[str, Tensor]:
-    return tiny_network().state_dict()
-
-
-def _check_scores_learn(use: Use[Any], context: Context, x: Tensor, y: Tensor) -> None:
-    """Scores get gradients through the objective, whatever forward it starts with."""
-    model = tiny_network()
-    start = {n: torch.randn_like(p) for n, p in model.named_parameters() if p.dim() > 1}
-    variables = LearnedScores(model, Scores(start), Selection(0.5), {}, "train")
-    objective = use.build(dataclasses.replace(context, model=model, stage="prune"))
-    with variables.step():
-        objective(x, y, Clock(0, 10, 0, 2)).value.backward()
-    assert all(part.score.grad is not None for part in variables.parts.values()), (
-        f"{use.component.name}: scores get no gradient"
-    )
-
-
-def _check_pruner(use: Use[Any], context: Context) -> None:
-    name = use.component.name
-    model = tiny_network()
-    before = _snapshot(model)
-    weights = {n: p.detach().clone() for n, p in model.named_parameters() if p.dim() > 1}
-    learned: list[Scores] = []
-
-    def learn(start: Scores) -> Scores:
-        learned.append(start)
-        return Scores({n: v.abs() for n, v in start.values.items()}, start.layerwise)
-
-    def cross_entropy(x: Tensor, y: Tensor, clock: Clock) -> Loss:
-        logits = model(x)
-        return Loss(nn.functional.cross_entropy(logits, y), logits)
-
-    context = dataclasses.replace(
-        context, model=model, weights=weights, stage="prune", sparsity=0.5, learn=learn,
-        objective=cross_entropy, batches=lambda: iter(tiny_batches()), generator=generator(0),
-    )  # fmt: skip
-    model.train()
-    scores = use.build(context)(context)
-    assert isinstance(scores, Scores), f"{name}: gives a {type(scores).__name__}, no Scores"
-    assert bool(learned) == use.component.learns, f"{name}: `learns` and what it does disagree"
-    assert scores.values.keys() == weights.keys(), f"{name}: must score every weight, and no other"
-    for n, value in scores.values.items():
-        assert value.shape == weights[n].shape, f"{name}: shape of the scores of {n}"
-        assert not value.isnan().any(), f"{name}: NaN among the scores of {n}"
-    after = _snapshot(model)
-    same = [torch.equal(before[n], after[n]) for n in weights]
-    assert all(same), f"{name}: scoring changed the weights"
-
-
-def _check_architecture(use: Use[Any], context: Context) -> None:
-    name = use.component.name
-    seed_all(0)
-    model = use.build(context)
-    assert isinstance(model, nn.Module), f"{name}: is no nn.Module"
-    seed_all(0)
-    twin = use.build(context)
-    assert _same(model.state_dict(), twin.state_dict()), f"{name}: weights do not follow the seed"
-    x = torch.rand(2, *context.shape, requires_grad=True)
-    model.eval()
-    logits = model(x)
-    assert logits.shape == (2, context.classes), f"{name}: logits are {tuple(logits.shape)}"
-    (gradient,) = torch.autograd.grad(logits.sum(), x)
-    assert gradient.isfinite().all(), f"{name}: the gradient at the input is not finite"
-    assert gradient.abs().sum() > 0, f"{name}: the gradient at the input is zero"
-    alone = model(x[:1])
-    assert torch.allclose(alone, logits[:1], atol=1e-4), f"{name}: images influence each other"
-    assert next(model.parameters(), None) is not None, f"{name}: has no weights"
-    twin.load_state_dict(copy.deepcopy(model.state_dict()))
-
-
-def _check_dataset(use: Use[Any], context: Context) -> None:
-    name = use.component.name
-    try:
-        data = use.build(context)
-    except DataMissingError:
-        return
-    assert isinstance(data, Data), f"{name}: gives a {type(data).__name__}, no Data"
-    if use.component.facts is not None:
-        facts = use.component.facts(use.options)
-        declared = (facts.shape, facts.classes)
-        assert declared == (data.shape, data.classes), f"{name}: is not what it declares"
-    for part in (data.train, data.test):
-        assert part.labels.dtype == torch.int64, f"{name}: labels are not int64"
-        assert int(part.labels.min()) >= 0, f"{name}: a label below 0"
-        assert int(part.labels.max()) < data.classes, f"{name}: a label beyond the classes"
-        index = torch.tensor([1, 0])
-        (images,) = part.batches([index])
-        assert images.dtype == torch.uint8, f"{name}: images are not uint8"
-        assert images.shape == (2, *data.shape), f"{name}: images are {tuple(images.shape)}"
-        (swapped,) = part.batches([index.flip(0)])
-        assert torch.equal(images, swapped.flip(0)), f"{name}: images do not follow the index"
-        x, y = next(iter(eval_batches(part, 2, torch.device("cpu"))))
-        assert torch.equal(y, part.labels[:2]), f"{name}: labels do not follow the index"
-        assert 0 <= float(x.min()) <= float(x.max()) <= 1, f"{name}: pixels outside [0, 1]"
-
-
-def _check_evaluator(use: Use[Any], context: Context) -> None:
-    name = use.component.name
-    model = tiny_network().eval()
-    before, batches = _snapshot(model), tiny_batches()
-    results = []
-    for _ in range(2):
-        seed_all(3)
-        evaluate = use.build(dataclasses.replace(context, model=model, stage="evaluate"))
-        results.append(evaluate(model, iter(batches)))
-    result = results[0]
-    assert isinstance(result, Result), f"{name}: gives a {type(result).__name__}, no Result"
-    assert result.metrics, f"{name}: no metric"
-    assert all(np.isfinite(v) for v in result.metrics.values()), f"{name}: a metric is not finite"
-    if verdict := {"attack": "correct", "proof": "verified"}.get(use.component.judges):
-        kept = np.asarray(result.records.get(verdict, ()))
-        assert kept.dtype == bool, f"{name}: no boolean record {verdict!r}"
-    assert result.metrics == results[1].metrics, f"{name}: not repeatable under one seed"
-    for key, record in result.records.items():
-        assert len(record) == 2 * BATCH, f"{name}: {len(record)} records {key!r}, not one an image"
-        assert np.asarray(record).dtype != object, f"{name}: records {key!r} are objects"
-    assert _same(before, model.state_dict()), f"{name}: changed the network"
-    assert not any(m.training for m in model.modules()), f"{name}: left evaluation mode"
-
-
-def example_events(folder: Path) -> Iterator[Any]:
-    """One of every event, in an order that can happen."""
-    yield RunStarted("run", folder, ("pretrain", "evaluate"), {"seed": 0}, 1, 2, True)
-    yield Note("a note", warning=True)
-    yield StageStarted("pretrain", "pretrain", "0" * 32, 2, 3)
-    yield Progress("pretrain", 1, 3, 0, 2, {"loss": 1.0}, "training")
-    yield EpochDone("pretrain", 1, 2, {"loss": float("nan")}, True, 0.1, True)
-    yield EpochDone("pretrain", 2, 2, {"loss": 0.5}, False, 0.1)
-    yield StageDone("pretrain", "pretrain", "0" * 32, {"accuracy": 0.5}, 0.2)
-    yield StageDone("evaluate", "evaluate", "1" * 32, {"clean.accuracy": 0.5}, 0.2, True)
-    yield RunDone("run", folder, {"evaluate": {"clean.accuracy": 0.5}}, 1.0)
-    yield RunStarted("other", folder, ("pretrain",), {"seed": 1}, 2, 2)
-    yield RunFailed("other", folder, "the loss is not finite")
-
-
-def _check_reporter(use: Use[Any], context: Context) -> None:
-    name = use.component.name
-    out = io.StringIO()
-    with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(out):
-        report = use.build(dataclasses.replace(context, folder=Path(scratch)))
-        for event in example_events(Path(scratch)):
-            report(event)
-        getattr(report, "close", lambda: None)()
-    assert not out.getvalue(), f"{name}: writes to stdout, which is for results"
-
-
-CHECKS = {
-    "objective": _check_objective,
-    "pruner": _check_pruner,
-    "architecture": _check_architecture,
-    "dataset": _check_dataset,
-    "evaluator": _check_evaluator,
-    "reporter": _check_reporter,
-}

@@ -17,12 +17,13 @@ from torch import nn
 from torchvision.models import VisionTransformer
 
 import prunekit
-from prunekit import api, given
-from prunekit.cli import main
+from prunekit import api
+from prunekit.cli.group import main
 from prunekit.contracts import Data, Threat
-from prunekit.data import Arrays
+from prunekit.data.arrays import KEYS
+from prunekit.data.batches import Arrays
 from prunekit.errors import RunError, UserError
-from prunekit.identity import identify
+from prunekit.models.identity import identify
 
 
 def test_examples_in_the_docstrings():
@@ -149,7 +150,7 @@ def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "r.toml").write_text(RECIPE)
     (tmp_path / "net.py").write_text(FILE.replace("{source}", inspect.getsource(Net)))
-    np.savez(tmp_path / "images.npz", **dict(zip(given.KEYS, DATA, strict=True)))
+    np.savez(tmp_path / "images.npz", **dict(zip(KEYS, DATA, strict=True)))
     return tmp_path
 
 
@@ -401,7 +402,7 @@ def content(net):
 
 
 def test_a_network_is_known_again_in_another_process(here, monkeypatch):
-    code = "from net import make; from prunekit.identity import identify; print(identify(make()))"
+    code = "import net; from prunekit.models import identity; print(identity.identify(net.make()))"
     there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=here)
     monkeypatch.syspath_prepend(here)
     monkeypatch.delitem(sys.modules, "net", raising=False)

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from prunekit.architectures import find_fragile, normalize_inputs
 from prunekit.errors import RunError
-from prunekit.masks import find_prunable
+from prunekit.models.building import find_fragile, normalize_inputs
+from prunekit.pruning.layers import find_prunable
 
 
 def conv(inputs, outputs, size=3, **options):

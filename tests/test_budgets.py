@@ -4,21 +4,23 @@ import pytest
 import torch
 from torch import nn
 
-from prunekit.budgets import (
-    find_followers,
-    keep_n_of_m,
-    lamp,
-    score_channels,
-    share_out,
-    spread_erk,
-)
-from prunekit.checkpoint import read_model, write_model
 from prunekit.contracts import Loss, Scores
 from prunekit.errors import RunError
 from prunekit.evaluation import eval_mode
-from prunekit.masks import apply_masks, assert_masked, find_prunable
-from prunekit.selection import Selection, find_structured, follow, select
-from prunekit.variables import LearnedScores, Weights
+from prunekit.pruning.budgets import lamp, share_out, spread_erk
+from prunekit.pruning.layers import find_prunable
+from prunekit.pruning.learning import LearnedScores
+from prunekit.pruning.masks import apply_masks, assert_masked
+from prunekit.pruning.selection import Selection, select
+from prunekit.pruning.structures import (
+    find_followers,
+    find_structured,
+    follow,
+    keep_n_of_m,
+    score_channels,
+)
+from prunekit.store.checkpoint import read_model, write_model
+from prunekit.training.variables import Weights
 
 
 def make_net():

@@ -9,7 +9,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from prunekit.checkpoint import (
+from prunekit.errors import RunError, UserError
+from prunekit.pruning.masks import apply_masks
+from prunekit.store.checkpoint import (
     load_weights,
     read_checkpoint,
     read_model,
@@ -17,8 +19,6 @@ from prunekit.checkpoint import (
     write_checkpoint,
     write_model,
 )
-from prunekit.errors import RunError, UserError
-from prunekit.masks import apply_masks
 
 
 def make_net():
@@ -89,7 +89,7 @@ def test_a_full_disk_keeps_what_was_there(path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("prunekit.files.os.fsync", full)
+    monkeypatch.setattr("prunekit.store.files.os.fsync", full)
     with pytest.raises(RunError, match="no space left"):
         write_checkpoint(path, {"a": torch.zeros(2)}, {})
     assert path.read_bytes() == before

@@ -5,10 +5,10 @@ import json
 import pytest
 from click.testing import CliRunner
 
-from prunekit.choosing import choose
-from prunekit.cli import main
+from prunekit.cli.group import main
 from prunekit.errors import UserError
-from prunekit.results import find_runs
+from prunekit.results.choosing import choose
+from prunekit.store.records import find_runs
 
 LR = "finetune.optimizer.lr"
 

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from prunekit.cli import main
-from prunekit.component import KINDS
-from prunekit.registry import load_registry
+from prunekit.catalog.component import KINDS
+from prunekit.catalog.registry import load_registry
+from prunekit.cli.group import main
 
 RECIPE = """\
 name = "tiny"
@@ -228,7 +228,7 @@ def test_reading_and_refusing_import_nothing_heavy(arguments):
         "import atexit, sys\n"
         "heavy = {'torch', 'numpy', 'torchvision', 'timm'}\n"
         "atexit.register(lambda: print(sorted(heavy & set(sys.modules)), file=sys.stderr))\n"
-        "from prunekit.cli import main\n"
+        "from prunekit.cli.group import main\n"
         "main()\n"
     )
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
@@ -249,7 +249,7 @@ def test_a_defect_is_one_line_and_a_traceback_with_debug(monkeypatch):
     def burst(*arguments):
         raise ZeroDivisionError("oh")
 
-    monkeypatch.setattr("prunekit.registry.load_registry", burst)
+    monkeypatch.setattr("prunekit.catalog.registry.load_registry", burst)
     line = "prunekit: ZeroDivisionError: oh (a defect of prunekit; --debug shows where)\n"
     assert call("list", code=1) == ("", line)
     _, err = call("--debug", "list", code=1)
@@ -261,12 +261,12 @@ def test_interruption_exits_with_130(monkeypatch):
     def interrupt(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("prunekit.registry.load_registry", interrupt)
+    monkeypatch.setattr("prunekit.catalog.registry.load_registry", interrupt)
     assert call("list", code=130) == ("", "prunekit: interrupted\n")
 
 
 def test_an_interrupted_run_says_how_to_go_on(here, monkeypatch):
-    from prunekit.engine import Engine
+    from prunekit.engine.engine import Engine
     from prunekit.errors import Interrupted
 
     def interrupt(*arguments):
@@ -291,7 +291,7 @@ def test_a_file_that_cannot_be_read_is_no_defect(monkeypatch):
     def refuse(*arguments):
         raise PermissionError(13, "Permission denied", "somewhere")
 
-    monkeypatch.setattr("prunekit.registry.load_registry", refuse)
+    monkeypatch.setattr("prunekit.catalog.registry.load_registry", refuse)
     assert call("list", code=1) == ("", "prunekit: somewhere: Permission denied\n")
 
 
@@ -377,8 +377,8 @@ def test_a_dry_run_downloads_nothing_and_knows_the_sizes(here, monkeypatch):
     monkeypatch.setenv("PRUNEKIT_DATA", str(here / "nothing"))
     recipe = RECIPE.replace('"digits"', '"mnist"')
     (here / "m.toml").write_text(recipe)
-    out, err = call("run", "m.toml", "--dry-run", "--json", "--device", "cpu")
-    assert "mnist is not here" in err
+    out, _ = call("run", "m.toml", "--dry-run", "--json", "--device", "cpu")
+    assert any("mnist is not here" in note for note in json.loads(out)["notes"])
     assert not (here / "nothing").exists()
     stage = json.loads(out)["runs"][0]["stages"][0]
     assert stage["status"] == "to do"
@@ -506,17 +506,17 @@ def test_results_of_nothing():
 
 
 def test_clean_frees_what_no_run_refers_to(ran):
-    stages = {p.name for p in (ran / "runs/.stages").iterdir()}
+    stages = {p.name for p in (ran / "runs/.stages/v2").iterdir()}
     assert len(stages) == 2
     assert call("clean")[0] == "0.0 MB freed (0 stages)\n"
     call("run", "r.toml", "--set", "seed=1", "--device", "cpu", "--out", "runs/second")
     shutil.rmtree(ran / "runs/second")
     out, _ = call("clean", "--dry-run")
     assert out.splitlines()[-1].endswith(" would be freed (2 stages)")
-    assert len(list((ran / "runs/.stages").iterdir())) == 4
+    assert len(list((ran / "runs/.stages/v2").iterdir())) == 4
     out, _ = call("clean")
     assert out.splitlines()[-1].endswith(" freed (2 stages)")
-    assert {p.name for p in (ran / "runs/.stages").iterdir()} == stages
+    assert {p.name for p in (ran / "runs/.stages/v2").iterdir()} == stages
 
 
 def test_clean_of_nothing(here):
@@ -551,7 +551,7 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path, number):
     assert process.wait(60) == 130, "".join(told) + rest
     assert "everything up to here is saved; go on with: prunekit run slow.toml" in rest
     assert "Traceback" not in rest
-    (progress,) = (tmp_path / "runs/.stages").glob("*/progress.safetensors")
+    (progress,) = (tmp_path / "runs/.stages/v2").glob("*/progress.safetensors")
     assert json.loads((tmp_path / "runs/slow/run.json").read_text())["status"] == "interrupted"
     content = progress.read_bytes()
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from prunekit.component import KINDS
-from prunekit.registry import load_registry
+from prunekit.catalog.component import KINDS
+from prunekit.catalog.registry import load_registry
 
 CODE = """
 import sys
-from prunekit.cli import main
+from prunekit.cli.group import main
 sys.argv[0] = "prunekit"
 try:
     main()
@@ -73,7 +73,7 @@ EXPECTED = {
     "prunekit do": ["doctor"],
     "prunekit new plugin x --kind p": ["pruner"],
     "prunekit completion ": ["bash", "zsh", "fish"],
-    "prunekit list ": [f"{kind}s" for kind in (*KINDS, "optimizer", "schedule")],
+    "prunekit list ": [f"{kind}s" for kind in KINDS],
     "prunekit show tra": ["trades"],
     "prunekit show cos": ["cosine"],
     "prunekit import hydra f --model wrn-28-": ["wrn-28-1", "wrn-28-4", "wrn-28-10"],

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from prunekit import Component, option
-from prunekit.component import KINDS
+from prunekit.catalog.component import KINDS
+from prunekit.catalog.registry import load_registry
 from prunekit.contracts import Loss, Result, Scores
-from prunekit.registry import load_registry
 from prunekit.testing import check_component, find_components
 
 REGISTRY = load_registry()

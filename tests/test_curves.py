@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from prunekit.cli import main
-from prunekit.curves import draw, find_curves, trace
+from prunekit.cli.group import main
 from prunekit.errors import UserError
+from prunekit.results.curves import draw, find_curves, trace
 
 
 def write_run(folder, settings, *evaluations):

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from prunekit import data as module
 from prunekit.contracts import Data
-from prunekit.data import (
+from prunekit.data import batches as module
+from prunekit.data.batches import (
     Arrays,
     Extra,
     Subset,
@@ -18,8 +18,8 @@ from prunekit.data import (
     to_pixels,
     train_batches,
 )
+from prunekit.data.seeds import generator
 from prunekit.errors import UserError
-from prunekit.seeds import generator
 
 CPU = torch.device("cpu")
 

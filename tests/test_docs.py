@@ -10,14 +10,14 @@ from pathlib import Path
 import click
 import pytest
 
-from prunekit.cli import main
-from prunekit.component import KINDS, Component, option
+from prunekit.catalog.component import KINDS, Component, option
+from prunekit.catalog.registry import load_registry
+from prunekit.cli.group import main
 from prunekit.errors import RecipeError
-from prunekit.options import field_types, key_of
-from prunekit.plan import TOP_KEYS, make_plan
-from prunekit.recipe import load_recipe
-from prunekit.registry import load_registry
-from prunekit.settings import STAGES, ArchitectureOptions, DataOptions, ThreatOptions
+from prunekit.recipe.document import load_recipe
+from prunekit.recipe.plan import TOP_KEYS, make_plan
+from prunekit.recipe.resolver import field_types, key_of
+from prunekit.recipe.sections import STAGE_OPTIONS, ArchitectureOptions, DataOptions, ThreatOptions
 from prunekit.testing import check_declaration
 
 ROOT = Path(__file__).parent.parent
@@ -108,8 +108,9 @@ def check_command(words):
         words = [word for word in words if word not in ("--debug", "COMMAND")]
         if not words:
             return
-        assert words[0] in command.commands, words
-        command, words = command.commands[words[0]], words[1:]
+        inner = command.get_command(click.Context(command), words[0])
+        assert inner is not None, words
+        command, words = inner, words[1:]
     known = {name for parameter in command.params for name in parameter.opts}
     for word in words:
         assert not word.startswith("--") or word.partition("=")[0] in known | {"--help"}, words
@@ -182,7 +183,7 @@ def fragments(page):
 def test_what_replaces_a_flag_is_a_recipe_line():
     entries = load_registry().entries
     known = {key_of(name) for e in entries for name in field_types(e.component.options)}
-    for options in (*STAGES.values(), DataOptions, ArchitectureOptions, ThreatOptions):
+    for options in (*STAGE_OPTIONS.values(), DataOptions, ArchitectureOptions, ThreatOptions):
         known |= {key_of(name) for name in field_types(options)}
     known |= {*TOP_KEYS, "use", "kind", "extends", "name"}
     known |= {key for names in BEING_WRITTEN.values() for keys in names.values() for key in keys}

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from prunekit import doctor, requirements
-from prunekit.cli import main
-from prunekit.doctor import Finding, _look_at_plugins, ask, diagnose, render
-from prunekit.registry import BrokenPlugin, Registry, load_registry
-from prunekit.requirements import find_module, is_within, read_requirements
+from prunekit.catalog.registry import BrokenPlugin, Registry, load_registry
+from prunekit.cli import doctor, requirements
+from prunekit.cli.doctor import Finding, _look_at_plugins, ask, diagnose, render
+from prunekit.cli.group import main
+from prunekit.cli.requirements import find_module, is_within, read_requirements
 
 
 def call(folder, *arguments, **environment):
@@ -69,7 +69,7 @@ def test_what_is_sound_and_what_is_broken_with_what_mends_it(tmp_path):
     np.savez(data / "fashion-mnist.npz", x_train=images, y_train=np.arange(4),
              x_test=images, y_test=np.arange(4))  # fmt: skip
     (tmp_path / "runs").write_text("a file")
-    stage = tmp_path / "store" / ("0" * 32)
+    stage = tmp_path / "store/v2" / ("0" * 32)
     stage.mkdir(parents=True)
     (stage / "model.safetensors").write_bytes(bytes(1_500_000))
     install(site, "cannotload", "raise RuntimeError('on purpose')")

@@ -11,17 +11,18 @@ import torch
 from prunekit_adversarial import PgdOptions
 from safetensors.torch import load_file
 
-from prunekit import engine as module
-from prunekit.component import Component
+from prunekit.catalog.component import Component
+from prunekit.catalog.registry import Entry, Registry, load_registry
 from prunekit.contracts import Result
-from prunekit.engine import Engine
+from prunekit.engine import engine as module
+from prunekit.engine.engine import Engine
 from prunekit.errors import Interrupted
-from prunekit.failures import explain
-from prunekit.plan import make_plan
-from prunekit.recipe import load_recipe
-from prunekit.registry import Entry, Registry, load_registry
+from prunekit.models.failures import explain
+from prunekit.recipe.document import load_recipe
+from prunekit.recipe.plan import make_plan
 from prunekit.report import EpochDone, Note, RunDone, RunFailed, StageDone, StageStarted
-from prunekit.store import Store, hash_source
+from prunekit.store.keys import hash_source
+from prunekit.store.stages import Store
 
 RECIPE = """
 seed = 0
@@ -199,7 +200,7 @@ def test_a_run_leaves_a_plain_pruned_network(bench):
     # Finetuning trained what is kept, and kept the mask to the bit.
     (run,) = bench.plan().runs
     keys = bench.engine().keys(run)
-    pruned = load_file(bench.folder / "store" / keys[1] / "model.safetensors")
+    pruned = load_file(bench.folder / "store/v2" / keys[1] / "model.safetensors")
     for name in weights:
         assert torch.equal(pruned[name] == 0, state[name] == 0)
         assert not torch.equal(pruned[name], state[name])
@@ -639,7 +640,7 @@ def test_the_rehearsal_catches_the_last_stage_before_the_first_is_trained(bench,
     assert folder.status == "failed"
     assert "plugin told (told-dist 1.2) failed: AssertionError: shapes" in folder.error
     assert not bench.of(StageStarted)
-    assert not list((bench.folder / "store").glob("*/result.json"))
+    assert not list((bench.folder / "store").glob("*/*/result.json"))
 
 
 def test_a_run_is_not_spared_because_its_twin_failed(bench):

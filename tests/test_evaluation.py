@@ -3,14 +3,7 @@
 import numpy as np
 import pytest
 
-from prunekit.evaluation import (
-    Z95,
-    balance,
-    balanced_proportion,
-    is_unbalanced,
-    proportion,
-    wilson,
-)
+from prunekit.evaluation import Z95, balance, balanced_proportion, is_unbalanced, proportion, wilson
 
 
 def test_wilson_of_eight_in_ten():

@@ -10,13 +10,14 @@ from prunekit_nets.linear import lin_2
 from prunekit_nets.vgg import build_vgg
 from prunekit_nets.wide_resnet import wrn_28_1
 
-from prunekit.checkpoint import read_checkpoint, read_masks, write_model
-from prunekit.cli import main
+from prunekit.cli.group import main
 from prunekit.contracts import Context
-from prunekit.exporting import find_sparsity
-from prunekit.importing import count_imported, find_keep_ratio
-from prunekit.masks import apply_masks, find_prunable
-from prunekit.selection import count_kept
+from prunekit.models.exporting import find_sparsity
+from prunekit.models.importing import count_imported, find_keep_ratio
+from prunekit.pruning.layers import find_prunable
+from prunekit.pruning.masks import apply_masks
+from prunekit.pruning.selection import count_kept
+from prunekit.store.checkpoint import read_checkpoint, read_masks, write_model
 
 CONTEXT = Context(shape=(1, 8, 8), classes=10)
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from prunekit.data.extra import read_extra
 from prunekit.errors import UserError
-from prunekit.extra import read_extra
 
 SHAPE, CLASSES = (3, 8, 9), 10
 RANDOM = np.random.default_rng(0)

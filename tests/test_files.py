@@ -7,7 +7,7 @@ import stat
 import pytest
 
 from prunekit.errors import RunError, UserError
-from prunekit.files import copy, make_folder, read_json, write_json, write_text
+from prunekit.store.files import copy, make_folder, read_json, write_json, write_text
 
 
 def fail_with(number):

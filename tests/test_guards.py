@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from prunekit.component import Component, Use
+from prunekit.catalog.component import Component, Use
 from prunekit.contracts import Threat
-from prunekit.guards import cross_examine
+from prunekit.engine.evaluating import cross_examine
 
 EPS = Threat("linf", 0.1)
 INDEX = np.array([0, 10, 20, 30])

@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn.utils import prune
 
-from prunekit.checkpoint import read_checkpoint, read_masks
-from prunekit.cli import main
+from prunekit.cli.group import main
 from prunekit.contracts import Context
 from prunekit.errors import UserError
+from prunekit.store.checkpoint import read_checkpoint, read_masks
 
 
 @pytest.fixture(autouse=True)

@@ -12,9 +12,11 @@ import pytest
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
-from prunekit.cli import main
-from prunekit.judging import Asked, plan_evaluation, read_network
-from prunekit.results import compare, find_runs
+from prunekit.cli.group import main
+from prunekit.engine.eval_plan import EvalRequest, plan_evaluation
+from prunekit.results.comparison import compare
+from prunekit.store.networks import read_network
+from prunekit.store.records import find_runs
 
 RECIPE = """\
 name = "tiny"
@@ -170,14 +172,14 @@ def test_mistakes_name_the_option(run):
 
 def test_another_radius_than_the_one_trained_for_is_flagged(run):
     told = "the network was trained for linf, 0.1"
-    asked = ("--with", "pgd", "--images", 10, "--set", "pgd.steps=2", "--set", "pgd.restarts=1")
-    assert told in judge(run, *asked, "--eps", "8/255")[1]
-    assert told not in judge(run, *asked, "--eps", "0.1")[1]
+    request = ("--with", "pgd", "--images", 10, "--set", "pgd.steps=2", "--set", "pgd.restarts=1")
+    assert told in judge(run, *request, "--eps", "8/255")[1]
+    assert told not in judge(run, *request, "--eps", "0.1")[1]
 
 
 def test_evaluations_of_a_sweep_keep_its_settings(run):
-    asked = Asked(("pgd",), eps="8/255", settings=("pgd.steps=3",))
-    found = plan_evaluation(read_network(run), asked).runs[0]
+    request = EvalRequest(("pgd",), eps="8/255", settings=("pgd.steps=3",))
+    found = plan_evaluation(read_network(run), request).runs[0]
     assert found.settings == {"prune.sparsity": 0.5, "threat.eps": "8/255", "pgd.steps": 3}
     for folder in sorted(Path("runs/tiny").glob("*/run.json")):
         judge(folder.parent, "--with", "clean", "--images", 10)
@@ -194,7 +196,7 @@ def test_results_stay_in_use_for_clean(run):
 @pytest.mark.parametrize("command", ["import", "export", "eval"])
 def test_help_needs_no_torch(command):
     code = (
-        "import sys\nfrom click.testing import CliRunner\nfrom prunekit.cli import main\n"
+        "import sys\nfrom click.testing import CliRunner\nfrom prunekit.cli.group import main\n"
         f"done = CliRunner().invoke(main, ['{command}', '--help'])\n"
         "assert done.exit_code == 0\nassert 'torch' not in sys.modules"
     )

@@ -8,28 +8,29 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from prunekit import selection as module
 from prunekit.contracts import Scores
 from prunekit.errors import RunError, UserError
-from prunekit.masks import (
+from prunekit.pruning import selection as module
+from prunekit.pruning.layers import find_prunable, find_unprunable
+from prunekit.pruning.learning import (
     LEAK,
     ChannelGate,
     ScoredWeight,
-    apply_masks,
-    assert_masked,
     attach,
     attach_gates,
     copy_plain,
-    count_weights,
     detach,
     effective_parameters,
     effective_weights,
-    find_prunable,
-    find_unprunable,
+)
+from prunekit.pruning.masks import (
+    apply_masks,
+    assert_masked,
+    count_weights,
     hash_masks,
     measure_sparsity,
 )
-from prunekit.selection import Selection, check_layers, count_kept, select
+from prunekit.pruning.selection import Selection, check_layers, count_kept, select
 
 INFINITY = float("inf")
 

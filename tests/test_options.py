@@ -6,11 +6,11 @@ from typing import Any, Literal
 
 import pytest
 
-from prunekit.component import Component, Radius, Use, option
+from prunekit.catalog.component import Component, Radius, Use, option
+from prunekit.catalog.registry import Entry, Registry
 from prunekit.contracts import Evaluator, OptimizerChoice, Pruner, Schedule, Threat
 from prunekit.errors import OptionError, Place
-from prunekit.options import Resolver, describe
-from prunekit.registry import Entry, Registry
+from prunekit.recipe.resolver import Resolver, describe
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,11 @@ from importlib.metadata import EntryPoint, entry_points
 import pytest
 import tomli_w
 
+from prunekit.catalog.registry import load_registry
+from prunekit.engine.rehearsal import reduce_plan
 from prunekit.errors import UserError
-from prunekit.plan import make_plan
-from prunekit.recipe import load_recipe
-from prunekit.registry import load_registry
-from prunekit.smoke import reduce_plan
+from prunekit.recipe.document import load_recipe
+from prunekit.recipe.plan import make_plan
 
 REGISTRY = load_registry()
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from prunekit.cli import main
-from prunekit.registry import load_registry
-from prunekit.store import hash_source
+from prunekit.catalog.registry import load_registry
+from prunekit.cli.group import main
+from prunekit.store.keys import hash_source
 
 OWNER = "signs (acme-signs 2.5)"
 
@@ -60,7 +60,7 @@ PARTS = """
 import torch
 from torch import nn
 from prunekit.contracts import Data, Loss, Result, Scores
-from prunekit.data import Arrays
+from prunekit import Arrays
 
 def fail_at(moment):
     print("what a plugin says at", moment)

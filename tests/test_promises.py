@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from prunekit.component import KINDS
-from prunekit.plan import make_plan
-from prunekit.recipe import load_recipe
-from prunekit.registry import load_registry
+from prunekit.catalog.component import KINDS
+from prunekit.catalog.registry import load_registry
+from prunekit.recipe.document import load_recipe
+from prunekit.recipe.plan import make_plan
 
 ROOT = Path(__file__).parent.parent
 CORE = sorted((ROOT / "prunekit").glob("*.py"))
@@ -50,7 +50,7 @@ def test_core_imports_no_plugin(path):
 def test_reading_commands_import_no_torch(arguments):
     code = (
         "import sys\n"
-        "from prunekit.cli import main\n"
+        "from prunekit.cli.group import main\n"
         "try:\n    main()\n"
         "except SystemExit as end:\n    assert not end.code, end.code\n"
         "loaded = {'torch', 'numpy', 'torchvision', 'timm'} & set(sys.modules)\n"
@@ -77,7 +77,7 @@ def test_recipe_begins_with_the_command_that_runs_it(recipe):
 @pytest.mark.parametrize("kind", KINDS)
 def test_hook_shows_a_plugin_that_works(kind, tmp_path, monkeypatch):
     """The example in the docstring of each hook, written to disk, keeps the contract."""
-    from prunekit.scaffold import read_example
+    from prunekit.cli.scaffold import read_example
     from prunekit.testing import check_component, find_components
 
     package = f"documented_{kind}"

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from prunekit.errors import Place, Problem, RecipeError, UserError
-from prunekit.recipe import load_recipe
-from prunekit.source import find_lines
+from prunekit.recipe.document import load_recipe
+from prunekit.recipe.toml_lines import find_lines
 
 
 @pytest.fixture(autouse=True)

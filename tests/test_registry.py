@@ -6,9 +6,9 @@ from importlib.metadata import EntryPoint
 
 import pytest
 
-from prunekit.component import KINDS, Component, option
+from prunekit.catalog.component import KINDS, Component, option
+from prunekit.catalog.registry import load_registry
 from prunekit.errors import UserError
-from prunekit.registry import load_registry
 
 GOOD = """
 from prunekit import Component, hookimpl

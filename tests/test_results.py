@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from prunekit.cli.results import render
 from prunekit.errors import UserError
-from prunekit.metric_names import format_setting, is_fraction, is_main
-from prunekit.results import Row, Value, compare, find_runs
-from prunekit.tables import render, tabulate, to_csv, to_json
+from prunekit.results.comparison import Row, Value, compare
+from prunekit.results.metrics import format_setting, is_fraction, is_main
+from prunekit.results.tables import tabulate, to_csv, to_json
+from prunekit.store.records import find_runs
 
 
 def evaluate(key: str, accuracy: float, sparsity: float, name: str = "evaluate") -> dict[str, Any]:

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from prunekit import scaffold
-from prunekit.cli import main
-from prunekit.component import API_VERSION, KINDS
-from prunekit.plan import make_plan
-from prunekit.recipe import load_recipe
-from prunekit.registry import load_registry
+from prunekit.catalog.component import API_VERSION, KINDS
+from prunekit.catalog.registry import load_registry
+from prunekit.cli import scaffold
+from prunekit.cli.group import main
+from prunekit.recipe.document import load_recipe
+from prunekit.recipe.plan import make_plan
 
 NAMES = {**{f"acme-{kind}": (kind,) for kind in KINDS}, "acme-all": KINDS}
 
@@ -84,7 +84,7 @@ def test_it_runs_in_a_recipe_once_its_entry_point_is_there(made, monkeypatch, tm
     Path("r.toml").write_text(recipe)
     plan = make_plan(load_recipe(Path("r.toml")), load_registry())
     owners = {use.plugin for use in plan.runs[0].uses()}
-    assert owners == {"acme-all (acme-all 0.1.0)", "core (prunekit)"}
+    assert owners == {"acme-all (acme-all 0.1.0)", "optimizers (prunekit 0.1.0)"}
     done = CliRunner().invoke(main, ["run", "r.toml", "--smoke", "--device", "cpu"])
     assert done.exit_code == 0, done.output
     # By now the name is taken.

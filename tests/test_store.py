@@ -2,13 +2,15 @@
 
 import importlib
 import threading
+from pathlib import Path
 
 import pytest
 
-from prunekit import store as module
 from prunekit.errors import Interrupted, UserError
-from prunekit.stop import Stop
-from prunekit.store import StageResult, Store, hash_file, hash_source, hash_stage
+from prunekit.report import Stop
+from prunekit.store import keys
+from prunekit.store.keys import DECIDING, SHOWING, hash_file, hash_source, hash_stage, is_listed
+from prunekit.store.stages import StageResult, Store
 
 CALM = Stop()
 
@@ -32,7 +34,7 @@ def test_a_stage_is_done_when_its_result_is_there(tmp_path):
 @pytest.mark.parametrize("content", ["{", "{}", "[]", ""])
 def test_a_damaged_result_counts_as_none(tmp_path, content):
     folder = Store(tmp_path).folder("k")
-    folder.path.mkdir()
+    folder.path.mkdir(parents=True)
     (folder.path / "result.json").write_text(content)
     assert not folder.done
     with pytest.raises(UserError, match="holds no result"):
@@ -93,7 +95,7 @@ def test_the_lock_is_let_go_after_an_error(tmp_path):
 @pytest.mark.parametrize("name", ["model.safetensors", "records.npz"])
 def test_a_stage_whose_files_are_cut_off_is_not_done(tmp_path, name):
     folder = Store(tmp_path).folder("k")
-    folder.path.mkdir()
+    folder.path.mkdir(parents=True)
     folder.model.write_bytes(b"12345")
     folder.records.write_bytes(b"123")
     folder.finish(StageResult({"a": 1}), {})
@@ -113,7 +115,7 @@ def test_remove_unused_keeps_what_is_used_or_at_work(tmp_path):
         assert store.remove_unused({"used"}, keep=True) == [("unused", 5)]
         assert store.folder("unused").model.exists()
         assert store.remove_unused({"used"}) == [("unused", 5)]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["used", "working"]
+    assert sorted(p.name for p in store.stages.iterdir()) == ["used", "working"]
     assert Store(tmp_path / "none").remove_unused(set()) == []
 
 
@@ -165,25 +167,52 @@ def test_a_plugin_is_hashed_by_its_source(tmp_path, monkeypatch, layout):
     assert len({first, second, look()}) == 3
 
 
-def test_presentation_decides_no_result(tmp_path, monkeypatch):
-    folder = tmp_path / "prunekit"
-    folder.mkdir()
-    for name in ("__init__.py", "masks.py", "cli.py"):
-        (folder / name).write_text("a = 1\n")
-    spec = type("Spec", (), {"origin": None, "submodule_search_locations": [str(folder)]})
-    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: spec)
+def test_what_decides_is_in_the_key_and_what_shows_is_not(tmp_path, monkeypatch):
+    for name in ("pruning/masks.py", "pruning/__init__.py", "cli/results.py", "errors.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("a = 1\n")
+    spec = type("Spec", (), {"origin": None, "submodule_search_locations": [str(tmp_path)]})
+    monkeypatch.setattr(keys.importlib.util, "find_spec", lambda name: spec)
 
     def look():
         hash_source.cache_clear()
         return hash_source("prunekit")
 
     first = look()
-    (folder / "cli.py").write_text("a = 2\n")
-    assert look() == first
-    (folder / "masks.py").write_text("a = 2\n")
+    for name in ("cli/results.py", "errors.py", "pruning/__init__.py"):
+        (tmp_path / name).write_text("a = 2\n")
+        assert look() == first
+    (tmp_path / "pruning/masks.py").write_text("a = 2\n")
     assert look() != first
     monkeypatch.undo()
     hash_source.cache_clear()
+
+
+def test_every_file_of_the_core_is_in_one_of_the_two_lists():
+    core = Path(keys.__file__).parent.parent
+    files = {p.relative_to(core).as_posix() for p in core.rglob("*.py")}
+    for file in files - {
+        f"{folder}/__init__.py" for folder in {f.partition("/")[0] for f in files}
+    }:
+        where = [is_listed(file, DECIDING), is_listed(file, SHOWING)]
+        assert where.count(True) == 1, f"{file}: name it in DECIDING or SHOWING of store/keys.py"
+    for part in (*DECIDING, *SHOWING):
+        assert (core / part).exists(), f"{part} is gone: take it off its list"
+
+
+def test_stages_of_an_older_format_are_told_once_and_freed(tmp_path):
+    old = tmp_path / ("0" * 32)
+    old.mkdir()
+    (old / "result.json").write_text("{}")
+    (tmp_path / "mine").mkdir()
+    store, told = Store(tmp_path), []
+    store.prepare(told.append)
+    assert "1 stored stage in " in told[0]
+    assert "prunekit clean" in told[0]
+    store.prepare(told.append)
+    assert len(told) == 1
+    assert store.remove_unused({"0" * 32}) == [("0" * 32, 2)]
+    assert (tmp_path / "mine").is_dir()
 
 
 def test_an_unknown_package_is_unknown():

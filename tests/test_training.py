@@ -9,18 +9,19 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from prunekit import training
-from prunekit.checkpoint import read_checkpoint
 from prunekit.contracts import Loss, OptimizerChoice, Scores
-from prunekit.data import Arrays, Extra
+from prunekit.data.batches import Arrays, Extra
+from prunekit.data.seeds import generator
 from prunekit.errors import Interrupted, RunError, UserError
-from prunekit.masks import apply_masks, find_prunable
-from prunekit.report import EpochDone, Progress, StageStarted
-from prunekit.seeds import generator
-from prunekit.selection import Selection
-from prunekit.stop import Stop
-from prunekit.training import Fit, fit
-from prunekit.variables import LearnedScores, Weights
+from prunekit.pruning.layers import find_prunable
+from prunekit.pruning.learning import LearnedScores
+from prunekit.pruning.masks import apply_masks
+from prunekit.pruning.selection import Selection
+from prunekit.report import EpochDone, Progress, StageStarted, Stop
+from prunekit.store.checkpoint import read_checkpoint
+from prunekit.training import loop
+from prunekit.training.loop import Fit, fit
+from prunekit.training.variables import Weights
 
 BATCHES = 3  # of 4, 4 and 2 images
 
@@ -216,7 +217,7 @@ def test_epochs_of_one_batch_can_be_stopped(tmp_path):
 
 
 def test_long_epochs_are_saved_between_batches(tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
     seen = []
     job = make_job(tmp_path, watch=lambda model: seen.append(job.progress.exists()), epochs=1)
     fit(job)
@@ -475,7 +476,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path):
         )
 
     def progress(name):
-        return next(tmp_path.glob(f"{name}/.stages/*/progress.safetensors"), None)
+        return next(tmp_path.glob(f"{name}/.stages/*/*/progress.safetensors"), None)
 
     process = subprocess.Popen(
         [*command, "--out", str(tmp_path / "killed" / "out")],

@@ -5,13 +5,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from prunekit import masks, variables
 from prunekit.contracts import Scores
 from prunekit.errors import RunError
 from prunekit.evaluation import eval_mode
-from prunekit.masks import apply_masks, find_prunable
-from prunekit.selection import Selection
-from prunekit.variables import LearnedScores, Weights
+from prunekit.pruning import learning
+from prunekit.pruning.layers import find_prunable
+from prunekit.pruning.learning import LearnedScores
+from prunekit.pruning.masks import apply_masks
+from prunekit.pruning.selection import Selection
+from prunekit.training.variables import Weights
 
 
 def make_net():
@@ -107,11 +109,13 @@ def test_weights_train_everything():
 
 def test_masks_follow_the_scores_once_a_step(monkeypatch):
     calls = []
-    original = variables.select
-    monkeypatch.setattr(variables, "select", lambda *a: calls.append(1) or original(*a))
+    original = learning.select
+    monkeypatch.setattr(learning, "select", lambda *a: calls.append(1) or original(*a))
     made = []
-    forward = masks.ScoredWeight.forward
-    monkeypatch.setattr(masks.ScoredWeight, "forward", lambda s, w: made.append(1) or forward(s, w))
+    forward = learning.ScoredWeight.forward
+    monkeypatch.setattr(
+        learning.ScoredWeight, "forward", lambda s, w: made.append(1) or forward(s, w)
+    )
     net = make_net()
     trained = learned(net)
     optimizer = OPTIMIZERS["sgd"](trained.parameters())

@@ -16,10 +16,10 @@ import torch
 from pyautoattack import AutoAttack
 from torch import Tensor, nn
 
+from prunekit import read_json, write_json
 from prunekit.contracts import Context, Result, Threat
 from prunekit.errors import UserError
 from prunekit.evaluation import eval_mode, proportion
-from prunekit.files import read_json, write_json
 from prunekit_adversarial import ATTACKS, FEW_CLASSES, TARGETS, AutoAttackOptions
 from prunekit_adversarial.attacks import check_threat, is_correct, predict
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from prunekit.component import Component, Facts, NoOptions, hookimpl, option
+from prunekit import Component, Facts, NoOptions, hookimpl, option
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from prunekit.component import NoOptions
+from prunekit import NoOptions, to_data
 from prunekit.contracts import Context, Data
-from prunekit.npz import to_data
 
 TEST_IMAGES_PER_CLASS = 36
 

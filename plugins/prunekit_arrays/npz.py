@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from prunekit import read_npz
 from prunekit.contracts import Context, Data
-from prunekit.npz import read_npz
 from prunekit_arrays import NpzOptions
 
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from prunekit import copy_plain, effective_parameters
 from prunekit.contracts import Threat
 from prunekit.errors import UserError
-from prunekit.masks import copy_plain, effective_parameters
 from prunekit_lirpa import versions
 
 METHODS = {

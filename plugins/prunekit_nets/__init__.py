@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from prunekit.component import Component, hookimpl, option
+from prunekit import Component, hookimpl, option
 
 VGG_DEPTHS = (2, 4, 6, 8, 11, 13, 16)
 RESNET_DEPTHS = (18, 34, 50, 101, 152)

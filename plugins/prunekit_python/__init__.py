@@ -1,4 +1,4 @@
-"""A network of one's own, from a Python file: the declaration."""
+"""Networks and data of one's own: from a Python file, or handed over by a Python program."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prunekit import Component, hookimpl, option
-from prunekit.imports import find_imports
+from prunekit import Component, find_imports, hookimpl, option
 
 DETAILS = """\
 This is the only place where a recipe runs code: that of the file. `build` names a function, or a
@@ -30,6 +29,15 @@ class PythonOptions:
     kwargs: dict[str, Any] = option({}, help="more arguments for it")
 
 
+@dataclass(frozen=True)
+class GivenModelOptions:
+    """Written by `prunekit.run`, not by hand."""
+
+    name: str = option("", help="its class")
+    content: str = option("", help="hash of its weights, source and values")
+    unique: str | None = option(None, help="why the hash cannot be that of another call")
+
+
 def find_files(options: PythonOptions) -> list[Path]:
     """The file and what it imports from its folder."""
     return find_imports(options.file)
@@ -44,4 +52,19 @@ def prunekit_architectures() -> Iterable[Component]:
         options=PythonOptions,
         details=DETAILS,
         files=find_files,
+    )
+    yield Component(
+        name="given",
+        summary="What Python gives to prunekit.run(model=)",
+        build="prunekit_python.handed_over:build_model",
+        options=GivenModelOptions,
+    )
+
+
+@hookimpl
+def prunekit_datasets() -> Iterable[Component]:
+    yield Component(
+        name="given",
+        summary="What Python gives to prunekit.run(data=)",
+        build="prunekit_python.handed_over:build_data",
     )

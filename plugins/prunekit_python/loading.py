@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prunekit import suggest
 from prunekit.contracts import Context
 from prunekit.errors import UserError, relative
 from prunekit.evaluation import eval_mode
-from prunekit.values import suggest
 from prunekit_python import PythonOptions, find_files
 
 

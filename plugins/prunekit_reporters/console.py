@@ -15,15 +15,15 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from prunekit.component import NoOptions
-from prunekit.contracts import Context, Reporter
+from prunekit import NoOptions, format_metric, format_setting, is_fraction, is_main
+from prunekit.contracts import Context
 from prunekit.errors import relative
-from prunekit.metric_names import format_metric, format_setting, is_fraction, is_main
 from prunekit.report import (
     EpochDone,
     Event,
     Note,
     Progress,
+    Reporter,
     RunDone,
     RunFailed,
     RunStarted,

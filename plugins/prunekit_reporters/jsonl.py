@@ -10,13 +10,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from prunekit.component import NoOptions
-from prunekit.contracts import Context, Reporter
+from prunekit import NoOptions
+from prunekit.contracts import Context
 from prunekit.report import (
     EpochDone,
     Event,
     Note,
     Progress,
+    Reporter,
     RunDone,
     RunFailed,
     RunStarted,

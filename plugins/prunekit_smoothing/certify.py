@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from prunekit import read_json, write_json
 from prunekit.contracts import Context, Result
 from prunekit.evaluation import proportion
-from prunekit.files import read_json, write_json
 from prunekit_smoothing import CHUNK, CertifyOptions, name_radius, plan_looks
 from prunekit_smoothing.bounds import certified_radius, lower_bound, upper_bound
 from prunekit_smoothing.sampling import NO_CLASS, Chunk, Sampler

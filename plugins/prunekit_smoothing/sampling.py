@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from prunekit import seeds
+from prunekit import derive_seed
 from prunekit_smoothing import CHUNK
 
 NO_CLASS = -1
@@ -59,7 +59,7 @@ class Sampler:
             sizes = [chunk.size for chunk in part]
             noisy = x.new_empty(sum(sizes), *x.shape[1:])
             for chunk, images in zip(part, noisy.split(sizes), strict=True):
-                seed = seeds.derive(self.seed, "certify", purpose, chunk.image, chunk.number)
+                seed = derive_seed(self.seed, "certify", purpose, chunk.image, chunk.number)
                 generator = torch.Generator(x.device).manual_seed(seed)
                 images.normal_(0, self.sigma, generator=generator).add_(x[chunk.row])
             classes = torch.cat([self.classify(images) for images in noisy.split(self.batch)])

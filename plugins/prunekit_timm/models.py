@@ -13,7 +13,7 @@ from typing import Any
 import timm
 from timm.models import load_model_config_from_hf, save_for_hf
 
-from prunekit.architectures import find_fragile, normalize_inputs
+from prunekit import find_fragile, normalize_inputs
 from prunekit.contracts import Context
 from prunekit.errors import UserError
 from prunekit_timm import LOCAL, TimmOptions

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prunekit.component import Component, Facts, hookimpl, option
+from prunekit import Component, Facts, hookimpl, option
 from prunekit.errors import OptionError
 
 

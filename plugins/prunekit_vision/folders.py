@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.transforms import functional
 
-from prunekit import seeds
+from prunekit import derive_seed
 from prunekit.contracts import Context, Data
 from prunekit.errors import DataMissingError, RunError, UserError, relative
 from prunekit_vision import (
@@ -101,7 +101,7 @@ class Folder:
     ) -> Iterator[Tensor]:
         """The same images, each augmented in its own way, which the seed of its batch decides."""
         keys = (
-            [(number, seeds.derive(seed, number)) for number in index.tolist()]
+            [(number, derive_seed(seed, number)) for number in index.tolist()]
             for index, seed in zip(indices, batch_seeds, strict=True)
         )
         return self._decode(Decoder(self.root, self.paths, self.size, tuple(augment)), keys)

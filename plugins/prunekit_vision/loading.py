@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
+from prunekit import read_npz, to_data
 from prunekit.contracts import Context, Data
 from prunekit.errors import DataMissingError, UserError, relative
-from prunekit.npz import read_npz, to_data
 from prunekit_vision import VISION_SETS, VisionOptions, VisionSet
 
 SILENCE_SECONDS = 20

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from torchvision import models
 
-from prunekit.architectures import find_fragile, normalize_inputs
+from prunekit import find_fragile, normalize_inputs
 from prunekit.contracts import Context
 from prunekit.errors import UserError
 from prunekit_vision import ModelOptions

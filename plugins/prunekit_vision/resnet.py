@@ -7,8 +7,7 @@ from functools import partial
 from torch import nn
 from torchvision import models
 
-from prunekit.architectures import normalize_inputs
-from prunekit.component import NoOptions
+from prunekit import NoOptions, normalize_inputs
 from prunekit.contracts import Context
 from prunekit.errors import UserError
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 from prunekit_arrays import NpzOptions, prunekit_datasets
 
-from prunekit.component import NoOptions, Use
+from prunekit.catalog.component import NoOptions, Use
 from prunekit.contracts import Context, Data
-from prunekit.data import Arrays
+from prunekit.data.arrays import read_npz
+from prunekit.data.batches import Arrays
 from prunekit.errors import UserError
-from prunekit.npz import read_npz
 
 COMPONENTS = {component.name: component for component in prunekit_datasets()}
 RANDOM = np.random.default_rng(0)

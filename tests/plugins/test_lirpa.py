@@ -26,11 +26,11 @@ from prunekit_lirpa.bounds import (
 from torch import Tensor, nn
 
 from prunekit import UserError
-from prunekit.budgets import find_followers
 from prunekit.contracts import Scores
-from prunekit.masks import effective_parameters, find_prunable
-from prunekit.selection import Selection
-from prunekit.variables import LearnedScores
+from prunekit.pruning.layers import find_prunable
+from prunekit.pruning.learning import LearnedScores, effective_parameters
+from prunekit.pruning.selection import Selection
+from prunekit.pruning.structures import find_followers
 
 RECORDED = Path(__file__).parent.parent / "data/bounds_cifar_small.npz"
 

@@ -14,9 +14,11 @@ from torch.nn import functional as F
 
 from prunekit import Use, UserError
 from prunekit.contracts import Clock, Context, Scores, Threat
-from prunekit.masks import apply_masks, find_prunable
-from prunekit.selection import Selection
-from prunekit.variables import LearnedScores, Weights
+from prunekit.pruning.layers import find_prunable
+from prunekit.pruning.learning import LearnedScores
+from prunekit.pruning.masks import apply_masks
+from prunekit.pruning.selection import Selection
+from prunekit.training.variables import Weights
 
 COMPONENTS = {component.name: component for component in prunekit_lirpa.prunekit_objectives()}
 SHAPE, K = (1, 4, 4), 3

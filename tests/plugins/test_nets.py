@@ -11,7 +11,7 @@ import torch
 from prunekit_nets import Initialization, prunekit_architectures
 from torch import nn
 
-from prunekit.component import Use
+from prunekit.catalog.component import Use
 from prunekit.contracts import Context
 from prunekit.errors import UserError
 

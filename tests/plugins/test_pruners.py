@@ -14,8 +14,8 @@ from torch import nn
 
 from prunekit import NoOptions
 from prunekit.contracts import Context, Scores
-from prunekit.seeds import generator
-from prunekit.selection import Selection, select
+from prunekit.data.seeds import generator
+from prunekit.pruning.selection import Selection, select
 
 
 def test_scaled_start_by_hand():

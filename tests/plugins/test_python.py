@@ -11,13 +11,13 @@ from prunekit_python import PythonOptions, find_files, prunekit_architectures
 from prunekit_python.loading import build_python
 from safetensors.torch import load_file, save_file
 
-from prunekit.cli import main
+from prunekit.cli.group import main
 from prunekit.contracts import Context
 from prunekit.errors import UserError
-from prunekit.imports import find_imports
+from prunekit.models.imports import find_imports
 from prunekit.testing import check_component
 
-(COMPONENT,) = prunekit_architectures()
+COMPONENT, _ = prunekit_architectures()
 
 NET = """\
 from math import prod

@@ -15,7 +15,7 @@ import pytest
 from prunekit_reporters import console, jsonl
 from rich.console import Console
 
-from prunekit.component import NoOptions
+from prunekit.catalog.component import NoOptions
 from prunekit.contracts import Context
 from prunekit.report import (
     EpochDone,

@@ -20,7 +20,7 @@ from scipy.stats import binom
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from prunekit.component import Use
+from prunekit.catalog.component import Use
 from prunekit.contracts import Clock, Context
 from prunekit.errors import Interrupted, OptionError
 

@@ -17,22 +17,23 @@ from prunekit_timm.models import adapt, build_timm
 from safetensors.torch import load_file
 from torch import nn
 
-from prunekit.budgets import find_followers
-from prunekit.cli import main
-from prunekit.component import Use
+from prunekit.catalog.component import Use
+from prunekit.catalog.registry import load_registry
+from prunekit.cli.group import main
 from prunekit.contracts import Context, Scores
-from prunekit.engine import Engine
+from prunekit.engine.engine import Engine
 from prunekit.errors import Interrupted, OptionError, UserError
-from prunekit.masks import LEAK, apply_masks, find_prunable, find_unprunable
-from prunekit.options import describe
-from prunekit.plan import make_plan
-from prunekit.recipe import load_recipe
-from prunekit.registry import load_registry
+from prunekit.pruning.layers import find_prunable, find_unprunable
+from prunekit.pruning.learning import LEAK, LearnedScores
+from prunekit.pruning.masks import apply_masks
+from prunekit.pruning.selection import Selection, select
+from prunekit.pruning.structures import find_followers, find_structured, follow
+from prunekit.recipe.document import load_recipe
+from prunekit.recipe.plan import make_plan
+from prunekit.recipe.resolver import describe
 from prunekit.report import EpochDone, Note
-from prunekit.selection import Selection, find_structured, follow, select
-from prunekit.store import Store
+from prunekit.store.stages import Store
 from prunekit.testing import check_component
-from prunekit.variables import LearnedScores
 
 (COMPONENT,) = prunekit_architectures()
 CONTEXT = Context(shape=(3, 32, 32), classes=3)
@@ -317,7 +318,7 @@ def test_names_can_be_searched():
 OFFLINE = """
 import sys
 from click.testing import CliRunner
-from prunekit.cli import main
+from prunekit.cli.group import main
 for name in sys.argv[1:]:
     done = CliRunner().invoke(main, ["run", f"{name}.toml", "--out", name])
     print(done.exit_code)

@@ -16,9 +16,9 @@ import pytest
 import torch
 from prunekit_vision import VisionOptions, prunekit_datasets
 
-from prunekit.component import Use
+from prunekit.catalog.component import Use
 from prunekit.contracts import Context, Data
-from prunekit.data import Arrays
+from prunekit.data.batches import Arrays
 from prunekit.errors import DataMissingError, UserError
 
 COMPONENTS = {component.name: component for component in prunekit_datasets()}

@@ -12,9 +12,9 @@ from PIL import Image
 from prunekit_vision import FolderOptions, ImageNetOptions, prunekit_datasets
 from prunekit_vision.folders import Folder
 
-from prunekit.component import Use
+from prunekit.catalog.component import Use
 from prunekit.contracts import Context, Data
-from prunekit.data import eval_batches, fingerprint, hold_out
+from prunekit.data.batches import eval_batches, fingerprint, hold_out
 from prunekit.errors import DataMissingError, RunError, UserError
 from prunekit.testing import check_component
 

@@ -16,13 +16,14 @@ from prunekit_vision.resnet import DEVIATION, MEAN
 from torch import nn
 from torchvision import models
 
-from prunekit.component import NoOptions, Use
+from prunekit.catalog.component import NoOptions, Use
 from prunekit.contracts import Context, Scores
 from prunekit.errors import OptionError, UserError
-from prunekit.masks import apply_masks, find_prunable, find_unprunable
-from prunekit.selection import Selection, select
+from prunekit.pruning.layers import find_prunable, find_unprunable
+from prunekit.pruning.learning import LearnedScores
+from prunekit.pruning.masks import apply_masks
+from prunekit.pruning.selection import Selection, select
 from prunekit.testing import check_component
-from prunekit.variables import LearnedScores
 
 COMPONENTS = {c.name: c for c in prunekit_architectures() if c.name.startswith("imagenet-")}
 

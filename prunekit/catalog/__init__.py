@@ -1,0 +1,1 @@
+"""What plugins declare, and what is installed; no torch."""

@@ -1,0 +1,214 @@
+"""Images in memory as uint8, batched, cropped and flipped where they lie."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from prunekit.contracts import Data, Split
+from prunekit.data import seeds
+from prunekit.errors import UserError
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """A split in memory: uint8 images (N, C, H, W), int64 labels (N,)."""
+
+    images: Tensor
+    labels: Tensor
+
+    def batches(self, indices: Sequence[Tensor]) -> Iterator[Tensor]:
+        for index in indices:
+            yield self.images[index.to(self.images.device)]
+
+
+@dataclass(frozen=True)
+class Subset:
+    """The images of another split that `index` (M,) names, in that order."""
+
+    split: Split
+    index: Tensor
+    labels: Tensor
+
+    def batches(self, indices: Sequence[Tensor]) -> Iterator[Tensor]:
+        return self.split.batches([self.index[index] for index in indices])
+
+
+@dataclass(frozen=True)
+class AugmentingSubset(Subset):
+    """A subset of a split that augments where it decodes."""
+
+    def augmented_batches(
+        self, indices: Sequence[Tensor], names: Sequence[str], batch_seeds: Sequence[int]
+    ) -> Iterator[Tensor]:
+        inner: Any = self.split
+        chosen = [self.index[index] for index in indices]
+        return inner.augmented_batches(chosen, names, batch_seeds)
+
+
+def subset(split: Split, index: Tensor) -> Split:
+    """A part of a split; arrays are copied, so that what is left out frees its memory."""
+    if isinstance(split, Arrays):
+        return Arrays(split.images[index], split.labels[index])
+    return (AugmentingSubset if hasattr(split, "augmented_batches") else Subset)(
+        split, index, split.labels[index]
+    )
+
+
+def to_device(split: Split, device: torch.device) -> Split:
+    """Move a split that is in memory to the device; one that streams stays where it is."""
+    if isinstance(split, Arrays):
+        return Arrays(split.images.to(device), split.labels)
+    return split
+
+
+def hold_out(split: Split, fraction: float, part: float, seed: int) -> tuple[Split, Split]:
+    """(training part, validation part): `fraction` of all images is used, `part` of it held out.
+
+    The choice depends on `seed` alone, never on the run's seed: runs of a sweep share it.
+
+    Raises `UserError` where one of the parts would be empty.
+    """
+    n = len(split.labels)
+    order = torch.randperm(n, generator=seeds.generator(seed, "hold-out"))
+    order = order[: round(fraction * n)]
+    held = round(part * len(order))
+    if held == len(order) or (part and not held):
+        raise UserError(
+            f"validation = {part} of {len(order)} training images leaves {len(order) - held} to "
+            f"train on and {held} to validate with; give a part that leaves some of each"
+        )
+    # Sorted, so that the part of a small set is a subset in its own order.
+    return subset(split, order[held:].sort().values), subset(split, order[:held].sort().values)
+
+
+def fingerprint(data: Data) -> str:
+    """SHA-256 over the images and labels of both parts, or what the data set says of itself."""
+    if data.fingerprint:
+        return data.fingerprint
+    digest = hashlib.sha256()
+    for split in (data.train, data.test):
+        if not isinstance(split, Arrays):
+            raise UserError("a data set that is not in memory must give its own fingerprint")
+        digest.update(str(tuple(split.images.shape)).encode())
+        digest.update(split.images.contiguous().cpu().numpy().tobytes())
+        digest.update(split.labels.contiguous().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def to_pixels(images: Tensor, device: torch.device | str) -> Tensor:
+    """uint8 (B, C, H, W) -> float32 in [0, 1] on the device."""
+    return images.to(device, non_blocking=True).float().div_(255)
+
+
+def augment(images: Tensor, names: Sequence[str], generator: torch.Generator) -> Tensor:
+    """Augment uint8 images (B, C, H, W), each in its own way, where they lie.
+
+    "crop" pads by an eighth of the height with zeros and crops back at random; "flip" mirrors left
+    and right with probability 1/2. Offsets are drawn on the CPU from `generator`, so that they do
+    not depend on the device.
+
+    Raises `UserError` for "resized-crop", which only splits that decode files can do.
+    """
+    if "resized-crop" in names:
+        raise UserError('augment "resized-crop" is for images that stream from files; write "crop"')
+    device = images.device
+    if "crop" in names:
+        b, _, h, w = images.shape
+        pad = max(h // 8, 1)
+        rows = torch.randint(2 * pad + 1, (b,), generator=generator).to(device)
+        columns = torch.randint(2 * pad + 1, (b,), generator=generator).to(device)
+        # (B, C, 2 pad + 1, 2 pad + 1, H, W): a view of all windows, of which one each is copied.
+        windows = F.pad(images, (pad, pad, pad, pad)).unfold(2, h, 1).unfold(3, w, 1)
+        images = windows[torch.arange(b, device=device), :, rows, columns]
+    if "flip" in names:
+        flips = (torch.rand(len(images), generator=generator) < 0.5).to(device)
+        images = torch.where(flips[:, None, None, None], images.flip(3), images)
+    return images.contiguous()
+
+
+@dataclass(frozen=True)
+class Extra:
+    """A second source of training images: `ratio` of them for each labelled one, in every batch."""
+
+    split: Split
+    ratio: float
+
+    def indices(self, sizes: Sequence[int], seed: int) -> list[Tensor]:
+        """For batches of these sizes, which extra images join each: shuffled, round after round."""
+        counts = [round(self.ratio * size) for size in sizes]
+        n = len(self.split.labels)
+        rounds = -(-sum(counts) // n)
+        order = [torch.empty(0, dtype=torch.int64)]
+        for number in range(rounds):
+            order.append(torch.randperm(n, generator=seeds.generator(seed, "extra", number)))
+        return list(torch.cat(order)[: sum(counts)].split(counts))
+
+
+def train_batches(
+    split: Split,
+    size: int,
+    names: Sequence[str],
+    device: torch.device,
+    seed: int,
+    *,
+    extra: Extra | None = None,
+    skip: int = 0,
+    most: int | None = None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """One epoch of shuffled, augmented batches (x, y) on the device, decided by `seed`.
+
+    An epoch is one pass over `split`; images of `extra` come behind those of each batch. `skip`
+    leaves out the first batches (of a resumed epoch) and changes nothing in the others. A last
+    batch of a single image is left out: batch normalisation cannot use it.
+    """
+    order = torch.randperm(len(split.labels), generator=seeds.generator(seed, "order"))
+    chunks = [c for c in order.split(size) if len(c) > 1 or size == 1][:most]
+    sources = [(split, chunks, "augment")]
+    if extra is not None:
+        indices = extra.indices([len(chunk) for chunk in chunks], seed)
+        sources.append((extra.split, indices, "augment-extra"))
+    streams = [
+        _augmented(
+            source, chosen[skip:], names, [seeds.derive_seed(seed, word, n) for n in numbers]
+        )
+        for source, chosen, word in sources
+        for numbers in [range(skip, len(chosen))]
+    ]
+    for number, images in enumerate(zip(*streams, strict=True), start=skip):
+        labels = [source.labels[chosen[number]] for source, chosen, _ in sources]
+        x = torch.cat([part.to(device) for part in images]) if extra else images[0]
+        yield to_pixels(x, device), torch.cat(labels).to(device)
+
+
+def _augmented(
+    split: Split, indices: Sequence[Tensor], names: Sequence[str], batch_seeds: Sequence[int]
+) -> Iterator[Tensor]:
+    """Augmented uint8 batches; a split that streams may do it where it decodes."""
+    if names and hasattr(split, "augmented_batches"):
+        yield from split.augmented_batches(indices, names, batch_seeds)
+        return
+    for images, seed in zip(split.batches(indices), batch_seeds, strict=True):
+        yield augment(images, names, torch.Generator().manual_seed(seed))
+
+
+def count_batches(split: Split, size: int, most: int | None = None) -> int:
+    """How many batches `train_batches` yields."""
+    n = len(split.labels)
+    count = n // size + (n % size > 1)
+    return count if most is None else min(count, most)
+
+
+def eval_batches(
+    split: Split, size: int, device: torch.device, index: Tensor | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """All images in their own order, or those of `index` (M,), as batches (x, y) on the device."""
+    chunks = list((torch.arange(len(split.labels)) if index is None else index).split(size))
+    for index, batch in zip(chunks, split.batches(chunks), strict=True):
+        yield to_pixels(batch, device), split.labels[index].to(device)

@@ -1,0 +1,160 @@
+"""Extra training images: a second source of labelled or pseudo-labelled ones, from a file.
+
+An `.npz` file has them as `x_extra` and `y_extra`, or as `image` and `label`, as files of generated
+images do. A pickle has them as `data` and `extrapolated_targets`, as the 500,000 pseudo-labelled
+TinyImages of Carmon et al. (NeurIPS 2019, arXiv 1905.13736) do.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prunekit.data.arrays import read_arrays, to_split
+from prunekit.data.batches import Arrays
+from prunekit.errors import UserError, relative
+
+NPZ_KEYS = (("x_extra", "y_extra"), ("image", "label"))
+
+
+PICKLE_KEYS = ("data", "extrapolated_targets")
+
+
+CONVERT = "numpy.savez_compressed(file, x_extra=..., y_extra=...)"
+
+
+def read_extra(path: Path, shape: tuple[int, int, int], classes: int) -> Arrays:
+    """The images and labels in a file, which have to suit a data set of this shape and classes.
+
+    A pickle is never executed: see `read_pickle`. Raises `UserError` with what is wrong.
+    """
+    name = relative(path)
+    packed = zipfile.is_zipfile(path)
+    choices = NPZ_KEYS if packed else (PICKLE_KEYS,)
+    wanted = [key for keys in choices for key in keys]
+    arrays = read_arrays(path, wanted) if packed else read_pickle(path, wanted)
+    found = [keys for keys in choices if arrays.keys() >= set(keys)]
+    if not found:
+        needed = " or ".join(" and ".join(keys) for keys in choices)
+        raise UserError(f"{name} has no {needed}; write extra images with {CONVERT}")
+    images = arrays[found[0][0]]
+    split = to_split(
+        arrays,
+        found[0],
+        name,
+        "first" if images.shape[1:] == shape and images.ndim == 4 else "last",
+    )
+    if tuple(split.images.shape[1:]) != shape:
+        raise UserError(
+            f"{name} holds images {tuple(split.images.shape[1:])}, the data set has {shape} "
+            "(channels, height, width); extra images have to be of the same size"
+        )
+    if int(split.labels.max()) >= classes:
+        raise UserError(
+            f"{name}: there is a label {int(split.labels.max())}, but the data set's {classes} "
+            f"classes have the labels 0 to {classes - 1}; number the classes alike"
+        )
+    return split
+
+
+@dataclass(eq=False)
+class _Call:
+    """What a pickle would have built: nothing but a record of what it asked for."""
+
+    name: str
+    args: tuple[Any, ...]
+    state: Any = None
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+@dataclass(frozen=True, eq=False)
+class _Function:
+    """What a pickle would have called."""
+
+    name: str
+
+    def __call__(self, *args: Any) -> _Call:
+        return _Call(self.name, args)
+
+
+class _Refused(Exception):
+    """The pickle asks for something that no array of numbers needs."""
+
+
+class _Inspector(pickle.Unpickler):
+    """Reads a pickle without importing or calling anything that it names."""
+
+    ARRAYS = (
+        "numpy.core.multiarray._reconstruct", "numpy.core.multiarray.scalar",
+        "numpy.core.numeric._frombuffer", "numpy.ndarray", "numpy.dtype", "_codecs.encode",
+    )  # fmt: skip
+
+    def find_class(self, module: str, name: str) -> Any:
+        full = f"{module}.{name}".replace("numpy._core.", "numpy.core.")
+        if full not in self.ARRAYS:
+            raise _Refused(full)
+        return _Function(full)
+
+
+def read_pickle(path: Path, keys: list[str]) -> dict[str, np.ndarray]:
+    """Those arrays of numbers that a pickled dictionary has under these keys.
+
+    Nothing of the pickle is executed, NumPy's own reconstruction neither (a made-up dtype makes
+    numbers into pointers): the arrays are put together here from their bytes, type and shape.
+
+    Raises `UserError` where the pickle asks for anything but arrays of numbers, or is damaged.
+    """
+    name = relative(path)
+    convert = f"save the images where you trust the file, with {CONVERT}"
+    try:
+        with path.open("rb") as file:
+            found = _Inspector(file, encoding="latin1").load()
+        if not isinstance(found, dict):
+            raise ValueError("it is no dictionary")
+        return {key: _to_array(found[key], key) for key in keys if key in found}
+    except _Refused as error:
+        raise UserError(
+            f"{name} is a pickle that asks for {error}, and only arrays of numbers are taken from "
+            f"pickles; {convert}"
+        ) from error
+    except OSError as error:
+        raise UserError(f"{name} cannot be read ({error.strerror})") from error
+    # The pickle module raises whatever a wrong byte leads to.
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(
+            f"{name} is neither an .npz file nor a pickle of arrays ({reason}); {convert}"
+        ) from error
+
+
+def _to_array(value: Any, key: str) -> np.ndarray:
+    match value:
+        case _Call("numpy.core.multiarray._reconstruct", _, (_, shape, dtype, fortran, content)):
+            return _from_bytes(content, dtype, shape, "F" if fortran else "C")
+        case _Call("numpy.core.numeric._frombuffer", (content, dtype, shape, "C" | "F" as order)):
+            return _from_bytes(content, dtype, shape, order)
+        case list() if all(type(number) is int for number in value):
+            return np.asarray(value)
+    raise ValueError(f"its {key} is no array of numbers")
+
+
+def _from_bytes(content: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray:
+    match dtype:
+        case _Call("numpy.dtype", (str(kind), *_), (_, str(endian), *_)) if re.fullmatch(
+            "[<>=|][uif][1248]", endian + kind
+        ):
+            numbers = np.dtype(endian + kind)
+        case _:
+            raise ValueError("its arrays are not of plain numbers")
+    match content:
+        case _Call("_codecs.encode", (str(text), "latin1")) | str(text):  # protocol 2, Python 2
+            content = text.encode("latin1")
+    return np.frombuffer(content, numbers).reshape(shape, order=order)

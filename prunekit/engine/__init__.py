@@ -1,0 +1,1 @@
+"""The fold over stages: computing, evaluating, rehearsing, previewing."""

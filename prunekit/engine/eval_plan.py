@@ -1,0 +1,162 @@
+"""The plan of `prunekit eval`: a run of one evaluate stage on a finished network."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prunekit.catalog.registry import load_registry
+from prunekit.contracts import Threat
+from prunekit.engine.running import run_plan
+from prunekit.errors import Place, RecipeError, RunError, UserError, relative
+from prunekit.recipe.document import DATA_KEYS, Recipe, override, parse_value
+from prunekit.recipe.plan import Plan, make_plan
+from prunekit.report import Tell
+from prunekit.store.layout import RECIPE
+from prunekit.store.networks import Network
+from prunekit.store.records import read_run
+from prunekit.store.runs import digest
+
+UNUSED = ("extra", "extra_ratio")
+"""Keys of [dataset] that serve training alone."""
+
+
+@dataclass(frozen=True)
+class EvalRequest:
+    """What `prunekit eval` was told; None is what the file or its run says."""
+
+    evaluators: tuple[str, ...]
+    dataset: str | None = None
+    model: str | None = None
+    eps: str | None = None
+    images: int | None = None
+    settings: tuple[str, ...] = ()
+
+
+def plan_evaluation(network: Network, request: EvalRequest) -> Plan:
+    """A plan whose only stage judges the network.
+
+    The settings that the evaluation was given become settings of the run, beside those of the run
+    that made the network: `prunekit results` then tells and groups evaluations as it does runs.
+    """
+    names = [name.rpartition(":")[2] for name in request.evaluators]
+    stage: dict[str, Any] = {
+        "kind": "evaluate", "name": "+".join(names),
+        "with": [{"use": use} for use in request.evaluators],
+    }  # fmt: skip
+    given: dict[str, Any] = {}
+    sections = _choose_sections(network, request)
+    if request.eps is not None:
+        given["threat.eps"] = request.eps
+    if request.dataset is not None:
+        given["dataset"] = request.dataset
+    if request.images is not None:
+        stage["images"] = given["evaluate.images"] = request.images
+    label, seed, settings = _identify(network)
+    others = []
+    for text in request.settings:
+        address, _, value = text.partition("=")
+        first, _, option = address.strip().partition(".")
+        given[address.strip()] = parse_value(value)
+        if first in names and option:
+            stage["with"][names.index(first)][option] = parse_value(value)
+        else:
+            others.append(text)
+    data = {
+        "name": label, "seed": seed, **sections, "stage": [stage], "report": ["console"],
+    }  # fmt: skip
+    recipe = Recipe((network.run or network.file.parent) / RECIPE, data, _places(request))
+    override(recipe, others)
+    try:
+        plan = make_plan(recipe, load_registry())
+    except RecipeError as error:
+        if "threat" not in data and any("[threat]" in p.message for p in error.problems):
+            raise UserError(
+                "the network does not say for which threat it was made; give --eps 8/255"
+            ) from None
+        raise
+    run = dataclasses.replace(plan.runs[0], settings={**settings, **given})
+    notes = (*plan.notes, *_note_training(network, run.threat))
+    return dataclasses.replace(plan, runs=(run,), notes=notes)
+
+
+def _note_training(network: Network, threat: Threat | None) -> Iterator[str]:
+    """A threat that is not the one the network was trained for is allowed, and flagged."""
+    trained = network.header.get("threat")
+    if trained and threat and trained != dataclasses.asdict(threat):
+        yield (
+            f"judged at norm {threat.norm}, eps {threat.eps:.6g}; the network was trained for "
+            f"{trained['norm']}, {trained['eps']:.6g}"
+        )
+
+
+def _choose_sections(network: Network, request: EvalRequest) -> dict[str, Any]:
+    sections = dict(network.sections)
+    where = relative(network.file)
+    for key, chosen, flag in (
+        ("dataset", request.dataset, "--dataset"), ("architecture", request.model, "--model"),
+    ):  # fmt: skip
+        if chosen is None and key not in sections:
+            raise UserError(f"{where} does not say its {key}; give {flag} NAME")
+        old: Any = sections.get(key)
+        old = {"use": old} if isinstance(old, str) else old or {}
+        if chosen is not None:
+            sections[key] = {"use": chosen}
+            if key == "dataset":
+                sections[key] |= {k: v for k, v in old.items() if k in DATA_KEYS}
+        else:
+            sections[key] = old
+    sections["dataset"] = {k: v for k, v in sections["dataset"].items() if k not in UNUSED}
+    sections["architecture"] = {**sections["architecture"], "init": str(network.file)}
+    if request.eps is not None:
+        sections["threat"] = {**sections.get("threat", {}), "eps": request.eps}
+    return sections
+
+
+def _identify(network: Network) -> tuple[str, int, dict[str, Any]]:
+    """(name, seed, settings) of the run that made the network."""
+    if network.run is not None:
+        run = read_run(network.run)
+        return run.name, run.seed, dict(run.settings)
+    seed = network.header.get("seed", 0)
+    name = re.sub(r"[^\w+-]", "-", network.file.stem)
+    return name, seed if isinstance(seed, int) else 0, {}
+
+
+def _places(request: EvalRequest) -> dict[Any, Place]:
+    """Where mistakes are: in the options of the command line."""
+    told = {
+        ("stage",): ("--with", ",".join(request.evaluators)),
+        ("stage", 0, "images"): ("--images", request.images),
+        ("dataset", "use"): ("--dataset", request.dataset),
+        ("architecture", "use"): ("--model", request.model),
+        ("threat", "eps"): ("--eps", request.eps),
+    }
+    return {
+        path: Place(f"{flag} {value}") for path, (flag, value) in told.items() if value is not None
+    }
+
+
+def evaluate_network(
+    network: Network, request: EvalRequest, store: Path | None, device: str, resume: str, tell: Tell
+) -> Path:
+    """Evaluate, or find the stored result; the folder of the evaluation.
+
+    Raises `RunError` where it failed.
+    """
+    plan = plan_evaluation(network, request)
+    folder = network.evaluations / f"{plan.runs[0].stages[0].name}-{digest(plan)[:8]}"
+    folders = run_plan(
+        plan, folder, store or network.store, device, force=False, resume=resume, tell=tell
+    )
+    if folders is None:
+        for note in plan.notes:
+            tell(note)
+    for done in folders or []:
+        if done.status == "failed":
+            raise RunError(done.error)
+    return folder

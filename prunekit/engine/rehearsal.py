@@ -1,0 +1,74 @@
+"""The same stages, tiny: what `--smoke` runs, and what is rehearsed before a long run."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from prunekit.catalog.component import Facts, Use
+from prunekit.contracts import Data
+from prunekit.recipe.plan import Plan, Run
+from prunekit.recipe.sections import DataOptions
+
+SMOKE_BATCHES, SMOKE_BATCH_SIZE = 2, 8
+
+
+def reduce_plan(plan: Plan) -> Plan:
+    """The smoke plan: one run for each distinct component, tiny batches, short attacks."""
+    runs: list[Run] = []
+    seen: set[tuple[str, str]] = set()
+    for run in plan.runs:
+        parts = {(use.kind, use.component.name) for use in run.uses()}
+        if parts - seen:
+            seen |= parts
+            small = dataclasses.replace(run, dataset=reduce_options(run.dataset))
+            runs.append(reduce_run(small, SMOKE_BATCHES, SMOKE_BATCH_SIZE))
+    return dataclasses.replace(plan, runs=tuple(runs), smoke=True)
+
+
+def reduce_run(run: Run, batches: int, batch_size: int | None = None) -> Run:
+    """One epoch of `batches` batches a stage, and options cut to what `option(smoke=)` says."""
+    size = min(run.data.batch_size, batch_size or run.data.batch_size)
+    stages = []
+    for stage in run.stages:
+        options = reduce_options(stage.options)
+        if getattr(options, "epochs", None) is not None:
+            options = dataclasses.replace(options, epochs=1)
+        stages.append(dataclasses.replace(stage, options=options, batches=batches))
+    data = dataclasses.replace(run.data, batch_size=size)
+    return dataclasses.replace(run, stages=tuple(stages), data=data)
+
+
+def reduce_options(value: Any) -> Any:
+    if isinstance(value, Use):
+        return dataclasses.replace(value, options=reduce_options(value.options))
+    if isinstance(value, tuple):
+        return tuple(map(reduce_options, value))
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        return value
+    changes: dict[str, Any] = {}
+    for f in dataclasses.fields(value):
+        old, most = getattr(value, f.name), f.metadata.get("smoke")
+        changes[f.name] = min(old, most) if most is not None and old else reduce_options(old)
+    return dataclasses.replace(value, **changes)
+
+
+def random_data(facts: Facts, options: DataOptions) -> Data:
+    """Random images of the data set's shape, just enough of them for a smoke run."""
+    import torch
+
+    from prunekit.data.batches import Arrays
+
+    generator = torch.Generator().manual_seed(0)
+
+    def part(n: int) -> Arrays:
+        images = torch.randint(256, (n, *facts.shape), generator=generator, dtype=torch.uint8)
+        return Arrays(images, torch.randint(facts.classes, (n,), generator=generator))
+
+    # Validation and `fraction` are parts of this: both must stay above nothing.
+    share = options.fraction * min(options.validation or 1, 1 - options.validation)
+    n = round(SMOKE_BATCHES * SMOKE_BATCH_SIZE / share) + 2
+    train, test = part(n), part(SMOKE_BATCHES * SMOKE_BATCH_SIZE)
+    # Images in memory are cropped as they are, not at another size.
+    names = tuple("crop" if name == "resized-crop" else name for name in facts.augment)
+    return Data(train, test, facts.shape, facts.classes, names)

@@ -1,0 +1,1 @@
+"""Networks: built, stored, imported, exported, handed over from Python."""

@@ -1,0 +1,154 @@
+"""Networks made: from a run's architecture, with their normalization inside."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from prunekit.contracts import Context
+from prunekit.data import seeds
+from prunekit.errors import RunError
+from prunekit.evaluation import eval_mode
+from prunekit.pruning.layers import find_prunable, find_unprunable, find_weights
+from prunekit.recipe.plan import Plan, Run
+from prunekit.recipe.resolver import describe
+
+
+def build_network(
+    run: Run,
+    shape: tuple[int, int, int],
+    classes: int,
+    device: torch.device | str = "cpu",
+    *,
+    fresh: bool = True,
+) -> nn.Module:
+    """The network of a run with the weights it starts with, tried on two black images.
+
+    Raises `RunError` where it does not take them, or does not give logits (2, K).
+    """
+    use = run.architecture
+    seeds.seed_all(run.seed, "architecture")
+    model = use.build(
+        Context(seed=run.seed, folder=run.folder, shape=shape, classes=classes, fresh=fresh)
+    )
+    owner = f"architecture {use.component.name!r} of plugin {use.plugin}"
+    if not isinstance(model, nn.Module):
+        raise RunError(f"{owner} is no nn.Module")
+    model.to(device)
+    size = " x ".join(map(str, shape))
+    try:
+        with eval_mode(model), torch.no_grad():
+            logits = model(torch.zeros(2, *shape, device=device))
+    except Exception as error:  # whatever layers raise that images of this size do not suit
+        reason = (str(error).splitlines() or [""])[0]
+        raise RunError(
+            f"{owner} cannot take images of {size}: {type(error).__name__}: {reason}"
+        ) from error
+    found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+    if found != (2, classes):
+        raise RunError(
+            f"{owner} gives {found} for 2 images and {classes} classes, not (2, {classes})"
+        )
+    return model
+
+
+def describe_model(run: Run, shape: Sequence[int], classes: int) -> dict[str, Any]:
+    """What the header of a model file says of the network, whoever trained it."""
+    return {
+        "architecture": describe(run.architecture),
+        "shape": list(shape),
+        "classes": classes,
+        "dataset": run.dataset.component.name,
+        "pixels": "[0, 1]; any normalisation is inside the network",
+        "threat": dataclasses.asdict(run.threat) if run.threat else None,
+        "seed": run.seed,
+    }
+
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+def normalize_inputs(model: Network, mean: Sequence[float], deviation: Sequence[float]) -> Network:
+    """Make the network take pixels in [0, 1]: it works on (x - mean) / deviation, channel-wise.
+
+    The constants follow the network to its device and stay out of its state dict, so that weights
+    load with and without it. Changes the model, and returns it.
+    """
+    for name, values in (("input_mean", mean), ("input_deviation", deviation)):
+        model.register_buffer(name, torch.tensor(values).reshape(-1, 1, 1), persistent=False)
+    model.register_forward_pre_hook(_normalize)
+    return model
+
+
+def _normalize(model: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    x, *others = inputs
+    return ((x - model.input_mean) / model.input_deviation, *others)
+
+
+def find_fragile(model: nn.Module, classifiers: Sequence[str] = ()) -> tuple[str, ...]:
+    """Names of weights that hold little and carry much, for the `leave_dense` of a network.
+
+    Plain convolutional networks have none (HYDRA prunes first and last layers too). Where there are
+    depthwise convolutions, these, and the first convolution (Zhu & Gupta 2017, arXiv 1710.01878, of
+    MobileNets). Where the first convolution cuts the image into patches, that, and the classifier:
+    the layers `classifiers`, by default the last linear one.
+    """
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+    convolutions = {n: m for n, m in layers.items() if isinstance(m, nn.Conv2d)}
+    found = [n for n, m in convolutions.items() if 1 < m.groups == m.in_channels]
+    first, stem = next(iter(convolutions.items()), ("", None))
+    patches = stem is not None and stem.stride == stem.kernel_size != (1, 1)
+    if patches or found:
+        found.append(first)
+    if patches:
+        found += classifiers or list(layers)[-1:]
+    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
+    fragile = {names[layers[n].weight] for n in found if find_weights(layers[n])}
+    return tuple(name for name in names.values() if name in fragile)
+
+
+def inspect_networks(plan: Plan) -> list[dict[str, Any]]:
+    """One entry for each network of the plan. Reads a data set only where nothing else tells.
+
+    Raises `UserError` where a network cannot be built for its images, or cannot be pruned.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for run in plan.runs:
+        patterns = [s.options.exclude for s in run.stages if s.kind == "prune"]
+        key = str([describe(run.dataset), describe(run.architecture), patterns])
+        if key not in found:
+            found[key] = _inspect(run)
+    return list(found.values())
+
+
+def find_shape(run: Run) -> tuple[tuple[int, int, int], int]:
+    """Of an image, and the number of classes; the data is read only where nothing else tells."""
+    facts = run.dataset.component.facts
+    known = facts(run.dataset.options) if facts else run.dataset.build(Context(folder=run.folder))
+    return known.shape, known.classes
+
+
+def _inspect(run: Run) -> dict[str, Any]:
+    shape, classes = find_shape(run)
+    model = build_network(run, shape, classes)
+    weights = find_prunable(model)
+    dense: dict[str, None] = {}
+    for stage in run.stages:
+        if stage.kind == "prune":
+            exclude = stage.options.exclude
+            chosen = getattr(model, "leave_dense", ()) if exclude is None else exclude
+            kept = find_prunable(model, chosen)
+            dense |= dict.fromkeys(name for name in weights if name not in kept)
+    named = describe(run.architecture)
+    return {
+        "architecture": " ".join(str(named[k]) for k in ("use", "model") if k in named),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "prunable": sum(weight.numel() for weight in weights.values()),
+        "layers": len(weights),
+        "dense": list(dense),
+        "unprunable": [f"{name} ({layer})" for name, layer in find_unprunable(model).items()],
+    }

@@ -1,0 +1,107 @@
+"""Pruned networks -> files that other programs read."""
+
+from __future__ import annotations
+
+import importlib
+import io
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from prunekit.errors import UserError, relative
+from prunekit.models.importing import count_imported, find_keep_ratio
+from prunekit.models.stored import find_architecture, load_network
+from prunekit.store.checkpoint import read_checkpoint, read_masks
+from prunekit.store.files import make_folder, write_bytes
+from prunekit.store.networks import read_network
+
+HYDRA_NAMES = {
+    "cifar-small": "cifar_model",
+    "cifar-large": "cifar_model_large",
+    "mnist-small": "mnist_model",
+    "mnist-large": "mnist_model_large",
+}
+"""Architectures that HYDRA calls something else than our name with underscores."""
+
+
+def export_hydra(model: Path, out: Path) -> float:
+    """Write a checkpoint as HYDRA does: scores beside the weights, the kept ones the largest.
+
+    Returns the sparsity that it is to be read with: its keep ratio is not in the file. Removed
+    weights are zero in it. Raises `UserError` where one keep ratio cannot say the masks.
+    """
+    if out.exists():
+        raise UserError(f"{relative(out)} is there already; choose another --out")
+    state, header = read_checkpoint(model)
+    masks = read_masks(state, header, model)
+    if not masks:
+        raise UserError(f"{relative(model)} has no masks; it loads as plain weights as it is")
+    if odd := [name for name, mask in masks.items() if not _is_layer(name, mask)]:
+        raise UserError(f"a hydra file has scores of layers only, and {odd[0]} is pruned as well")
+    counts = {name: (mask.numel(), int(mask.sum())) for name, mask in masks.items()}
+    sparsity = find_sparsity(counts)
+    if sparsity is None:
+        kept = sorted((k / n, name) for name, (n, k) in counts.items())
+        raise UserError(
+            f"a hydra file has one keep ratio for all layers, and {kept[0][1]} keeps "
+            f"{kept[0][0]:.4g}, {kept[-1][1]} {kept[-1][0]:.4g} of its weights; prune with "
+            'budget = "layer"'
+        )
+    for name, mask in masks.items():
+        state[f"{name.removesuffix('weight')}popup_scores"] = mask.to(state[name].dtype)
+    name = str(header.get("architecture", {}).get("use", "unknown"))
+    if name.startswith("wrn-"):
+        # HYDRA's own loader wants the block that its forward pass never uses.
+        state |= {f"sub_{n}": v.clone() for n, v in state.items() if n.startswith("block1.")}
+    name = HYDRA_NAMES.get(name, name.removeprefix("cifar-").replace("-", "_"))
+    content = {"epoch": 0, "arch": name, "state_dict": state, "best_prec1": 0.0, "optimizer": {}}
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(out, buffer.getvalue())
+    return sparsity
+
+
+def export_own(path: Path, kind: str, out: Path) -> None:
+    """Write the network of a run, or of a model file, in a format of its architecture's.
+
+    Raises `UserError` where that has no such format.
+    """
+    network = read_network(path)
+    use = find_architecture(network)
+    if kind not in use.component.exports:
+        formats = ", ".join(["hydra", *use.component.exports])
+        raise UserError(
+            f"architecture {use.component.name!r} has no format {kind!r}; there are: {formats}"
+        )
+    if out.exists():
+        raise UserError(f"{relative(out)} is there already; choose another --out")
+    model, _ = load_network(network)
+    module, _, function = use.component.exports[kind].partition(":")
+    make_folder(out.parent)
+    getattr(importlib.import_module(module), function)(model, use.options, network.header, out)
+
+
+def _is_layer(name: str, mask: Tensor) -> bool:
+    return name.endswith(".weight") and mask.dim() > 1
+
+
+def find_sparsity(counts: Mapping[str, tuple[int, int]]) -> float | None:
+    """The shortest decimal that leaves just so many weights of each layer, by HYDRA's rule.
+
+    `counts` are layer -> (weights, kept weights); None where there is no such number.
+
+    >>> find_sparsity({"a": (1000, 100), "b": (10, 1)}), find_sparsity({"a": (8, 1), "b": (8, 2)})
+    (0.9, None)
+    """
+    low = max((n - kept) / n for n, kept in counts.values())
+    high = min((n - kept + 1) / n for n, kept in counts.values())
+    for digits in range(1, 11):
+        for value in (low, (low + high) / 2):
+            sparsity = round(value, digits)
+            ratio = find_keep_ratio(sparsity)
+            if all(count_imported(n, ratio) == kept for n, kept in counts.values()):
+                return sparsity
+    return None

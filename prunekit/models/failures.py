@@ -1,0 +1,70 @@
+"""Any exception -> one line for the user, naming the plugin it came from."""
+
+from __future__ import annotations
+
+import re
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from prunekit.errors import Interrupted, RunError, UserError
+from prunekit.recipe.plan import Run
+
+OURS = re.compile(r"\(prunekit(?: \S+)?\)$")
+"""How the name of a plugin of prunekit's own ends."""
+
+
+MEMORY = ("not enough memory", "can't allocate memory", "out of memory")
+
+
+def explain(error: BaseException, run: Run) -> str:
+    """What went wrong and what to do, without a traceback (`--debug` shows that)."""
+    if isinstance(error, UserError):
+        return str(error)
+    text = str(error).strip().splitlines()
+    reason = f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and any(word in str(error).lower() for word in MEMORY)
+    ):
+        return (
+            f"memory ran out; lower dataset.batch_size (now {run.data.batch_size}) with --set "
+            f"dataset.batch_size={max(run.data.batch_size // 2, 1)}, or take a smaller network"
+        )
+    if owner := _find_owner(error, run):
+        return f"plugin {owner} failed: {reason} (--debug shows where)"
+    # What a foreign plugin hands over may fail in our hands: a function with other arguments.
+    foreign = dict.fromkeys(u.plugin for u in run.uses() if not OURS.search(u.plugin))
+    used = f"plugins in use: {', '.join(foreign)}; " if foreign else ""
+    return f"{reason} ({used}--debug shows where)"
+
+
+@contextmanager
+def explained(run: Run) -> Iterator[None]:
+    """Whatever a plugin raises inside becomes a `RunError` of one line that names it."""
+    try:
+        yield
+    except (UserError, Interrupted):
+        raise
+    except (Exception, SystemExit) as error:
+        raise RunError(explain(error, run)) from error
+
+
+def release(error: BaseException) -> None:
+    """Let go of all tensors that an error's traceback holds; the lines it shows stay."""
+    link: BaseException | None = error
+    while link is not None:
+        traceback.clear_frames(link.__traceback__)
+        link = link.__cause__ or link.__context__
+
+
+def _find_owner(error: BaseException, run: Run) -> str:
+    """The plugin whose code is the innermost of the traceback, of those this run uses."""
+    owners = {use.component.package: use for use in run.uses()}
+    owners.pop("prunekit", None)
+    for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))):
+        package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+        if package in owners:
+            return owners[package].plugin
+    return ""

@@ -1,0 +1,1 @@
+"""Scores to masks to a pruned network."""

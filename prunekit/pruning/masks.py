@@ -1,0 +1,92 @@
+"""Masks on a network: applying, checking, counting, hashing."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunekit.contracts import Masks
+from prunekit.errors import RunError, UserError
+from prunekit.pruning.layers import find_prunable
+
+
+@dataclass
+class State:
+    """The network between stages; changed in place by them."""
+
+    model: nn.Module
+    masks: Masks = field(default_factory=dict)
+
+
+def describe_counts(state: State) -> dict[str, Any]:
+    """Kept and all weights, in total and layer by layer."""
+    layers = count_weights(state.model, state.masks)
+    return {
+        "kept": sum(layer["kept"] for layer in layers.values()),
+        "weights": sum(layer["weights"] for layer in layers.values()),
+        "layers": layers,
+    }
+
+
+def find_broken(model: nn.Module) -> str:
+    """The first parameter or buffer that holds NaN or infinity; empty where none does."""
+    for name, value in (*model.named_parameters(), *model.named_buffers()):
+        if value.is_floating_point() and not value.isfinite().all():
+            return name
+    return ""
+
+
+@torch.no_grad()
+def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
+    """Set the pruned weights of the model to zero, in place.
+
+    Raises `UserError` for a mask that fits no parameter; nothing is changed then.
+    """
+    weights = dict(model.named_parameters())
+    for name, mask in masks.items():
+        if name not in weights:
+            raise UserError(f"the mask {name!r} is of no parameter of the network")
+        if mask.dtype != torch.bool or mask.shape != weights[name].shape:
+            raise UserError(
+                f"the mask of {name} is {mask.dtype} {tuple(mask.shape)}; give booleans of the "
+                f"weight's shape {tuple(weights[name].shape)}, True where it is kept"
+            )
+    for name, mask in masks.items():
+        weights[name].masked_fill_(~mask, 0)
+
+
+def assert_masked(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
+    """Raise `RunError` where a pruned weight is not exactly zero."""
+    weights = dict(model.named_parameters())
+    for name, mask in masks.items():
+        if torch.count_nonzero(weights[name].detach()[~mask]):
+            raise RunError(f"pruned weights of {name} are not zero: training did not keep its mask")
+
+
+def count_weights(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, dict[str, int]]:
+    """Layer -> {"kept", "weights"} over all prunable weights; a layer without a mask is dense."""
+    counts = {}
+    for name, weight in find_prunable(model).items():
+        n = weight.numel()
+        counts[name] = {"kept": int(masks[name].sum()) if name in masks else n, "weights": n}
+    return counts
+
+
+def measure_sparsity(counts: Mapping[str, Mapping[str, int]]) -> float:
+    """Fraction of all prunable weights that is removed."""
+    total = sum(layer["weights"] for layer in counts.values())
+    return 1 - sum(layer["kept"] for layer in counts.values()) / total
+
+
+def hash_masks(masks: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names and bits: ranks and resumed runs compare it."""
+    digest = hashlib.sha256()
+    for name in sorted(masks):
+        digest.update(name.encode())
+        digest.update(masks[name].cpu().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""TOML to a plan, every mistake with its line; no torch."""

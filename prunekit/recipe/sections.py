@@ -1,0 +1,155 @@
+"""The core's own sections and stages of a recipe, as options dataclasses."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from prunekit.catalog.component import Radius, Use, option
+from prunekit.contracts import (
+    STRUCTURE,
+    Evaluator,
+    Norm,
+    Objective,
+    OptimizerChoice,
+    Pruner,
+    read_ratio,
+)
+from prunekit.errors import OptionError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThreatOptions:
+    eps: Radius = option(help="radius of the attacks", unit="pixels in [0, 1]")
+    norm: Norm = option("linf", help="norm of the attacks")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """Keys of [dataset] that are the core's."""
+
+    batch_size: int = option(128, help="images in a batch", low=1)
+    validation: float = option(0.1, help="part of the training images held out", low=0, below=1)
+    validation_seed: int = option(0, help="chooses which images are held out")
+    fraction: float = option(1.0, help="part of the training images used", above=0, high=1)
+    augment: tuple[Literal["crop", "flip", "resized-crop"], ...] | None = option(
+        None, help="augmentations in training; default: what suits the data set"
+    )
+    extra: Path | None = option(
+        None, help="file of more training images, npz or the pseudo-labelled pickle", exists=True
+    )
+    extra_ratio: float = option(1.0, help="extra images for each labelled one in a batch", above=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArchitectureOptions:
+    """Keys of [architecture] that are the core's."""
+
+    init: Path | None = option(
+        None, help="start from the weights in this file, and its masks", exists=True
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitOptions:
+    """What pretrain, prune and finetune stages share."""
+
+    optimizer: Use[OptimizerChoice] = option({"use": "sgd", "lr": 0.1}, help="optimizer")
+    objective: Use[Objective] | None = option(None, help="loss; default: the recipe's")
+    select: str | None = option(
+        None,
+        help='validation metric whose best epoch is kept, or "last"; default: the objective\'s',
+    )
+    clip_norm: float | None = option(None, help="largest norm of a step's gradients", above=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainOptions(FitOptions):
+    """A pretrain stage."""
+
+    epochs: int = option(help="passes over the training images", low=1, high=10**6)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneOptions(FitOptions):
+    """A finetune stage."""
+
+    epochs: int = option(help="passes over the training images", low=1, high=10**6)
+    optimizer: Use[OptimizerChoice] = option({"use": "sgd", "lr": 0.01}, help="optimizer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneOptions(FitOptions):
+    """A prune stage."""
+
+    epochs: int | None = option(None, help="passes over the training images", low=1, high=10**6)
+    sparsity: float | None = option(
+        None, help='fraction of the weights removed; an "n:m" structure fixes it', above=0, below=1
+    )
+    pruner: Use[Pruner] = option("score", help="how much each weight matters")
+    budget: Literal["layer", "global", "erk", "lamp"] = option(
+        "layer",
+        help="who shares it: each layer alike, all together, by shape (ERK), by LAMP's scores",
+    )
+    structure: str = option(
+        "element", help='what goes together: "element", "channel" (outputs), or "n:m" such as "2:4"'
+    )
+    bn: Literal["train", "freeze", "recalibrate"] = option(
+        "train",
+        help="batch normalisation while scores are learned; recalibrate: also measured anew after",
+    )
+    exclude: tuple[str, ...] | None = option(
+        None,
+        help='names of weights left dense, such as "fc.*"; default: what the architecture says',
+    )
+
+    def __post_init__(self) -> None:
+        if not STRUCTURE.fullmatch(self.structure):
+            raise OptionError(
+                "structure", f'structure cannot be {self.structure!r}; write "element", "channel" '
+                'or a ratio such as "2:4"',
+            )  # fmt: skip
+        ratio = read_ratio(self.structure)
+        if ratio is None:
+            if self.sparsity is None:
+                raise OptionError("sparsity", "needs sparsity: fraction of the weights removed")
+            return
+        n, m = ratio
+        if n >= m:
+            raise OptionError("structure", f"{n} of every {m} removes nothing; write less of more")
+        if self.budget != "layer":
+            raise OptionError("budget", f"{n}:{m} fixes what every layer keeps; remove budget")
+        if self.sparsity not in (None, 1 - n / m):
+            raise OptionError(
+                "sparsity", f"{n}:{m} removes {1 - n / m:g}, not {self.sparsity:g}; remove sparsity"
+            )
+        object.__setattr__(self, "sparsity", 1 - n / m)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions:
+    """An evaluate stage."""
+
+    with_: tuple[Use[Evaluator], ...] = option(help="evaluators")
+    images: int | None = option(None, help="judge so many test images, evenly spaced", low=1)
+
+    def __post_init__(self) -> None:
+        names = [use.name for use in self.with_]
+        twice = {name for name in names if names.count(name) > 1}
+        if twice:
+            raise OptionError("with_", f'{min(twice)!r} is there twice; give each a name = "..."')
+        if not names:
+            raise OptionError("with_", 'name at least one evaluator, such as with = ["clean"]')
+
+
+STAGE_OPTIONS: dict[str, type] = {
+    "pretrain": PretrainOptions,
+    "prune": PruneOptions,
+    "finetune": FinetuneOptions,
+    "evaluate": EvaluateOptions,
+}
+
+
+DATA_KEYS = tuple(f.name for f in dataclasses.fields(DataOptions))

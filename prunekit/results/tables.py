@@ -1,0 +1,127 @@
+"""The comparison as a table, as JSON, as CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from prunekit.errors import relative
+from prunekit.results.comparison import Row
+from prunekit.results.metrics import (
+    DIAGNOSTICS,
+    format_metric,
+    format_setting,
+    is_diagnosis,
+    is_fraction,
+    is_main,
+    split_metric,
+)
+
+SCHEMA_VERSION = 1
+"""The version of what `to_json` returns."""
+
+
+def tabulate(rows: Sequence[Row], plus_minus: str = "±") -> list[list[str]]:
+    """The cells of the table as text, titles first; "-" where there is nothing to say."""
+    addresses = dict.fromkeys(address for row in rows for address in row.settings)
+    metrics = _list_metrics(rows, is_main)
+    seeds = len({row.seeds for row in rows if row.seeds}) > 1 or any(len(r.seeds) > 1 for r in rows)
+    marks = any(row.smoke or row.status != "done" for row in rows)
+    taken = [a.rpartition(".")[2] for a in addresses] + [*metrics, "stage", "seed", "status"]
+
+    def shorten(address: str) -> str:
+        last = address.rpartition(".")[2]
+        return last if taken.count(last) == 1 else address.replace(".", "\n")
+
+    def entitle(metric: str) -> str:
+        return "\n".join(split_metric(metric)).lstrip() + (" %" if is_fraction(metric) else "")
+
+    def fill(metric: str, row: Row) -> str:
+        value = row.metrics.get(metric)
+        if value is None:
+            return "-"
+        text = format_metric(metric, value.mean, unit="")
+        # The same sparsity in every seed is how it should be, and needs no room.
+        if value.sd is not None and (value.sd or metric != "sparsity"):
+            fraction = is_fraction(metric)
+            sd = format_metric(metric, value.sd, unit="") if fraction else f"{value.sd:.2g}"
+            text += f" {plus_minus} {sd}"
+        return text + (f" ({value.seeds})" if value.seeds < len(row.seeds) else "")
+
+    titles = ["stage", *map(shorten, addresses), *["seed"] * seeds, *map(entitle, metrics)]
+    cells = [
+        [
+            row.stage or "-",
+            *(format_setting(row.settings[address]) for address in addresses),
+            *[",".join(map(str, row.seeds)) or "-"] * seeds,
+            *(fill(metric, row) for metric in metrics),
+            *[f"{row.status}, SMOKE" if row.smoke else row.status] * marks,
+        ]
+        for row in rows
+    ]
+    return [titles + ["status"] * marks, *cells]
+
+
+def _list_metrics(rows: Sequence[Row], wanted: Callable[[str], bool]) -> list[str]:
+    """Names of metrics in order of first appearance, the network's sparsity first."""
+    names = dict.fromkeys(name for row in rows for name in row.metrics if wanted(name))
+    return sorted(names, key=lambda name: name != "sparsity")
+
+
+def write_notes(rows: Sequence[Row]) -> list[str]:
+    """What a reader of the table has to know besides its numbers."""
+    notes = [
+        f"{relative(row.runs[0])}: {row.status}" + (f": {row.error}" if row.error else "")
+        for row in rows
+        if not row.stage
+    ]
+    for name in _list_metrics(rows, is_diagnosis):
+        most = max(row.metrics[name].mean for row in rows if name in row.metrics)
+        if most > 0:
+            owner, measure = split_metric(name)
+            images = f"up to {most:.4g} images of a network"
+            notes.append(f"{owner}: {images} {DIAGNOSTICS[measure]}")
+    for name in _list_metrics(rows, lambda name: split_metric(name)[1] == "standard"):
+        if any(row.metrics[name].mean < 1 for row in rows if name in row.metrics):
+            owner = split_metric(name)[0]
+            notes.append(
+                f"{owner}: not its standard attacks and budgets in all rows; compare like with like"
+            )
+    if any(row.smoke for row in rows):
+        notes.append("SMOKE: runs cut short to try them out; their numbers mean nothing")
+    return notes
+
+
+def to_json(rows: Sequence[Row]) -> dict[str, Any]:
+    """The rows as plain values for `json.dumps`; `schema_version` changes when their shape does."""
+    plain = [{**asdict(row), "runs": [str(folder) for folder in row.runs]} for row in rows]
+    return {"schema_version": SCHEMA_VERSION, "rows": plain}
+
+
+def to_csv(rows: Sequence[Row]) -> str:
+    """The rows with full precision: of each metric the mean, `_sd` and `_seeds`, their number."""
+    records = []
+    for row in rows:
+        record: dict[str, Any] = {
+            "stage": row.stage,
+            "status": row.status,
+            "smoke": json.dumps(row.smoke),
+            "seeds": " ".join(map(str, row.seeds)),
+            "runs": ";".join(map(str, row.runs)),
+            "error": row.error,
+        }
+        for address, setting in row.settings.items():
+            record[address] = None if setting is None else format_setting(setting)
+        for name, value in row.metrics.items():
+            record |= {name: value.mean, f"{name}_sd": value.sd, f"{name}_seeds": value.seeds}
+        records.append(record)
+    text = io.StringIO()
+    names = dict.fromkeys(name for record in records for name in record)
+    writer = csv.DictWriter(text, list(names), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
+    return text.getvalue()

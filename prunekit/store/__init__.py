@@ -1,0 +1,1 @@
+"""What is on disk, and its only reader and writer."""

@@ -1,0 +1,172 @@
+"""One file format: safetensors with a JSON header. Nothing is ever unpickled beyond tensors."""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from prunekit.contracts import Masks
+from prunekit.errors import UserError, relative
+from prunekit.store.files import write_bytes
+
+FORMAT = 1
+"""Version of the header."""
+
+
+def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
+    """Write tensors and header in one step. The same content gives the same bytes.
+
+    Raises `RunError` where the disk is full; what was there before is kept.
+    """
+    # Cloned: tied weights share memory, which safetensors refuses.
+    plain = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+    text = json.dumps({"format": FORMAT, **header}, sort_keys=True)
+    write_bytes(path, save(plain, metadata={"prunekit": text}))
+
+
+def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors, header) of a safetensors file; the header is empty where it is not ours.
+
+    Raises `UserError` for a missing, damaged or foreign file, or one of a later format.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = dict(json.loads((file.metadata() or {}).get("prunekit", "{}")))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise UserError(f"there is no file {relative(path)}") from None
+    except (SafetensorError, ValueError, TypeError, OSError) as error:
+        raise UserError(
+            f"{relative(path)} is damaged or not a safetensors file ({error})"
+        ) from None
+    if header.get("format", FORMAT) != FORMAT:
+        raise UserError(
+            f"{relative(path)} has format {header['format']}, this prunekit reads {FORMAT}: "
+            "update prunekit"
+        )
+    return tensors, header
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The state dict in a file of anybody's: safetensors, or a `torch.save` of tensors alone.
+
+    A `state_dict` entry is unwrapped, and a `module.` before every key taken off.
+
+    Raises `UserError` for a damaged file, and for a pickle that holds more than tensors.
+    """
+    if path.suffix == ".safetensors":
+        state = read_checkpoint(path)[0]
+    else:
+        content = _load_tensors(path)
+        state = content.get("state_dict", content) if isinstance(content, dict) else {}
+    if not state or not all(isinstance(v, Tensor) for v in state.values()):
+        there = f"; it holds {', '.join(map(str, list(state)[:8]))}" if state else ""
+        raise UserError(
+            f"{relative(path)} holds no state dict of tensors, by itself or as state_dict{there}"
+        )
+    if all(key.startswith("module.") for key in state):
+        state = {key.removeprefix("module."): value for key, value in state.items()}
+    return state
+
+
+def _load_tensors(path: Path) -> Any:
+    """What `torch.save` wrote. Raises `UserError` for all that is not made of tensors."""
+    if path.is_dir():
+        raise UserError(f"{relative(path)} is a folder; name the file in it")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"there is no file {relative(path)}") from None
+    except Exception as error:  # whatever unpickling foreign bytes may raise
+        # Not in torch's words: they tell how to switch the protection off.
+        asked = re.search(r"GLOBAL ([\w.]+\w)", str(error))
+        if asked:
+            reason = f"is a pickle that asks for {asked[1]}, and only tensors are taken"
+        else:
+            reason = f"is damaged, or no plain torch.save of tensors ({type(error).__name__})"
+        raise UserError(
+            f"{relative(path)} {reason}; save a plain state dict, best as .safetensors"
+        ) from None
+
+
+def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: Path) -> None:
+    """Load strictly. Raises `UserError` that lists missing, extra and misshapen tensors."""
+    own = model.state_dict()
+    faults = []
+    if missing := own.keys() - state.keys():
+        faults.append(f"missing: {_some(missing)}")
+    if extra := state.keys() - own.keys():
+        faults.append(f"not in the network: {_some(extra)}")
+    faults += [
+        f"{key} is {tuple(state[key].shape)}, the network's {tuple(value.shape)}"
+        for key, value in own.items()
+        if key in state and state[key].shape != value.shape
+    ]
+    if faults:
+        raise UserError(f"{relative(source)} does not fit the network: {'; '.join(faults[:6])}")
+    model.load_state_dict(state)
+
+
+def _some(keys: set[str]) -> str:
+    first = sorted(keys)[:8]
+    return ", ".join(first) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
+
+
+def write_model(path: Path, model: nn.Module, masks: Masks, header: Mapping[str, Any]) -> None:
+    """The plain dense weights with the zeros in them, loadable without prunekit.
+
+    The mask is `weight != 0` in the layers of the header's `masked`; kept weights that happen to
+    be zero stand in `kept_zeros` as flat indices.
+    """
+    weights = dict(model.named_parameters())
+    kept_zeros = {}
+    for name, mask in masks.items():
+        zeros = (mask & (weights[name].detach() == 0)).flatten().nonzero().flatten().tolist()
+        if zeros:
+            kept_zeros[name] = zeros
+    own = {"masked": sorted(masks), "kept_zeros": kept_zeros}
+    write_checkpoint(path, model.state_dict(), {**header, **own})
+
+
+def read_model(path: Path, model: nn.Module) -> Masks:
+    """Load what `write_model` wrote into the network; the masks come back as they were."""
+    state, header = read_checkpoint(path)
+    load_weights(model, state, path)
+    return read_masks(state, header, path)
+
+
+def read_masks(state: Mapping[str, Tensor], header: Mapping[str, Any], path: Path) -> Masks:
+    """The masks in what `read_checkpoint` read from a file of `write_model`.
+
+    Raises `UserError` where the header does not fit the weights.
+    """
+    masks: Masks = {}
+    try:
+        for name in header.get("masked", []):
+            mask = state[name] != 0
+            mask.view(-1)[torch.tensor(header["kept_zeros"].get(name, []), dtype=torch.long)] = True
+            masks[name] = mask
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{relative(path)} is damaged: its masks do not fit its weights ({error})"
+        ) from None
+    return masks
+
+
+def start_from(path: Path, model: nn.Module) -> Masks:
+    """Load the file of `init`, of prunekit or of anybody; masks come with a file of prunekit."""
+    if path.suffix == ".safetensors" and "masked" in read_checkpoint(path)[1]:
+        return read_model(path, model)
+    load_weights(model, read_weights(path), path)
+    return {}
