@@ -11,7 +11,7 @@ from prunekit.pruning.budgets import lamp, share_out, spread_erk
 from prunekit.pruning.layers import find_prunable
 from prunekit.pruning.learning import LearnedScores
 from prunekit.pruning.masks import apply_masks, assert_masked
-from prunekit.pruning.selection import Selection, select
+from prunekit.pruning.selection import Selection, select_masks
 from prunekit.pruning.structures import (
     find_followers,
     find_structured,
@@ -46,7 +46,7 @@ def test_lamp_by_hand():
 
 def test_lamp_keeps_the_largest_weight_of_every_layer():
     values = {"small": torch.rand(20) * 1e-3, "large": torch.rand(20)}
-    masks = select(Scores(values), Selection(0.95, "lamp"))
+    masks = select_masks(Scores(values), Selection(0.95, "lamp"))
     assert {name: int(mask.sum()) for name, mask in masks.items()} == {"small": 1, "large": 1}
     for name, mask in masks.items():
         assert mask[values[name].argmax()]
@@ -75,7 +75,7 @@ def test_erk_of_convolutions_counts_the_kernel():
 def test_the_total_is_exact_under_every_budget(budget, sparsity):
     torch.manual_seed(1)
     values = {n: torch.rand_like(w) for n, w in find_prunable(make_net()).items()}
-    masks = select(Scores(values, layerwise=True), Selection(sparsity, budget))
+    masks = select_masks(Scores(values, layerwise=True), Selection(sparsity, budget))
     total = sum(v.numel() for v in values.values())
     assert sum(int(m.sum()) for m in masks.values()) == total - int(sparsity * total)
 
@@ -101,7 +101,9 @@ def test_channels_are_scored_by_their_mean():
 
 def test_channels_removed_are_rounded_down():
     """int(0.55 * 7) = 3 of 7 channels go."""
-    masks = select(Scores({"w": torch.rand(7, 2, 3, 3)}), Selection(0.55, structure="channel"))
+    masks = select_masks(
+        Scores({"w": torch.rand(7, 2, 3, 3)}), Selection(0.55, structure="channel")
+    )
     channels = masks["w"].flatten(1)
     assert torch.equal(channels.all(1), channels.any(1))
     assert int(channels.any(1).sum()) == 4
@@ -148,7 +150,7 @@ def test_learned_structures_are_exact_after_finetuning(structure, budget):
 
     def step(variables):
         optimizer.zero_grad()
-        with variables.step():
+        with variables.effective():
             logits = net(x)
             Loss(nn.functional.cross_entropy(logits, y), logits).value.backward()
         variables.after_backward()
@@ -158,11 +160,11 @@ def test_learned_structures_are_exact_after_finetuning(structure, budget):
         step(learned)
     learned.refresh()
     assert any(not torch.equal(before[n], part.mask) for n, part in learned.parts.items())
-    with learned.step(), eval_mode(net), torch.no_grad():
+    with learned.effective(), eval_mode(net), torch.no_grad():
         expected = net(x)
     scores = learned.scores()
     learned.detach()
-    masks = select(scores, selection)
+    masks = select_masks(scores, selection)
     masks |= follow(masks, followers)
     apply_masks(net, masks)
     # What was learned is what is applied, biases and normalisation of removed channels included.
@@ -205,7 +207,7 @@ def test_a_removed_channel_gets_a_gradient_behind_normalisation_and_relu():
     start = {"0.weight": dict(net.named_parameters())["0.weight"].detach().clone()}
     selection = Selection(0.5, structure="channel")
     learned = LearnedScores(net, Scores(start), selection, {}, "train", followers)
-    with learned.step():
+    with learned.effective():
         nn.functional.cross_entropy(net(x), y).backward()
     part = learned.parts["0.weight"]
     removed = ~part.mask.flatten(1).any(1)
@@ -226,7 +228,7 @@ def test_gate_gradients_by_hand():
     selection = Selection(0.5, structure="channel")
     learned = LearnedScores(net, scores, selection, {}, "train", {"0.weight": []})
     x = torch.tensor([[1.0, 2.0], [0.0, 1.0]])  # z = 3 and 1 in both channels
-    with learned.step():
+    with learned.effective():
         out = net(x)
         (3 * out).sum().backward()
     torch.testing.assert_close(out, torch.tensor([[3.0, 3e-6], [1.0, 1e-6]]))
@@ -242,9 +244,9 @@ def test_gate_gradients_by_hand():
 def test_what_is_gone_stays_gone_and_the_rest_is_chosen_among(budget, structure):
     torch.manual_seed(2)
     values = {n: torch.rand_like(w) for n, w in find_prunable(make_net()).items()}
-    first = select(Scores(values), Selection(0.5, budget, structure))
-    again = select(Scores(values), Selection(0.75, budget, structure), first)
-    fresh = select(Scores(values), Selection(0.75, budget, structure))
+    first = select_masks(Scores(values), Selection(0.5, budget, structure))
+    again = select_masks(Scores(values), Selection(0.75, budget, structure), first)
+    fresh = select_masks(Scores(values), Selection(0.75, budget, structure))
     for name, mask in again.items():
         assert not (mask & ~first[name]).any()
         # The same scores in the same order: the highest quarter is within the highest half.
@@ -256,13 +258,13 @@ def test_dead_channels_come_after_negative_scores():
     values = {"w": -torch.rand(10, 4)}
     alive = {"w": torch.ones(10, 4, dtype=torch.bool)}
     alive["w"][:5] = False
-    mask = select(Scores(values), Selection(0.5, structure="channel"), alive)["w"]
+    mask = select_masks(Scores(values), Selection(0.5, structure="channel"), alive)["w"]
     assert torch.equal(mask, alive["w"])
 
 
 def test_lamp_refuses_scores_whose_squares_mislead():
     with pytest.raises(RunError, match="lamp"):
-        select(Scores({"w": torch.tensor([1.0, -2.0])}), Selection(0.5, "lamp"))
+        select_masks(Scores({"w": torch.tensor([1.0, -2.0])}), Selection(0.5, "lamp"))
 
 
 @pytest.mark.parametrize("structure", ["channel", "2:4", "element"])
@@ -271,7 +273,9 @@ def test_masks_come_back_from_a_file(tmp_path, structure):
     weights = find_prunable(net)
     followers = find_followers(net.eval(), torch.zeros(1, 4, 6, 6))
     names = find_structured(weights, structure, list(followers))
-    masks = select(Scores({n: weights[n].abs() for n in names}), Selection(0.5, "layer", structure))
+    masks = select_masks(
+        Scores({n: weights[n].abs() for n in names}), Selection(0.5, "layer", structure)
+    )
     if structure == "channel":
         masks |= follow(masks, followers)
     apply_masks(net, masks)

@@ -30,7 +30,7 @@ from prunekit.pruning.masks import (
     hash_masks,
     measure_sparsity,
 )
-from prunekit.pruning.selection import Selection, check_layers, count_kept, select
+from prunekit.pruning.selection import Selection, check_layers, count_kept, select_masks
 
 INFINITY = float("inf")
 
@@ -57,14 +57,14 @@ def test_recipes_keep_n_minus_the_rounded_down(n, sparsity, kept):
     """k = 0.1 of 1000 keeps 100, k = 0.3 of 10 keeps 3, k = 0.9 of 10 keeps 9."""
     assert count_kept(n, sparsity) == kept
     torch.manual_seed(n)
-    mask = select(Scores({"w": torch.rand(n)}), Selection(sparsity))["w"]
+    mask = select_masks(Scores({"w": torch.rand(n)}), Selection(sparsity))["w"]
     assert (mask.dtype, int(mask.sum())) == (torch.bool, kept)
 
 
 def test_the_largest_are_kept():
     scores = Scores({"w": torch.tensor([[0.3, 0.0, 0.1], [0.9, 0.5, 0.2]])})
     expected = torch.tensor([[True, False, False], [True, True, False]])
-    assert torch.equal(select(scores, Selection(0.5))["w"], expected)
+    assert torch.equal(select_masks(scores, Selection(0.5))["w"], expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -77,7 +77,7 @@ def test_selection_agrees_with_sorting(dtype, sparsity, signed):
     kept = count_kept(4096, sparsity)
     expected = torch.zeros(4096, dtype=torch.bool)
     expected[values.argsort(descending=True)[:kept]] = True
-    assert torch.equal(select(Scores({"w": values}), Selection(sparsity))["w"], expected)
+    assert torch.equal(select_masks(Scores({"w": values}), Selection(sparsity))["w"], expected)
 
 
 @pytest.mark.parametrize(
@@ -94,33 +94,35 @@ def test_selection_agrees_with_sorting(dtype, sparsity, signed):
 )
 @pytest.mark.parametrize("sparsity", [0.001, 0.25, 0.995])
 def test_ties_keep_the_exact_count_and_nothing_smaller(values, sparsity):
-    mask = select(Scores({"w": values}), Selection(sparsity))["w"]
+    mask = select_masks(Scores({"w": values}), Selection(sparsity))["w"]
     assert int(mask.sum()) == count_kept(1000, sparsity)
     assert values[mask].min() >= values[~mask].max()
-    assert torch.equal(mask, select(Scores({"w": values.clone()}), Selection(sparsity))["w"])
+    assert torch.equal(mask, select_masks(Scores({"w": values.clone()}), Selection(sparsity))["w"])
 
 
 def test_nothing_removed():
-    assert select(Scores({"w": torch.rand(10)}), Selection(0.05))["w"].all()
-    assert select(Scores({"w": torch.rand(10)}), Selection(0.05, "global"))["w"].all()
+    assert select_masks(Scores({"w": torch.rand(10)}), Selection(0.05))["w"].all()
+    assert select_masks(Scores({"w": torch.rand(10)}), Selection(0.05, "global"))["w"].all()
 
 
 def test_an_unknown_budget_is_refused():
     with pytest.raises(ValueError, match="fair"):
-        select(Scores({"w": torch.rand(10)}), Selection(0.5, "fair"))
+        select_masks(Scores({"w": torch.rand(10)}), Selection(0.5, "fair"))
 
 
 # Budgets
 
 
 def test_layer_budget_takes_the_same_fraction_of_each():
-    masks = select(Scores({"a": torch.arange(10.0), "b": torch.arange(20.0) + 100}), Selection(0.8))
+    masks = select_masks(
+        Scores({"a": torch.arange(10.0), "b": torch.arange(20.0) + 100}), Selection(0.8)
+    )
     assert {name: int(m.sum()) for name, m in masks.items()} == {"a": 2, "b": 4}
 
 
 def test_global_budget_lets_layers_compete():
     values = {"a": torch.tensor([1.0, 2.0, 3.0, 4.0]), "b": torch.tensor([10.0, 0.5, 20.0, 30.0])}
-    masks = select(Scores(values), Selection(0.5, "global"))
+    masks = select_masks(Scores(values), Selection(0.5, "global"))
     assert masks["a"].tolist() == [False, False, False, True]
     assert masks["b"].tolist() == [True, False, True, True]
 
@@ -128,9 +130,9 @@ def test_global_budget_lets_layers_compete():
 def test_global_budget_divides_layerwise_scores_by_their_rms():
     """RMS: a = sqrt(50 / 2) = 5 -> 0.2, 1.4; b = sqrt(5e4 / 2) = 158.1 -> 0.632, 1.265."""
     values = {"a": torch.tensor([1.0, 7.0]), "b": torch.tensor([100.0, 200.0])}
-    plain = select(Scores(values), Selection(0.5, "global"))
+    plain = select_masks(Scores(values), Selection(0.5, "global"))
     assert plain["b"].tolist() == [True, True]
-    masks = select(Scores(values, layerwise=True), Selection(0.5, "global"))
+    masks = select_masks(Scores(values, layerwise=True), Selection(0.5, "global"))
     assert masks["a"].tolist() == [False, True]
     assert masks["b"].tolist() == [False, True]
 
@@ -139,14 +141,14 @@ def test_the_rms_is_that_of_the_weights_still_alive():
     """Dead, the 100 of a does not count: a -> 1, b -> 0.63, 1.26."""
     values = {"a": torch.tensor([100.0, 1.0]), "b": torch.tensor([1.0, 2.0])}
     alive = {"a": torch.tensor([False, True])}
-    masks = select(Scores(values, layerwise=True), Selection(0.5, "global"), alive)
+    masks = select_masks(Scores(values, layerwise=True), Selection(0.5, "global"), alive)
     assert masks["a"].tolist() == [False, True]
     assert masks["b"].tolist() == [False, True]
 
 
 def test_a_layer_of_zeros_does_not_spoil_the_global_budget():
     values = {"a": torch.zeros(4), "b": torch.tensor([1.0, 2.0, 3.0, 4.0])}
-    masks = select(Scores(values, layerwise=True), Selection(0.5, "global"))
+    masks = select_masks(Scores(values, layerwise=True), Selection(0.5, "global"))
     assert (int(masks["a"].sum()), int(masks["b"].sum())) == (0, 4)
 
 
@@ -154,14 +156,14 @@ def test_a_layer_of_zeros_does_not_spoil_the_global_budget():
 def test_pruned_weights_stay_pruned(budget):
     values = {"a": torch.tensor([9.0, 8.0, 1.0, 2.0, 3.0, 4.0])}
     alive = {"a": torch.tensor([False, False, True, True, True, True])}
-    mask = select(Scores(values), Selection(0.5, budget), alive)["a"]
+    mask = select_masks(Scores(values), Selection(0.5, budget), alive)["a"]
     assert mask.tolist() == [False, False, False, True, True, True]
     # Asked for more than is alive: nothing comes back to life.
-    assert torch.equal(select(Scores(values), Selection(0.1, budget), alive)["a"], alive["a"])
+    assert torch.equal(select_masks(Scores(values), Selection(0.1, budget), alive)["a"], alive["a"])
 
 
 def test_a_layer_that_keeps_nothing_is_named():
-    masks = select(
+    masks = select_masks(
         Scores({"a": torch.zeros(4), "b.weight": torch.ones(4)}), Selection(0.5, "global")
     )
     with pytest.raises(RunError, match=r"no weight of a \(4 weights\).*exclude = \[\"a\"\]"):
@@ -462,7 +464,7 @@ def test_selection_never_sorts(monkeypatch):
     monkeypatch.setattr(module.torch, "argsort", refuse)
     monkeypatch.setattr(torch.Tensor, "sort", refuse)
     monkeypatch.setattr(torch.Tensor, "argsort", refuse)
-    select(Scores({"w": torch.rand(100)}), Selection(0.5, "global"))
+    select_masks(Scores({"w": torch.rand(100)}), Selection(0.5, "global"))
 
 
 # Attention
@@ -514,7 +516,7 @@ def test_attached_attention_is_the_masked_one(training, gradients):
     net, x = make_attention(), torch.rand(2, 12)
     weights = find_prunable(net)
     scores = {name: torch.rand_like(weight) for name, weight in weights.items()}
-    masks = select(Scores(scores), Selection(0.5))
+    masks = select_masks(Scores(scores), Selection(0.5))
     twin = make_attention()
     apply_masks(twin, masks)
     parts = attach_scores(net, scores)

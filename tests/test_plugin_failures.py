@@ -17,7 +17,7 @@ DECLARATION = """
 from dataclasses import dataclass
 from prunekit import Component, Facts, hookimpl, option
 
-PRUNEKIT_API = 1
+PRUNEKIT_API = 2
 
 @dataclass(frozen=True)
 class Options:
@@ -251,8 +251,7 @@ def test_a_failing_reporter_is_left_out_and_the_run_goes_on(package, moment, err
     (line,) = [line for line in done.stderr.splitlines() if "goes on without" in line]
     kind = error.partition("(")[0]
     assert line == (
-        f"prunekit: reporter 'signs' of plugin {OWNER} failed: {kind}: on purpose; the run goes "
-        "on without it"
+        f"reporter 'signs' of plugin {OWNER} failed: {kind}: on purpose; the run goes on without it"
     )
     assert read_record()["status"] == "done"
     assert "evaluate" in Path("runs/signs/metrics.jsonl").read_text()
@@ -272,7 +271,7 @@ def test_an_implementation_that_cannot_be_imported(package, broken):
     assert "ready" in call("list", "pruners").stdout
     done = run(code=1)
     reporter, *_, last = done.stderr.splitlines()
-    assert reporter.startswith(f"prunekit: reporter 'signs' of plugin {OWNER} cannot be loaded: ")
+    assert reporter.startswith(f"reporter 'signs' of plugin {OWNER} cannot be loaded: ")
     assert f"dataset 'signs' of plugin {OWNER} cannot be loaded: " in last
     package.write()
     run()
@@ -338,18 +337,19 @@ def broken(package, declaration):
 
 
 def test_a_plugin_for_another_version_of_the_api(package):
-    for version, way in ((2, "update prunekit"), (0, "update it")):
-        text = DECLARATION.replace("PRUNEKIT_API = 1", f"PRUNEKIT_API = {version}")
-        reason = f"written for plugin API {version}, this prunekit has 1; {way}"
+    for version, way in ((3, "update prunekit"), (1, "update it")):
+        text = DECLARATION.replace("PRUNEKIT_API = 2", f"PRUNEKIT_API = {version}")
+        reason = f"written for plugin API {version}, this prunekit has 2; {way}"
         assert broken(package, text) == reason
         # One for a later API may ask for what there is not yet.
         assert broken(package, "import prunekit.nothing\n" + text) == reason
-    text = DECLARATION.replace("PRUNEKIT_API = 1", "PRUNEKIT_API = '1'")
-    assert broken(package, text) == "PRUNEKIT_API is '1'; write PRUNEKIT_API = 1"
+    text = DECLARATION.replace("PRUNEKIT_API = 2", "PRUNEKIT_API = '1'")
+    assert broken(package, text) == "PRUNEKIT_API is '1'; write PRUNEKIT_API = 2"
     assert broken(package, "import prunekit.nothing\n" + DECLARATION) == (
-        "ModuleNotFoundError: No module named 'prunekit.nothing'"
+        "ModuleNotFoundError: No module named 'prunekit.nothing'; plugins import from "
+        "`prunekit` and the modules beside it, as docs/plugins.md says"
     )
-    package.write(declaration=DECLARATION.replace("PRUNEKIT_API = 1", ""))
+    package.write(declaration=DECLARATION.replace("PRUNEKIT_API = 2", ""))
     assert not load_registry().broken
 
 

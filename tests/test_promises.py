@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
+import prunekit
 from prunekit.catalog.component import KINDS
 from prunekit.catalog.registry import load_registry
 from prunekit.recipe.document import load_recipe
 from prunekit.recipe.plan import make_plan
 
 ROOT = Path(__file__).parent.parent
-CORE = sorted((ROOT / "prunekit").glob("*.py"))
+CORE = sorted((ROOT / "prunekit").rglob("*.py"))
 PLUGINS = sorted(p for p in (ROOT / "plugins").iterdir() if p.name.startswith("prunekit_"))
 RECIPES = sorted((ROOT / "recipes").rglob("*.toml"))
 
@@ -30,7 +31,7 @@ def imported(path: Path) -> set[str]:
     return names
 
 
-@pytest.mark.parametrize("path", CORE, ids=lambda p: p.name)
+@pytest.mark.parametrize("path", CORE, ids=lambda p: p.relative_to(ROOT).as_posix())
 def test_core_imports_no_plugin(path):
     assert not imported(path) & {p.name for p in PLUGINS}
 
@@ -119,6 +120,24 @@ def reach(module: Path, known: frozenset[str] = frozenset()) -> set[str]:
         if name.partition(".")[0] == package:
             used |= reach(ROOT / "plugins" / name.replace(".", "/"), known | found)
     return used
+
+
+def test_plugins_import_what_is_public():
+    """The modules at the root, from which all that is worth having can be imported."""
+    public = {"contracts", "errors", "evaluation", "report", "testing"}
+    for file in (ROOT / "plugins").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module == "prunekit":
+                assert {alias.name for alias in node.names} <= {*prunekit.__all__}, file
+            elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("prunekit."):
+                assert node.module.partition(".")[2] in public, file
+
+
+def test_what_is_public_is_there_and_documented():
+    page = (ROOT / "docs/plugins.md").read_text()
+    for name in prunekit.__all__:
+        assert getattr(prunekit, name) is not None
+        assert f"`{name}`" in page or f"`prunekit.{name}" in page, name
 
 
 def test_every_plugin_has_a_test_file():

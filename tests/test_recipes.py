@@ -104,7 +104,7 @@ def test_row_of_the_paper_has_its_settings(recipe):
             (90, 90) if free else (100, 100)
         )
         if free:
-            assert (pretrain.passes, finetune.passes) == (23, 23)
+            assert (pretrain.epochs, finetune.epochs) == (23, 23)
         for stage, rate in ((pretrain, 0.1), (prune, 0.1), (finetune, 0.01)):
             if stage is prune and prune.options.pruner.component.name == "lwm":
                 continue
@@ -166,7 +166,7 @@ def test_methods_are_treated_alike(recipe):
 
 def test_second_baseline_is_finetuned_for_as_long_as_scores_take():
     found = {
-        (r.stages[-1].sparsity, r.stages[2].options.pruner.component.name, r.stages[3].passes)
+        (r.stages[-1].sparsity, r.stages[2].options.pruner.component.name, r.stages[3].epochs)
         for r in plan("hydra/cifar10-vgg16-lwm-120").runs
     }
     methods = [("score", 100), ("lwm", 100), ("lwm", 120)]

@@ -36,7 +36,7 @@ def train(trained, optimizer, steps=3, harm=None, clip=None):
     for _ in range(steps):
         x, y = torch.rand(8, 6), torch.randint(3, (8,))
         optimizer.zero_grad(set_to_none=True)
-        with trained.step():
+        with trained.effective():
             F.cross_entropy(trained.model(x), y).backward()
         if harm is not None:
             harm()
@@ -109,8 +109,8 @@ def test_weights_train_everything():
 
 def test_masks_follow_the_scores_once_a_step(monkeypatch):
     calls = []
-    original = learning.select
-    monkeypatch.setattr(learning, "select", lambda *a: calls.append(1) or original(*a))
+    original = learning.select_masks
+    monkeypatch.setattr(learning, "select_masks", lambda *a: calls.append(1) or original(*a))
     made = []
     forward = learning.ScoredWeight.forward
     monkeypatch.setattr(
@@ -122,7 +122,7 @@ def test_masks_follow_the_scores_once_a_step(monkeypatch):
     calls.clear()
     made.clear()
     for number in range(1, 4):
-        with trained.step():
+        with trained.effective():
             for _ in range(5):  # an attack
                 x = torch.rand(4, 6, requires_grad=True)
                 with eval_mode(net):
@@ -130,7 +130,7 @@ def test_masks_follow_the_scores_once_a_step(monkeypatch):
             net(torch.rand(4, 6)).square().sum().backward()
         optimizer.step()
         assert (len(calls), len(made)) == (number, 2 * number)
-    with trained.step():
+    with trained.effective():
         for name, part in trained.parts.items():
             expected = original(Scores({name: part.score.abs()}), Selection(0.5))[name]
             assert torch.equal(part.mask, expected)
@@ -146,7 +146,7 @@ def test_weights_and_biases_are_frozen_to_the_bit(bn, moves, optimizer):
     trained = learned(net, bn=bn)
     scores = {name: part.score.detach().clone() for name, part in trained.parts.items()}
     train(trained, OPTIMIZERS[optimizer](trained.parameters()))
-    with trained.step(), eval_mode(net), torch.no_grad():
+    with trained.effective(), eval_mode(net), torch.no_grad():
         net(torch.rand(2, 6))
     if bn == "freeze":
         assert not net[1].training
@@ -158,7 +158,7 @@ def test_weights_and_biases_are_frozen_to_the_bit(bn, moves, optimizer):
 def test_the_effective_weights_have_the_sparsity():
     net = make_net()
     trained = learned(net, 0.75)
-    with trained.step():
+    with trained.effective():
         assert [int((net[i].weight != 0).sum()) for i in (0, 4)] == [12, 6]
 
 
@@ -178,7 +178,7 @@ def test_a_prune_after_a_prune_keeps_the_zeros():
     trained = learned(net, 0.5, alive=alive)
     with torch.no_grad():  # whatever the scores say
         trained.parts["0.weight"].score[~alive["0.weight"]] = 100.0
-    with trained.step():
+    with trained.effective():
         assert not (trained.parts["0.weight"].mask & ~alive["0.weight"]).any()
 
 

@@ -115,7 +115,7 @@ def prunekit_objectives() -> Iterable[Component]:
         build="prunekit_adversarial.objectives:build_pgd_at",
         options=PgdAtOptions,
         paper="Madry et al., ICLR 2018, arXiv 1706.06083",
-        passes=lambda options: options.steps + 1,
+        forward_passes=lambda options: options.steps + 1,
         select="robust_accuracy",
     )
     yield Component(
@@ -124,7 +124,7 @@ def prunekit_objectives() -> Iterable[Component]:
         build="prunekit_adversarial.objectives:build_trades",
         options=TradesOptions,
         paper="Zhang et al., ICML 2019, arXiv 1901.08573",
-        passes=lambda options: options.steps + 3,
+        forward_passes=lambda options: options.steps + 3,
         select="robust_accuracy",
     )
     yield Component(
@@ -133,7 +133,7 @@ def prunekit_objectives() -> Iterable[Component]:
         build="prunekit_adversarial.objectives:build_mart",
         options=MartOptions,
         paper="Wang et al., ICLR 2020, openreview rklOg6EFwS",
-        passes=lambda options: options.steps + 2,
+        forward_passes=lambda options: options.steps + 2,
         select="robust_accuracy",
     )
     yield Component(
@@ -160,7 +160,7 @@ def prunekit_evaluators() -> Iterable[Component]:
         build="prunekit_adversarial.evaluators:build_pgd",
         options=PgdOptions,
         paper="Madry et al., ICLR 2018, arXiv 1706.06083",
-        passes=lambda options: 1 + options.restarts * (options.steps + 1),
+        forward_passes=lambda options: 1 + options.restarts * (options.steps + 1),
         judges="attack",
     )
     yield Component(
@@ -170,7 +170,7 @@ def prunekit_evaluators() -> Iterable[Component]:
         options=AutoAttackOptions,
         needs=("pyautoattack",),
         paper="Croce and Hein, ICML 2020, arXiv 2003.01690",
-        passes=count_autoattack,
+        forward_passes=count_autoattack,
         judges="attack",
         beats=("pgd",),
     )

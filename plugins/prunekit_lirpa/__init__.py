@@ -109,7 +109,7 @@ def prunekit_objectives() -> Iterable[Component]:
         install=INSTALL,
         loads=LOADS,
         paper="Gowal et al., ICCV 2019, arXiv 1810.12715",
-        passes=lambda options: 3,
+        forward_passes=lambda options: 3,
         select="verified_accuracy",
     )
     yield Component(
@@ -121,7 +121,7 @@ def prunekit_objectives() -> Iterable[Component]:
         install=INSTALL,
         loads=LOADS,
         paper="Zhang et al., ICLR 2020, arXiv 1906.06316",
-        passes=lambda options: 3,
+        forward_passes=lambda options: 3,
         select="verified_accuracy",
     )
     yield Component(
@@ -133,7 +133,7 @@ def prunekit_objectives() -> Iterable[Component]:
         install=INSTALL,
         loads=LOADS,
         paper="Wang et al., 2018, arXiv 1811.02625",
-        passes=lambda options: 1 + options.images,
+        forward_passes=lambda options: 1 + options.images,
         select="verified_accuracy",
     )
 
@@ -159,6 +159,6 @@ def prunekit_evaluators() -> Iterable[Component]:
         install=INSTALL,
         loads=LOADS,
         paper="Xu et al., NeurIPS 2020, arXiv 2002.12920",
-        passes=count_verified,
+        forward_passes=count_verified,
         judges="proof",
     )

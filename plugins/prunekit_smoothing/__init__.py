@@ -127,7 +127,7 @@ def prunekit_objectives() -> Iterable[Component]:
         options=SmoothingOptions,
         paper="Carmon et al., NeurIPS 2019, arXiv 1905.13736; "
         "Cohen et al., ICML 2019, arXiv 1902.02918",
-        passes=lambda options: 2 if options.loss == "stability" else 1,
+        forward_passes=lambda options: 2 if options.loss == "stability" else 1,
         select="noisy_accuracy",
     )
 
@@ -140,5 +140,5 @@ def prunekit_evaluators() -> Iterable[Component]:
         build="prunekit_smoothing.certify:build_certify",
         options=CertifyOptions,
         paper="Cohen et al., ICML 2019, arXiv 1902.02918",
-        passes=lambda options: options.n0 + options.n,
+        forward_passes=lambda options: options.n0 + options.n,
     )

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from prunekit.contracts import Context, Norm, Threat
 
 
-API_VERSION = 1
+API_VERSION = 2
 """Version of the plugin API: declarations, hooks and contracts together.
 
-A plugin's module says which one it was written for, `PRUNEKIT_API = 1`; another one is listed as
+A plugin's module says which one it was written for, `PRUNEKIT_API = 2`; another one is listed as
 broken. Without it a plugin is taken to fit.
 """
 
@@ -62,7 +62,7 @@ class Facts:
 
 
 def once(options: Any) -> int:
-    """The default of `Component.passes`: one forward pass."""
+    """The default of `Component.forward_passes`: one forward pass."""
     return 1
 
 
@@ -114,7 +114,7 @@ class Component:
     exports: Mapping[str, str] = field(default_factory=dict)
     """Architectures: format of `prunekit export` -> "module:function" that writes it, called as
     `function(model, options, header, out)`; the header is that of the model file."""
-    passes: Callable[[Any], int] = once
+    forward_passes: Callable[[Any], int] = once
     """options -> forward passes an image takes, in a training step or in an evaluation."""
     replays: Callable[[Any], int] = once
     """Objectives: options -> optimiser steps on each batch. A recipe's epochs are divided by it."""

@@ -29,7 +29,7 @@ def prunekit_objectives() -> Iterable[Component]:
 
     from prunekit import Component, hookimpl, option
 
-    PRUNEKIT_API = 1
+    PRUNEKIT_API = 2
 
 
     @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def prunekit_pruners() -> Iterable[Component]:
     # my_plugin/__init__.py
     from prunekit import Component, hookimpl
 
-    PRUNEKIT_API = 1
+    PRUNEKIT_API = 2
 
 
     @hookimpl
@@ -130,7 +130,7 @@ def prunekit_architectures() -> Iterable[Component]:
     # my_plugin/__init__.py
     from prunekit import Component, hookimpl
 
-    PRUNEKIT_API = 1
+    PRUNEKIT_API = 2
 
 
     @hookimpl
@@ -171,7 +171,7 @@ def prunekit_datasets() -> Iterable[Component]:
     # my_plugin/__init__.py
     from prunekit import Component, Facts, hookimpl
 
-    PRUNEKIT_API = 1
+    PRUNEKIT_API = 2
 
 
     @hookimpl
@@ -222,7 +222,7 @@ def prunekit_evaluators() -> Iterable[Component]:
     # my_plugin/__init__.py
     from prunekit import Component, hookimpl
 
-    PRUNEKIT_API = 1
+    PRUNEKIT_API = 2
 
 
     @hookimpl
@@ -274,7 +274,7 @@ def prunekit_reporters() -> Iterable[Component]:
     # my_plugin/__init__.py
     from prunekit import Component, hookimpl
 
-    PRUNEKIT_API = 1
+    PRUNEKIT_API = 2
 
 
     @hookimpl
@@ -326,7 +326,7 @@ def prunekit_optimizers() -> Iterable[Component]:
     from prunekit import Component, Use, hookimpl, option
     from prunekit.contracts import Schedule
 
-    PRUNEKIT_API = 1
+    PRUNEKIT_API = 2
 
 
     @dataclass(frozen=True)
@@ -391,7 +391,7 @@ def prunekit_schedules() -> Iterable[Component]:
     # my_plugin/__init__.py
     from prunekit import Component, hookimpl
 
-    PRUNEKIT_API = 1
+    PRUNEKIT_API = 2
 
 
     @hookimpl

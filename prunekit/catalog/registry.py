@@ -200,7 +200,12 @@ def _explain(error: BaseException, point: EntryPoint) -> str:
             error = mismatch
     if isinstance(error, ApiError):
         return str(error)
-    return " ".join(f"{type(error).__name__}: {error}".split())
+    told = " ".join(f"{type(error).__name__}: {error}".split())
+    if isinstance(error, ImportError) and (error.name or "").startswith("prunekit."):
+        told += (
+            "; plugins import from `prunekit` and the modules beside it, as docs/plugins.md says"
+        )
+    return told
 
 
 def _read_api(module: str) -> int:

@@ -211,7 +211,7 @@ def _merge(docstring: str, declarations: Sequence[str]) -> str:
     imports: dict[str, set[str]] = {}
     bodies = []
     for code in declarations:
-        head, _, body = code.partition("PRUNEKIT_API = 1\n")
+        head, _, body = code.partition("PRUNEKIT_API = 2\n")
         for module, names in re.findall(r"^from (\S+) import (.+)$", head, re.MULTILINE):
             imports.setdefault(module, set()).update(names.split(", "))
         bodies.append(body.strip("\n"))
@@ -220,4 +220,4 @@ def _merge(docstring: str, declarations: Sequence[str]) -> str:
         ours = module.startswith("prunekit")
         groups[ours] += f"from {module} import {', '.join(sorted(names))}\n"
     head = "\n".join(filter(None, groups))
-    return f"{docstring}\n\n{head}\nPRUNEKIT_API = 1\n\n\n" + "\n\n\n".join(bodies) + "\n"
+    return f"{docstring}\n\n{head}\nPRUNEKIT_API = 2\n\n\n" + "\n\n\n".join(bodies) + "\n"

@@ -130,7 +130,7 @@ def _check_scores_learn(use: Use[Any], context: Context, x: Tensor, y: Tensor) -
     start = {n: torch.randn_like(p) for n, p in model.named_parameters() if p.dim() > 1}
     variables = LearnedScores(model, Scores(start), Selection(0.5), {}, "train")
     objective = use.build(dataclasses.replace(context, model=model, stage="prune"))
-    with variables.step():
+    with variables.effective():
         objective(x, y, Clock(0, 10, 0, 2)).value.backward()
     assert all(part.score.grad is not None for part in variables.parts.values()), (
         f"{use.component.name}: scores get no gradient"

@@ -319,4 +319,4 @@ def _finite(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def _retell(stage: Stage, row: Mapping[str, Any]) -> EpochDone:
     metrics = {k: v for k, v in row.items() if k not in ("epoch", "best")}
-    return EpochDone(stage.name, row["epoch"], stage.passes, metrics, row["best"], stored=True)
+    return EpochDone(stage.name, row["epoch"], stage.epochs, metrics, row["best"], stored=True)

@@ -107,11 +107,11 @@ def _count_work(engine: Engine, run: Run, stage: Stage) -> tuple[int, int]:
     if stage.kind == "evaluate":
         images = min(options.images or math.inf, len(loaded.data.test.labels))
         batches = min(math.ceil(images / size), stage.batches or math.inf)
-        return 0, int(batches) * sum(u.component.passes(u.options) for u in options.with_)
+        return 0, int(batches) * sum(u.component.forward_passes(u.options) for u in options.with_)
     if options.epochs is None:
         return 0, 0
     use = options.objective
     per_epoch = count_batches(loaded.train, size, stage.batches)
     checked = math.ceil(len(loaded.validation.labels) / size)
-    steps = stage.passes * per_epoch * stage.replays
-    return steps, steps * use.component.passes(use.options) + stage.passes * checked
+    steps = stage.epochs * per_epoch * stage.replays
+    return steps, steps * use.component.forward_passes(use.options) + stage.epochs * checked

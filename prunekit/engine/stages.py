@@ -24,7 +24,7 @@ from prunekit.pruning.masks import (
     count_weights,
     measure_sparsity,
 )
-from prunekit.pruning.selection import Selection, check_layers, select
+from prunekit.pruning.selection import Selection, check_layers, select_masks
 from prunekit.pruning.structures import find_followers, find_structured, follow
 from prunekit.recipe.plan import Stage
 from prunekit.report import Note, StageStarted
@@ -84,7 +84,7 @@ def prune(state: State, stage: Stage, work: Work) -> Outcome:
     seeds.seed_all(work.run.seed, stage.position, "pruner")
     scores = options.pruner.build(scoring)(scoring)
     _check_scores(scores, frozen, options.pruner.component.name)
-    masks = select(scores, selection, state.masks)
+    masks = select_masks(scores, selection, state.masks)
     check_layers(masks, selection.sparsity)
     state.masks = {**state.masks, **masks, **follow(masks, followers)}
     apply_masks(state.model, state.masks)
@@ -173,7 +173,7 @@ def _fit(
             train=work.train,
             extra=work.extra,
             validation=work.validation,
-            epochs=stage.passes,
+            epochs=stage.epochs,
             batch_size=work.run.data.batch_size,
             augment=work.augment,
             device=work.device,
@@ -184,7 +184,7 @@ def _fit(
             report=work.report,
             stop=work.stop,
             progress=work.folder.progress,
-            select=_select(stage),
+            select=_selecting_metric(stage),
             clip_norm=options.clip_norm,
             most=stage.batches,
             replays=stage.replays,
@@ -197,10 +197,13 @@ def _best(history: list[dict[str, Any]], stage: Stage) -> dict[str, Any]:
     rows = [row for row in history if row["best"]]
     if not rows:
         return {}
-    return {**{k: v for k, v in rows[-1].items() if k != "best"}, "select": _select(stage)}
+    return {
+        **{k: v for k, v in rows[-1].items() if k != "best"},
+        "select": _selecting_metric(stage),
+    }
 
 
-def _select(stage: Stage) -> str:
+def _selecting_metric(stage: Stage) -> str:
     """The validation metric that chooses the best epoch of a stage."""
     options = stage.options
     return options.select or str(options.objective.component.select)

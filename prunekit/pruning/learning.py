@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 
 from prunekit.contracts import Masks, Scores
 from prunekit.pruning.layers import WEIGHTS, find_weights
-from prunekit.pruning.selection import Selection, check_layers, select
+from prunekit.pruning.selection import Selection, check_layers, select_masks
 
 
 class StraightThrough(torch.autograd.Function):
@@ -252,7 +252,7 @@ class LearnedScores:
     @torch.no_grad()
     def refresh(self) -> None:
         """Write the masks of the present scores."""
-        masks = select(self.scores(), self.selection, self.alive)
+        masks = select_masks(self.scores(), self.selection, self.alive)
         for name, part in self.parts.items():
             part.mask.copy_(masks[name])
 
@@ -260,7 +260,7 @@ class LearnedScores:
         return [p for p in self.model.parameters() if p.requires_grad]
 
     @contextmanager
-    def step(self) -> Iterator[None]:
+    def effective(self) -> Iterator[None]:
         self.refresh()
         with effective_weights(self.model):
             yield

@@ -37,7 +37,7 @@ def count_kept(n: int, sparsity: float) -> int:
     return n - int(sparsity * n)
 
 
-def select(
+def select_masks(
     scores: Scores, selection: Selection, alive: Mapping[str, Tensor] | None = None
 ) -> Masks:
     """Keep the highest scores, exactly `count_kept` of each layer or of all together.

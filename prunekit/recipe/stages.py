@@ -36,7 +36,7 @@ class Stage:
         return use.component.replays(use.options) if use else 1
 
     @property
-    def passes(self) -> int:
+    def epochs(self) -> int:
         """Passes over the training images: a recipe's `epochs` is the budget before replays."""
         return -(-(self.options.epochs or 0) // self.replays)
 

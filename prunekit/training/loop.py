@@ -146,7 +146,7 @@ def _train_epoch(
             for group in optimizer.param_groups:
                 group["lr"] = lr
             optimizer.zero_grad(set_to_none=True)
-            with variables.step():
+            with variables.effective():
                 loss = objective(x, y, clock)
                 loss.value.backward()
             variables.after_backward()
@@ -227,7 +227,7 @@ def validate(job: Fit, epoch: int) -> dict[str, float]:
     labels: list[Tensor] = []
     total = count_batches(job.validation, job.batch_size, job.most)
     model = job.variables.model
-    with job.variables.step(), eval_mode(model):
+    with job.variables.effective(), eval_mode(model):
         batches = eval_batches(job.validation, job.batch_size, job.device)
         for number, (x, y) in enumerate(batches):
             if job.most is not None and number >= job.most:

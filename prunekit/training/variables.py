@@ -19,7 +19,7 @@ class Variables(Protocol):
 
     def parameters(self) -> list[nn.Parameter]: ...
 
-    def step(self) -> AbstractContextManager[None]:
+    def effective(self) -> AbstractContextManager[None]:
         """Around one forward and one backward (or around a validation)."""
         ...
 
@@ -48,7 +48,7 @@ class Weights:
     def parameters(self) -> list[nn.Parameter]:
         return list(self.model.parameters())
 
-    def step(self) -> AbstractContextManager[None]:
+    def effective(self) -> AbstractContextManager[None]:
         return nullcontext()
 
     def after_backward(self) -> None:

@@ -422,7 +422,7 @@ def test_free_adv_takes_one_pass_a_step() -> None:
         assert 0 <= images.min() <= images.max() <= 1
         assert (images - x).abs().max() <= LINF.eps + 1e-12
     component = COMPONENTS["free-adv"]
-    assert component.passes(component.options()) == 1
+    assert component.forward_passes(component.options()) == 1
     assert component.replays(component.options()) == 4
     assert not build("free-adv", LINF, model)(x, y, CLOCK).logits.requires_grad
 
@@ -503,7 +503,7 @@ def test_forward_passes_their_modes_and_inputs(name: str) -> None:
     }[name]  # fmt: skip
     assert modes == [False] * attack + [True] * loss
     component = COMPONENTS[name]
-    assert component.passes(component.options()) == attack + loss
+    assert component.forward_passes(component.options()) == attack + loss
     assert all(i.shape == x.shape for i in inputs)
     # The first pass of the loss sees x itself, except where only attacked images train.
     assert torch.equal(inputs[attack], x) == (name != "pgd-at")
@@ -715,11 +715,11 @@ def test_pgd_counts_its_passes_and_takes_batches_one_by_one() -> None:
     component = COMPONENTS["pgd"]
     options = {"steps": 4, "restarts": 3}
     result = build("pgd", LINF, model, **options)(model, batches())
-    passes = component.passes(component.options(**options))
+    passes = component.forward_passes(component.options(**options))
     assert passes == 1 + 3 * (4 + 1)
     assert seen == [0, passes, 2 * passes]
     assert result.metrics["accuracy"] == 1.0
-    assert component.passes(component.options()) == 511
+    assert component.forward_passes(component.options()) == 511
 
 
 def test_pgd_counts_images_without_a_gradient_at_their_first_start() -> None:

@@ -69,7 +69,7 @@ def test_bounds_of_a_masked_network_are_the_recorded_ones(method: str) -> None:
     recorded = read_recorded()
     net, trained = make_recorded(recorded)
     x, y, eps = read_images(recorded)
-    with trained.step():
+    with trained.effective():
         torch.testing.assert_close(net(x), recorded["logits"], atol=1e-5, rtol=0)
         lower = Bounds(net, (3, 32, 32)).margins(surround(x, eps), y, method)
         robust_cross_entropy(lower).backward()
@@ -88,7 +88,7 @@ def test_symbolic_bounds_are_the_recorded_ones() -> None:
         recorded[f"symbolic_box_{end}"].float().view(-1, 1, 1, 1) for end in ("min", "max")
     )
     box = Box(torch.maximum(x - eps, low), torch.minimum(x + eps, high))
-    with trained.step():
+    with trained.effective():
         lower = Bounds(net, (3, 32, 32), "same-slope").margins(box, y, "crown")
         robust_cross_entropy(lower).backward()
     others = torch.arange(10) != y[:, None]
@@ -370,7 +370,7 @@ def test_scores_act_on_bounds_as_on_the_network(structure: str, bn: bool) -> Non
     trained = LearnedScores(net, start, selection, {}, "train", followers)
     bounds = Bounds(net, SHAPE)  # built after the scores were attached
     box = surround(x, 0.02)
-    with trained.step():
+    with trained.effective():
         values = effective_parameters(net)
         dense.load_state_dict({**dict(net.named_buffers()), **values}, strict=False)
         net.eval(), dense.eval()

@@ -215,7 +215,7 @@ def test_scores_learn_and_weights_stay(name: str) -> None:
     optimizer = torch.optim.SGD(trained.parameters(), lr=0.1)
     for step in range(3):
         optimizer.zero_grad()
-        with trained.step():
+        with trained.effective():
             objective(x, y, at(step)).value.backward()
         optimizer.step()
     assert all((part.score != before[n]).any() for n, part in trained.parts.items())
@@ -236,7 +236,7 @@ def test_removed_weights_stay_removed(name: str) -> None:
     for step in range(30):
         torch.manual_seed(0)
         optimizer.zero_grad()
-        with trained.step():
+        with trained.effective():
             loss = objective(x, y, at(step))
             loss.value.backward()
         trained.after_backward()

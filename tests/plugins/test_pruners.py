@@ -15,7 +15,7 @@ from torch import nn
 from prunekit import NoOptions
 from prunekit.contracts import Context, Scores
 from prunekit.data.seeds import generator
-from prunekit.pruning.selection import Selection, select
+from prunekit.pruning.selection import Selection, select_masks
 
 
 def test_scaled_start_by_hand():
@@ -47,8 +47,8 @@ def test_the_start_selects_as_magnitude_does():
     weights = {"a": torch.randn(7, 9), "b": torch.randn(3, 2, 3, 3)}
     start = Scores({n: scale(w).abs() for n, w in weights.items()})
     magnitude = build_lwm(NoOptions(), Context())(Context(weights=weights))
-    for name, mask in select(start, Selection(0.8)).items():
-        assert torch.equal(mask, select(magnitude, Selection(0.8))[name])
+    for name, mask in select_masks(start, Selection(0.8)).items():
+        assert torch.equal(mask, select_masks(magnitude, Selection(0.8))[name])
 
 
 def test_score_learns_from_the_scale():

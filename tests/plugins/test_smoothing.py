@@ -156,7 +156,7 @@ def test_beta_belongs_to_stability_training() -> None:
     assert SmoothingOptions(loss="noise").beta is None
     with pytest.raises(OptionError, match="remove beta"):
         SmoothingOptions(loss="noise", beta=1.0)
-    passes = COMPONENTS["smoothing"].passes
+    passes = COMPONENTS["smoothing"].forward_passes
     assert [passes(SmoothingOptions(loss=loss)) for loss in ("stability", "noise")] == [2, 1]
 
 
@@ -493,4 +493,4 @@ def test_radii_that_cannot_be(options: dict[str, Any], words: str) -> None:
 
 
 def test_forward_passes_are_told_beforehand() -> None:
-    assert COMPONENTS["certify"].passes(CertifyOptions()) == 10_100
+    assert COMPONENTS["certify"].forward_passes(CertifyOptions()) == 10_100

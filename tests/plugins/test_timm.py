@@ -26,7 +26,7 @@ from prunekit.errors import Interrupted, OptionError, UserError
 from prunekit.pruning.layers import find_prunable, find_unprunable
 from prunekit.pruning.learning import LEAK, LearnedScores
 from prunekit.pruning.masks import apply_masks
-from prunekit.pruning.selection import Selection, select
+from prunekit.pruning.selection import Selection, select_masks
 from prunekit.pruning.structures import find_followers, find_structured, follow
 from prunekit.recipe.document import load_recipe
 from prunekit.recipe.plan import make_plan
@@ -182,11 +182,11 @@ def test_structures_give_the_network_that_was_learned(family, structure):
     scores = Scores({name: torch.rand_like(weights[name]) for name in names})
     selection = Selection(0.5, structure=structure)
     chosen = {n: v for n, v in followers.items() if n in names} if structure == "channel" else {}
-    masks = select(scores, selection)
+    masks = select_masks(scores, selection)
     masks |= follow(masks, chosen)
 
     variables = LearnedScores(copy.deepcopy(network), scores, selection, {}, "freeze", chosen)
-    with variables.step(), torch.no_grad():
+    with variables.effective(), torch.no_grad():
         learned = variables.model.eval()(x)
     before = network(x).detach()
     apply_masks(network, masks)

@@ -22,7 +22,7 @@ from prunekit.errors import OptionError, UserError
 from prunekit.pruning.layers import find_prunable, find_unprunable
 from prunekit.pruning.learning import LearnedScores
 from prunekit.pruning.masks import apply_masks
-from prunekit.pruning.selection import Selection, select
+from prunekit.pruning.selection import Selection, select_masks
 from prunekit.testing import check_component
 
 COMPONENTS = {c.name: c for c in prunekit_architectures() if c.name.startswith("imagenet-")}
@@ -124,12 +124,12 @@ def test_packed_attention_of_a_transformer_is_pruned(training: bool) -> None:
     packed = [name for name in weights if name.endswith("in_proj_weight")]
     assert len(packed) == 2
     scores = Scores({name: torch.rand_like(weight) for name, weight in weights.items()})
-    masks = select(scores, Selection(0.5))
+    masks = select_masks(scores, Selection(0.5))
     x = torch.rand(2, 3, 32, 32)
     with torch.no_grad():
         dense = network.train(training)(x)
         variables = LearnedScores(network, scores, Selection(0.5), {}, "train")
-        with variables.step():
+        with variables.effective():
             learned = network.train(training)(x)
         variables.detach()
         torch.testing.assert_close(network.train(training)(x), dense)
