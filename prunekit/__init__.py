@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from prunekit.data.batches import Arrays
     from prunekit.data.seeds import derive_seed
     from prunekit.models.building import find_fragile, normalize_inputs
-    from prunekit.models.imports import find_imports
+    from prunekit.models.identity import find_imports
     from prunekit.pruning.learning import copy_plain, effective_parameters
     from prunekit.pruning.masks import apply_masks
     from prunekit.recipe.values import suggest
@@ -86,7 +86,7 @@ _HOMES = {
     "prunekit.data.batches": ("Arrays",),
     "prunekit.data.seeds": ("derive_seed",),
     "prunekit.models.building": ("find_fragile", "normalize_inputs"),
-    "prunekit.models.imports": ("find_imports",),
+    "prunekit.models.identity": ("find_imports",),
     "prunekit.pruning.learning": ("copy_plain", "effective_parameters"),
     "prunekit.pruning.masks": ("apply_masks",),
     "prunekit.recipe.values": ("suggest",),

@@ -45,7 +45,6 @@ SHOWING = (
     "models/from_python.py",
     "models/identity.py",
     "models/importing.py",
-    "models/imports.py",
     "models/stored.py",
     "recipe/document.py",
     "recipe/plan.py",

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from prunekit.cli.group import main
 from prunekit.contracts import Context
 from prunekit.errors import UserError
-from prunekit.models.imports import find_imports
+from prunekit.models.identity import find_imports
 from prunekit.testing import check_component
 
 COMPONENT, _ = prunekit_architectures()
@@ -214,9 +214,7 @@ def test_the_file_and_what_it_imports_are_hashed(here):
 
 
 def test_imports_are_found_at_any_depth(here):
-    write(
-        "net.py", "import os, a.deep\nfrom b import x\nfrom . import c\n\ndef f():\n    import d\n"
-    )
+    write("net.py", "import os, a.deep\nfrom b import x\n\ndef f():\n    import d\n")
     write("a/__init__.py", "")
     write("a/deep.py", "")
     write("a/data.txt", "")
@@ -230,6 +228,8 @@ def test_imports_are_found_at_any_depth(here):
     write("net.py", "def broken(:\n")
     assert find_files(PythonOptions(here / "mine/net.py")) == [here / "mine/net.py"]
     assert find_imports(here / "none.py") == []
+    write("net.py", "from . import c\n")
+    assert here / "mine/c.py" in find_imports(here / "mine/net.py")
 
 
 # Mistakes
