@@ -1,7 +1,7 @@
 """Write the generated parts of README.md and docs: `uv run python docs/readme_tables.py`.
 
-Tables come from the registry and the dataclasses, examples from the hooks' docstrings; a test fails
-where a file is not current.
+Tables come from the registry and the dataclasses, examples from the templates of `prunekit new`; a
+test fails where a file is not current.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from prunekit.catalog import component
 from prunekit.catalog.component import KINDS
 from prunekit.catalog.registry import load_registry
 from prunekit.cli.components import describe_options, write_value
-from prunekit.cli.scaffold import read_example
+from prunekit.cli.new import read_template
 from prunekit.recipe import sections
 
 ROOT = Path(__file__).parent.parent
@@ -61,7 +61,7 @@ def write_fields() -> str:
 
 def write_example(kind: str) -> str:
     """The files of a hook's example, a block each."""
-    blocks = (f"```python\n# {file}\n{code}```" for file, code in read_example(kind).items())
+    blocks = (f"```python\n# {file}\n{code}```" for file, code in read_template(kind).items())
     return "\n\n".join(blocks)
 
 

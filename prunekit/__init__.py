@@ -25,12 +25,12 @@ if TYPE_CHECKING:
     from prunekit.data.batches import Arrays
     from prunekit.data.seeds import derive_seed
     from prunekit.models.building import find_fragile, normalize_inputs
-    from prunekit.models.identity import find_imports
     from prunekit.pruning.learning import copy_plain, effective_parameters
     from prunekit.pruning.masks import apply_masks
     from prunekit.recipe.values import suggest
     from prunekit.results.metrics import format_metric, format_setting, is_fraction, is_main
     from prunekit.store.files import read_json, write_json
+    from prunekit.store.keys import find_imports
 
 __all__ = [
     "API_VERSION",
@@ -86,7 +86,7 @@ _HOMES = {
     "prunekit.data.batches": ("Arrays",),
     "prunekit.data.seeds": ("derive_seed",),
     "prunekit.models.building": ("find_fragile", "normalize_inputs"),
-    "prunekit.models.identity": ("find_imports",),
+    "prunekit.store.keys": ("find_imports",),
     "prunekit.pruning.learning": ("copy_plain", "effective_parameters"),
     "prunekit.pruning.masks": ("apply_masks",),
     "prunekit.recipe.values": ("suggest",),

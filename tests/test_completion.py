@@ -21,40 +21,6 @@ finally:
     assert not loaded, loaded
 """
 
-RECIPE = """
-dataset = "cifar10"
-architecture = "vgg4-bn"
-[threat]
-eps = 0.1
-[objective]
-use = "trades"
-[[stage]]
-kind = "pretrain"
-epochs = 1
-[[stage]]
-kind = "prune"
-name = "cut"
-sparsity = 0.5
-"""
-
-
-@pytest.fixture
-def here(tmp_path):
-    for name in (
-        "a.toml",
-        "recipes/b.toml",
-        "recipes/deep/c.toml",
-        "recipes/notes.txt",
-        "runs/d/recipe.toml",
-        "runs/d/plan.json",
-        "pyproject.toml",
-        ".hidden/e.toml",
-    ):
-        file = tmp_path / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(RECIPE)  # fmt: skip
-    return tmp_path
-
 
 def complete(folder, line, environment=()):
     """What comes after the last word of the line, as bash asks."""
@@ -81,34 +47,23 @@ EXPECTED = {
     "prunekit eval r --with cl": ["clean"],
     "prunekit eval r --with pgd,clean,au": ["pgd,clean,autoattack"],
     "prunekit eval r --with pgd,p": [],
-    "prunekit run a.toml --device c": ["cpu", "cuda"],
-    "prunekit run a.toml --set thr": ["threat.eps=", "threat.norm="],
-    "prunekit run a.toml --set objective.b": ["objective.beta="],
-    "prunekit check a.toml --set cut.sp": ["cut.sparsity="],
-    "prunekit run a.toml --set pretrain.e": ["pretrain.epochs="],
-    "prunekit run gone.toml --set p": [],
-    "prunekit run ": ["a.toml", "recipes/b.toml", "recipes/deep/c.toml"],
-    "prunekit run rec": ["recipes/b.toml", "recipes/deep/c.toml"],
-    "prunekit check a.toml ./recipes/d": ["./recipes/deep/c.toml"],
-    "prunekit run runs/d/": ["runs/d/recipe.toml"],
-    "prunekit run nothing/like/": [],
 }
 
 
 @pytest.mark.parametrize("line", EXPECTED)
-def test_what_is_completed(here, line):
-    assert sorted(complete(here, line)) == sorted(EXPECTED[line])
+def test_what_is_completed(tmp_path, line):
+    assert sorted(complete(tmp_path, line)) == sorted(EXPECTED[line])
 
 
-def test_a_broken_plugin_is_not_heard_of(here, monkeypatch):
-    info = here / "loud-1.0.dist-info"
+def test_a_broken_plugin_is_not_heard_of(tmp_path, monkeypatch):
+    info = tmp_path / "loud-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: loud\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[prunekit]\nloud = loud_plugin\n")
-    (here / "loud_plugin.py").write_text(
+    (tmp_path / "loud_plugin.py").write_text(
         "import sys\nprint('hello')\nprint('hello', file=sys.stderr)\n1 / 0\n"
     )
-    assert complete(here, "prunekit show lw", {"PYTHONPATH": str(here)}.items()) == ["lwm"]
+    assert complete(tmp_path, "prunekit show lw", {"PYTHONPATH": str(tmp_path)}.items()) == ["lwm"]
 
 
 def test_the_scripts_are_those_of_the_shells():
@@ -124,7 +79,7 @@ def test_the_scripts_are_those_of_the_shells():
         assert "_PRUNEKIT_COMPLETE" in done.stdout
 
 
-def test_bash_itself_completes(here):
+def test_bash_itself_completes(tmp_path):
     """The script, read by the shell, and the function that it defines."""
     script = (
         'eval "$(prunekit completion bash)"\n'
@@ -132,11 +87,11 @@ def test_bash_itself_completes(here):
         'echo "${COMPREPLY[@]}"\n'
     )
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    done = subprocess.run(["bash", "--norc", "-c", script], cwd=here, capture_output=True,
+    done = subprocess.run(["bash", "--norc", "-c", script], cwd=tmp_path, capture_output=True,
                           text=True, env={**os.environ, "PATH": path})  # fmt: skip
     assert done.stdout.strip() == "trades", done.stderr
 
 
-def test_every_component_can_be_completed(here):
-    found = complete(here, "prunekit show ")
+def test_every_component_can_be_completed(tmp_path):
+    found = complete(tmp_path, "prunekit show ")
     assert set(found) == {entry.reference for entry in load_registry().entries}

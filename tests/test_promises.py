@@ -77,12 +77,12 @@ def test_recipe_begins_with_the_command_that_runs_it(recipe):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_hook_shows_a_plugin_that_works(kind, tmp_path, monkeypatch):
-    """The example in the docstring of each hook, written to disk, keeps the contract."""
-    from prunekit.cli.scaffold import read_example
+    """The example of each kind, written to disk, keeps the contract."""
+    from prunekit.cli.new import read_template
     from prunekit.testing import check_component, find_components
 
     package = f"documented_{kind}"
-    for name, code in read_example(kind).items():
+    for name, code in read_template(kind).items():
         file = tmp_path / name.replace("my_plugin", package)
         file.parent.mkdir(exist_ok=True)
         file.write_text(code.replace("my_plugin", package))

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from prunekit.catalog.component import API_VERSION, KINDS
 from prunekit.catalog.registry import load_registry
-from prunekit.cli import scaffold
+from prunekit.cli import new
 from prunekit.cli.group import main
 from prunekit.recipe.document import load_recipe
 from prunekit.recipe.plan import make_plan
@@ -138,7 +138,7 @@ def test_nothing_is_half_written(tmp_path, monkeypatch):
     def write(name, package, kinds):
         yield from {"a.py": "x = 1\n", "a.py/b.py": ""}.items()
 
-    monkeypatch.setattr(scaffold, "write_files", lambda *a: dict(write(*a)))
+    monkeypatch.setattr(new, "write_files", lambda *a: dict(write(*a)))
     for into in (tmp_path, tmp_path / "new"):
         (line,) = call("mine", "--kind", "pruner", "--into", into, code=2).stderr.splitlines()
         assert "cannot write" in line

@@ -212,8 +212,11 @@ def name_type(hint: Any) -> str:
     return WORDS.get(hint, "table" if origin is dict else str(getattr(hint, "__name__", hint)))
 
 
-def fragment(entry: Entry) -> str:
-    """A piece of a recipe that names the component; required options with an example."""
+def fragment(entry: Entry, *, example: bool = True) -> str:
+    """A piece of a recipe that names the component; required options with an example.
+
+    With `example`, one of the others where none is required.
+    """
     component = entry.component
     types = field_types(component.options)
     needed = [
@@ -229,7 +232,7 @@ def fragment(entry: Entry) -> str:
         ),
         None,
     )
-    pairs = needed or ([first] if first else [])
+    pairs = needed or ([first] if first and example else [])
     use = f'use = "{entry.reference}"'
     inline = "{ " + ", ".join([use, *pairs]) + " }" if pairs else f'"{entry.reference}"'
     stage = '[[stage]]\nkind = "{kind}"\n'

@@ -13,7 +13,6 @@ from typing import Any
 import click
 
 from prunekit import __version__
-from prunekit.cli import completion
 from prunekit.errors import Interrupted, RecipeError, UserError, relative
 
 SCHEMA = 1
@@ -29,6 +28,7 @@ COMMANDS = {
     "eval": "networks:evaluate",
     "export": "networks:export",
     "import": "networks:import_file",
+    "init": "init:init",
     "list": "components:list_components",
     "new": "new:new",
     "results": "results:results",
@@ -102,13 +102,11 @@ as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 settings_option = click.option(
     "--set", "settings", multiple=True, metavar="ADDRESS=VALUE",
     help="Override, by a sweep's address: prune.sparsity=0.95. May be given again.",
-    shell_complete=completion.complete_addresses,
 )  # fmt: skip
 
 
 device_option = click.option(
     "--device", default="auto", help="auto, cpu, cuda, cuda:1, mps.", show_default=True,
-    shell_complete=completion.complete_devices,
 )  # fmt: skip
 
 

@@ -109,7 +109,7 @@ def export(run: Path, kind: str, out: Path, as_json: bool) -> None:
 @click.argument("run", metavar="RUN_OR_FILE", type=click.Path(path_type=Path))
 @click.option("--with", "evaluators", required=True, metavar="NAME,...",
               help="Evaluators: prunekit list evaluators.",
-              shell_complete=completion.complete_evaluators)  # fmt: skip
+              shell_complete=completion.complete_components("evaluator"))  # fmt: skip
 @click.option("--images", type=click.IntRange(1), help="Judge so many test images, evenly spaced.")
 @click.option("--eps", help="Radius, such as 8/255; by default the network's own.")
 @click.option("--dataset", help="Other data, or those of a file that does not say.",

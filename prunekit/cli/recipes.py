@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from prunekit.cli import completion
 from prunekit.cli.group import (
     as_json,
     command_line,
@@ -41,8 +40,7 @@ def plan_recipe(path: Path, settings: tuple[str, ...], *, smoke: bool = False) -
 
 
 @click.command()
-@click.argument("recipes", nargs=-1, required=True, type=click.Path(path_type=Path),
-                shell_complete=completion.complete_recipes)  # fmt: skip
+@click.argument("recipes", nargs=-1, required=True, type=click.Path(path_type=Path))
 @settings_option
 @click.option("--deep", is_flag=True, help="Build the networks too, and count their weights.")
 @as_json
@@ -97,8 +95,7 @@ def _print_networks(networks: list[dict[str, Any]]) -> None:
 
 
 @click.command()
-@click.argument("recipe", type=click.Path(path_type=Path),
-                shell_complete=completion.complete_recipes)  # fmt: skip
+@click.argument("recipe", type=click.Path(path_type=Path))
 @settings_option
 @click.option(
     "--out", type=click.Path(path_type=Path), help="Folder to write; runs/NAME by default."

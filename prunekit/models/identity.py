@@ -9,14 +9,13 @@ import pickle
 import sys
 import sysconfig
 import uuid
-from modulefinder import ModuleFinder
 from pathlib import Path
 from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
 from torch import Tensor, nn, uint8
 
-from prunekit.store.keys import hash_file, version_of
+from prunekit.store.keys import find_imports, hash_file, version_of
 
 
 def identify(model: nn.Module) -> dict[str, Any]:
@@ -111,22 +110,3 @@ def _is_installed(module: str) -> bool:
     file = getattr(sys.modules.get(module), "__file__", None)
     folders = (sysconfig.get_path(name) for name in ("purelib", "platlib"))
     return file is not None and any(Path(file).is_relative_to(folder) for folder in folders)
-
-
-def find_imports(file: Path) -> list[Path]:
-    """A Python file, and what it imports from its own folder, at any depth; nothing is run.
-
-    A file that is no Python is alone; whoever runs it says so. One that is missing gives nothing.
-    """
-    if not file.is_file():
-        return []
-    finder = ModuleFinder(path=[str(file.parent)])
-    try:
-        finder.run_script(str(file))
-    except (SyntaxError, ValueError):
-        return [file]
-    except ImportError:  # from a package that it is not part of: then it may be any of them
-        return [file, *sorted(set(file.parent.glob("*.py")) - {file})]
-    files = (getattr(module, "__file__", None) for module in finder.modules.values())
-    found = {Path(name) for name in files if name}
-    return [file, *sorted(found - {file})]

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from prunekit.cli.group import main
 from prunekit.contracts import Context
 from prunekit.errors import UserError
-from prunekit.models.identity import find_imports
+from prunekit.store.keys import find_imports
 from prunekit.testing import check_component
 
 COMPONENT, _ = prunekit_architectures()

@@ -1,0 +1,80 @@
+"""`prunekit init`: what it writes passes check, runs, and overwrites nothing."""
+
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from prunekit.catalog.registry import load_registry
+from prunekit.cli.group import main
+from prunekit.cli.init import SHIPPED
+from prunekit.recipe.document import load_recipe
+from prunekit.recipe.plan import make_plan
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def call(*arguments, code=0):
+    done = CliRunner().invoke(main, [*map(str, arguments)])
+    assert done.exit_code == code, done.output
+    return done
+
+
+OBJECTIVES = [e.component.name for e in load_registry().entries if e.kind == "objective"]
+
+
+@pytest.mark.parametrize("dataset", ["digits", "mnist", "cifar10", "imagenet"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_every_objective_gets_a_recipe_that_passes_check(here, dataset, objective):
+    done = call("init", "mine", "--dataset", dataset, "--objective", objective)
+    assert done.stdout == "mine.toml\n"
+    first, run = make_plan(load_recipe(Path("mine.toml")), load_registry()).runs
+    names = [use.component.name for use in first.stages[-1].options.with_]
+    proof = {"smoothing": ["certify"], "benign": ["pgd"]}.get(objective)
+    bounds = objective in ("ibp", "crown-ibp", "mixtrain")
+    assert names == ["clean", *(proof or ["pgd", *(["verified"] if bounds else [])])]
+    assert first.dataset.component.name == dataset
+    assert run.settings == {"prune.pruner": "lwm"}
+    assert Path("mine.toml").read_text().startswith("# prunekit run mine.toml\n")
+
+
+def test_what_it_writes_runs(here):
+    call("init")
+    call("run", "recipe.toml", "--smoke", "--device", "cpu")
+    assert Path("runs/recipe-smoke/pruner=score/run.json").exists()
+
+
+def test_one_of_your_own_needs_its_network(here):
+    error = call("init", "--dataset", "npz", code=2).stderr
+    assert error == "prunekit: the images of npz are not known; give --model\n"
+    call("init", "--dataset", "npz", "--model", "timm")
+    assert 'file = "my-file"' in Path("recipe.toml").read_text()
+    assert "unknown architecture 'vgg'" in call("init", "x", "--model", "vgg", code=2).stderr
+    assert not Path("x.toml").exists()
+
+
+def test_a_file_that_is_there_stays(here):
+    Path("recipe.toml").write_text("mine")
+    told = "prunekit: recipe.toml is there already; choose another name\n"
+    assert call("init", code=2).stderr == told
+    assert call("init", "--like", "quickstart", code=2).stderr == told
+    assert Path("recipe.toml").read_text() == "mine"
+
+
+@pytest.mark.parametrize("recipe", sorted(SHIPPED.rglob("*.toml")), ids=lambda p: p.stem)
+def test_every_shipped_recipe_can_be_copied(here, recipe):
+    name = recipe.relative_to(SHIPPED).with_suffix("").as_posix()
+    written = call("init", "sub/copy", "--like", name).stdout.splitlines()
+    assert written[0] == "sub/copy.toml"
+    assert all(Path(file).exists() for file in written)
+    runs = make_plan(load_recipe(Path("sub/copy.toml")), load_registry()).runs
+    assert len(runs) == len(make_plan(load_recipe(recipe), load_registry()).runs)
+
+
+def test_a_recipe_that_is_not_shipped(here):
+    error = call("init", "--like", "quickstrat", code=2).stderr
+    assert "no recipe 'quickstrat' comes with prunekit; there are: certified/" in error
