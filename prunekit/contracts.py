@@ -18,10 +18,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-
 Masks: TypeAlias = "dict[str, Tensor]"
 """Bool, True = kept; keyed and shaped like the prunable weights (and what goes with them)."""
-
 
 STRUCTURE = re.compile(r"element|channel|[1-9]\d*:[1-9]\d*")
 

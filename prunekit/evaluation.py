@@ -12,7 +12,6 @@ from torch import nn
 Z95 = 1.959963984540054
 """Of the normal distribution, 95 % lie within so many standard deviations."""
 
-
 UNBALANCED = 1.5
 """Where the largest class has so many times the images of the smallest, accuracy misleads."""
 

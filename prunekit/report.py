@@ -148,8 +148,6 @@ class RunFailed:
 
 
 Event = RunStarted | StageStarted | Progress | EpochDone | StageDone | Note | RunDone | RunFailed
-
-
 Report = Callable[[Event], None]
 
 Tell = Callable[[str], None]

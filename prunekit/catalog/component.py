@@ -15,7 +15,6 @@ import pluggy
 if TYPE_CHECKING:
     from prunekit.contracts import Context, Norm, Threat
 
-
 API_VERSION = 2
 """Version of the plugin API: declarations, hooks and contracts together.
 
@@ -23,10 +22,8 @@ A plugin's module says which one it was written for, `PRUNEKIT_API = 2`; another
 broken. Without it a plugin is taken to fit.
 """
 
-
 hookimpl = pluggy.HookimplMarker("prunekit")
 """Marks a function of a plugin's module as the answer to one of the hooks of `hookspecs`."""
-
 
 KINDS = (
     "objective",

@@ -18,7 +18,6 @@ from prunekit.errors import Interrupted, RecipeError, UserError, relative
 SCHEMA = 1
 """Version of everything that `--json` prints."""
 
-
 COMMANDS = {
     "check": "recipes:check",
     "clean": "results:clean",
@@ -98,12 +97,10 @@ def print_json(value: Any) -> None:
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
-
 settings_option = click.option(
     "--set", "settings", multiple=True, metavar="ADDRESS=VALUE",
     help="Override, by a sweep's address: prune.sparsity=0.95. May be given again.",
 )  # fmt: skip
-
 
 device_option = click.option(
     "--device", default="auto", help="auto, cpu, cuda, cuda:1, mps.", show_default=True,

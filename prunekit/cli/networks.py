@@ -21,8 +21,6 @@ from prunekit.cli.group import (
 from prunekit.errors import UserError, relative
 
 model_names = completion.complete_components("architecture")
-
-
 dataset_names = completion.complete_components("dataset")
 
 

@@ -20,8 +20,6 @@ from prunekit.data.batches import Arrays
 from prunekit.errors import UserError, relative
 
 KEYS = ("x_train", "y_train", "x_test", "y_test")
-
-
 Channels = Literal["last", "first"]
 
 

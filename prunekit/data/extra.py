@@ -21,11 +21,7 @@ from prunekit.data.batches import Arrays
 from prunekit.errors import UserError, relative
 
 NPZ_KEYS = (("x_extra", "y_extra"), ("image", "label"))
-
-
 PICKLE_KEYS = ("data", "extrapolated_targets")
-
-
 CONVERT = "numpy.savez_compressed(file, x_extra=..., y_extra=...)"
 
 

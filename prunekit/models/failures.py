@@ -15,7 +15,6 @@ from prunekit.recipe.plan import Run
 OURS = re.compile(r"\(prunekit(?: \S+)?\)$")
 """How the name of a plugin of prunekit's own ends."""
 
-
 MEMORY = ("not enough memory", "can't allocate memory", "out of memory")
 
 

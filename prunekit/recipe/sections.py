@@ -151,5 +151,4 @@ STAGE_OPTIONS: dict[str, type] = {
     "evaluate": EvaluateOptions,
 }
 
-
 DATA_KEYS = tuple(f.name for f in dataclasses.fields(DataOptions))

@@ -12,10 +12,7 @@ from typing import Any, Literal, get_args, get_origin
 from prunekit.catalog.component import Radius
 
 KeyPath = tuple[str | int, ...]
-
-
 WANTED = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
-
 
 EXAMPLES: dict[Any, str] = {
     bool: "true", int: "10", float: "0.5", str: '"..."', Path: '"my-file"', Radius: '"8/255"',

@@ -10,7 +10,6 @@ from typing import Any
 FRACTIONS = {"abstained", "accuracy", "certified", "fraction", "rate", "sparsity", "verified"}
 """A metric with one of these words in its name, the evaluator's apart, is shown in percent."""
 
-
 DIAGNOSTICS = {
     "zero_gradient": "gave no gradient; it may stand less than its accuracy says, try another "
     "attack",

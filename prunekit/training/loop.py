@@ -24,10 +24,8 @@ from prunekit.training.variables import Variables
 IMAGES = "#"
 """Key of the number of images among the sums of an epoch."""
 
-
 RESERVED = {IMAGES, "loss", "accuracy", "epoch", "best"}
 """What no term of a loss can be called."""
-
 
 CHECKPOINT_SECONDS = 300.0
 """In epochs longer than this, a checkpoint is also written between batches."""
