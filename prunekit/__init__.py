@@ -21,7 +21,6 @@ from prunekit.errors import DataMissingError, OptionError, RunError, UserError
 
 if TYPE_CHECKING:
     from prunekit.api import Judgement, RunResult, evaluate, load, make_masks, run, run_sweep
-    from prunekit.data.arrays import read_npz, to_data
     from prunekit.data.batches import Arrays
     from prunekit.data.seeds import derive_seed
     from prunekit.models.building import find_fragile, normalize_inputs
@@ -63,11 +62,9 @@ __all__ = [
     "normalize_inputs",
     "option",
     "read_json",
-    "read_npz",
     "run",
     "run_sweep",
     "suggest",
-    "to_data",
     "write_json",
 ]
 __version__ = "0.1.0"
@@ -82,7 +79,6 @@ _HOMES = {
         "run",
         "run_sweep",
     ),
-    "prunekit.data.arrays": ("read_npz", "to_data"),
     "prunekit.data.batches": ("Arrays",),
     "prunekit.data.seeds": ("derive_seed",),
     "prunekit.models.building": ("find_fragile", "normalize_inputs"),

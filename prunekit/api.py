@@ -2,11 +2,12 @@
 
 Everything here is also `prunekit.NAME`. Images are pixels: integers 0 to 255, or floats in [0, 1]
 that are multiples of 1/255; as tensors (N, C, H, W), as numpy arrays (N, H, W) or (N, H, W, C).
-Labels are integers (N,). A network takes pixels in [0, 1] and normalises inside. One that is handed
+Labels are integers (N,). A network takes pixels in [0, 1] and normalizes inside. One that is handed
 over stays as it is: everything works on copies.
 
 The examples below have such a network and such images:
 
+>>> import tempfile
 >>> import torch
 >>> from torch import nn
 >>> import prunekit
@@ -21,41 +22,36 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
-import random
-import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from prunekit.catalog.registry import load_registry
 from prunekit.contracts import Data, Masks, Threat
-from prunekit.data.batches import Arrays, to_device
 from prunekit.engine.running import run_plan
-from prunekit.engine.stages import STAGES
-from prunekit.engine.work import Outcome, Work
+from prunekit.engine.single import (
+    NoImages,
+    count_classes,
+    do_stage,
+    own_generators,
+    read_images,
+)
 from prunekit.errors import Interrupted, Place, RunError, UserError, relative
-from prunekit.evaluation import eval_mode
-from prunekit.models.from_python import hand_over, read_data, read_images
 from prunekit.models.identity import identify
 from prunekit.models.stored import load_network
-from prunekit.pruning.masks import State
 from prunekit.recipe.document import Recipe, Setting, apply, load_recipe
 from prunekit.recipe.plan import Plan, make_plan
-from prunekit.report import Event, Note, Stop
-from prunekit.store.layout import STORE
+from prunekit.store.layout import RECIPE, STORE
 from prunekit.store.networks import read_network
 from prunekit.store.records import read_run
-from prunekit.store.stages import StageFolder
-from prunekit.training.compute import find_device
 
 LOG = logging.getLogger("prunekit")
+"""Tells what the command line prints besides results and progress."""
 
 Named = str | Mapping[str, Any]
 """A component as in a recipe: a name, or a table with `use` and options."""
@@ -180,6 +176,7 @@ def make_masks(
     >>> {name: (int(mask.sum()), mask.numel()) for name, mask in masks.items()}
     {'1.weight': (103, 1024), '3.weight': (4, 32)}
     """
+    _check_model(model)
     name = pruner if isinstance(pruner, str) else str(pruner.get("use"))
     found = load_registry().find("pruner", name).component
     if found.learns:
@@ -192,9 +189,9 @@ def make_masks(
     stage["structure"] = structure
     stage |= {} if sparsity is None else {"sparsity": sparsity}
     stage |= {} if exclude is None else {"exclude": list(exclude)}
-    images = Data(_NoImages(), _NoImages(), (0, 0, 0), 0) if data is None else None
+    images = Data(NoImages(), NoImages(), (0, 0, 0), 0) if data is None else read_images(data)
     sections = {"stage": [stage], "seed": seed}
-    state, _, notes = _do_stage(model, images or read_images(data), sections, batch_size, device)
+    state, _, notes = do_stage(model, images, sections, batch_size, device)
     for note in notes:
         warnings.warn(note.text, stacklevel=2)
     return state.masks
@@ -232,8 +229,14 @@ def evaluate(
         sections["threat"] = _table_threat(threat)
     _check_model(model)
     found = read_images(data)
-    found = read_images(found, _count_classes(model, found.shape))
-    _, outcome, _ = _do_stage(model, found, sections, batch_size, device)
+    classes, largest = count_classes(model, found.shape), int(found.test.labels.max())
+    if largest >= classes:
+        raise UserError(
+            f"data: there is a label {largest}, and the network has {classes} classes: 0 to "
+            f"{classes - 1}"
+        )
+    found = dataclasses.replace(found, classes=classes)
+    _, outcome, _ = do_stage(model, found, sections, batch_size, device)
     metrics = {name: value for name, value in outcome.metrics.items() if "." in name}
     return Judgement(metrics, outcome.records, outcome.notes)
 
@@ -245,7 +248,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> RunResult:
     from Python. Raises `UserError` where it does not fit.
     """
     network = read_network(Path(path))
-    with _own_generators():
+    with own_generators():
         built, masks = load_network(network, model)
     metrics = {}
     if network.run is not None:
@@ -260,37 +263,34 @@ def _plan(
     settings: Mapping[str, Any] | None,
 ) -> Plan:
     recipe = _read(source)
-    chosen = [
-        Setting(address, value, Place(f"settings {address}"))
-        for address, value in (settings or {}).items()
-    ]
+    chosen = [Setting(a, v, Place(f"settings {a}")) for a, v in (settings or {}).items()]
+    handed: dict[str, Any] = {}
+    unique = None
     if model is not None:
         _check_model(model)
-        table = {"use": "given", **identify(model)}
-        chosen.append(Setting("architecture", table, Place("model")))
+        known = identify(model)
+        unique = known.get("unique")
+        chosen.append(Setting("architecture", {"use": "given", **known}, Place("model")))
+        handed["architecture"] = model
     if data is not None:
         chosen.append(Setting("dataset", {"use": "given"}, Place("data")))
+        handed["dataset"] = data
     apply(recipe, chosen)
     plan = make_plan(recipe, load_registry())
-    values = {
-        "architecture": model,
-        "dataset": None if data is None else read_data(data),
-    }
-    notes = plan.notes
-    if model is not None and "unique" in table:
-        notes += (f"no stored stage can serve this network: {table['unique']}",)
-    runs = plan.runs
-    for key, value in values.items():
-        if value is not None:
-            uses = [hand_over(getattr(run, key), value) for run in runs]
-            pairs = zip(runs, uses, strict=True)
-            runs = tuple(dataclasses.replace(run, **{key: use}) for run, use in pairs)  # type: ignore[arg-type]
-    return dataclasses.replace(plan, runs=runs, notes=notes)
+    notes = (f"no stored stage can serve this network: {unique}",) if unique else ()
+    runs = []
+    for run in plan.runs:
+        uses: dict[str, Any] = {
+            key: dataclasses.replace(getattr(run, key), value=value)
+            for key, value in handed.items()
+        }
+        runs.append(dataclasses.replace(run, **uses))
+    return dataclasses.replace(plan, runs=tuple(runs), notes=(*plan.notes, *notes))
 
 
 def _read(source: str | Path | Mapping[str, Any]) -> Recipe:
     if isinstance(source, Mapping):
-        return Recipe(Path.cwd() / "recipe.toml", copy.deepcopy(dict(source)))
+        return Recipe(Path.cwd() / RECIPE, copy.deepcopy(dict(source)))
     return load_recipe(Path(source))
 
 
@@ -314,7 +314,7 @@ def _execute(
         plan = dataclasses.replace(plan, reporters=tuple(others))
     root = Path(store) if store is not None else folder.parent / STORE
     try:
-        with _own_generators():
+        with own_generators():
             done = run_plan(
                 plan, folder, root, device, force=force, resume="the same call", tell=LOG.warning
             )
@@ -326,75 +326,7 @@ def _execute(
     return [load(path, model) for path in paths]
 
 
-def _count_classes(model: nn.Module, shape: Sequence[int]) -> int:
-    """Logits of an image; raises `UserError` where the network does not take it."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    try:
-        with eval_mode(model), torch.no_grad():
-            return int(model(torch.zeros(1, *shape, device=device)).shape[1])
-    except Exception as error:  # whatever layers raise that such an image does not suit
-        size = " x ".join(map(str, shape))
-        reason = (str(error).splitlines() or [""])[0]
-        raise UserError(
-            f"the network cannot take images of {size}: {type(error).__name__}: {reason}"
-        ) from error
-
-
-def _do_stage(
-    model: nn.Module, data: Data, sections: Mapping[str, Any], batch_size: int, device: str
-) -> tuple[State, Outcome, list[Note]]:
-    """One stage, alone, on a copy of the network; nothing of it is stored."""
-    _check_model(model)
-    tables = {
-        "dataset": {"use": "given", "batch_size": batch_size, "validation": 0},
-        "architecture": {"use": "given", "name": type(model).__qualname__},
-        **sections,
-    }
-    (chosen,) = make_plan(_read(tables), load_registry()).runs
-    (stage,) = chosen.stages
-    place = find_device(device)
-    notes: list[Note] = []
-
-    def report(event: Event) -> None:
-        if isinstance(event, Note):
-            notes.append(event)
-
-    train, test = (to_device(part, place) for part in (data.train, data.test))
-    data = dataclasses.replace(data, train=train, test=test)
-    nobody = Arrays(torch.empty(0), torch.empty(0, dtype=torch.int64))
-    state = State(copy.deepcopy(model).to(place))
-    with tempfile.TemporaryDirectory(prefix="prunekit-") as scratch, _own_generators():
-        work = Work(
-            chosen, data, train, None, nobody, place, StageFolder(Path(scratch)), "", report, Stop()
-        )
-        outcome = STAGES[stage.kind](state, stage, work)
-    return state, outcome, notes
-
-
-class _NoImages:
-    """In place of images that were not given."""
-
-    @property
-    def labels(self) -> Tensor:
-        raise UserError("this pruner looks at images: give data=(x, y)")
-
-    def batches(self, indices: Sequence[Tensor]) -> Iterator[Tensor]:
-        raise UserError("this pruner looks at images: give data=(x, y)")
-
-
 def _table_threat(threat: Any) -> Any:
     if isinstance(threat, Threat):
         return dataclasses.asdict(threat)
     return dict(threat) if isinstance(threat, Mapping) else {"eps": threat}
-
-
-@contextmanager
-def _own_generators() -> Iterator[None]:
-    """Inside, the random generators of torch, numpy and Python are ours; then as they were."""
-    states = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        try:
-            yield
-        finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])

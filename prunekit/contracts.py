@@ -209,6 +209,8 @@ class Context:
     device: torch.device | str = "cpu"
     threat: Threat | None = None
     """For components whose options have the fields `eps` and `norm` (None: the recipe's)."""
+    value: Any = None
+    """What a Python program hands over in place of the component "given"."""
     fresh: bool = True
     """Architectures: the weights count; False where others are loaded over them at once."""
     stage: str = ""

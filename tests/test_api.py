@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from prunekit_arrays.reading import KEYS
 from torch import nn
 from torchvision.models import VisionTransformer
 
@@ -21,7 +22,6 @@ import prunekit
 from prunekit import api
 from prunekit.cli.group import main
 from prunekit.contracts import Data, Threat
-from prunekit.data.arrays import KEYS
 from prunekit.data.batches import Arrays
 from prunekit.errors import RunError, UserError
 from prunekit.models.identity import identify

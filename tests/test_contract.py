@@ -25,12 +25,14 @@ def table(tmp_path):
     images = rng.integers(0, 256, (6, 8, 8), dtype=np.uint8)
     labels = np.arange(6) % 3
     np.savez(tmp_path / "my.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
+    np.savez(tmp_path / "extra.npz", image=images, label=labels)
     (tmp_path / "net.py").write_text(
         "from math import prod\nfrom torch import nn\n\ndef make(shape, classes):\n"
         "    return nn.Sequential(nn.Flatten(), nn.Linear(prod(shape), classes))\n"
     )
     return {
         "npz": {"file": "my.npz"},
+        "extra-images": {"file": "extra.npz"},
         "image-folder": {"root": "nothing"},
         "python": {"file": "net.py"},
         "timm": {"model": "test_vit"},

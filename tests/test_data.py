@@ -8,15 +8,14 @@ from prunekit.data import batches as module
 from prunekit.data.batches import (
     Arrays,
     Extra,
+    Feed,
     Subset,
     augment,
-    count_batches,
     eval_batches,
     fingerprint,
     hold_out,
     subset,
     to_pixels,
-    train_batches,
 )
 from prunekit.data.seeds import generator
 from prunekit.errors import UserError
@@ -166,9 +165,15 @@ def test_augmentation_leaves_the_original_alone():
 # Batches
 
 
-def collect(**options):
-    options = {"size": 4, "names": (), "device": CPU, "seed": 5, **options}
-    return list(train_batches(options.pop("split", make_split()), **options))
+def epoch(split, size, names, seed, skip=0, **options):
+    feed = Feed(split, split, size, CPU, tuple(names), **options)
+    batches = list(feed.epoch(seed, skip))
+    assert feed.count() == len(batches) + skip
+    return batches
+
+
+def collect(split=None, size=4, names=(), seed=5, skip=0, most=None):
+    return epoch(split or make_split(), size, names, seed, skip, limit=most)
 
 
 def test_an_epoch_has_every_image_once_in_an_order_the_seed_decides():
@@ -211,7 +216,7 @@ def test_batch_counts(n, size, most, sizes):
     """A last image by itself is left out: batch normalisation cannot use it."""
     got = [len(y) for _, y in collect(split=make_split(n), size=size, most=most)]
     assert got == sizes
-    assert count_batches(make_split(n), size, most) == len(sizes)
+    assert Feed(make_split(n), make_split(n), size, CPU, limit=most).count() == len(sizes)
 
 
 @pytest.mark.parametrize(("images", "sizes"), [(None, [4, 4, 2]), (5, [4, 1])])
@@ -227,17 +232,16 @@ def test_extra_images_join_every_batch_in_their_ratio():
     labelled = Arrays(torch.zeros(5, 1, 2, 2, dtype=torch.uint8), torch.zeros(5, dtype=torch.int64))
     images = torch.arange(1, 4, dtype=torch.uint8).view(3, 1, 1, 1).expand(3, 1, 2, 2)
     extra = Extra(Arrays(images.contiguous(), torch.tensor([1, 2, 3])), ratio=1.5)
-    device = torch.device("cpu")
-    batches = list(train_batches(labelled, 2, (), device, 0, extra=extra))
+    batches = epoch(labelled, 2, (), 0, extra=extra)
     # The last batch of one image is left out; of the others each has round(1.5 * 2) = 3 more.
     assert [len(y) for _, y in batches] == [5, 5]
     for x, y in batches:
         assert torch.equal((x[:, 0, 0, 0] * 255).round().long(), y)
         # 3 of 3: a round of the extra images is complete before the next begins.
         assert sorted(y.tolist()) == [0, 0, 1, 2, 3]
-    resumed = list(train_batches(labelled, 2, (), device, 0, extra=extra, skip=1))
+    resumed = epoch(labelled, 2, (), 0, skip=1, extra=extra)
     assert torch.equal(resumed[0][0], batches[1][0])
-    alone = list(train_batches(labelled, 2, (), device, 0, extra=None))
+    alone = epoch(labelled, 2, (), 0)
     assert [len(y) for _, y in alone] == [2, 2]
 
 
@@ -254,9 +258,8 @@ def test_a_split_that_augments_is_asked_to():
                 yield index.to(torch.uint8).view(-1, 1, 1, 1)
 
     asked = []
-    device = torch.device("cpu")
     part = subset(Stream(), torch.tensor([5, 4, 3, 2]))
-    batches = list(train_batches(part, 2, ("resized-crop",), device, 0))
+    batches = epoch(part, 2, ("resized-crop",), 0)
     assert sorted(y for _, labels in batches for y in labels.tolist()) == [2, 3, 4, 5]
     for (x, y), (index, names, _) in zip(batches, asked, strict=True):
         assert y.tolist() == index

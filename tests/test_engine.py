@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 from prunekit.catalog.component import Component
 from prunekit.catalog.registry import Entry, Registry, load_registry
 from prunekit.contracts import Result
-from prunekit.engine import engine as module
+from prunekit.engine import inputs as module
 from prunekit.engine.engine import Engine
+from prunekit.engine.inputs import Inputs, build_state, make_keys
 from prunekit.errors import Interrupted
 from prunekit.models.failures import explain
 from prunekit.recipe.document import load_recipe
@@ -169,7 +170,11 @@ class Bench:
 
     def keys(self, *settings, recipe=RECIPE):
         (run,) = self.plan(*settings, recipe=recipe).runs
-        return self.engine().keys(run)
+        return self.make_keys(run)
+
+    def make_keys(self, run):
+        loaded = Inputs(self.device, self.events.append).load(run)
+        return make_keys(run, loaded, self.device)
 
     def of(self, kind):
         return [event for event in self.events if isinstance(event, kind)]
@@ -199,7 +204,7 @@ def test_a_run_leaves_a_plain_pruned_network(bench):
     assert after["sparsity"] == 0.5
     # Finetuning trained what is kept, and kept the mask to the bit.
     (run,) = bench.plan().runs
-    keys = bench.engine().keys(run)
+    keys = bench.make_keys(run)
     pruned = load_file(bench.folder / "store/v2" / keys[1] / "model.safetensors")
     for name in weights:
         assert torch.equal(pruned[name] == 0, state[name] == 0)
@@ -397,7 +402,7 @@ def test_what_failed_holds_no_tensors(bench, parts):
 def test_another_process_is_waited_for_and_its_result_reused(bench):
     (first,) = bench.run()
     (run,) = bench.plan().runs
-    key = bench.engine().keys(run)[0]
+    key = bench.make_keys(run)[0]
     store = Store(bench.folder / "store")
     result = store.folder(key).path / "result.json"
     content = result.read_text()
@@ -504,10 +509,10 @@ def test_keys_follow_the_source_of_other_packages_that_a_component_names(bench, 
     stages[1] = dataclasses.replace(stages[1], options=options)
     run = dataclasses.replace(run, stages=tuple(stages))
     hash_source.cache_clear()
-    before = bench.engine().keys(run)
+    before = bench.make_keys(run)
     helper.write_text("a = 2\n")
     hash_source.cache_clear()
-    after = bench.engine().keys(run)
+    after = bench.make_keys(run)
     assert [a != b for a, b in zip(before, after, strict=True)] == [False, True, True, True]
 
 
@@ -719,7 +724,7 @@ def test_starting_weights_are_taken(bench):
     torch.save({"state_dict": {f"module.{k}": v for k, v in trained.items()}},
                bench.folder / "w.pt")  # fmt: skip
     (run,) = bench.plan(f"architecture.init={bench.folder / 'w.pt'}").runs
-    engine = bench.engine()
-    state = engine.build(run, engine.load(run).data, None)
+    data = Inputs(bench.device, bench.events.append).load(run).data
+    state = build_state(run, data, bench.device)
     assert all(torch.equal(v, trained[k]) for k, v in state.model.state_dict().items())
     assert state.masks == {}

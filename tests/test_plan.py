@@ -371,7 +371,7 @@ seed = [0, 1]
     assert small.smoke
     run = small.runs[0]
     assert run.data.batch_size == 8
-    assert {s.batches for s in run.stages} == {2}
+    assert {s.limit for s in run.stages} == {2}
     assert [getattr(s.options, "epochs", None) for s in run.stages] == [1, 1, None]
     assert run.stages[0].options.objective.options.steps == 2
     assert run.stages[1].sparsity == full.runs[0].stages[1].sparsity

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from prunekit.contracts import Loss, OptimizerChoice, Scores
-from prunekit.data.batches import Arrays, Extra
+from prunekit.data.batches import Arrays, Extra, Feed
 from prunekit.data.seeds import generator
 from prunekit.errors import Interrupted, RunError, UserError
 from prunekit.pruning.layers import find_prunable
@@ -105,23 +105,26 @@ def make_job(folder, kind="pretrain", watch=nothing, report=nothing, stop=None, 
         "objective": objective(model, watch),
         "optimizer": OptimizerChoice(adam if kind == "adam" else sgd, 0.1,
                                      lambda clock: 1 - clock.fraction),
-        "train": make_split(10, 1),
-        "validation": make_split(7, 2),
         "epochs": 2,
-        "batch_size": 4,
-        "augment": ("crop", "flip"),
-        "device": torch.device("cpu"),
         "seed": (0, 0),
         "stage": "pretrain",
         "kind": "pretrain",
         "key": "k",
         "report": report,
         "stop": stop or Stop(),
-        "progress": folder / "progress.safetensors",
+        "checkpoint": folder / "progress.safetensors",
         "replays": 2 if kind == "stateful" else 1,
-        "extra": Extra(make_split(5, 3), 0.5) if kind == "extra" else None,
     }  # fmt: skip
-    return Fit(**{**job, **changes})
+    feed = {
+        "train": make_split(10, 1),
+        "validation": make_split(7, 2),
+        "size": 4,
+        "device": torch.device("cpu"),
+        "augment": ("crop", "flip"),
+        "extra": Extra(make_split(5, 3), 0.5) if kind == "extra" else None,
+    }
+    feed |= {name: changes.pop(name) for name in (*feed, "limit") if name in changes}
+    return Fit(**{**job, "feed": Feed(**feed), **changes})
 
 
 def snapshot(model):
@@ -210,16 +213,16 @@ def test_a_stop_from_a_report_keeps_everything(tmp_path, undisturbed, label):
 def test_epochs_of_one_batch_can_be_stopped(tmp_path):
     stop = Stop()
     job = make_job(tmp_path, watch=lambda model: setattr(stop, "requested", True), stop=stop,
-                   epochs=5, most=1)  # fmt: skip
+                   epochs=5, limit=1)  # fmt: skip
     with pytest.raises(Interrupted):
         fit(job)
-    assert read_checkpoint(job.progress)[1]["at"]["epoch"] == 1
+    assert read_checkpoint(job.checkpoint)[1]["at"]["epoch"] == 1
 
 
 def test_long_epochs_are_saved_between_batches(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
     seen = []
-    job = make_job(tmp_path, watch=lambda model: seen.append(job.progress.exists()), epochs=1)
+    job = make_job(tmp_path, watch=lambda model: seen.append(job.checkpoint.exists()), epochs=1)
     fit(job)
     assert seen == [False, True, True]
 
@@ -230,14 +233,14 @@ def test_the_same_run_twice_and_another_seed(tmp_path, undisturbed):
     torch.manual_seed(99)  # nothing depends on what was drawn before
     fit(job)
     assert same(snapshot(job.variables.model), final)
-    other = make_job(tmp_path, seed=(1, 0), progress=tmp_path / "other")
+    other = make_job(tmp_path, seed=(1, 0), checkpoint=tmp_path / "other")
     fit(other)
     assert not same(snapshot(other.variables.model), final)
 
 
 def test_a_damaged_checkpoint_is_told(tmp_path):
     job = make_job(tmp_path)
-    job.progress.write_bytes(b"junk")
+    job.checkpoint.write_bytes(b"junk")
     with pytest.raises(UserError, match=r"progress\.safetensors is damaged"):
         fit(job)
 
@@ -339,7 +342,7 @@ def test_rows_are_means_over_images(tmp_path):
     assert row["loss"] == pytest.approx(expected)
     assert {"term", "accuracy", "validation.accuracy"} < row.keys()
     job.variables.model.eval()
-    x, y = job.validation.images.float() / 255, job.validation.labels
+    x, y = job.feed.validation.images.float() / 255, job.feed.validation.labels
     accuracy = (job.variables.model(x).argmax(1) == y).float().mean().item()
     assert row["validation.accuracy"] == pytest.approx(accuracy)
 
@@ -348,7 +351,7 @@ def test_unbalanced_classes_get_a_balanced_validation_accuracy(tmp_path):
     images = make_split(10, 1).images
     skewed = Arrays(images, torch.tensor([0] * 7 + [1] * 3))
     even = Arrays(images, torch.tensor([0, 1] * 5))
-    job = make_job(tmp_path, train=even, progress=tmp_path / "even.safetensors")
+    job = make_job(tmp_path, train=even, checkpoint=tmp_path / "even.safetensors")
     assert "validation.balanced_accuracy" not in fit(job)[0]
     job = make_job(tmp_path, train=skewed, validation=skewed, epochs=1)
     (row,) = fit(job)
@@ -409,7 +412,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path):
     job.objective = TurnsNan(job.variables.model, nothing)
     with pytest.raises(RunError, match=r"not finite at step 4 \(epoch 2\).*lower.*lr"):
         fit(job)
-    tensors, header = read_checkpoint(job.progress)
+    tensors, header = read_checkpoint(job.checkpoint)
     assert header["at"]["epoch"] == 1
     assert all(value.isfinite().all() for value in tensors.values())
     # What is kept can be gone on from.
@@ -432,7 +435,7 @@ def test_weights_that_are_not_finite_stop_it_too(tmp_path, kind):
     job.optimizer = OptimizerChoice(lambda p: harm(sgd(p)), 0.1, lambda clock: 0.0)
     with pytest.raises(RunError, match="not finite"):
         fit(job)
-    assert not job.progress.exists()
+    assert not job.checkpoint.exists()
 
 
 def test_too_few_images_are_told(tmp_path):

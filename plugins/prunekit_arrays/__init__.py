@@ -21,6 +21,19 @@ class NpzOptions:
     )
 
 
+@dataclass(frozen=True)
+class ExtraOptions:
+    """A file of images to train on beside those of a data set."""
+
+    file: Path = option(help=".npz, or the pickle of pseudo-labelled TinyImages", exists=True)
+
+
+EXTRA_DETAILS = """\
+Named by a data set, `extra = { use = "extra-images", file = "..." }` in [dataset]. An .npz file has
+the arrays x_extra and y_extra, or image and label, as files of generated images do. The pickle of
+pseudo-labelled TinyImages is read without executing anything that it says."""
+
+
 def _describe_digits(options: NoOptions) -> Facts:
     return Facts((1, 8, 8), 10, train=1437, test=360)
 
@@ -39,4 +52,12 @@ def prunekit_datasets() -> Iterable[Component]:
         summary="Your own arrays, in an .npz file with Keras' keys",
         build="prunekit_arrays.npz:build",
         options=NpzOptions,
+    )
+    yield Component(
+        name="extra-images",
+        summary="More images to train on, from a file: the extra of another data set",
+        build="prunekit_arrays.extra:build",
+        options=ExtraOptions,
+        details=EXTRA_DETAILS,
+        paper="pseudo-labelled TinyImages: Carmon et al., NeurIPS 2019, arXiv 1905.13736",
     )

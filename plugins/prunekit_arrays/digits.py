@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from prunekit import NoOptions, to_data
+from prunekit import NoOptions
 from prunekit.contracts import Context, Data
+from prunekit_arrays.reading import to_data
 
 TEST_IMAGES_PER_CLASS = 36
 

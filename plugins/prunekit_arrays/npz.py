@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from prunekit import read_npz
 from prunekit.contracts import Context, Data
 from prunekit_arrays import NpzOptions
+from prunekit_arrays.reading import read_npz
 
 
 def build(options: NpzOptions, context: Context) -> Data:

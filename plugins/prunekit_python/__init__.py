@@ -57,6 +57,7 @@ def prunekit_architectures() -> Iterable[Component]:
         name="given",
         summary="What Python gives to prunekit.run(model=)",
         build="prunekit_python.handed_over:build_model",
+        sources=("prunekit_arrays",),
         options=GivenModelOptions,
     )
 
@@ -67,4 +68,5 @@ def prunekit_datasets() -> Iterable[Component]:
         name="given",
         summary="What Python gives to prunekit.run(data=)",
         build="prunekit_python.handed_over:build_data",
+        sources=("prunekit_arrays",),
     )

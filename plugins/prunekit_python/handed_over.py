@@ -1,8 +1,14 @@
-"""What stands in a recipe for a network or data that a Python program hands over."""
+"""Networks and data that a Python program hands over, in place of components that it names."""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from typing import Any
+
+import numpy as np
+from prunekit_arrays.reading import KEYS, Channels, to_data, to_split
+from torch import Tensor
 
 from prunekit import DataMissingError, NoOptions, UserError
 from prunekit.contracts import Context, Data
@@ -10,16 +16,44 @@ from prunekit_python import GivenModelOptions
 
 
 def build_model(options: GivenModelOptions, context: Context) -> Any:
-    """Where no network was handed over. Raises `UserError`."""
-    raise UserError(
-        f"the network ({options.name}) came from a Python program; call prunekit.run or "
-        "prunekit.load there with model=..., or name another architecture"
-    )
+    """A copy of the network; raises `UserError` where none was handed over."""
+    if context.value is None:
+        raise UserError(
+            f"the network ({options.name}) came from a Python program; call prunekit.run or "
+            "prunekit.load there with model=..., or name another architecture"
+        )
+    return copy.deepcopy(context.value)
 
 
 def build_data(options: NoOptions, context: Context) -> Data:
-    """Where no images were handed over. Raises `DataMissingError`."""
-    raise DataMissingError(
-        "the images came from a Python program; call prunekit.run there with data=..., or name "
-        "another data set"
-    )
+    """A data set of arrays: (x_train, y_train, x_test, y_test), or (x, y) to be looked at alone.
+
+    Images are (N, C, H, W) where they are tensors, (N, H, W) or (N, H, W, C) where they are numpy
+    arrays; pixels are integers 0 to 255 or floats in [0, 1] that are multiples of 1/255. A `Data`
+    stays as it is.
+
+    Raises `UserError` for anything else, `DataMissingError` where nothing was handed over.
+    """
+    data = context.value
+    if data is None:
+        raise DataMissingError(
+            "the images came from a Python program; call prunekit.run there with data=..., or name "
+            "another data set"
+        )
+    if isinstance(data, Data):
+        return data
+    # Where nothing is trained, some images to look at are enough.
+    sizes, wanted = ((2, 4), "(x, y), or ") if context.stage else ((4,), "")
+    if not isinstance(data, Sequence) or len(data) not in sizes:
+        size = f" of {len(data)}" if isinstance(data, Sequence) else ""
+        raise UserError(
+            f"data is {wanted}({', '.join(KEYS)}), or a prunekit.contracts.Data; got: "
+            f"{type(data).__name__}{size}"
+        )
+    channels: Channels = "first" if isinstance(data[0], Tensor) else "last"
+    arrays = [v.detach().cpu().numpy() if isinstance(v, Tensor) else np.asarray(v) for v in data]
+    if len(data) == 4:
+        return to_data(dict(zip(KEYS, arrays, strict=True)), "data", channels=channels)
+    part = to_split(dict(zip("xy", arrays, strict=True)), ("x", "y"), "data", channels)
+    _, c, h, w = part.images.shape
+    return Data(part, part, (c, h, w), int(part.labels.max()) + 1)

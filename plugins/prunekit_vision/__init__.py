@@ -159,6 +159,7 @@ def prunekit_datasets() -> Iterable[Component]:
             summary=known.summary,
             build=f"prunekit_vision.loading:{known.name.replace('-', '_')}",
             options=VisionOptions,
+            sources=("prunekit_arrays",),
             needs=("torchvision", *known.needs),
             paper=known.paper,
             facts=_tell(known.facts),

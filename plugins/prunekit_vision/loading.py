@@ -13,8 +13,8 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from prunekit_arrays.reading import read_npz, to_data
 
-from prunekit import read_npz, to_data
 from prunekit.contracts import Context, Data
 from prunekit.errors import DataMissingError, UserError, relative
 from prunekit_vision import VISION_SETS, VisionOptions, VisionSet

@@ -162,6 +162,8 @@ class Use(Generic[Kind]):
     """The recipe's threat for components whose options have `norm` and `eps`, which override it."""
     reference: str = ""
     """What a recipe writes after `use =`, where that is more than the component's name."""
+    value: Any = None
+    """What a Python program hands over in its place; the implementation finds it in its context."""
 
     def build(self, context: Context) -> Kind:
         """Import the implementation and build it; errors name the plugin."""
@@ -180,7 +182,9 @@ class Use(Generic[Kind]):
                 f"{owner} cannot be built: {self.component.build} is to be a function that is "
                 "called as build(options, context)"
             )
-        built = build(self.options, dataclasses.replace(context, threat=self.threat))
+        built = build(
+            self.options, dataclasses.replace(context, threat=self.threat, value=self.value)
+        )
         if self.kind in ("objective", "pruner", "evaluator", "reporter") and not callable(built):
             raise PluginError(f"{owner} is built as {built!r}, which cannot be called")
         return built

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -151,40 +152,57 @@ class Extra:
         return list(torch.cat(order)[: sum(counts)].split(counts))
 
 
-def train_batches(
-    split: Split,
-    size: int,
-    names: Sequence[str],
-    device: torch.device,
-    seed: int,
-    *,
-    extra: Extra | None = None,
-    skip: int = 0,
-    most: int | None = None,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """One epoch of shuffled, augmented batches (x, y) on the device, decided by `seed`.
+@dataclass(frozen=True)
+class Feed:
+    """The batches that a stage trains on and is validated with, (x, y) on the device.
 
-    An epoch is one pass over `split`; images of `extra` come behind those of each batch. `skip`
-    leaves out the first batches (of a resumed epoch) and changes nothing in the others. A last
-    batch of a single image is left out: batch normalisation cannot use it.
+    `augment` names augmentations; `limit` is the most batches of a pass (smoke).
     """
-    order = torch.randperm(len(split.labels), generator=seeds.generator(seed, "order"))
-    chunks = [c for c in order.split(size) if len(c) > 1 or size == 1][:most]
-    sources = [(split, chunks, "augment")]
-    if extra is not None:
-        indices = extra.indices([len(chunk) for chunk in chunks], seed)
-        sources.append((extra.split, indices, "augment-extra"))
-    streams = [
-        _augmented(
-            source, chosen[skip:], names, [seeds.derive_seed(seed, word, n) for n in numbers]
-        )
-        for source, chosen, word in sources
-        for numbers in [range(skip, len(chosen))]
-    ]
-    for number, images in enumerate(zip(*streams, strict=True), start=skip):
-        labels = [source.labels[chosen[number]] for source, chosen, _ in sources]
-        x = torch.cat([part.to(device) for part in images]) if extra else images[0]
-        yield to_pixels(x, device), torch.cat(labels).to(device)
+
+    train: Split
+    validation: Split
+    size: int
+    device: torch.device
+    augment: tuple[str, ...] = ()
+    extra: Extra | None = None
+    limit: int | None = None
+
+    def count(self) -> int:
+        """Batches of an epoch, without a last one of a single image: batch normalization fails."""
+        n = len(self.train.labels)
+        return _limit(n // self.size + (n % self.size > 1), self.limit)
+
+    def count_validation(self) -> int:
+        return _limit(-(-len(self.validation.labels) // self.size), self.limit)
+
+    def epoch(self, seed: int, skip: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """One epoch of shuffled, augmented batches, decided by `seed`: a pass over `train`.
+
+        Images of `extra` come behind those of each batch. `skip` leaves out the first batches (of
+        a resumed epoch) and changes nothing in the others.
+        """
+        order = torch.randperm(len(self.train.labels), generator=seeds.generator(seed, "order"))
+        chunks = list(order.split(self.size)[: self.count()])
+        sources = [(self.train, chunks, "augment")]
+        if self.extra is not None:
+            indices = self.extra.indices([len(chunk) for chunk in chunks], seed)
+            sources.append((self.extra.split, indices, "augment-extra"))
+        streams = []
+        for source, chosen, word in sources:
+            drawn = [seeds.derive_seed(seed, word, n) for n in range(skip, len(chosen))]
+            streams.append(_augmented(source, chosen[skip:], self.augment, drawn))
+        for number, images in enumerate(zip(*streams, strict=True), start=skip):
+            labels = [source.labels[chosen[number]] for source, chosen, _ in sources]
+            x = torch.cat([part.to(self.device) for part in images]) if self.extra else images[0]
+            yield to_pixels(x, self.device), torch.cat(labels).to(self.device)
+
+    def validate(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The validation images in their own order."""
+        return islice(eval_batches(self.validation, self.size, self.device), self.limit)
+
+
+def _limit(n: int, limit: int | None) -> int:
+    return n if limit is None else min(n, limit)
 
 
 def _augmented(
@@ -196,13 +214,6 @@ def _augmented(
         return
     for images, seed in zip(split.batches(indices), batch_seeds, strict=True):
         yield augment(images, names, torch.Generator().manual_seed(seed))
-
-
-def count_batches(split: Split, size: int, most: int | None = None) -> int:
-    """How many batches `train_batches` yields."""
-    n = len(split.labels)
-    count = n // size + (n % size > 1)
-    return count if most is None else min(count, most)
 
 
 def eval_batches(

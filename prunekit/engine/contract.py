@@ -201,7 +201,8 @@ def _check_dataset(use: Use[Any], context: Context) -> None:
         facts = use.component.facts(use.options)
         declared = (facts.shape, facts.classes)
         assert declared == (data.shape, data.classes), f"{name}: is not what it declares"
-    for part in (data.train, data.test):
+    # Images to train on beside those of another data set come without a test part.
+    for part in (data.train, data.test) if len(data.test.labels) else (data.train,):
         assert part.labels.dtype == torch.int64, f"{name}: labels are not int64"
         assert int(part.labels.min()) >= 0, f"{name}: a label below 0"
         assert int(part.labels.max()) < data.classes, f"{name}: a label beyond the classes"

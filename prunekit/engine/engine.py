@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import tempfile
 import time
@@ -14,34 +13,21 @@ from typing import Any
 
 import torch
 
-from prunekit.contracts import Context, Data, Split
-from prunekit.data.batches import Extra, fingerprint, hold_out, to_device
-from prunekit.data.extra import read_extra
-from prunekit.engine.rehearsal import random_data, reduce_run
+from prunekit.engine.inputs import Inputs, Loaded, build_state, describe_stage, make_keys
+from prunekit.engine.rehearsal import reduce_run
 from prunekit.engine.stages import STAGES
 from prunekit.engine.work import Outcome, Work
-from prunekit.errors import DataMissingError, Interrupted, RunError
-from prunekit.models.building import build_network, describe_model
+from prunekit.errors import Interrupted, RunError
+from prunekit.models.building import describe_model
 from prunekit.models.failures import explain, release
 from prunekit.pruning.masks import State, describe_counts
 from prunekit.recipe.plan import Plan, Run, Stage, uses_in
-from prunekit.recipe.resolver import describe
-from prunekit.report import EpochDone, Note, Report, RunDone, RunFailed, RunStarted, StageDone, Stop
-from prunekit.store.checkpoint import read_model, start_from, write_model
-from prunekit.store.keys import hash_file, hash_stage, version_of
+from prunekit.report import Event, Note, Report, RunDone, RunFailed, RunStarted, StageDone, Stop
+from prunekit.store.checkpoint import write_model
+from prunekit.store.keys import version_of
 from prunekit.store.runs import RunFolder
 from prunekit.store.stages import StageFolder, StageResult, Store
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """A data set ready for training: parts on the device, and what identifies the content."""
-
-    data: Data
-    train: Split
-    extra: Extra | None
-    validation: Split
-    fingerprint: str
+from prunekit.training.loop import retell
 
 
 @dataclass
@@ -53,8 +39,11 @@ class Engine:
     report: Report
     stop: Stop = field(default_factory=Stop)
     smoke: bool = False
-    _loaded: dict[str, Loaded] = field(default_factory=dict)
+    inputs: Inputs = field(init=False)
     _failed: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.inputs = Inputs(self.device, self.report, self.smoke)
 
     def run(self, plan: Plan, out: Path) -> list[RunFolder]:
         """Execute all runs of a plan; a failed one does not stop the others.
@@ -78,7 +67,7 @@ class Engine:
             try:
                 if run.label in broken:
                     raise broken[run.label]
-                self._run_one(run, folder)
+                self._run_one(run, self.inputs.load(run), folder)
             except (Interrupted, KeyboardInterrupt):
                 folder.close("interrupted")
                 raise Interrupted from None
@@ -110,7 +99,8 @@ class Engine:
             if parts in seen:
                 continue
             try:
-                keys = self.keys(run)
+                loaded = self.inputs.load(run)
+                keys = make_keys(run, loaded, self.device)
                 if all(map(self.store.is_done, keys)):
                     continue
                 if not told:
@@ -118,11 +108,8 @@ class Engine:
                     told = True
                 with tempfile.TemporaryDirectory(prefix="prunekit-") as scratch:
                     small = reduce_run(run, batches=1)
-                    quiet = Engine(
-                        Store(Path(scratch)), self.device, lambda event: None, self.stop, True,
-                        self._loaded,
-                    )  # fmt: skip
-                    quiet._run_one(small, None)
+                    quiet = Engine(Store(Path(scratch)), self.device, _ignore, self.stop, True)
+                    quiet._run_one(small, loaded, None)
                 seen.add(parts)
             except (Interrupted, KeyboardInterrupt):
                 raise Interrupted from None
@@ -133,9 +120,8 @@ class Engine:
                 failures[run.label] = error
         return failures
 
-    def _run_one(self, run: Run, folder: RunFolder | None) -> None:
-        loaded = self.load(run)
-        keys = self.keys(run)
+    def _run_one(self, run: Run, loaded: Loaded, folder: RunFolder | None) -> None:
+        keys = make_keys(run, loaded, self.device)
         if folder is not None:
             folder.expect(keys)
         state: State | None = None
@@ -147,10 +133,10 @@ class Engine:
                 if reused := stored.done:
                     result = stored.read()
                     for row in result.history:
-                        self.report(_retell(stage, row))
+                        self.report(retell(stage.name, stage.epochs, row))
                 else:
                     if state is None:
-                        state = self.build(run, loaded.data, latest)
+                        state = build_state(run, loaded.data, self.device, latest)
                     try:
                         result = self._compute(run, stage, key, stored, state, loaded)
                     except (Exception, SystemExit) as error:
@@ -173,17 +159,14 @@ class Engine:
         self, run: Run, stage: Stage, key: str, stored: StageFolder, state: State, loaded: Loaded
     ) -> StageResult:
         started = time.monotonic()
-        work = Work(
-            run, loaded.data, loaded.train, loaded.extra, loaded.validation, self.device,
-            stored, key, self.report, self.stop,
-        )  # fmt: skip
+        work = Work(run, loaded, self.device, stored, key, self.report, self.stop)
         outcome: Outcome = STAGES[stage.kind](state, stage, work)
         if stage.kind == "evaluate":
             stored.write_records(outcome.records)
         else:
             header = {
                 **describe_model(run, loaded.data.shape, loaded.data.classes),
-                "stage": _describe_stage(stage),
+                "stage": describe_stage(stage),
                 # No stage has pruned what `init` brought pruned.
                 "sparsity": stage.sparsity or outcome.metrics["sparsity"],
                 "smoke": self.smoke,
@@ -197,126 +180,14 @@ class Engine:
             list(outcome.notes),
             {n: version_of(n) for use in uses_in(stage.options) for n in use.component.needs},
         )
-        stored.finish(result, _describe_stage(stage))
+        stored.finish(result, describe_stage(stage))
         return result
 
-    def load(self, run: Run) -> Loaded:
-        """The run's data, loaded once for all runs that share it."""
-        chosen = run.data
-        name = str([describe(run.dataset), chosen.fraction, chosen.validation,
-                    chosen.validation_seed, chosen.extra, chosen.extra_ratio])  # fmt: skip
-        if name not in self._loaded:
-            data = self.build_data(run)
-            content = fingerprint(data)
-            train, validation = hold_out(
-                data.train, chosen.fraction, chosen.validation, chosen.validation_seed
-            )
-            train, validation, test = (
-                to_device(part, self.device) for part in (train, validation, data.test)
-            )
-            # The whole training set is let go: a large one would fill memory twice.
-            data = dataclasses.replace(data, train=train, test=test)
-            self._loaded[name] = Loaded(
-                data, train, self._load_extra(run, data), validation, content
-            )
-        return self._loaded[name]
 
-    def build_data(self, run: Run) -> Data:
-        """The data set; in a smoke run random images where its files are missing."""
-        try:
-            # Without the run's seed: runs of all seeds share the data.
-            return run.dataset.build(Context(folder=run.folder))
-        except DataMissingError:
-            facts = run.dataset.component.facts
-            if not self.smoke or facts is None:
-                raise
-            self.report(Note(f"{run.dataset.name} is not here: random images instead", True))
-            return random_data(facts(run.dataset.options), run.data)
-
-    def _load_extra(self, run: Run, data: Data) -> Extra | None:
-        if run.data.extra is None:
-            return None
-        split = read_extra(run.data.extra, data.shape, data.classes)
-        return Extra(to_device(split, self.device), run.data.extra_ratio)
-
-    def inputs(self, run: Run) -> list[str]:
-        """Hashes of all that a run reads: its data, extra images, the weights it starts from."""
-        files = [path for path in (run.data.extra, run.init) if path]
-        files += [path for use in run.uses() for path in use.component.files(use.options)]
-        return [self.load(run).fingerprint, *map(hash_file, files)]
-
-    def keys(self, run: Run) -> list[str]:
-        """The hash of every stage of a run, over everything that decides its result."""
-        environment = {
-            "torch": torch.__version__,
-            "device": self.device.type,
-            "threads": torch.get_num_threads() if self.device.type == "cpu" else 0,
-            "precision": "fp32",
-            "ranks": 1,
-        }
-        loaded = self.load(run)
-        start = {
-            "seed": run.seed,
-            # By content, not by where the files are or how many processes read them.
-            "data": [loaded.fingerprint, loaded.data.shape, loaded.data.classes],
-            "use": [loaded.data.augment, describe(run.data, hash_file)],
-            "architecture": describe(run.architecture, hash_file),
-            "init": hash_file(run.init) if run.init else None,
-        }
-        keys, upstream = [], ""
-        for stage in run.stages:
-            uses = list(uses_in((run.dataset, run.architecture, stage.options)))
-            files = [hash_file(path) for u in uses for path in u.component.files(u.options)]
-            key = hash_stage(
-                upstream,
-                {"start": start, **_describe_stage(stage), "files": files},
-                {name for u in uses for name in (u.component.package, *u.component.sources)},
-                {**environment, **{n: version_of(n) for u in uses for n in u.component.needs}},
-            )
-            keys.append(key)
-            if stage.kind != "evaluate":
-                upstream = key
-        return keys
-
-    def build(
-        self, run: Run, data: Data, latest: StageFolder | None, *, weights: bool = True
-    ) -> State:
-        """The network of a run: fresh, from the file of `init`, or as a stored stage left it.
-
-        Without `weights` only its shapes matter, and nothing is fetched for a fresh one.
-        """
-        fresh = weights and latest is None and run.init is None
-        model = build_network(run, data.shape, data.classes, self.device, fresh=fresh)
-        state = State(model)
-        if latest is not None:
-            state.masks = read_model(latest.model, model)
-        elif run.init is not None:
-            state.masks = start_from(run.init, model)
-        state.masks = {name: mask.to(self.device) for name, mask in state.masks.items()}
-        return state
-
-
-def _describe_stage(stage: Stage) -> dict[str, Any]:
-    """What a stage computes, threats resolved: part of its key, and of what is stored of it."""
-    threats = [
-        [use.kind, use.name, use.threat.norm, use.threat.eps]
-        for use in uses_in(stage.options)
-        if use.threat is not None and hasattr(use.options, "eps")
-    ]
-    return {
-        "kind": stage.kind,
-        "position": stage.position,
-        "options": describe(stage.options, hash_file),
-        "threats": threats,
-        "batches": stage.batches,
-    }
+def _ignore(event: Event) -> None:
+    """Nobody is told of a rehearsal."""
 
 
 def _finite(row: Mapping[str, Any]) -> dict[str, Any]:
     """Without the numbers that JSON has no word for (a term of a loss may be NaN)."""
     return {k: v for k, v in row.items() if not isinstance(v, float) or math.isfinite(v)}
-
-
-def _retell(stage: Stage, row: Mapping[str, Any]) -> EpochDone:
-    metrics = {k: v for k, v in row.items() if k not in ("epoch", "best")}
-    return EpochDone(stage.name, row["epoch"], stage.epochs, metrics, row["best"], stored=True)

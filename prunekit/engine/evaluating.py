@@ -17,7 +17,7 @@ from prunekit.catalog.component import Use
 from prunekit.contracts import Evaluator
 from prunekit.data import seeds
 from prunekit.data.batches import eval_batches
-from prunekit.engine.work import Outcome, Work, _sparsity
+from prunekit.engine.work import Outcome, Work, describe_masks
 from prunekit.errors import RunError
 from prunekit.evaluation import balanced_proportion, eval_mode, is_unbalanced
 from prunekit.pruning.masks import (
@@ -33,11 +33,11 @@ def evaluate(state: State, stage: Stage, work: Work) -> Outcome:
     options, size = stage.options, work.run.data.batch_size
     if broken := find_broken(state.model):
         raise RunError(f"{broken} of the network holds NaN or infinity: there is nothing to judge")
-    index = _choose(len(work.data.test.labels), options.images)
-    if stage.batches is not None:
-        index = index[: stage.batches * size]
-    labels = work.data.test.labels[index]
-    unbalanced = is_unbalanced(work.data.test.labels.cpu().numpy())
+    index = _choose(len(work.loaded.data.test.labels), options.images)
+    if stage.limit is not None:
+        index = index[: stage.limit * size]
+    labels = work.loaded.data.test.labels[index]
+    unbalanced = is_unbalanced(work.loaded.data.test.labels.cpu().numpy())
     metrics: dict[str, Any] = {}
     records: dict[str, np.ndarray] = {"index": index.numpy(), "label": labels.cpu().numpy()}
     notes: list[str] = []
@@ -71,7 +71,7 @@ def evaluate(state: State, stage: Stage, work: Work) -> Outcome:
             correct, name = np.asarray(result.records["correct"]), f"{use.name}.balanced_accuracy"
             metrics |= balanced_proportion(name, correct, records["label"])
     notes += cross_examine(options.with_, records)
-    return Outcome({**metrics, **_sparsity(state)}, records=records, notes=tuple(notes))
+    return Outcome({**metrics, **describe_masks(state)}, records=records, notes=tuple(notes))
 
 
 def _choose(n: int, images: int | None) -> Tensor:
@@ -87,7 +87,7 @@ def _choose(n: int, images: int | None) -> Tensor:
 def _watched(work: Work, stage: Stage, name: str, index: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     size = work.run.data.batch_size
     total = -(-len(index) // size)
-    batches = eval_batches(work.data.test, size, work.device, index)
+    batches = eval_batches(work.loaded.data.test, size, work.device, index)
     for done, batch in enumerate(batches):
         work.stop.check()
         work.report(Progress(stage.name, done, total, label=name))

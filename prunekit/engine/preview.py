@@ -2,58 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import sys
-from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from prunekit.contracts import Data
-from prunekit.data.batches import count_batches
-from prunekit.engine.engine import Engine
-from prunekit.errors import DataMissingError, relative
+from prunekit.data.batches import Feed
+from prunekit.engine.inputs import Inputs, Loaded, build_state, make_keys
+from prunekit.errors import relative
 from prunekit.models.failures import explained
 from prunekit.pruning.layers import find_prunable
 from prunekit.recipe.plan import Plan, Run, Stage
 from prunekit.report import Event, Note
 from prunekit.store.stages import Store
 from prunekit.training.compute import find_device
-
-
-@dataclass(frozen=True)
-class Unread:
-    """A split whose files are not here: so many images that nobody may look at."""
-
-    labels: torch.Tensor
-
-    def batches(self, indices: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
-        raise RuntimeError("a preview reads no images")
-
-
-class Preview(Engine):
-    """An engine that only looks: nothing is downloaded, missing data count as declared."""
-
-    def build_data(self, run: Run) -> Data:
-        use = run.dataset
-        if hasattr(use.options, "download"):
-            options = dataclasses.replace(use.options, download=False)
-            run = dataclasses.replace(run, dataset=dataclasses.replace(use, options=options))
-        try:
-            return super().build_data(run)
-        except DataMissingError:
-            if use.component.facts is None:
-                raise
-            facts = use.component.facts(use.options)
-            train, test = (
-                Unread(torch.zeros(n, dtype=torch.int64)) for n in (facts.train, facts.test)
-            )
-            self.report(Note(f"{use.name} is not here; sizes are those it should have"))
-            return Data(train, test, facts.shape, facts.classes, facts.augment, "missing")
 
 
 def preview_plan(plan: Plan, out: Path, store: Path, device: str) -> dict[str, Any]:
@@ -67,30 +32,34 @@ def preview_plan(plan: Plan, out: Path, store: Path, device: str) -> dict[str, A
         if isinstance(event, Note):
             notes.append(event.text)
 
-    engine = Preview(Store(store), find_device(device), report, smoke=plan.smoke)
+    place = find_device(device)
+    inputs = Inputs(place, report, plan.smoke, preview=True)
     seen: set[str] = set()
     runs: list[dict[str, Any]] = []
     for run in plan.runs:
         with redirect_stdout(sys.stderr), explained(run):
-            runs.append(_preview_run(engine, run, seen))
+            runs.append(_preview_run(run, inputs.load(run), place, Store(store), seen))
     return {
-        "out": relative(out), "store": relative(store), "smoke": plan.smoke,
-        "notes": list(dict.fromkeys(notes)), "runs": runs,
-    }  # fmt: skip
+        "out": relative(out),
+        "store": relative(store),
+        "smoke": plan.smoke,
+        "notes": list(dict.fromkeys(notes)),
+        "runs": runs,
+    }
 
 
-def _preview_run(engine: Engine, run: Run, seen: set[str]) -> dict[str, Any]:
+def _preview_run(
+    run: Run, loaded: Loaded, device: torch.device, store: Store, seen: set[str]
+) -> dict[str, Any]:
     """What `preview_plan` says of one run; `seen` are the stages of the runs before it."""
-    model = engine.build(run, engine.load(run).data, None, weights=False).model
+    model = build_state(run, loaded.data, device, weights=False).model
     stages: list[dict[str, Any]] = []
-    for stage, key in zip(run.stages, engine.keys(run), strict=True):
-        steps, passes = _count_work(engine, run, stage)
-        status = "stored" if engine.store.is_done(key) else "shared" if key in seen else "to do"
+    for stage, key in zip(run.stages, make_keys(run, loaded, device), strict=True):
+        steps, passes = _count_work(run, loaded, stage, device)
+        status = "stored" if store.is_done(key) else "shared" if key in seen else "to do"
         seen.add(key)
-        stages.append(
-            {"name": stage.name, "kind": stage.kind, "key": key, "status": status,
-             "steps": steps, "forward_passes": passes}
-        )  # fmt: skip
+        told = {"name": stage.name, "kind": stage.kind, "key": key, "status": status}
+        stages.append({**told, "steps": steps, "forward_passes": passes})
     return {
         "run": run.label,
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -100,18 +69,17 @@ def _preview_run(engine: Engine, run: Run, seen: set[str]) -> dict[str, Any]:
     }
 
 
-def _count_work(engine: Engine, run: Run, stage: Stage) -> tuple[int, int]:
-    """(optimiser steps, forward passes of a batch) of a stage."""
+def _count_work(run: Run, loaded: Loaded, stage: Stage, device: torch.device) -> tuple[int, int]:
+    """(optimizer steps, forward passes of a batch) of a stage."""
     options, size = stage.options, run.data.batch_size
-    loaded = engine.load(run)
     if stage.kind == "evaluate":
         images = min(options.images or math.inf, len(loaded.data.test.labels))
-        batches = min(math.ceil(images / size), stage.batches or math.inf)
+        batches = min(math.ceil(images / size), stage.limit or math.inf)
         return 0, int(batches) * sum(u.component.forward_passes(u.options) for u in options.with_)
     if options.epochs is None:
         return 0, 0
     use = options.objective
-    per_epoch = count_batches(loaded.train, size, stage.batches)
-    checked = math.ceil(len(loaded.validation.labels) / size)
-    steps = stage.epochs * per_epoch * stage.replays
-    return steps, steps * use.component.forward_passes(use.options) + stage.epochs * checked
+    feed = Feed(loaded.data.train, loaded.validation, size, device, limit=stage.limit)
+    steps = stage.epochs * feed.count() * stage.replays
+    checked = stage.epochs * feed.count_validation()
+    return steps, steps * use.component.forward_passes(use.options) + checked

@@ -34,7 +34,7 @@ def reduce_run(run: Run, batches: int, batch_size: int | None = None) -> Run:
         options = reduce_options(stage.options)
         if getattr(options, "epochs", None) is not None:
             options = dataclasses.replace(options, epochs=1)
-        stages.append(dataclasses.replace(stage, options=options, batches=batches))
+        stages.append(dataclasses.replace(stage, options=options, limit=batches))
     data = dataclasses.replace(run.data, batch_size=size)
     return dataclasses.replace(run, stages=tuple(stages), data=data)
 

@@ -13,6 +13,7 @@ import torch
 from prunekit.catalog.component import Use
 from prunekit.contracts import Context
 from prunekit.engine.engine import Engine
+from prunekit.engine.inputs import Inputs
 from prunekit.errors import Interrupted, PluginError, UserError
 from prunekit.recipe.plan import Plan
 from prunekit.report import Event, Note, Report, Reporter, Stop, Tell
@@ -40,7 +41,7 @@ def run_plan(
     folder = OutFolder(out, plan)
     known = folder.prepare(tell, force=force)
     if known is not None:
-        if _is_current(plan, known, Store(store), chosen):
+        if _is_current(plan, known, chosen):
             return None
         tell("the data or a file of the recipe has changed since: running it again")
     Store(store).prepare(tell)
@@ -53,7 +54,7 @@ def run_plan(
             with engine.stop.listen():
                 folders = engine.run(plan, out)
             done = all(f.status == "done" for f in folders)
-            inputs = [i for run in plan.runs for i in engine.inputs(run)] if done else []
+            inputs = [i for run in plan.runs for i in engine.inputs.identify(run)] if done else []
             folder.mark(done=done, inputs=inputs)
     except Interrupted:
         # Only now: before, the live display would draw over it.
@@ -62,12 +63,12 @@ def run_plan(
     return folders
 
 
-def _is_current(plan: Plan, known: list[str], store: Store, device: torch.device) -> bool:
+def _is_current(plan: Plan, known: list[str], device: torch.device) -> bool:
     """Whether what the results were computed from is the same still; also where it is gone."""
-    engine = Engine(store, device, lambda event: None, smoke=plan.smoke)
+    inputs = Inputs(device, lambda event: None, plan.smoke)
     try:
         with redirect_stdout(sys.stderr):
-            return known == [digest for run in plan.runs for digest in engine.inputs(run)]
+            return known == [digest for run in plan.runs for digest in inputs.identify(run)]
     # Also where a plugin of the data set is broken by now: what was found is there still.
     except (Exception, SystemExit):
         return True

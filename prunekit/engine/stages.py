@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from prunekit.contracts import Context, Objective, Scores
 from prunekit.data import seeds
-from prunekit.data.batches import train_batches
 from prunekit.engine.evaluating import evaluate
-from prunekit.engine.work import Outcome, Work, _sparsity
+from prunekit.engine.work import Outcome, Work, describe_masks
 from prunekit.errors import RunError
 from prunekit.evaluation import eval_mode
 from prunekit.pruning.layers import find_prunable, find_unprunable
@@ -38,7 +37,7 @@ def train(state: State, stage: Stage, work: Work) -> Outcome:
     context = work.context(stage, state)
     objective = stage.options.objective.build(context)
     history = _fit(variables, objective, stage, work, context)
-    return Outcome({**_best(history, stage), **_sparsity(state)}, history)
+    return Outcome({**_best(history, stage), **describe_masks(state)}, history)
 
 
 def prune(state: State, stage: Stage, work: Work) -> Outcome:
@@ -68,8 +67,7 @@ def prune(state: State, stage: Stage, work: Work) -> Outcome:
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
         seed = seeds.derive_seed(work.run.seed, stage.position, "score")
-        size = work.run.data.batch_size
-        return train_batches(work.train, size, work.augment, work.device, seed, most=stage.batches)
+        return replace(work.feed(stage), extra=None).epoch(seed)
 
     if not options.pruner.component.learns:
         work.report(StageStarted(stage.name, stage.kind, work.key))
@@ -94,7 +92,7 @@ def prune(state: State, stage: Stage, work: Work) -> Outcome:
     if options.bn == "recalibrate":
         seeds.seed_all(work.run.seed, stage.position, "recalibrate")
         _recalibrate(state.model, batches)
-    return Outcome({**_best(history, stage), **_sparsity(state)}, history)
+    return Outcome({**_best(history, stage), **describe_masks(state)}, history)
 
 
 def _find_structured(
@@ -105,7 +103,7 @@ def _find_structured(
     if selection.structure == "element":
         return weights, {}
     with eval_mode(state.model):
-        example = torch.zeros(1, *work.data.shape, device=work.device)
+        example = torch.zeros(1, *work.loaded.data.shape, device=work.device)
         followers = find_followers(state.model, example)
     names = find_structured(weights, selection.structure, list(followers))
     if not names:
@@ -170,23 +168,17 @@ def _fit(
             variables=variables,
             objective=objective,
             optimizer=options.optimizer.build(context),
-            train=work.train,
-            extra=work.extra,
-            validation=work.validation,
+            feed=work.feed(stage),
             epochs=stage.epochs,
-            batch_size=work.run.data.batch_size,
-            augment=work.augment,
-            device=work.device,
             seed=(work.run.seed, stage.position),
             stage=stage.name,
             kind=stage.kind,
             key=work.key,
             report=work.report,
             stop=work.stop,
-            progress=work.folder.progress,
+            checkpoint=work.folder.progress,
             select=_selecting_metric(stage),
             clip_norm=options.clip_norm,
-            most=stage.batches,
             replays=stage.replays,
         )
     )

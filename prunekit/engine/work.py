@@ -9,14 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from prunekit.contracts import Context, Data, Split
-from prunekit.data.batches import Extra
-from prunekit.pruning.masks import (
-    State,
-    count_weights,
-    hash_masks,
-    measure_sparsity,
-)
+from prunekit.contracts import Context
+from prunekit.data.batches import Feed
+from prunekit.engine.inputs import Loaded
+from prunekit.pruning.masks import State, count_weights, hash_masks, measure_sparsity
 from prunekit.recipe.plan import Run, Stage
 from prunekit.report import Report, Stop
 from prunekit.store.stages import StageFolder
@@ -24,13 +20,10 @@ from prunekit.store.stages import StageFolder
 
 @dataclass(frozen=True)
 class Work:
-    """What a stage works with: its run, the split data, and where it writes and reports."""
+    """What a stage works with: its run, the data, and where it writes and reports."""
 
     run: Run
-    data: Data
-    train: Split
-    extra: Extra | None
-    validation: Split
+    loaded: Loaded
     device: torch.device
     folder: StageFolder
     key: str
@@ -41,18 +34,26 @@ class Work:
         return Context(
             seed=self.run.seed,
             folder=self.run.folder,
-            shape=self.data.shape,
-            classes=self.data.classes,
+            shape=self.loaded.data.shape,
+            classes=self.loaded.data.classes,
             device=self.device,
             stage=stage.kind,
             sparsity=stage.sparsity,
             model=state.model,
         )
 
-    @property
-    def augment(self) -> tuple[str, ...]:
-        chosen = self.run.data.augment
-        return self.data.augment if chosen is None else chosen
+    def feed(self, stage: Stage) -> Feed:
+        loaded, chosen = self.loaded, self.run.data
+        augment = loaded.data.augment if chosen.augment is None else chosen.augment
+        return Feed(
+            loaded.data.train,
+            loaded.validation,
+            chosen.batch_size,
+            self.device,
+            augment,
+            loaded.extra,
+            stage.limit,
+        )
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,6 @@ class Outcome:
     """Warnings that belong to the result."""
 
 
-def _sparsity(state: State) -> dict[str, Any]:
+def describe_masks(state: State) -> dict[str, Any]:
     counts = count_weights(state.model, state.masks)
     return {"sparsity": measure_sparsity(counts), "masks": hash_masks(state.masks)}

@@ -40,7 +40,9 @@ class Run:
 
     def uses(self) -> list[Use[Any]]:
         """All components it names, at any depth."""
-        return list(uses_in((self.dataset, self.architecture, [s.options for s in self.stages])))
+        return list(
+            uses_in((self.dataset, self.data, self.architecture, [s.options for s in self.stages]))
+        )
 
     def describe(self) -> dict[str, Any]:
         """The run as a recipe: defaults written out, sweep and overrides taken in."""

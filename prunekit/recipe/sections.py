@@ -10,6 +10,7 @@ from typing import Literal
 from prunekit.catalog.component import Radius, Use, option
 from prunekit.contracts import (
     STRUCTURE,
+    Data,
     Evaluator,
     Norm,
     Objective,
@@ -37,9 +38,7 @@ class DataOptions:
     augment: tuple[Literal["crop", "flip", "resized-crop"], ...] | None = option(
         None, help="augmentations in training; default: what suits the data set"
     )
-    extra: Path | None = option(
-        None, help="file of more training images, npz or the pseudo-labelled pickle", exists=True
-    )
+    extra: Use[Data] | None = option(None, help="data set whose training images are added")
     extra_ratio: float = option(1.0, help="extra images for each labelled one in a batch", above=0)
 
 

@@ -19,7 +19,7 @@ TRAINING_KEYS = ("epochs", "optimizer", "select", "clip_norm")
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of a run, resolved. `batches` limits an epoch or an evaluation (smoke)."""
+    """One stage of a run, resolved. `limit`: the most batches of an epoch (smoke)."""
 
     kind: str
     name: str
@@ -27,7 +27,7 @@ class Stage:
     options: Any
     sparsity: float = 0.0
     """Of the network after this stage."""
-    batches: int | None = None
+    limit: int | None = None
 
     @property
     def replays(self) -> int:

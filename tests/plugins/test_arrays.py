@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 from prunekit_arrays import NpzOptions, prunekit_datasets
+from prunekit_arrays.reading import read_npz
 
 from prunekit.catalog.component import NoOptions, Use
 from prunekit.contracts import Context, Data
-from prunekit.data.arrays import read_npz
 from prunekit.data.batches import Arrays
 from prunekit.errors import UserError
 

@@ -16,20 +16,24 @@ from typing import Any
 
 import numpy as np
 
-from prunekit.data.arrays import read_arrays, to_split
-from prunekit.data.batches import Arrays
+from prunekit import Arrays
+from prunekit.contracts import Context, Data
 from prunekit.errors import UserError, relative
+from prunekit_arrays import ExtraOptions
+from prunekit_arrays.reading import read_arrays, to_split
 
 NPZ_KEYS = (("x_extra", "y_extra"), ("image", "label"))
 PICKLE_KEYS = ("data", "extrapolated_targets")
 CONVERT = "numpy.savez_compressed(file, x_extra=..., y_extra=...)"
 
 
-def read_extra(path: Path, shape: tuple[int, int, int], classes: int) -> Arrays:
-    """The images and labels in a file, which have to suit a data set of this shape and classes.
+def build(options: ExtraOptions, context: Context) -> Data:
+    """Images and labels to train on beside a data set's own; there are none to test on.
 
-    A pickle is never executed: see `read_pickle`. Raises `UserError` with what is wrong.
+    A pickle is never executed: see `read_pickle`. `context.shape` is that of the data set, where
+    it is known. Raises `UserError` with what is wrong.
     """
+    path = options.file
     name = relative(path)
     packed = zipfile.is_zipfile(path)
     choices = NPZ_KEYS if packed else (PICKLE_KEYS,)
@@ -40,23 +44,11 @@ def read_extra(path: Path, shape: tuple[int, int, int], classes: int) -> Arrays:
         needed = " or ".join(" and ".join(keys) for keys in choices)
         raise UserError(f"{name} has no {needed}; write extra images with {CONVERT}")
     images = arrays[found[0][0]]
-    split = to_split(
-        arrays,
-        found[0],
-        name,
-        "first" if images.shape[1:] == shape and images.ndim == 4 else "last",
-    )
-    if tuple(split.images.shape[1:]) != shape:
-        raise UserError(
-            f"{name} holds images {tuple(split.images.shape[1:])}, the data set has {shape} "
-            "(channels, height, width); extra images have to be of the same size"
-        )
-    if int(split.labels.max()) >= classes:
-        raise UserError(
-            f"{name}: there is a label {int(split.labels.max())}, but the data set's {classes} "
-            f"classes have the labels 0 to {classes - 1}; number the classes alike"
-        )
-    return split
+    first = images.ndim == 4 and images.shape[1:] == context.shape
+    split = to_split(arrays, found[0], name, "first" if first else "last")
+    _, c, h, w = split.images.shape
+    none = Arrays(split.images[:0], split.labels[:0])
+    return Data(split, none, (c, h, w), int(split.labels.max()) + 1)
 
 
 @dataclass(eq=False)

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from prunekit import Arrays
 from prunekit.contracts import Data
-from prunekit.data.batches import Arrays
 from prunekit.errors import UserError, relative
 
 KEYS = ("x_train", "y_train", "x_test", "y_test")

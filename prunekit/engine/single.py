@@ -1,0 +1,105 @@
+"""One stage alone, on a copy of a network that a Python program hands over; nothing is stored."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import random
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from prunekit.catalog.component import NoOptions, Use
+from prunekit.catalog.registry import load_registry
+from prunekit.contracts import Context, Data
+from prunekit.data.batches import Arrays, to_device
+from prunekit.engine.inputs import Loaded
+from prunekit.engine.stages import STAGES
+from prunekit.engine.work import Outcome, Work
+from prunekit.errors import UserError
+from prunekit.evaluation import eval_mode
+from prunekit.pruning.masks import State
+from prunekit.recipe.document import Recipe
+from prunekit.recipe.plan import make_plan
+from prunekit.report import Event, Note, Stop
+from prunekit.store.layout import RECIPE
+from prunekit.store.stages import StageFolder
+from prunekit.training.compute import find_device
+
+
+def read_images(data: Any) -> Data:
+    """Images to look at, (x, y) or more, by the component that reads what Python hands over."""
+    entry = load_registry().find("dataset", "given")
+    use: Use[Data] = Use("dataset", entry.component, NoOptions(), entry.owner, value=data)
+    return use.build(Context(stage="evaluate"))
+
+
+def count_classes(model: nn.Module, shape: Sequence[int]) -> int:
+    """Logits of an image; raises `UserError` where the network does not take it."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    try:
+        with eval_mode(model), torch.no_grad():
+            return int(model(torch.zeros(1, *shape, device=device)).shape[1])
+    except Exception as error:  # whatever layers raise that such an image does not suit
+        size = " x ".join(map(str, shape))
+        reason = (str(error).splitlines() or [""])[0]
+        raise UserError(
+            f"the network cannot take images of {size}: {type(error).__name__}: {reason}"
+        ) from error
+
+
+def do_stage(
+    model: nn.Module, data: Data, sections: Mapping[str, Any], batch_size: int, device: str
+) -> tuple[State, Outcome, list[Note]]:
+    """One stage, alone, on a copy of the network; nothing of it is stored."""
+    tables = {
+        "dataset": {"use": "given", "batch_size": batch_size, "validation": 0},
+        "architecture": {"use": "given", "name": type(model).__qualname__},
+        **sections,
+    }
+    (chosen,) = make_plan(Recipe(Path.cwd() / RECIPE, tables), load_registry()).runs
+    (stage,) = chosen.stages
+    place = find_device(device)
+    notes: list[Note] = []
+
+    def report(event: Event) -> None:
+        if isinstance(event, Note):
+            notes.append(event)
+
+    train, test = (to_device(part, place) for part in (data.train, data.test))
+    nobody = Arrays(torch.empty(0), torch.empty(0, dtype=torch.int64))
+    loaded = Loaded(dataclasses.replace(data, train=train, test=test), nobody)
+    state = State(copy.deepcopy(model).to(place))
+    with tempfile.TemporaryDirectory(prefix="prunekit-") as scratch, own_generators():
+        work = Work(chosen, loaded, place, StageFolder(Path(scratch)), "", report, Stop())
+        outcome = STAGES[stage.kind](state, stage, work)
+    return state, outcome, notes
+
+
+class NoImages:
+    """In place of images that were not given."""
+
+    @property
+    def labels(self) -> Tensor:
+        raise UserError("this pruner looks at images: give data=(x, y)")
+
+    def batches(self, indices: Sequence[Tensor]) -> Iterator[Tensor]:
+        raise UserError("this pruner looks at images: give data=(x, y)")
+
+
+@contextmanager
+def own_generators() -> Iterator[None]:
+    """Inside, the random generators of torch, numpy and Python are ours; then as they were."""
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
