@@ -19,7 +19,6 @@ The examples below have such a network and such images:
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import logging
 import warnings
@@ -33,20 +32,19 @@ from torch import nn
 
 from prunekit.catalog.registry import load_registry
 from prunekit.contracts import Data, Masks, Threat
-from prunekit.engine.running import run_plan
-from prunekit.engine.single import (
+from prunekit.engine.handed_over import (
     NoImages,
-    count_classes,
+    check_model,
     do_stage,
     own_generators,
+    plan_recipe,
     read_images,
 )
-from prunekit.errors import Interrupted, Place, RunError, UserError, relative
-from prunekit.models.identity import identify
+from prunekit.engine.running import run_plan
+from prunekit.errors import Interrupted, RunError, UserError, relative
 from prunekit.models.stored import load_network
-from prunekit.recipe.document import Recipe, Setting, apply, load_recipe
-from prunekit.recipe.plan import Plan, make_plan
-from prunekit.store.layout import RECIPE, STORE
+from prunekit.recipe.plan import Plan
+from prunekit.store.layout import STORE
 from prunekit.store.networks import read_network
 from prunekit.store.records import read_run
 
@@ -124,7 +122,7 @@ def run(
     >>> result.metrics["evaluate"]["sparsity"], int((result.model[1].weight == 0).sum())
     (0.5, 512)
     """
-    plan = _plan(recipe, model, data, settings)
+    plan = plan_recipe(recipe, model, data, settings)
     if plan.swept:
         raise UserError(
             f"{relative(plan.path)} has a sweep of {len(plan.runs)} runs; call prunekit.run_sweep"
@@ -145,7 +143,7 @@ def run_sweep(
     quiet: bool = False,
 ) -> list[RunResult]:
     """The same for every combination of the recipe's sweep, in its order."""
-    plan = _plan(recipe, model, data, settings)
+    plan = plan_recipe(recipe, model, data, settings)
     return _execute(plan, model, out, store, device, force, quiet)
 
 
@@ -176,7 +174,7 @@ def make_masks(
     >>> {name: (int(mask.sum()), mask.numel()) for name, mask in masks.items()}
     {'1.weight': (103, 1024), '3.weight': (4, 32)}
     """
-    _check_model(model)
+    check_model(model)
     name = pruner if isinstance(pruner, str) else str(pruner.get("use"))
     found = load_registry().find("pruner", name).component
     if found.learns:
@@ -227,16 +225,9 @@ def evaluate(
     sections: dict[str, Any] = {"stage": [stage], "seed": seed}
     if threat is not None:
         sections["threat"] = _table_threat(threat)
-    _check_model(model)
-    found = read_images(data)
-    classes, largest = count_classes(model, found.shape), int(found.test.labels.max())
-    if largest >= classes:
-        raise UserError(
-            f"data: there is a label {largest}, and the network has {classes} classes: 0 to "
-            f"{classes - 1}"
-        )
-    found = dataclasses.replace(found, classes=classes)
-    _, outcome, _ = do_stage(model, found, sections, batch_size, device)
+    check_model(model)
+    judged = read_images(data, model)
+    _, outcome, _ = do_stage(model, judged, sections, batch_size, device)
     metrics = {name: value for name, value in outcome.metrics.items() if "." in name}
     return Judgement(metrics, outcome.records, outcome.notes)
 
@@ -254,49 +245,6 @@ def load(path: str | Path, model: nn.Module | None = None) -> RunResult:
     if network.run is not None:
         metrics = {stage.name: dict(stage.metrics) for stage in read_run(network.run).stages}
     return RunResult(built, masks, metrics, network.run or network.file.parent)
-
-
-def _plan(
-    source: str | Path | Mapping[str, Any],
-    model: nn.Module | None,
-    data: Any,
-    settings: Mapping[str, Any] | None,
-) -> Plan:
-    recipe = _read(source)
-    chosen = [Setting(a, v, Place(f"settings {a}")) for a, v in (settings or {}).items()]
-    handed: dict[str, Any] = {}
-    unique = None
-    if model is not None:
-        _check_model(model)
-        known = identify(model)
-        unique = known.get("unique")
-        chosen.append(Setting("architecture", {"use": "given", **known}, Place("model")))
-        handed["architecture"] = model
-    if data is not None:
-        chosen.append(Setting("dataset", {"use": "given"}, Place("data")))
-        handed["dataset"] = data
-    apply(recipe, chosen)
-    plan = make_plan(recipe, load_registry())
-    notes = (f"no stored stage can serve this network: {unique}",) if unique else ()
-    runs = []
-    for run in plan.runs:
-        uses: dict[str, Any] = {
-            key: dataclasses.replace(getattr(run, key), value=value)
-            for key, value in handed.items()
-        }
-        runs.append(dataclasses.replace(run, **uses))
-    return dataclasses.replace(plan, runs=tuple(runs), notes=(*plan.notes, *notes))
-
-
-def _read(source: str | Path | Mapping[str, Any]) -> Recipe:
-    if isinstance(source, Mapping):
-        return Recipe(Path.cwd() / RECIPE, copy.deepcopy(dict(source)))
-    return load_recipe(Path(source))
-
-
-def _check_model(model: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise UserError(f"model is an nn.Module, got a {type(model).__name__}")
 
 
 def _execute(

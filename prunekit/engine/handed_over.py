@@ -1,4 +1,4 @@
-"""One stage alone, on a copy of a network that a Python program hands over; nothing is stored."""
+"""What a Python program hands over: plans with it, and a stage alone that stores nothing."""
 
 from __future__ import annotations
 
@@ -22,36 +22,90 @@ from prunekit.data.batches import Arrays, to_device
 from prunekit.engine.inputs import Loaded
 from prunekit.engine.stages import STAGES
 from prunekit.engine.work import Outcome, Work
-from prunekit.errors import UserError
+from prunekit.errors import Place, UserError
 from prunekit.evaluation import eval_mode
+from prunekit.models.identity import identify
 from prunekit.pruning.masks import State
-from prunekit.recipe.document import Recipe
-from prunekit.recipe.plan import make_plan
+from prunekit.recipe.document import Recipe, Setting, apply, load_recipe
+from prunekit.recipe.plan import Plan, make_plan
 from prunekit.report import Event, Note, Stop
 from prunekit.store.layout import RECIPE
 from prunekit.store.stages import StageFolder
 from prunekit.training.compute import find_device
 
 
-def read_images(data: Any) -> Data:
-    """Images to look at, (x, y) or more, by the component that reads what Python hands over."""
+def plan_recipe(
+    source: str | Path | Mapping[str, Any],
+    model: nn.Module | None,
+    data: Any,
+    settings: Mapping[str, Any] | None,
+) -> Plan:
+    """The plan of a recipe in which a network and data take the places of its components."""
+    recipe = read_recipe(source)
+    chosen = [Setting(a, v, Place(f"settings {a}")) for a, v in (settings or {}).items()]
+    handed: dict[str, Any] = {}
+    unique = None
+    if model is not None:
+        check_model(model)
+        known = identify(model)
+        unique = known.get("unique")
+        chosen.append(Setting("architecture", {"use": "given", **known}, Place("model")))
+        handed["architecture"] = model
+    if data is not None:
+        chosen.append(Setting("dataset", {"use": "given"}, Place("data")))
+        handed["dataset"] = data
+    apply(recipe, chosen)
+    plan = make_plan(recipe, load_registry())
+    notes = (f"no stored stage can serve this network: {unique}",) if unique else ()
+    runs = []
+    for run in plan.runs:
+        uses: dict[str, Any] = {
+            key: dataclasses.replace(getattr(run, key), value=value)
+            for key, value in handed.items()
+        }
+        runs.append(dataclasses.replace(run, **uses))
+    return dataclasses.replace(plan, runs=tuple(runs), notes=(*plan.notes, *notes))
+
+
+def read_recipe(source: str | Path | Mapping[str, Any]) -> Recipe:
+    """A recipe from a file or from its tables."""
+    if isinstance(source, Mapping):
+        return Recipe(Path.cwd() / RECIPE, copy.deepcopy(dict(source)))
+    return load_recipe(Path(source))
+
+
+def check_model(model: Any) -> None:
+    """Raise `UserError` for what is no network."""
+    if not isinstance(model, nn.Module):
+        raise UserError(f"model is an nn.Module, got a {type(model).__name__}")
+
+
+def read_images(data: Any, model: nn.Module | None = None) -> Data:
+    """Images to look at, (x, y) or more, by the component that reads what Python hands over.
+
+    Raises `UserError` where a network does not take them, or has fewer classes.
+    """
     entry = load_registry().find("dataset", "given")
     use: Use[Data] = Use("dataset", entry.component, NoOptions(), entry.owner, value=data)
-    return use.build(Context(stage="evaluate"))
-
-
-def count_classes(model: nn.Module, shape: Sequence[int]) -> int:
-    """Logits of an image; raises `UserError` where the network does not take it."""
+    found = use.build(Context(stage="evaluate"))
+    if model is None:
+        return found
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     try:
         with eval_mode(model), torch.no_grad():
-            return int(model(torch.zeros(1, *shape, device=device)).shape[1])
+            classes = int(model(torch.zeros(1, *found.shape, device=device)).shape[1])
     except Exception as error:  # whatever layers raise that such an image does not suit
-        size = " x ".join(map(str, shape))
+        size = " x ".join(map(str, found.shape))
         reason = (str(error).splitlines() or [""])[0]
         raise UserError(
             f"the network cannot take images of {size}: {type(error).__name__}: {reason}"
         ) from error
+    if (largest := int(found.test.labels.max())) >= classes:
+        raise UserError(
+            f"data: there is a label {largest}, and the network has {classes} classes: 0 to "
+            f"{classes - 1}"
+        )
+    return dataclasses.replace(found, classes=classes)
 
 
 def do_stage(
