@@ -31,8 +31,8 @@ from prunekit.engine.contract import (
     tiny_batches,
     tiny_network,
 )
-from prunekit.engine.rehearsal import reduce_options
 from prunekit.errors import Place, RecipeError
+from prunekit.recipe.reduction import reduce_options
 from prunekit.recipe.resolver import Resolver, field_types
 from prunekit.recipe.sections import ArchitectureOptions, DataOptions
 

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from prunekit.catalog.component import Component
 from prunekit.catalog.registry import Entry, Registry, load_registry
 from prunekit.contracts import Result
-from prunekit.engine import inputs as module
+from prunekit.engine import work as module
 from prunekit.engine.engine import Engine
-from prunekit.engine.inputs import Inputs, build_state, make_keys
+from prunekit.engine.work import Inputs, build_state, make_keys
 from prunekit.errors import Interrupted
 from prunekit.models.failures import explain
 from prunekit.recipe.document import load_recipe

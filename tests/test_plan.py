@@ -7,10 +7,10 @@ import pytest
 import tomli_w
 
 from prunekit.catalog.registry import load_registry
-from prunekit.engine.rehearsal import reduce_plan
 from prunekit.errors import UserError
 from prunekit.recipe.document import load_recipe
 from prunekit.recipe.plan import make_plan
+from prunekit.recipe.reduction import reduce_plan
 
 REGISTRY = load_registry()
 

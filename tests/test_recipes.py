@@ -7,8 +7,8 @@ from click.testing import CliRunner
 
 from prunekit.cli.group import main
 from prunekit.cli.recipes import plan_recipe
-from prunekit.engine import rehearsal
 from prunekit.engine.running import run_plan
+from prunekit.recipe import reduction
 from prunekit.recipe.resolver import describe
 
 ROOT = Path(__file__).parent.parent
@@ -76,8 +76,8 @@ def test_recipe_runs(recipe, store, tmp_path, monkeypatch):
     # Training on 2 images at the paper's rates blows ImageNet's network up.
     images = 8 if "imagenet" in recipe else 2
     monkeypatch.setenv("PRUNEKIT_DATA", str(tmp_path / "nothing"))
-    monkeypatch.setattr(rehearsal, "SMOKE_BATCHES", 1)
-    monkeypatch.setattr(rehearsal, "SMOKE_BATCH_SIZE", images)
+    monkeypatch.setattr(reduction, "SMOKE_BATCHES", 1)
+    monkeypatch.setattr(reduction, "SMOKE_BATCH_SIZE", images)
     small = plan(recipe, *LESS.get(recipe, ()), small=True)
     folders = run_plan(small, tmp_path / "out", store, "cpu", force=False, resume="", tell=print)
     assert folders

@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 def plan_recipe(path: Path, settings: tuple[str, ...], *, smoke: bool = False) -> Plan:
     """Read and resolve a recipe."""
     from prunekit.catalog.registry import load_registry
-    from prunekit.engine.rehearsal import reduce_plan
     from prunekit.recipe.document import load_recipe
     from prunekit.recipe.plan import make_plan
+    from prunekit.recipe.reduction import reduce_plan
 
     plan = make_plan(load_recipe(path, settings), load_registry())
     return reduce_plan(plan) if smoke else plan

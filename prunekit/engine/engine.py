@@ -13,15 +13,22 @@ from typing import Any
 
 import torch
 
-from prunekit.engine.inputs import Inputs, Loaded, build_state, describe_stage, make_keys
-from prunekit.engine.rehearsal import reduce_run
 from prunekit.engine.stages import STAGES
-from prunekit.engine.work import Outcome, Work
+from prunekit.engine.work import (
+    Inputs,
+    Loaded,
+    Outcome,
+    Work,
+    build_state,
+    describe_stage,
+    make_keys,
+)
 from prunekit.errors import Interrupted, RunError
 from prunekit.models.building import describe_model
 from prunekit.models.failures import explain, release
 from prunekit.pruning.masks import State, describe_counts
 from prunekit.recipe.plan import Plan, Run, Stage, uses_in
+from prunekit.recipe.reduction import reduce_run
 from prunekit.report import Event, Note, Report, RunDone, RunFailed, RunStarted, StageDone, Stop
 from prunekit.store.checkpoint import write_model
 from prunekit.store.keys import version_of

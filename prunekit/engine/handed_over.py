@@ -19,9 +19,8 @@ from prunekit.catalog.component import NoOptions, Use
 from prunekit.catalog.registry import load_registry
 from prunekit.contracts import Context, Data
 from prunekit.data.batches import Arrays, to_device
-from prunekit.engine.inputs import Loaded
 from prunekit.engine.stages import STAGES
-from prunekit.engine.work import Outcome, Work
+from prunekit.engine.work import Loaded, Outcome, Work
 from prunekit.errors import Place, UserError
 from prunekit.evaluation import eval_mode
 from prunekit.models.identity import identify

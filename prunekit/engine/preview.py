@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from prunekit.data.batches import Feed
-from prunekit.engine.inputs import Inputs, Loaded, build_state, make_keys
+from prunekit.engine.work import Inputs, Loaded, build_state, make_keys
 from prunekit.errors import relative
 from prunekit.models.failures import explained
 from prunekit.pruning.layers import find_prunable

@@ -13,7 +13,7 @@ import torch
 from prunekit.catalog.component import Use
 from prunekit.contracts import Context
 from prunekit.engine.engine import Engine
-from prunekit.engine.inputs import Inputs
+from prunekit.engine.work import Inputs
 from prunekit.errors import Interrupted, PluginError, UserError
 from prunekit.recipe.plan import Plan
 from prunekit.report import Event, Note, Report, Reporter, Stop, Tell

@@ -1,21 +1,225 @@
-"""What a stage works with, and what it found."""
+"""What the stages of a run work with: its data, keys, network, and where they write."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from prunekit.contracts import Context
-from prunekit.data.batches import Feed
-from prunekit.engine.inputs import Loaded
+from prunekit.catalog.component import Facts, Use
+from prunekit.contracts import Context, Data, Split
+from prunekit.data.batches import Arrays, Extra, Feed, fingerprint, hold_out, to_device
+from prunekit.errors import DataMissingError, UserError
+from prunekit.models.building import build_network
 from prunekit.pruning.masks import State, count_weights, hash_masks, measure_sparsity
-from prunekit.recipe.plan import Run, Stage
-from prunekit.report import Report, Stop
+from prunekit.recipe import reduction
+from prunekit.recipe.plan import Run, Stage, uses_in
+from prunekit.recipe.resolver import describe
+from prunekit.recipe.sections import DataOptions
+from prunekit.report import Note, Report, Stop
+from prunekit.store.checkpoint import read_model, start_from
+from prunekit.store.keys import hash_file, hash_stage, version_of
 from prunekit.store.stages import StageFolder
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A data set ready for training, its parts on the device: `data.train` without validation."""
+
+    data: Data
+    validation: Split
+    extra: Extra | None = None
+    fingerprints: tuple[str, ...] = ()
+    """What identifies the content of the data set and of the extra images."""
+
+
+@dataclass(frozen=True)
+class Unread:
+    """A split whose files are not here: so many images that nobody may look at."""
+
+    labels: torch.Tensor
+
+    def batches(self, indices: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+        raise RuntimeError("a preview reads no images")
+
+
+@dataclass
+class Inputs:
+    """Loads the data of runs, once for all that share it.
+
+    Where files are missing, a `smoke` run gets random images, and a `preview` (which downloads
+    nothing) as many as there should be, that nobody can look at.
+    """
+
+    device: torch.device
+    report: Report
+    smoke: bool = False
+    preview: bool = False
+    _loaded: dict[str, Loaded] = field(default_factory=dict)
+
+    def load(self, run: Run) -> Loaded:
+        """Raises `DataMissingError`, or `UserError` where the data is not what it should be."""
+        chosen = run.data
+        shared = (
+            run.dataset,
+            chosen.fraction,
+            chosen.validation,
+            chosen.validation_seed,
+            chosen.extra,
+            chosen.extra_ratio,
+        )
+        name = str([describe(value) for value in shared])
+        if name not in self._loaded:
+            data = self._build(run.dataset, run)
+            if not len(data.test.labels):
+                way = "name it as the extra of another data set"
+                raise UserError(f"{run.dataset.name} has no images to judge on; {way}")
+            extra = self._load_extra(chosen.extra, run, data) if chosen.extra else None
+            prints = [fingerprint(part) for part in (data, extra) if part]
+            train, validation = hold_out(
+                data.train, chosen.fraction, chosen.validation, chosen.validation_seed
+            )
+            train, validation, test = (
+                to_device(part, self.device) for part in (train, validation, data.test)
+            )
+            # The whole training set is let go: a large one would fill memory twice.
+            data = replace(data, train=train, test=test)
+            more = None
+            if extra is not None:
+                more = Extra(to_device(extra.train, self.device), chosen.extra_ratio)
+            self._loaded[name] = Loaded(data, validation, more, tuple(prints))
+        return self._loaded[name]
+
+    def _build(self, use: Use[Data], run: Run) -> Data:
+        if self.preview and hasattr(use.options, "download"):
+            use = replace(use, options=replace(use.options, download=False))
+        try:
+            # Without the run's seed: runs of all seeds share the data.
+            return use.build(Context(folder=run.folder))
+        except DataMissingError:
+            facts = use.component.facts and use.component.facts(use.options)
+            if not facts or not (self.smoke or self.preview):
+                raise
+            if self.smoke:
+                self.report(Note(f"{use.name} is not here: random images instead", True))
+                return random_data(facts, run.data)
+            self.report(Note(f"{use.name} is not here; sizes are those it should have"))
+            train, test = (
+                Unread(torch.zeros(n, dtype=torch.int64)) for n in (facts.train, facts.test)
+            )
+            return Data(train, test, facts.shape, facts.classes, facts.augment, "missing")
+
+    def _load_extra(self, use: Use[Data], run: Run, data: Data) -> Data:
+        found = use.build(Context(folder=run.folder, shape=data.shape, classes=data.classes))
+        if found.shape != data.shape:
+            raise UserError(
+                f"extra {use.name} holds images {found.shape}, the data set has {data.shape} "
+                "(channels, height, width); extra images have to be of the same size"
+            )
+        if (largest := int(found.train.labels.max())) >= data.classes:
+            raise UserError(
+                f"extra {use.name}: there is a label {largest}, but the data set's {data.classes} "
+                f"classes have the labels 0 to {data.classes - 1}; number the classes alike"
+            )
+        return found
+
+    def identify(self, run: Run) -> list[str]:
+        """Hashes of all that a run reads: its data, the weights it starts from, other files."""
+        files = [path for use in run.uses() for path in use.component.files(use.options)]
+        files += [run.init] if run.init else []
+        return [*self.load(run).fingerprints, *map(hash_file, files)]
+
+
+def random_data(facts: Facts, chosen: DataOptions) -> Data:
+    """Random images of the data set's shape, just enough of them for a smoke run."""
+    generator = torch.Generator().manual_seed(0)
+
+    def part(n: int) -> Arrays:
+        images = torch.randint(256, (n, *facts.shape), generator=generator, dtype=torch.uint8)
+        return Arrays(images, torch.randint(facts.classes, (n,), generator=generator))
+
+    # Validation and `fraction` are parts of this: both must stay above nothing.
+    share = chosen.fraction * min(chosen.validation or 1, 1 - chosen.validation)
+    needed = reduction.SMOKE_BATCHES * reduction.SMOKE_BATCH_SIZE
+    train, test = part(round(needed / share) + 2), part(needed)
+    # Images in memory are cropped as they are, not at another size.
+    names = tuple("crop" if name == "resized-crop" else name for name in facts.augment)
+    return Data(train, test, facts.shape, facts.classes, names)
+
+
+def make_keys(run: Run, loaded: Loaded, device: torch.device) -> list[str]:
+    """The hash of every stage of a run, over everything that decides its result."""
+    environment = {
+        "torch": torch.__version__,
+        "device": device.type,
+        "threads": torch.get_num_threads() if device.type == "cpu" else 0,
+        "precision": "fp32",
+        "ranks": 1,
+    }
+    start = {
+        "seed": run.seed,
+        # By content, not by where the files are or how many processes read them.
+        "data": [loaded.fingerprints, loaded.data.shape, loaded.data.classes],
+        "use": [loaded.data.augment, describe(run.data, hash_file)],
+        "architecture": describe(run.architecture, hash_file),
+        "init": hash_file(run.init) if run.init else None,
+    }
+    keys, upstream = [], ""
+    for stage in run.stages:
+        uses = list(uses_in((run.dataset, run.data, run.architecture, stage.options)))
+        files = [hash_file(path) for u in uses for path in u.component.files(u.options)]
+        key = hash_stage(
+            upstream,
+            {"start": start, **describe_stage(stage), "files": files},
+            {name for u in uses for name in (u.component.package, *u.component.sources)},
+            {**environment, **{n: version_of(n) for u in uses for n in u.component.needs}},
+        )
+        keys.append(key)
+        if stage.kind != "evaluate":
+            upstream = key
+    return keys
+
+
+def describe_stage(stage: Stage) -> dict[str, Any]:
+    """What a stage computes, threats resolved: part of its key, and of what is stored of it."""
+    threats = [
+        [use.kind, use.name, use.threat.norm, use.threat.eps]
+        for use in uses_in(stage.options)
+        if use.threat is not None and hasattr(use.options, "eps")
+    ]
+    return {
+        "kind": stage.kind,
+        "position": stage.position,
+        "options": describe(stage.options, hash_file),
+        "threats": threats,
+        "limit": stage.limit,
+    }
+
+
+def build_state(
+    run: Run,
+    data: Data,
+    device: torch.device,
+    latest: StageFolder | None = None,
+    *,
+    weights: bool = True,
+) -> State:
+    """The network of a run: fresh, from the file of `init`, or as a stored stage left it.
+
+    Without `weights` only its shapes matter, and nothing is fetched for a fresh one.
+    """
+    fresh = weights and latest is None and run.init is None
+    model = build_network(run, data.shape, data.classes, device, fresh=fresh)
+    state = State(model)
+    if latest is not None:
+        state.masks = read_model(latest.model, model)
+    elif run.init is not None:
+        state.masks = start_from(run.init, model)
+    state.masks = {name: mask.to(device) for name, mask in state.masks.items()}
+    return state
 
 
 @dataclass(frozen=True)

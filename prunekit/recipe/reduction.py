@@ -1,16 +1,15 @@
-"""The same stages, tiny: what `--smoke` runs, and what is rehearsed before a long run."""
+"""The same stages, tiny: what `--smoke` runs, and the rehearsal before a long run."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import Any
 
-from prunekit.catalog.component import Facts, Use
-from prunekit.contracts import Data
+from prunekit.catalog.component import Use
 from prunekit.recipe.plan import Plan, Run
-from prunekit.recipe.sections import DataOptions
 
 SMOKE_BATCHES, SMOKE_BATCH_SIZE = 2, 8
+"""Batches of each stage of a smoke run, and images in each of them."""
 
 
 def reduce_plan(plan: Plan) -> Plan:
@@ -51,24 +50,3 @@ def reduce_options(value: Any) -> Any:
         old, most = getattr(value, f.name), f.metadata.get("smoke")
         changes[f.name] = min(old, most) if most is not None and old else reduce_options(old)
     return dataclasses.replace(value, **changes)
-
-
-def random_data(facts: Facts, options: DataOptions) -> Data:
-    """Random images of the data set's shape, just enough of them for a smoke run."""
-    import torch
-
-    from prunekit.data.batches import Arrays
-
-    generator = torch.Generator().manual_seed(0)
-
-    def part(n: int) -> Arrays:
-        images = torch.randint(256, (n, *facts.shape), generator=generator, dtype=torch.uint8)
-        return Arrays(images, torch.randint(facts.classes, (n,), generator=generator))
-
-    # Validation and `fraction` are parts of this: both must stay above nothing.
-    share = options.fraction * min(options.validation or 1, 1 - options.validation)
-    n = round(SMOKE_BATCHES * SMOKE_BATCH_SIZE / share) + 2
-    train, test = part(n), part(SMOKE_BATCHES * SMOKE_BATCH_SIZE)
-    # Images in memory are cropped as they are, not at another size.
-    names = tuple("crop" if name == "resized-crop" else name for name in facts.augment)
-    return Data(train, test, facts.shape, facts.classes, names)
