@@ -87,12 +87,12 @@ def _share(
             shapes = {name: weight.shape for name, weight in weights.items()}
             kept = share_out(spread_erk(shapes, 1 - selection.sparsity), sizes, total)
         case "lamp" | "global":
-            chosen = _keep_top(torch.cat([unit.flatten() for unit in units.values()]), total)
+            chosen = keep_top(torch.cat([unit.flatten() for unit in units.values()]), total)
             parts = chosen.split(list(sizes.values()))
             return {n: p.view_as(units[n]) for n, p in zip(units, parts, strict=True)}
         case other:
             raise ValueError(f"unknown budget {other!r}")
-    return {name: _keep_top(unit, kept[name]) for name, unit in units.items()}
+    return {name: keep_top(unit, kept[name]) for name, unit in units.items()}
 
 
 def _widen(channels: Tensor, weight: Tensor) -> Tensor:
@@ -110,8 +110,8 @@ def check_layers(masks: Masks, sparsity: float) -> None:
             )
 
 
-def _keep_top(values: Tensor, kept: int) -> Tensor:
-    """Bool mask of the `kept` largest values."""
+def keep_top(values: Tensor, kept: int) -> Tensor:
+    """Bool mask of the `kept` largest values; how ties are broken depends on the values alone."""
     flat = values.flatten()
     if flat.device.type == "cpu" and flat.dtype == torch.float32:
         mask, undecided, missing = _split_by_exponent(flat, kept)
@@ -127,7 +127,8 @@ def _split_by_exponent(flat: Tensor, kept: int) -> tuple[Tensor, Tensor, int]:
     """Decide about nearly all values by their upper 16 bits: one step of a radix selection.
 
     Returns the mask of those that are surely among the `kept` largest, the indices of the
-    undecided, and how many of them are still missing. On a CPU it makes `topk` 3 times faster.
+    undecided, and how many of them are still missing. On a CPU it halves the time of `topk` or
+    better, from some 100,000 values on (benchmarks/selection.py).
     """
     bits = flat.view(torch.int32)
     if (flat < 0).any():
