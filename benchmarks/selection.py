@@ -1,8 +1,8 @@
 """Does the radix selection by hand pay? `uv run python benchmarks/selection.py`.
 
-A learning stage selects its masks anew at every step. Each line is a ratio within one run, medians of
-interleaved calls after the masks were checked to be equal: `torch.topk` over the selection of
-`prunekit.pruning.selection`, on one thread; above 1 the selection is faster.
+A learning stage selects its masks anew at every step. Each line is a ratio within one run: medians
+of interleaved calls, after the masks were checked to be equal. It is the time of `torch.topk` over
+that of `prunekit.pruning.selection`, on one thread; above 1 the selection is faster.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from typing import Any
 
 from prunekit.catalog import hookspecs
 from prunekit.catalog.component import KINDS, Component, Use
-from prunekit.catalog.registry import Registry, load_registry
+from prunekit.catalog.registry import Entry, Registry, load_registry
 from prunekit.contracts import Context, Threat
 from prunekit.engine.contract import (
     CHECKS,
@@ -87,7 +87,10 @@ def check_component(
     check_declaration(kind, component)
     use = resolve(kind, component, options or {}, folder or Path.cwd())
     context = Context(folder=folder or Path.cwd(), shape=shape, classes=CLASSES)
-    CHECKS[kind](dataclasses.replace(use, options=reduce_options(use.options)), context)
+    try:
+        CHECKS[kind](dataclasses.replace(use, options=reduce_options(use.options)), context)
+    except AssertionError as broken:
+        raise AssertionError(f"{component.name}: {broken}") from None
 
 
 def check_declaration(kind: str, component: Component) -> None:
@@ -119,21 +122,14 @@ def check_declaration(kind: str, component: Component) -> None:
 
 def resolve(kind: str, component: Component, options: Mapping[str, Any], folder: Path) -> Use[Any]:
     """The component with options from a recipe's table, resolved as the core does it."""
-    registry = Registry(
-        tuple(
-            entry
-            for entry in load_registry().entries
-            if (entry.kind, entry.component.name) != (kind, component.name)
-        )
-    )
+    others = [
+        e for e in load_registry().entries if e.kind != kind or e.component.name != component.name
+    ]
+    registry = Registry((*others, Entry(kind, component, "under test", "")))
     resolver = Resolver(
         registry, folder, lambda path: Place(".".join(map(str, path))), Threat("linf", 0.1)
     )
-    built = resolver.options(component.options, options, (), f"{kind} {component.name!r}")
-    if resolver.problems:
+    use = resolver.use(kind, {"use": component.name, **options}, (kind,))
+    if use is None:
         raise RecipeError(resolver.problems)
-    threat = None
-    if hasattr(built, "eps") and hasattr(built, "norm"):
-        eps, norm = getattr(built, "eps"), getattr(built, "norm")  # noqa: B009 (typed Any)
-        threat = Threat(norm or "linf", 0.1 if eps is None else eps)
-    return Use(kind, component, built, "under test", component.name, threat)
+    return use

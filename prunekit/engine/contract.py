@@ -76,7 +76,6 @@ def _same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
 
 
 def _check_objective(use: Use[Any], context: Context) -> None:
-    name = use.component.name
     model = tiny_network()
     (x, y), _ = tiny_batches()
     images = x.clone()
@@ -86,38 +85,38 @@ def _check_objective(use: Use[Any], context: Context) -> None:
     def step() -> Loss:
         seed_all(1)
         loss = objective(x, y, Clock(0, 10, 0, 2))
-        assert isinstance(loss, Loss), f"{name}: the step gives a {type(loss).__name__}, no Loss"
+        assert isinstance(loss, Loss), f"the step gives a {type(loss).__name__}, no Loss"
         return loss
 
     parameters = {n: p.detach().clone() for n, p in model.named_parameters()}
     loss = step()
-    assert loss.value.shape == (), f"{name}: the loss is not a scalar"
-    assert loss.value.isfinite(), f"{name}: the loss is not finite"
-    assert loss.logits.shape == (BATCH, CLASSES), f"{name}: logits are {tuple(loss.logits.shape)}"
-    assert all(t.numel() == 1 for t in loss.terms.values()), f"{name}: a term is not a scalar"
-    assert all(p.grad is None for p in model.parameters()), f"{name}: the step left gradients"
+    assert loss.value.shape == (), "the loss is not a scalar"
+    assert loss.value.isfinite(), "the loss is not finite"
+    assert loss.logits.shape == (BATCH, CLASSES), f"logits are {tuple(loss.logits.shape)}"
+    assert all(t.numel() == 1 for t in loss.terms.values()), "a term is not a scalar"
+    assert all(p.grad is None for p in model.parameters()), "the step left gradients"
     assert all(torch.equal(parameters[n], p) for n, p in model.named_parameters()), (
-        f"{name}: the step changed the weights; that is the optimiser's"
+        "the step changed the weights; that is the optimizer's"
     )
-    assert torch.equal(x, images), f"{name}: the step changed the images in place"
-    assert all(m.training for m in model.modules()), f"{name}: the step left train mode"
+    assert torch.equal(x, images), "the step changed the images in place"
+    assert all(m.training for m in model.modules()), "the step left train mode"
     loss.value.backward()
-    assert all(p.grad is not None for p in model.parameters()), f"{name}: a weight has no gradient"
+    assert all(p.grad is not None for p in model.parameters()), "a weight has no gradient"
     model.load_state_dict(_fresh_state())
     first = float(step().value.detach())
     model.load_state_dict(_fresh_state())
-    assert first == float(step().value.detach()), f"{name}: not repeatable under one seed"
+    assert first == float(step().value.detach()), "not repeatable under one seed"
     _check_scores_learn(use, context, x, y)
     if hasattr(objective, "validate"):
         before = _snapshot(model)
         with eval_mode(model):
             values = objective.validate(x, y)
-        assert all(v.shape == (BATCH,) for v in values.values()), f"{name}: validate is per image"
-        assert _same(before, model.state_dict()), f"{name}: validate changed the network"
+        assert all(v.shape == (BATCH,) for v in values.values()), "validate is per image"
+        assert _same(before, model.state_dict()), "validate changed the network"
         names = set(values)
     else:
         names = {"accuracy"}
-    assert use.component.select in {*names, "last"}, f"{name}: select is no validation metric"
+    assert use.component.select in {*names, "last"}, "select is no validation metric"
 
 
 def _fresh_state() -> dict[str, Tensor]:
@@ -133,12 +132,11 @@ def _check_scores_learn(use: Use[Any], context: Context, x: Tensor, y: Tensor) -
     with variables.effective():
         objective(x, y, Clock(0, 10, 0, 2)).value.backward()
     assert all(part.score.grad is not None for part in variables.parts.values()), (
-        f"{use.component.name}: scores get no gradient"
+        "scores get no gradient"
     )
 
 
 def _check_pruner(use: Use[Any], context: Context) -> None:
-    name = use.component.name
     model = tiny_network()
     before = _snapshot(model)
     weights = {n: p.detach().clone() for n, p in model.named_parameters() if p.dim() > 1}
@@ -158,67 +156,64 @@ def _check_pruner(use: Use[Any], context: Context) -> None:
     )  # fmt: skip
     model.train()
     scores = use.build(context)(context)
-    assert isinstance(scores, Scores), f"{name}: gives a {type(scores).__name__}, no Scores"
-    assert bool(learned) == use.component.learns, f"{name}: `learns` and what it does disagree"
-    assert scores.values.keys() == weights.keys(), f"{name}: must score every weight, and no other"
+    assert isinstance(scores, Scores), f"gives a {type(scores).__name__}, no Scores"
+    assert bool(learned) == use.component.learns, "`learns` and what it does disagree"
+    assert scores.values.keys() == weights.keys(), "must score every weight, and no other"
     for n, value in scores.values.items():
-        assert value.shape == weights[n].shape, f"{name}: shape of the scores of {n}"
-        assert not value.isnan().any(), f"{name}: NaN among the scores of {n}"
+        assert value.shape == weights[n].shape, f"shape of the scores of {n}"
+        assert not value.isnan().any(), f"NaN among the scores of {n}"
     after = _snapshot(model)
     same = [torch.equal(before[n], after[n]) for n in weights]
-    assert all(same), f"{name}: scoring changed the weights"
+    assert all(same), "scoring changed the weights"
 
 
 def _check_architecture(use: Use[Any], context: Context) -> None:
-    name = use.component.name
     seed_all(0)
     model = use.build(context)
-    assert isinstance(model, nn.Module), f"{name}: is no nn.Module"
+    assert isinstance(model, nn.Module), "is no nn.Module"
     seed_all(0)
     twin = use.build(context)
-    assert _same(model.state_dict(), twin.state_dict()), f"{name}: weights do not follow the seed"
+    assert _same(model.state_dict(), twin.state_dict()), "weights do not follow the seed"
     x = torch.rand(2, *context.shape, requires_grad=True)
     model.eval()
     logits = model(x)
-    assert logits.shape == (2, context.classes), f"{name}: logits are {tuple(logits.shape)}"
+    assert logits.shape == (2, context.classes), f"logits are {tuple(logits.shape)}"
     (gradient,) = torch.autograd.grad(logits.sum(), x)
-    assert gradient.isfinite().all(), f"{name}: the gradient at the input is not finite"
-    assert gradient.abs().sum() > 0, f"{name}: the gradient at the input is zero"
+    assert gradient.isfinite().all(), "the gradient at the input is not finite"
+    assert gradient.abs().sum() > 0, "the gradient at the input is zero"
     alone = model(x[:1])
-    assert torch.allclose(alone, logits[:1], atol=1e-4), f"{name}: images influence each other"
-    assert next(model.parameters(), None) is not None, f"{name}: has no weights"
+    assert torch.allclose(alone, logits[:1], atol=1e-4), "images influence each other"
+    assert next(model.parameters(), None) is not None, "has no weights"
     twin.load_state_dict(copy.deepcopy(model.state_dict()))
 
 
 def _check_dataset(use: Use[Any], context: Context) -> None:
-    name = use.component.name
     try:
         data = use.build(context)
     except DataMissingError:
         return
-    assert isinstance(data, Data), f"{name}: gives a {type(data).__name__}, no Data"
+    assert isinstance(data, Data), f"gives a {type(data).__name__}, no Data"
     if use.component.facts is not None:
         facts = use.component.facts(use.options)
         declared = (facts.shape, facts.classes)
-        assert declared == (data.shape, data.classes), f"{name}: is not what it declares"
+        assert declared == (data.shape, data.classes), "is not what it declares"
     # Images to train on beside those of another data set come without a test part.
     for part in (data.train, data.test) if len(data.test.labels) else (data.train,):
-        assert part.labels.dtype == torch.int64, f"{name}: labels are not int64"
-        assert int(part.labels.min()) >= 0, f"{name}: a label below 0"
-        assert int(part.labels.max()) < data.classes, f"{name}: a label beyond the classes"
+        assert part.labels.dtype == torch.int64, "labels are not int64"
+        assert int(part.labels.min()) >= 0, "a label below 0"
+        assert int(part.labels.max()) < data.classes, "a label beyond the classes"
         index = torch.tensor([1, 0])
         (images,) = part.batches([index])
-        assert images.dtype == torch.uint8, f"{name}: images are not uint8"
-        assert images.shape == (2, *data.shape), f"{name}: images are {tuple(images.shape)}"
+        assert images.dtype == torch.uint8, "images are not uint8"
+        assert images.shape == (2, *data.shape), f"images are {tuple(images.shape)}"
         (swapped,) = part.batches([index.flip(0)])
-        assert torch.equal(images, swapped.flip(0)), f"{name}: images do not follow the index"
+        assert torch.equal(images, swapped.flip(0)), "images do not follow the index"
         x, y = next(iter(eval_batches(part, 2, torch.device("cpu"))))
-        assert torch.equal(y, part.labels[:2]), f"{name}: labels do not follow the index"
-        assert 0 <= float(x.min()) <= float(x.max()) <= 1, f"{name}: pixels outside [0, 1]"
+        assert torch.equal(y, part.labels[:2]), "labels do not follow the index"
+        assert 0 <= float(x.min()) <= float(x.max()) <= 1, "pixels outside [0, 1]"
 
 
 def _check_evaluator(use: Use[Any], context: Context) -> None:
-    name = use.component.name
     model = tiny_network().eval()
     before, batches = _snapshot(model), tiny_batches()
     results = []
@@ -227,18 +222,18 @@ def _check_evaluator(use: Use[Any], context: Context) -> None:
         evaluate = use.build(dataclasses.replace(context, model=model, stage="evaluate"))
         results.append(evaluate(model, iter(batches)))
     result = results[0]
-    assert isinstance(result, Result), f"{name}: gives a {type(result).__name__}, no Result"
-    assert result.metrics, f"{name}: no metric"
-    assert all(np.isfinite(v) for v in result.metrics.values()), f"{name}: a metric is not finite"
+    assert isinstance(result, Result), f"gives a {type(result).__name__}, no Result"
+    assert result.metrics, "no metric"
+    assert all(np.isfinite(v) for v in result.metrics.values()), "a metric is not finite"
     if verdict := {"attack": "correct", "proof": "verified"}.get(use.component.judges):
         kept = np.asarray(result.records.get(verdict, ()))
-        assert kept.dtype == bool, f"{name}: no boolean record {verdict!r}"
-    assert result.metrics == results[1].metrics, f"{name}: not repeatable under one seed"
+        assert kept.dtype == bool, f"no boolean record {verdict!r}"
+    assert result.metrics == results[1].metrics, "not repeatable under one seed"
     for key, record in result.records.items():
-        assert len(record) == 2 * BATCH, f"{name}: {len(record)} records {key!r}, not one an image"
-        assert np.asarray(record).dtype != object, f"{name}: records {key!r} are objects"
-    assert _same(before, model.state_dict()), f"{name}: changed the network"
-    assert not any(m.training for m in model.modules()), f"{name}: left evaluation mode"
+        assert len(record) == 2 * BATCH, f"{len(record)} records {key!r}, not one an image"
+        assert np.asarray(record).dtype != object, f"records {key!r} are objects"
+    assert _same(before, model.state_dict()), "changed the network"
+    assert not any(m.training for m in model.modules()), "left evaluation mode"
 
 
 def example_events(folder: Path) -> Iterator[Any]:
@@ -257,20 +252,18 @@ def example_events(folder: Path) -> Iterator[Any]:
 
 
 def _check_schedule(use: Use[Any], context: Context) -> None:
-    name = use.component.name
     schedule = use.build(context)
     clocks = [Clock(step, 12, step // 3, 4) for step in range(12)]
     factors = [schedule(clock) for clock in clocks]
-    assert all(np.isfinite(f) and f >= 0 for f in factors), f"{name}: a factor is below 0, or none"
-    assert factors == [schedule(clock) for clock in clocks], f"{name}: is no function of the clock"
+    assert all(np.isfinite(f) and f >= 0 for f in factors), "a factor is below 0, or none"
+    assert factors == [schedule(clock) for clock in clocks], "is no function of the clock"
 
 
 def _check_optimizer(use: Use[Any], context: Context) -> None:
     """A step moves the weights, and a state that was stored and restored goes on alike."""
-    name = use.component.name
     choice = use.build(context)
-    assert isinstance(choice, OptimizerChoice), f"{name}: gives no OptimizerChoice"
-    assert choice.lr > 0, f"{name}: its rate is not above 0"
+    assert isinstance(choice, OptimizerChoice), "gives no OptimizerChoice"
+    assert choice.lr > 0, "its rate is not above 0"
 
     def train(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         (x, y), _ = tiny_batches()
@@ -282,24 +275,23 @@ def _check_optimizer(use: Use[Any], context: Context) -> None:
     optimizer = choice.make(list(model.parameters()))
     before = _snapshot(model)
     train(model, optimizer)
-    assert not _same(before, model.state_dict()), f"{name}: a step changes nothing"
+    assert not _same(before, model.state_dict()), "a step changes nothing"
     twin.load_state_dict(copy.deepcopy(model.state_dict()))
     resumed = choice.make(list(twin.parameters()))
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     train(model, optimizer)
     train(twin, resumed)
-    assert _same(model.state_dict(), twin.state_dict()), f"{name}: its state does not restore it"
+    assert _same(model.state_dict(), twin.state_dict()), "its state does not restore it"
 
 
 def _check_reporter(use: Use[Any], context: Context) -> None:
-    name = use.component.name
     out = io.StringIO()
     with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(out):
         report = use.build(dataclasses.replace(context, folder=Path(scratch)))
         for event in example_events(Path(scratch)):
             report(event)
         getattr(report, "close", lambda: None)()
-    assert not out.getvalue(), f"{name}: writes to stdout, which is for results"
+    assert not out.getvalue(), "writes to stdout, which is for results"
 
 
 CHECKS = {
