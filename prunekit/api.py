@@ -49,7 +49,7 @@ from prunekit.store.networks import read_network
 from prunekit.store.records import read_run
 
 LOG = logging.getLogger("prunekit")
-"""Tells what the command line prints besides results and progress."""
+"""Receives what the command line prints besides results and progress."""
 
 Named = str | Mapping[str, Any]
 """A component as in a recipe: a name, or a table with `use` and options."""
@@ -57,7 +57,7 @@ Named = str | Mapping[str, Any]
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run left: the network in evaluation mode on the CPU, its masks, and what was found.
+    """The result of a run: the network in evaluation mode on the CPU, its masks, and its metrics.
 
     `masks` are bool, True = kept, by parameter name; removed weights are zero in the network.
     `metrics` are those of `run.json`, stage by stage: `metrics["evaluate"]["pgd.accuracy"]`.
@@ -97,9 +97,9 @@ def run(
 
     `model` takes the place of [architecture], and starts with the weights that it has; `data`,
     (x_train, y_train, x_test, y_test) or a `prunekit.contracts.Data`, that of [dataset]. Stored
-    stages serve as long as the network's weights, classes and values and the images are the same;
-    a class that was typed into a notebook has no file to compare, so its runs share nothing. The
-    seed of a recipe decides everything but the weights of a `model`.
+    stages are used again as long as the images and the network's weights, classes and values are
+    the same; a class that was typed into a notebook has no file to compare, so its runs share
+    nothing. The seed of a recipe decides everything but the weights of a `model`.
 
     `settings` are those of `--set`: {"prune.sparsity": 0.95}. `out`, `store`, `device` and `force`
     are the options of the command; `quiet` shows no progress.
@@ -142,7 +142,7 @@ def run_sweep(
     force: bool = False,
     quiet: bool = False,
 ) -> list[RunResult]:
-    """The same for every combination of the recipe's sweep, in its order."""
+    """As `run`, for every combination of the recipe's sweep, in order."""
     plan = plan_recipe(recipe, model, data, settings)
     return _execute(plan, model, out, store, device, force, quiet)
 
@@ -167,7 +167,7 @@ def make_masks(
     look at images, and for structures. `prunekit.apply_masks(model, masks)` then sets the removed
     weights to zero.
 
-    Layers that stay dense although nobody asked for it are told in a warning. Raises `UserError`
+    A warning names layers that stay dense although that was not asked for. Raises `UserError`
     for a pruner that learns its scores: that takes a recipe, and `prunekit.run`.
 
     >>> masks = prunekit.make_masks(net, sparsity=0.9)
@@ -233,7 +233,7 @@ def evaluate(
 
 
 def load(path: str | Path, model: nn.Module | None = None) -> RunResult:
-    """What is in a run's folder, or in a model file (without metrics).
+    """Load what a run folder or a model file holds (a file has no metrics).
 
     `model` is a network to load the weights into, a copy of it; it is needed where the network came
     from Python. Raises `UserError` where it does not fit.

@@ -1,4 +1,4 @@
-"""What the parts of prunekit hand to each other: Protocols and the values between them.
+"""The contracts between prunekit and its plugins: Protocols, and the values they exchange.
 
 Shapes, everywhere: B images of a batch, N of a set, C channels, H height, W width, K classes.
 Images `x` are (B, C, H, W) float32 in [0, 1]; labels `y` are (B,) int64; logits are (B, K).
@@ -39,7 +39,7 @@ Norm = Literal["linf", "l2"]
 
 @dataclass(frozen=True)
 class Threat:
-    """The attacks a network should stand: all images within `eps` in `norm`, inside [0, 1]."""
+    """The threat model: an attacker may move an image by up to `eps` in `norm`, inside [0, 1]."""
 
     norm: Norm
     eps: float
@@ -47,7 +47,7 @@ class Threat:
 
 @dataclass(frozen=True)
 class Clock:
-    """Where training is. `step` counts optimiser steps of the stage from 0, `epoch` from 0."""
+    """Where training is. `step` counts optimizer steps of the stage from 0, `epoch` from 0."""
 
     step: int
     steps: int
@@ -56,7 +56,7 @@ class Clock:
 
     @property
     def fraction(self) -> float:
-        """The part of the stage that is done, in [0, 1)."""
+        """How much of the stage is done, in [0, 1)."""
         return self.step / self.steps
 
 
@@ -76,12 +76,12 @@ class Loss:
 class Objective(Protocol):
     """A training loss: `objective(x, y, clock) -> Loss`, called in train mode.
 
-    It may also have, each found by its name:
+    It may also have any of these, found by name:
 
     - `validate(x, y) -> dict[str, Tensor]`: (B,) values of each image, averaged over validation
       images in eval mode; the component's `select` names one. Default: `accuracy`.
     - `settled(clock) -> bool`: False while an epoch cannot be the best one (an eps ramp).
-    - `after_step()`: runs after each optimiser step (`Component.replays` says how many a batch).
+    - `after_step()`: runs after each optimizer step (`Component.replays` says how many a batch).
     - `state_dict() -> dict[str, Tensor]`, `load_state_dict(state)`: what a resume must restore.
     """
 
@@ -155,9 +155,9 @@ class Evaluator(Protocol):
 
 
 class Architecture(Protocol):
-    """A module from pixels (B, C, H, W) in [0, 1] to logits (B, K); normalises inside.
+    """A module from pixels (B, C, H, W) in [0, 1] to logits (B, K); normalizes inside.
 
-    `prunekit.normalize_inputs` puts a normalisation there. The module may also have
+    `prunekit.normalize_inputs` puts a normalization there. The module may also have
     an attribute `leave_dense`: names of weights, or patterns of such ("head.*"), that prune stages
     leave as they are, unless they say `exclude` themselves.
     """
@@ -173,7 +173,8 @@ class Schedule(Protocol):
 
 @dataclass(frozen=True)
 class OptimizerChoice:
-    """What an optimiser of the core's list builds: how to make it, its rate and schedule."""
+    """What an optimizer component builds: how to make the optimizer, its learning rate, and its
+    schedule."""
 
     make: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
     lr: float
@@ -181,7 +182,7 @@ class OptimizerChoice:
 
 
 def _go_on() -> None:
-    """Nobody asks for a stop."""
+    """The default of `Context.pause`: there is no stop to check for."""
 
 
 def _absent(*_: Any) -> Any:
@@ -190,7 +191,7 @@ def _absent(*_: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Context:
-    """All that `build(options, context)` may use; what is there depends on the kind.
+    """What `build(options, context)` may use; what is set depends on the kind.
 
     | kind | has |
     |---|---|
@@ -208,21 +209,22 @@ class Context:
     classes: int = 0
     device: torch.device | str = "cpu"
     threat: Threat | None = None
-    """For components whose options have the fields `eps` and `norm` (None: the recipe's)."""
+    """Set for components whose options have the fields `eps` and `norm`; where these are None, it
+    is the recipe's."""
     value: Any = None
     """What a Python program hands over in place of the component "given"."""
     fresh: bool = True
-    """Architectures: the weights count; False where others are loaded over them at once."""
+    """Architectures: False where other weights replace the initial ones immediately."""
     stage: str = ""
     """pretrain, prune, finetune or evaluate."""
     sparsity: float = 0.0
-    """Of the network: what a prune stage aims at, else what it has."""
+    """Fraction of weights removed: the target in a prune stage, else the network's."""
     model: Any = None
     """The live `nn.Module`."""
     weights: Mapping[str, Tensor] = field(default_factory=dict)
-    """The prunable weights, by parameter name; not to be changed."""
+    """The prunable weights by parameter name; read-only."""
     generator: Any = None
-    """A seeded `torch.Generator` of the CPU."""
+    """A seeded CPU `torch.Generator`."""
     objective: Any = None
     """The stage's `Objective`."""
     batches: Callable[[], Iterator[tuple[Tensor, Tensor]]] = _absent
@@ -232,9 +234,10 @@ class Context:
     forward pass uses weight * mask(|score|) under the stage's sparsity, budget and structure, the
     gradient goes straight through; returns |score| of the best epoch."""
     scratch: Path | None = None
-    """Evaluators: a folder of their own; what they leave there survives a kill, not the stage."""
+    """Evaluators: a folder for intermediate results. It survives a killed process and is deleted
+    when the stage is done."""
     pause: Callable[[], None] = _go_on
-    """Evaluators that take long over a batch: to be called where nothing would be lost; raises
-    `Interrupted` where the user has asked for a stop."""
+    """Evaluators that take long over a batch call it at points where nothing would be lost; it
+    raises `Interrupted` if the user asked for a stop."""
     live: bool = False
-    """Reporters: a terminal is there, so progress may be animated."""
+    """Reporters: whether output goes to a terminal, so that progress may be animated."""

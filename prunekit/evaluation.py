@@ -1,4 +1,4 @@
-"""What every evaluation needs: the mode of a network while it is judged, and honest fractions."""
+"""What every evaluation needs: evaluation mode, and fractions with confidence intervals."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import numpy as np
 from torch import nn
 
 Z95 = 1.959963984540054
-"""Of the normal distribution, 95 % lie within so many standard deviations."""
+"""95 % of a normal distribution lie within this many standard deviations."""
 
 UNBALANCED = 1.5
-"""Where the largest class has so many times the images of the smallest, accuracy misleads."""
+"""Classes are unbalanced when the largest has at least this many times as many images as the
+smallest."""
 
 
 @contextmanager
@@ -64,7 +65,7 @@ def is_unbalanced(labels: np.ndarray) -> bool:
 def balance(values: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
     """(mean over the classes that occur of the mean of their values, its standard error).
 
-    `values` (N,) lie in [0, 1]. The variance of a class is that of Wilson's centre, so that a class
+    `values` (N,) lie in [0, 1]. The variance of a class is that of Wilson's center, so that a class
     with all values right or wrong still has one.
 
     >>> balance(np.array([1, 1, 1, 0]), np.array([0, 0, 0, 1]))[0]
@@ -73,9 +74,9 @@ def balance(values: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
     means, variances = [], []
     for label in np.unique(labels):
         own = np.asarray(values[labels == label], dtype=float)
-        centre = (own.sum() + Z95**2 / 2) / (len(own) + Z95**2)
+        center = (own.sum() + Z95**2 / 2) / (len(own) + Z95**2)
         means.append(own.mean())
-        variances.append(centre * (1 - centre) / len(own))
+        variances.append(center * (1 - center) / len(own))
     return float(np.mean(means)), sqrt(sum(variances)) / len(means)
 
 

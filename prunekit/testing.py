@@ -1,4 +1,4 @@
-"""The contract test: what every component must do, ours and anybody's.
+"""The contract test: what every component must do, built-in or third-party.
 
 # tests/test_contract.py of a plugin
 from prunekit.testing import check_component, find_components
@@ -51,7 +51,7 @@ TAKEN = {
     "architecture": {f.name for f in dataclasses.fields(ArchitectureOptions)},
     "evaluator": {"name"},
 }
-"""Keys that the core takes out of a component's table."""
+"""Keys of a component's table that belong to the core."""
 
 
 def find_components(module: str) -> list[tuple[str, Component]]:
@@ -75,7 +75,7 @@ def check_component(
     shape: tuple[int, int, int] = SHAPE,
     folder: Path | None = None,
 ) -> None:
-    """Hold a component against the contract of its kind.
+    """Check that a component keeps the contract of its kind.
 
     `options` is its table in a recipe (required options must be there), `shape` the images that an
     architecture is tried with, `folder` where relative paths start. Attack steps and the like are
@@ -94,7 +94,7 @@ def check_component(
 
 
 def check_declaration(kind: str, component: Component) -> None:
-    """The declaration alone: names, options, the function to build it."""
+    """Check the declaration alone: names, options, the function that builds it."""
     name = component.name
     assert kind in KINDS, f"{name}: {kind!r} is no kind of component"
     assert re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name), f"{name!r} is not kebab-case"

@@ -136,7 +136,7 @@ def augment(images: Tensor, names: Sequence[str], generator: torch.Generator) ->
 
 @dataclass(frozen=True)
 class Extra:
-    """A second source of training images: `ratio` of them for each labelled one, in every batch."""
+    """A second source of training images: `ratio` of them for each labeled one, in every batch."""
 
     split: Split
     ratio: float

@@ -1,4 +1,4 @@
-"""What every component must do, kind by kind; `prunekit.testing` holds plugins against it."""
+"""What every component must do, kind by kind; `prunekit.testing` checks plugins with it."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ SHAPE, CLASSES, BATCH = (1, 8, 8), 3, 4
 
 
 def tiny_network(shape: tuple[int, int, int] = SHAPE, classes: int = CLASSES) -> nn.Module:
-    """A network with a convolution, batch normalisation and a linear layer, seeded."""
+    """A network with a convolution, batch normalization and a linear layer, seeded."""
     torch.manual_seed(0)
     return nn.Sequential(
         nn.Conv2d(shape[0], 4, 3, stride=2, padding=1),
@@ -85,7 +85,7 @@ def _check_objective(use: Use[Any], context: Context) -> None:
     def step() -> Loss:
         seed_all(1)
         loss = objective(x, y, Clock(0, 10, 0, 2))
-        assert isinstance(loss, Loss), f"the step gives a {type(loss).__name__}, no Loss"
+        assert isinstance(loss, Loss), f"the step gives a {type(loss).__name__}, not a Loss"
         return loss
 
     parameters = {n: p.detach().clone() for n, p in model.named_parameters()}
@@ -101,7 +101,7 @@ def _check_objective(use: Use[Any], context: Context) -> None:
     assert torch.equal(x, images), "the step changed the images in place"
     assert all(m.training for m in model.modules()), "the step left train mode"
     loss.value.backward()
-    assert all(p.grad is not None for p in model.parameters()), "a weight has no gradient"
+    assert all(p.grad is not None for p in model.parameters()), "a weight gets no gradient"
     model.load_state_dict(_fresh_state())
     first = float(step().value.detach())
     model.load_state_dict(_fresh_state())
@@ -116,7 +116,7 @@ def _check_objective(use: Use[Any], context: Context) -> None:
         names = set(values)
     else:
         names = {"accuracy"}
-    assert use.component.select in {*names, "last"}, "select is no validation metric"
+    assert use.component.select in {*names, "last"}, "select is not a validation metric"
 
 
 def _fresh_state() -> dict[str, Tensor]:
@@ -124,7 +124,7 @@ def _fresh_state() -> dict[str, Tensor]:
 
 
 def _check_scores_learn(use: Use[Any], context: Context, x: Tensor, y: Tensor) -> None:
-    """Scores get gradients through the objective, whatever forward it starts with."""
+    """Scores get gradients through the objective, whichever forward pass comes first."""
     model = tiny_network()
     start = {n: torch.randn_like(p) for n, p in model.named_parameters() if p.dim() > 1}
     variables = LearnedScores(model, Scores(start), Selection(0.5), {}, "train")
@@ -156,7 +156,7 @@ def _check_pruner(use: Use[Any], context: Context) -> None:
     )  # fmt: skip
     model.train()
     scores = use.build(context)(context)
-    assert isinstance(scores, Scores), f"gives a {type(scores).__name__}, no Scores"
+    assert isinstance(scores, Scores), f"gives a {type(scores).__name__}, not Scores"
     assert bool(learned) == use.component.learns, "`learns` and what it does disagree"
     assert scores.values.keys() == weights.keys(), "must score every weight, and no other"
     for n, value in scores.values.items():
@@ -170,7 +170,7 @@ def _check_pruner(use: Use[Any], context: Context) -> None:
 def _check_architecture(use: Use[Any], context: Context) -> None:
     seed_all(0)
     model = use.build(context)
-    assert isinstance(model, nn.Module), "is no nn.Module"
+    assert isinstance(model, nn.Module), "is not an nn.Module"
     seed_all(0)
     twin = use.build(context)
     assert _same(model.state_dict(), twin.state_dict()), "weights do not follow the seed"
@@ -192,11 +192,11 @@ def _check_dataset(use: Use[Any], context: Context) -> None:
         data = use.build(context)
     except DataMissingError:
         return
-    assert isinstance(data, Data), f"gives a {type(data).__name__}, no Data"
+    assert isinstance(data, Data), f"gives a {type(data).__name__}, not Data"
     if use.component.facts is not None:
         facts = use.component.facts(use.options)
         declared = (facts.shape, facts.classes)
-        assert declared == (data.shape, data.classes), "is not what it declares"
+        assert declared == (data.shape, data.classes), "differs from what it declares"
     # Images to train on beside those of another data set come without a test part.
     for part in (data.train, data.test) if len(data.test.labels) else (data.train,):
         assert part.labels.dtype == torch.int64, "labels are not int64"
@@ -222,12 +222,12 @@ def _check_evaluator(use: Use[Any], context: Context) -> None:
         evaluate = use.build(dataclasses.replace(context, model=model, stage="evaluate"))
         results.append(evaluate(model, iter(batches)))
     result = results[0]
-    assert isinstance(result, Result), f"gives a {type(result).__name__}, no Result"
+    assert isinstance(result, Result), f"gives a {type(result).__name__}, not a Result"
     assert result.metrics, "no metric"
     assert all(np.isfinite(v) for v in result.metrics.values()), "a metric is not finite"
     if verdict := {"attack": "correct", "proof": "verified"}.get(use.component.judges):
         kept = np.asarray(result.records.get(verdict, ()))
-        assert kept.dtype == bool, f"no boolean record {verdict!r}"
+        assert kept.dtype == bool, f"lacks the boolean record {verdict!r}"
     assert result.metrics == results[1].metrics, "not repeatable under one seed"
     for key, record in result.records.items():
         assert len(record) == 2 * BATCH, f"{len(record)} records {key!r}, not one an image"
@@ -255,14 +255,14 @@ def _check_schedule(use: Use[Any], context: Context) -> None:
     schedule = use.build(context)
     clocks = [Clock(step, 12, step // 3, 4) for step in range(12)]
     factors = [schedule(clock) for clock in clocks]
-    assert all(np.isfinite(f) and f >= 0 for f in factors), "a factor is below 0, or none"
-    assert factors == [schedule(clock) for clock in clocks], "is no function of the clock"
+    assert all(np.isfinite(f) and f >= 0 for f in factors), "a factor is negative or not a number"
+    assert factors == [schedule(clock) for clock in clocks], "is not a function of the clock alone"
 
 
 def _check_optimizer(use: Use[Any], context: Context) -> None:
-    """A step moves the weights, and a state that was stored and restored goes on alike."""
+    """A step moves the weights, and a restored state continues to the same weights."""
     choice = use.build(context)
-    assert isinstance(choice, OptimizerChoice), "gives no OptimizerChoice"
+    assert isinstance(choice, OptimizerChoice), "does not give an OptimizerChoice"
     assert choice.lr > 0, "its rate is not above 0"
 
     def train(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -1,4 +1,4 @@
-"""run(plan): the fold over stages, with what is stored already left as it is."""
+"""run(plan): the fold over stages; stages that are stored already are not computed again."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class Engine:
         return folders
 
     def _rehearse(self, plan: Plan) -> dict[str, BaseException]:
-        """One batch through every missing stage, before hours are spent on the first of them.
+        """Send one batch through every missing stage before hours are spent on the first.
 
         Returns label -> what would fail. Of runs that differ in numbers only, one that passes
         speaks for the others.
@@ -160,7 +160,9 @@ class Engine:
                     folder.add(stage, key, result, stored, reused)
 
     def _tell_waiting(self, stage: Stage) -> None:
-        self.report(Note(f"stage {stage.name!r} is computed by another process; waiting for it"))
+        self.report(
+            Note(f"stage {stage.name!r} is being computed by another process; waiting for it")
+        )
 
     def _compute(
         self, run: Run, stage: Stage, key: str, stored: StageFolder, state: State, loaded: Loaded
@@ -192,9 +194,9 @@ class Engine:
 
 
 def _ignore(event: Event) -> None:
-    """Nobody is told of a rehearsal."""
+    """The report of a rehearsal, which is silent."""
 
 
 def _finite(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Without the numbers that JSON has no word for (a term of a loss may be NaN)."""
+    """Without numbers that JSON cannot hold (a term of a loss may be NaN)."""
     return {k: v for k, v in row.items() if not isinstance(v, float) or math.isfinite(v)}

@@ -22,12 +22,12 @@ from prunekit.store.records import read_run
 from prunekit.store.runs import digest
 
 UNUSED = ("extra", "extra_ratio")
-"""Keys of [dataset] that serve training alone."""
+"""Keys of [dataset] that only training uses."""
 
 
 @dataclass(frozen=True)
 class EvalRequest:
-    """What `prunekit eval` was told; None is what the file or its run says."""
+    """The arguments of `prunekit eval`; None means what the file or its run says."""
 
     evaluators: tuple[str, ...]
     dataset: str | None = None
@@ -76,7 +76,7 @@ def plan_evaluation(network: Network, request: EvalRequest) -> Plan:
     except RecipeError as error:
         if "threat" not in data and any("[threat]" in p.message for p in error.problems):
             raise UserError(
-                "the network does not say for which threat it was made; give --eps 8/255"
+                "the network does not say which threat model it was trained for; give --eps 8/255"
             ) from None
         raise
     run = dataclasses.replace(plan.runs[0], settings={**settings, **given})
@@ -85,7 +85,7 @@ def plan_evaluation(network: Network, request: EvalRequest) -> Plan:
 
 
 def _note_training(network: Network, threat: Threat | None) -> Iterator[str]:
-    """A threat that is not the one the network was trained for is allowed, and flagged."""
+    """A note where the threat model is not the one the network was trained for."""
     trained = network.header.get("threat")
     if trained and threat and trained != dataclasses.asdict(threat):
         yield (

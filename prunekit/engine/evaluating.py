@@ -1,4 +1,4 @@
-"""The evaluate stage, and verdicts of several evaluators held against each other."""
+"""The evaluate stage, and checks of evaluators against each other."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from prunekit.report import Progress, StageStarted
 
 
 def evaluate(state: State, stage: Stage, work: Work) -> Outcome:
-    """Judge the network on the test images, each evaluator by itself."""
+    """Judge the network on the test images, one evaluator after the other."""
     options, size = stage.options, work.run.data.batch_size
     if broken := find_broken(state.model):
         raise RunError(f"{broken} of the network holds NaN or infinity: there is nothing to judge")
@@ -75,7 +75,7 @@ def evaluate(state: State, stage: Stage, work: Work) -> Outcome:
 
 
 def _choose(n: int, images: int | None) -> Tensor:
-    """Indices of the test images that are judged: all, or so many, evenly spaced.
+    """Indices of the test images to judge: all, or `images` of them, evenly spaced.
 
     The first ones would be of a few classes where a data set is sorted.
     """
@@ -96,17 +96,17 @@ def _watched(work: Work, stage: Stage, name: str, index: Tensor) -> Iterator[tup
 
 
 TOLERATED = 0.002
-"""So much of the images may an attack leave standing beyond one that it should beat."""
+"""The fraction of images by which an attack may be weaker than one it should beat."""
 
 
 def cross_examine(
     uses: Sequence[Use[Evaluator]], records: Mapping[str, np.ndarray]
 ) -> Iterator[str]:
-    """What cannot be: warnings about verdicts under one threat that contradict each other.
+    """Warnings about verdicts under one threat model that contradict each other.
 
     `records` holds `NAME.correct` (N,) of each attack and `NAME.verified` (N,) of each proof, as
     `Component.judges` says. An attack that is declared to beat another should not leave more
-    images standing than that (a sign of masked gradients, or of too small a budget), and an image
+    images correct than that (a sign of masked gradients, or of too small a budget), and an image
     with a proof cannot be broken by an attack within the same radius.
     """
     for one, other in permutations(uses, 2):
@@ -122,8 +122,8 @@ def _compare_attacks(strong: str, weak: str, records: Mapping[str, np.ndarray]) 
     standing = [float(_read(records, name, "correct").mean()) for name in (strong, weak)]
     if standing[0] - standing[1] > TOLERATED + 1e-9:
         yield (
-            f"{strong} leaves {standing[0]:.1%} of the images standing, {weak} at the same radius "
-            f"only {standing[1]:.1%}: the worse of the two is the network's; give {strong} more "
+            f"{strong} leaves {standing[0]:.1%} of the images correct, {weak} at the same radius "
+            f"only {standing[1]:.1%}: trust the lower one, and give {strong} more "
             "steps or restarts"
         )
 
@@ -133,7 +133,7 @@ def _refute(proof: str, attack: str, records: Mapping[str, np.ndarray]) -> Itera
     if broken.any():
         first = ", ".join(str(i) for i in np.asarray(records["index"])[broken][:5])
         yield (
-            f"UNSOUND: {attack} breaks {int(broken.sum())} images that {proof} says are verified "
+            f"UNSOUND: {attack} breaks {int(broken.sum())} images that {proof} certified "
             f"at the same radius (test images {first}): trust neither, and report this"
         )
 

@@ -74,7 +74,7 @@ def read_recipe(source: str | Path | Mapping[str, Any]) -> Recipe:
 
 
 def check_model(model: Any) -> None:
-    """Raise `UserError` for what is no network."""
+    """Raise `UserError` for anything but an `nn.Module`."""
     if not isinstance(model, nn.Module):
         raise UserError(f"model is an nn.Module, got a {type(model).__name__}")
 
@@ -136,7 +136,7 @@ def do_stage(
 
 
 class NoImages:
-    """In place of images that were not given."""
+    """Stands in for images that were not given; raises `UserError` when they are needed."""
 
     @property
     def labels(self) -> Tensor:
@@ -148,7 +148,7 @@ class NoImages:
 
 @contextmanager
 def own_generators() -> Iterator[None]:
-    """Inside, the random generators of torch, numpy and Python are ours; then as they were."""
+    """Restore the random generators of torch, numpy and Python afterwards."""
     states = random.getstate(), np.random.get_state()
     with torch.random.fork_rng():
         try:

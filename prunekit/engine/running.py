@@ -33,9 +33,9 @@ def run_plan(
     tell: Tell,
     stop: Stop | None = None,
 ) -> list[RunFolder] | None:
-    """Run a plan into a folder; None where its results are there already.
+    """Run a plan into a folder; None if its results are there already.
 
-    What the user should know besides the events is told, how to go on after `Interrupted` too.
+    `tell` gets messages that are not events, such as how to resume after `Interrupted`.
     """
     chosen = find_device(device)
     folder = OutFolder(out, plan)
@@ -43,7 +43,7 @@ def run_plan(
     if known is not None:
         if _is_current(plan, known, chosen):
             return None
-        tell("the data or a file of the recipe has changed since: running it again")
+        tell("the data or a file that the recipe names has changed: running it again")
     Store(store).prepare(tell)
     try:
         # What a plugin prints must not end up among the results.
@@ -57,28 +57,28 @@ def run_plan(
             inputs = [i for run in plan.runs for i in engine.inputs.identify(run)] if done else []
             folder.mark(done=done, inputs=inputs)
     except Interrupted:
-        # Only now: before, the live display would draw over it.
-        tell(f"everything up to here is saved; go on with: {resume}")
+        # Not earlier: the live display would draw over it.
+        tell(f"everything so far is saved; resume with: {resume}")
         raise
     return folders
 
 
 def _is_current(plan: Plan, known: list[str], device: torch.device) -> bool:
-    """Whether what the results were computed from is the same still; also where it is gone."""
+    """Whether the inputs of the results are unchanged; True where they cannot be read."""
     inputs = Inputs(device, lambda event: None, plan.smoke)
     try:
         with redirect_stdout(sys.stderr):
             return known == [digest for run in plan.runs for digest in inputs.identify(run)]
-    # Also where a plugin of the data set is broken by now: what was found is there still.
+    # Also where a plugin of the data set is broken by now: the results are still there.
     except (Exception, SystemExit):
         return True
 
 
 @contextmanager
 def reporters(plan: Plan, out: Path, tell: Tell) -> Iterator[Report]:
-    """One report function for all reporters; one that fails is dropped with a message.
+    """One report function for all reporters; a reporter that fails is dropped with a message.
 
-    Raises `UserError` where a reporter says what has to be mended before it can be built.
+    Raises `UserError` if a reporter says so when it is built.
     """
     live = (
         sys.stderr.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"

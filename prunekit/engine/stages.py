@@ -32,7 +32,7 @@ from prunekit.training.variables import Variables, Weights
 
 
 def train(state: State, stage: Stage, work: Work) -> Outcome:
-    """Pretrain, and finetune: train the weights, masked ones staying zero."""
+    """Pretrain or finetune: train the weights; removed ones stay zero."""
     variables = Weights(state.model, state.masks)
     context = work.context(stage, state)
     objective = stage.options.objective.build(context)
@@ -41,17 +41,17 @@ def train(state: State, stage: Stage, work: Work) -> Outcome:
 
 
 def prune(state: State, stage: Stage, work: Work) -> Outcome:
-    """Score the weights and set all but the chosen ones to zero."""
+    """Score the weights, select masks, and set the removed weights to zero."""
     options = stage.options
     history: list[dict[str, Any]] = []
-    # As a fresh network is, whatever stages came before.
+    # Whatever stages came before.
     state.model.requires_grad_(True)
     state.model.train()
     selection = Selection(stage.sparsity, options.budget, options.structure)
     weights, followers = _find_structured(state, stage, work, selection)
     frozen = {name: weight.detach().clone() for name, weight in weights.items()}
     context = work.context(stage, state)
-    # Before scores are attached: an objective that traces the network wants the plain one.
+    # Before scores are attached: an objective may trace the plain network.
     objective = options.objective and options.objective.build(context)
 
     def learn(start: Scores) -> Scores:
@@ -107,7 +107,7 @@ def _find_structured(
         followers = find_followers(state.model, example)
     names = find_structured(weights, selection.structure, list(followers))
     if not names:
-        raise RunError(f"structure {selection.structure!r} suits no layer of this network")
+        raise RunError(f"structure {selection.structure!r} fits no layer of this network")
     if left := [name for name in weights if name not in names]:
         work.report(Note(f"structure {selection.structure!r} leaves dense: {', '.join(left)}"))
     chosen = followers if selection.structure == "channel" else {}
@@ -117,25 +117,25 @@ def _find_structured(
 def _find_unstructured(
     model: nn.Module, exclude: Sequence[str] | None, work: Work
 ) -> dict[str, Tensor]:
-    """All that `exclude`, or else the architecture, leaves to prune; what it does not is told."""
+    """The prunable weights without those that `exclude`, or the architecture, leaves dense."""
     if others := find_unprunable(model):
         named = ", ".join(f"{name} ({layer})" for name, layer in others.items())
-        work.report(Note(f"not to be pruned by the kind of their layer: {named}"))
+        work.report(Note(f"cannot be pruned, by the kind of their layer: {named}"))
     if exclude is not None:
         return find_prunable(model, exclude)
     left: Sequence[str] = getattr(model, "leave_dense", ())
     weights = find_prunable(model, left)
     if left:
         dense = ", ".join(name for name in find_prunable(model) if name not in weights)
-        work.report(Note(f"left dense unless the stage says exclude: {dense}"))
+        work.report(Note(f"left dense by the architecture (exclude = [] prunes them too): {dense}"))
     return weights
 
 
 @torch.no_grad()
 def _recalibrate(model: nn.Module, batches: Callable[[], Iterator[tuple[Tensor, Tensor]]]) -> None:
-    """Reset the statistics of batch normalisation to the average over training images.
+    """Reset the statistics of batch normalization to the average over training images.
 
-    The images are augmented and not attacked; everything but batch normalisation is in eval mode.
+    The images are augmented and not attacked; everything but batch normalization is in eval mode.
     """
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]

@@ -38,7 +38,7 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Unread:
-    """A split whose files are not here: so many images that nobody may look at."""
+    """A split whose files are missing: its size is known, its images cannot be read."""
 
     labels: torch.Tensor
 
@@ -48,10 +48,10 @@ class Unread:
 
 @dataclass
 class Inputs:
-    """Loads the data of runs, once for all that share it.
+    """Loads the data of runs, once for all runs that share it.
 
-    Where files are missing, a `smoke` run gets random images, and a `preview` (which downloads
-    nothing) as many as there should be, that nobody can look at.
+    Where files are missing, a `smoke` run gets random images. A `preview` downloads nothing and
+    gets the size that the data set declares.
     """
 
     device: torch.device
@@ -75,8 +75,8 @@ class Inputs:
         if name not in self._loaded:
             data = self._build(run.dataset, run)
             if not len(data.test.labels):
-                way = "name it as the extra of another data set"
-                raise UserError(f"{run.dataset.name} has no images to judge on; {way}")
+                way = "use it as the extra of another data set"
+                raise UserError(f"{run.dataset.name} has no test images; {way}")
             extra = self._load_extra(chosen.extra, run, data) if chosen.extra else None
             prints = [fingerprint(part) for part in (data, extra) if part]
             train, validation = hold_out(
@@ -85,7 +85,7 @@ class Inputs:
             train, validation, test = (
                 to_device(part, self.device) for part in (train, validation, data.test)
             )
-            # The whole training set is let go: a large one would fill memory twice.
+            # Let go of the whole training set: a large one would fill memory twice.
             data = replace(data, train=train, test=test)
             more = None
             if extra is not None:
@@ -117,7 +117,7 @@ class Inputs:
         if found.shape != data.shape:
             raise UserError(
                 f"extra {use.name} holds images {found.shape}, the data set has {data.shape} "
-                "(channels, height, width); extra images have to be of the same size"
+                "(channels, height, width); extra images must have the same size"
             )
         if (largest := int(found.train.labels.max())) >= data.classes:
             raise UserError(

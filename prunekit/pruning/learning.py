@@ -125,7 +125,7 @@ def detach(model: nn.Module) -> None:
             parametrize.remove_parametrizations(module, own, leave_parametrized=False)
         if scored:
             # They come back as the last parameters, but are the first in these layers: a resumed
-            # optimiser, whose network was built anew, tells parameters apart by their order.
+            # optimizer, whose network was built anew, tells parameters apart by their order.
             parameters = module._parameters
             for name in sorted(parameters, key=_place):
                 parameters[name] = parameters.pop(name)
@@ -202,12 +202,12 @@ def copy_plain(model: nn.Module) -> nn.Module:
     return plain
 
 
-# _NormBase: batch and instance normalisation.
+# _NormBase: batch and instance normalization.
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
 
 class LearnedScores:
-    """Trains scores of frozen weights; masks follow the scores, once an optimiser step.
+    """Trains scores of frozen weights; masks follow the scores, once an optimizer step.
 
     Biases are frozen too. Normalisation layers train, affine parameters and running statistics,
     unless `bn` is "freeze". Channels are closed at the output of the last of a weight's

@@ -41,7 +41,7 @@ NORMS = nn.modules.batchnorm._BatchNorm
 def find_followers(model: nn.Module, example: Tensor) -> dict[str, list[str]]:
     """Weight name -> vectors with an entry for each of its output channels.
 
-    These are its own bias and the scale and shift of a batch normalisation that takes nothing but
+    These are its own bias and the scale and shift of a batch normalization that takes nothing but
     its output: when a channel goes they go with it. `example` (1, C, H, W) is sent through once.
     """
     names = {module: name for name, module in model.named_modules()}

@@ -1,4 +1,4 @@
-"""Where a training runs: the device, and what fp32 means there."""
+"""Where a training runs: its device, and the meaning of fp32 there."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from prunekit.errors import UserError
 
 
 def find_device(name: str) -> torch.device:
-    """The device of this name; "auto" takes the fastest there is. Raises `UserError`."""
+    """The device of this name; "auto" is the fastest available. Raises `UserError`."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

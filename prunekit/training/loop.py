@@ -25,7 +25,7 @@ IMAGES = "#"
 """Key of the number of images among the sums of an epoch."""
 
 RESERVED = {IMAGES, "loss", "accuracy", "epoch", "best"}
-"""What no term of a loss can be called."""
+"""Names that a term of a loss cannot have."""
 
 CHECKPOINT_SECONDS = 300.0
 """In epochs longer than this, a checkpoint is also written between batches."""
@@ -33,7 +33,7 @@ CHECKPOINT_SECONDS = 300.0
 
 @dataclass
 class Fit:
-    """One training: what is trained, on what, how, and where it is kept."""
+    """One training: what is trained, on which data, how, and where it is saved."""
 
     variables: Variables
     objective: Objective
@@ -48,7 +48,7 @@ class Fit:
     report: Report
     stop: Stop
     checkpoint: Path
-    """Where a training that goes on is kept."""
+    """Where the state of an unfinished training is saved."""
     select: str = "accuracy"
     clip_norm: float | None = None
     replays: int = 1
@@ -85,9 +85,9 @@ class _Sums:
 def fit(job: Fit) -> list[dict[str, Any]]:
     """Train; the model ends with the best epoch's weights, ties going to the later epoch.
 
-    Returns a row of metrics for each epoch. Goes on from `job.checkpoint` where that is there, to
-    the same bits. Raises `RunError` where the loss is not finite (the last good checkpoint stays),
-    and `Interrupted` after saving, where a stop was asked for.
+    Returns a row of metrics for each epoch. Resumes from `job.checkpoint` if it exists, to
+    the same bits. Raises `RunError` if the loss is not finite (the last good checkpoint stays),
+    and `Interrupted`, after saving, if a stop was requested.
     """
     model = job.variables.model
     parameters = job.variables.parameters()
@@ -124,11 +124,11 @@ def fit(job: Fit) -> list[dict[str, Any]]:
 def _train_epoch(
     job: Fit, optimizer: torch.optim.Optimizer, at: Position, best: Mapping[str, Tensor]
 ) -> None:
-    """What is left of an epoch; a checkpoint is written where it takes long or is stopped."""
+    """Train the rest of an epoch; write a checkpoint if it takes long or is stopped."""
     device = job.feed.device
     sums, batches = _Sums(at.sums, device), job.feed.count()
     bad_step = torch.full((), -1, device=device)
-    # Reading a value back stalls a GPU, so there it is done now and then.
+    # Reading a value back stalls a GPU, so it is done only now and then there.
     look_every = 1 if device.type == "cpu" else 20
     told = saved = time.monotonic()
     for x, y in job.feed.epoch(seeds.derive_seed(*job.seed, "epoch", at.epoch), skip=at.batch):
@@ -240,13 +240,13 @@ def _is_best(job: Fit, at: Position, row: Mapping[str, Any]) -> bool:
     if value is None:
         names = [k.removeprefix("validation.") for k in row if k.startswith("validation.")]
         raise RunError(
-            f"stage {job.stage!r}: select = {job.select!r} is no validation metric; there are: "
+            f"stage {job.stage!r}: select = {job.select!r} is not a validation metric; there are: "
             f"{', '.join([*names, 'last'])}"
         )
     end = job.clock(at.epoch, job.feed.count() - 1, job.replays - 1)
     worse = at.best_value is not None and value < at.best_value
     if not settled(end) or worse or not math.isfinite(value):
-        # Something must be there at the end, even if nothing ever settles.
+        # There must be a best epoch at the end, even if nothing ever settles.
         return at.epoch + 1 == job.epochs and at.best_value is None
     at.best_value, at.best_epoch = value, at.epoch + 1
     return True
@@ -257,5 +257,5 @@ def _metrics(row: Mapping[str, Any]) -> dict[str, float]:
 
 
 def retell(stage: str, epochs: int, row: Mapping[str, Any]) -> EpochDone:
-    """An epoch of an earlier process."""
+    """The event of an epoch that an earlier process computed."""
     return EpochDone(stage, row["epoch"], epochs, _metrics(row), row["best"], stored=True)

@@ -1,4 +1,4 @@
-"""Where a training is, and the checkpoint that brings it back there to the same bits."""
+"""The position of a training, and the checkpoint that restores it to the same bits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a training changes: weights, removed ones staying zero."""
+"""What a training changes: the weights, of which removed ones stay zero."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from prunekit.pruning.masks import assert_masked
 
 
 class Variables(Protocol):
-    """What `fit` trains. Everything lives in the model, so its state dict is all there is."""
+    """What `fit` trains. All its state is in the model, hence in the model's state dict."""
 
     model: nn.Module
 
@@ -34,7 +34,7 @@ class Variables(Protocol):
 
 @dataclass
 class Weights:
-    """Trains the weights; those that a mask removed stay exactly zero."""
+    """Trains the weights; those removed by a mask stay exactly zero."""
 
     model: nn.Module
     masks: Masks
