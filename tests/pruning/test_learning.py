@@ -1,4 +1,4 @@
-"""Scores -> masks, straight-through gradients and attached scores, by hand."""
+"""Scores beside frozen weights: straight-through gradients by hand, gates, and no trace left."""
 
 import copy
 
@@ -9,12 +9,14 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from prunekit.contracts import Scores
-from prunekit.errors import RunError, UserError
-from prunekit.pruning import selection as module
-from prunekit.pruning.layers import find_prunable, find_unprunable
+from prunekit.errors import RunError
+from prunekit.evaluation import eval_mode
+from prunekit.pruning import learning
+from prunekit.pruning.layers import find_prunable
 from prunekit.pruning.learning import (
     LEAK,
     ChannelGate,
+    LearnedScores,
     ScoredWeight,
     attach,
     attach_gates,
@@ -25,14 +27,11 @@ from prunekit.pruning.learning import (
 )
 from prunekit.pruning.masks import (
     apply_masks,
-    assert_masked,
-    count_weights,
-    hash_masks,
-    measure_sparsity,
 )
-from prunekit.pruning.selection import Selection, check_layers, count_kept, select_masks
-
-INFINITY = float("inf")
+from prunekit.pruning.selection import Selection, select_masks
+from prunekit.pruning.structures import (
+    find_followers,
+)
 
 
 def make_net():
@@ -44,159 +43,6 @@ def attach_scores(model, start):
     parts = {name: ScoredWeight(value) for name, value in start.items()}
     attach(model, parts)
     return parts
-
-
-# Counts
-
-
-@pytest.mark.parametrize(
-    ("n", "sparsity", "kept"),
-    [(1000, 0.9, 100), (10, 0.7, 3), (10, 0.1, 9), (9, 0.999, 1), (7, 0.5, 4), (10, 0.01, 10)],
-)
-def test_recipes_keep_n_minus_the_rounded_down(n, sparsity, kept):
-    """k = 0.1 of 1000 keeps 100, k = 0.3 of 10 keeps 3, k = 0.9 of 10 keeps 9."""
-    assert count_kept(n, sparsity) == kept
-    torch.manual_seed(n)
-    mask = select_masks(Scores({"w": torch.rand(n)}), Selection(sparsity))["w"]
-    assert (mask.dtype, int(mask.sum())) == (torch.bool, kept)
-
-
-def test_the_largest_are_kept():
-    scores = Scores({"w": torch.tensor([[0.3, 0.0, 0.1], [0.9, 0.5, 0.2]])})
-    expected = torch.tensor([[True, False, False], [True, True, False]])
-    assert torch.equal(select_masks(scores, Selection(0.5))["w"], expected)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("sparsity", [0.0005, 0.1, 0.5, 0.9, 0.9995])
-@pytest.mark.parametrize("signed", [False, True])
-def test_selection_agrees_with_sorting(dtype, sparsity, signed):
-    torch.manual_seed(0)
-    values = torch.randn(4096, dtype=dtype) * torch.randn(4096, dtype=dtype).exp()
-    values = values if signed else values.abs()
-    kept = count_kept(4096, sparsity)
-    expected = torch.zeros(4096, dtype=torch.bool)
-    expected[values.argsort(descending=True)[:kept]] = True
-    assert torch.equal(select_masks(Scores({"w": values}), Selection(sparsity))["w"], expected)
-
-
-@pytest.mark.parametrize(
-    "values",
-    [
-        torch.zeros(1000),
-        torch.full((1000,), -1.0),
-        torch.arange(10.0).repeat(100),
-        torch.full((1000,), 1.0) + torch.arange(1000) % 2 * 2**-23,  # neighbours in float32
-        torch.tensor([-INFINITY] * 990 + [INFINITY] * 5 + [0.0] * 5),
-        torch.tensor([-0.0, 0.0] * 500),
-    ],
-    ids=["zeros", "equal", "ten levels", "neighbours", "infinite", "signed zeros"],
-)
-@pytest.mark.parametrize("sparsity", [0.001, 0.25, 0.995])
-def test_ties_keep_the_exact_count_and_nothing_smaller(values, sparsity):
-    mask = select_masks(Scores({"w": values}), Selection(sparsity))["w"]
-    assert int(mask.sum()) == count_kept(1000, sparsity)
-    assert values[mask].min() >= values[~mask].max()
-    assert torch.equal(mask, select_masks(Scores({"w": values.clone()}), Selection(sparsity))["w"])
-
-
-def test_nothing_removed():
-    assert select_masks(Scores({"w": torch.rand(10)}), Selection(0.05))["w"].all()
-    assert select_masks(Scores({"w": torch.rand(10)}), Selection(0.05, "global"))["w"].all()
-
-
-def test_an_unknown_budget_is_refused():
-    with pytest.raises(ValueError, match="fair"):
-        select_masks(Scores({"w": torch.rand(10)}), Selection(0.5, "fair"))
-
-
-# Budgets
-
-
-def test_layer_budget_takes_the_same_fraction_of_each():
-    masks = select_masks(
-        Scores({"a": torch.arange(10.0), "b": torch.arange(20.0) + 100}), Selection(0.8)
-    )
-    assert {name: int(m.sum()) for name, m in masks.items()} == {"a": 2, "b": 4}
-
-
-def test_global_budget_lets_layers_compete():
-    values = {"a": torch.tensor([1.0, 2.0, 3.0, 4.0]), "b": torch.tensor([10.0, 0.5, 20.0, 30.0])}
-    masks = select_masks(Scores(values), Selection(0.5, "global"))
-    assert masks["a"].tolist() == [False, False, False, True]
-    assert masks["b"].tolist() == [True, False, True, True]
-
-
-def test_global_budget_divides_layerwise_scores_by_their_rms():
-    """RMS: a = sqrt(50 / 2) = 5 -> 0.2, 1.4; b = sqrt(5e4 / 2) = 158.1 -> 0.632, 1.265."""
-    values = {"a": torch.tensor([1.0, 7.0]), "b": torch.tensor([100.0, 200.0])}
-    plain = select_masks(Scores(values), Selection(0.5, "global"))
-    assert plain["b"].tolist() == [True, True]
-    masks = select_masks(Scores(values, layerwise=True), Selection(0.5, "global"))
-    assert masks["a"].tolist() == [False, True]
-    assert masks["b"].tolist() == [False, True]
-
-
-def test_the_rms_is_that_of_the_weights_still_alive():
-    """Dead, the 100 of a does not count: a -> 1, b -> 0.63, 1.26."""
-    values = {"a": torch.tensor([100.0, 1.0]), "b": torch.tensor([1.0, 2.0])}
-    alive = {"a": torch.tensor([False, True])}
-    masks = select_masks(Scores(values, layerwise=True), Selection(0.5, "global"), alive)
-    assert masks["a"].tolist() == [False, True]
-    assert masks["b"].tolist() == [False, True]
-
-
-def test_a_layer_of_zeros_does_not_spoil_the_global_budget():
-    values = {"a": torch.zeros(4), "b": torch.tensor([1.0, 2.0, 3.0, 4.0])}
-    masks = select_masks(Scores(values, layerwise=True), Selection(0.5, "global"))
-    assert (int(masks["a"].sum()), int(masks["b"].sum())) == (0, 4)
-
-
-@pytest.mark.parametrize("budget", ["layer", "global"])
-def test_pruned_weights_stay_pruned(budget):
-    values = {"a": torch.tensor([9.0, 8.0, 1.0, 2.0, 3.0, 4.0])}
-    alive = {"a": torch.tensor([False, False, True, True, True, True])}
-    mask = select_masks(Scores(values), Selection(0.5, budget), alive)["a"]
-    assert mask.tolist() == [False, False, False, True, True, True]
-    # Asked for more than is alive: nothing comes back to life.
-    assert torch.equal(select_masks(Scores(values), Selection(0.1, budget), alive)["a"], alive["a"])
-
-
-def test_a_layer_that_keeps_nothing_is_named():
-    masks = select_masks(
-        Scores({"a": torch.zeros(4), "b.weight": torch.ones(4)}), Selection(0.5, "global")
-    )
-    with pytest.raises(RunError, match=r"no weight of a \(4 weights\).*exclude = \[\"a\"\]"):
-        check_layers(masks, 0.5)
-    check_layers({"b.weight": masks["b.weight"]}, 0.5)
-
-
-# What can be pruned
-
-
-class StdConv2d(nn.Conv2d):
-    pass
-
-
-def test_prunable_are_convolutions_and_linear_layers():
-    net = nn.Sequential(
-        nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), StdConv2d(2, 2, 1), nn.Flatten(), nn.Linear(2, 3)
-    )
-    found = find_prunable(net)
-    assert list(found) == ["0.weight", "4.weight"]
-    assert found["4.weight"] is net[4].weight
-    assert list(find_prunable(nn.Linear(2, 2))) == ["weight"]
-
-
-def test_exclude_patterns():
-    net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2))
-    assert list(find_prunable(net, ["[02].*"])) == ["1.weight"]
-    with pytest.raises(RunError, match=r"'fc\.\*' matches no.*0\.weight, 1\.weight"):
-        find_prunable(net, ["fc.*"])
-    with pytest.raises(RunError, match="nothing to prune"):
-        find_prunable(net, ["*"])
-    with pytest.raises(RunError, match="nothing to prune"):
-        find_prunable(nn.BatchNorm2d(2))
 
 
 def tie(net):
@@ -221,14 +67,6 @@ def test_tied_weights_share_one_mask_and_one_score():
     assert torch.equal(net[0].weight, plain)
 
 
-def test_a_weight_tied_to_an_embedding_goes_by_the_models_name():
-    net = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 5, bias=False))
-    net[1].weight = net[0].weight
-    (name,) = find_prunable(net)
-    apply_masks(net, {name: torch.zeros(5, 3, dtype=torch.bool)})
-    assert not net[1].weight.any()
-
-
 def test_foreign_parametrizations_are_left_alone():
     net = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)), nn.Linear(3, 2))
     assert list(find_prunable(net)) == ["1.weight"]
@@ -236,9 +74,6 @@ def test_foreign_parametrizations_are_left_alone():
     detach(net)
     assert parametrize.is_parametrized(net[0], "weight")
     assert not parametrize.is_parametrized(net[1])
-
-
-# Straight through
 
 
 def test_straight_through_gradient_by_hand():
@@ -347,9 +182,6 @@ def test_attach_and_detach_leave_no_trace():
     assert type(net[0]) is nn.Linear
 
 
-# What the forward pass uses
-
-
 def test_effective_parameters_of_a_plain_network_are_its_own():
     net = make_net()
     values = effective_parameters(net)
@@ -430,88 +262,9 @@ def test_a_plain_copy_is_as_if_nothing_had_been_attached():
     assert type(net[0]) is nn.Linear
 
 
-# Apply, count, hash
-
-
-def test_apply_count_and_hash():
-    net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 3))
-    net[0].weight.data.copy_(torch.tensor([[-1.0, 2.0], [float("inf"), float("nan")]]))
-    masks = {"0.weight": torch.tensor([[False, True], [False, False]])}
-    with pytest.raises(RunError, match=r"0\.weight are not zero"):
-        assert_masked(net, masks)
-    apply_masks(net, masks)
-    assert_masked(net, masks)
-    assert net[0].weight.tolist() == [[0.0, 2.0], [0.0, 0.0]]
-    assert not net[0].weight.signbit().any()  # no -0.0
-    counts = count_weights(net, masks)
-    assert counts == {
-        "0.weight": {"kept": 1, "weights": 4},
-        "1.weight": {"kept": 6, "weights": 6},
-    }
-    assert measure_sparsity(counts) == pytest.approx(0.3)
-    same = {"0.weight": masks["0.weight"].clone()}
-    assert hash_masks(masks) == hash_masks(same)
-    same["0.weight"][0, 0] = True
-    assert hash_masks(masks) != hash_masks(same)
-    assert hash_masks(masks) != hash_masks({"other": masks["0.weight"]})
-
-
-def test_selection_never_sorts(monkeypatch):
-    def refuse(*_, **__):
-        raise AssertionError("sorted")
-
-    monkeypatch.setattr(module.torch, "sort", refuse)
-    monkeypatch.setattr(module.torch, "argsort", refuse)
-    monkeypatch.setattr(torch.Tensor, "sort", refuse)
-    monkeypatch.setattr(torch.Tensor, "argsort", refuse)
-    select_masks(Scores({"w": torch.rand(100)}), Selection(0.5, "global"))
-
-
-# Attention
-
-
-class Attention(nn.Module):
-    """A packed attention and one whose keys are of another width, as a classifier of 3 tokens."""
-
-    def __init__(self):
-        super().__init__()
-        self.packed = nn.MultiheadAttention(4, 2, batch_first=True)
-        self.other = nn.MultiheadAttention(4, 1, kdim=6, vdim=6, batch_first=True)
-        self.head = nn.Linear(4, 2)
-
-    def forward(self, x):
-        x = x.reshape(-1, 3, 4)
-        x = x + self.packed(x, x, x, need_weights=False)[0]
-        keys = torch.cat([x, x[..., :2]], 2)
-        return self.head(self.other(x, keys, keys, need_weights=False)[0].mean(1))
-
-
-ATTENTION = [
-    "packed.in_proj_weight", "packed.out_proj.weight", "other.q_proj_weight",
-    "other.k_proj_weight", "other.v_proj_weight", "other.out_proj.weight", "head.weight",
-]  # fmt: skip
-
-
-def make_attention():
-    torch.manual_seed(0)
-    return Attention()
-
-
-def test_projections_of_attention_are_prunable():
-    net = make_attention()
-    assert list(find_prunable(net)) == ATTENTION
-    assert [tuple(w.shape) for w in find_prunable(net).values()] == [
-        (12, 4), (4, 4), (4, 4), (4, 6), (4, 6), (4, 4), (2, 4)
-    ]  # fmt: skip
-    assert list(find_prunable(net, ["*.in_proj_weight", "other.*"])) == [ATTENTION[1], ATTENTION[6]]
-    masks = {"packed.in_proj_weight": torch.zeros(12, 4, dtype=torch.bool)}
-    masks["packed.in_proj_weight"][0] = True
-    assert count_weights(net, masks)["packed.in_proj_weight"] == {"kept": 4, "weights": 48}
-
-
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("gradients", [True, False])
-def test_attached_attention_is_the_masked_one(training, gradients):
+def test_attached_attention_is_the_masked_one(training, gradients, make_attention):
     """In eval mode without gradients torch takes a path of its own, which reads weights itself."""
     net, x = make_attention(), torch.rand(2, 12)
     weights = find_prunable(net)
@@ -530,7 +283,7 @@ def test_attached_attention_is_the_masked_one(training, gradients):
         assert not torch.allclose(net(x), make_attention().train(training)(x))
 
 
-def test_scores_of_attention_learn():
+def test_scores_of_attention_learn(make_attention):
     net = make_attention()
     parts = attach_scores(net, {n: torch.randn_like(w) for n, w in find_prunable(net).items()})
     with effective_weights(net):
@@ -538,11 +291,11 @@ def test_scores_of_attention_learn():
     assert all(part.score.grad.abs().sum() > 0 for part in parts.values())
 
 
-def test_detached_attention_has_its_parameters_in_their_order():
+def test_detached_attention_has_its_parameters_in_their_order(make_attention, attention_weights):
     net = make_attention()
     before = [(name, value.clone()) for name, value in net.named_parameters()]
     # One projection alone, and all: each comes back to its place.
-    for names in (["other.k_proj_weight"], ATTENTION):
+    for names in (["other.k_proj_weight"], attention_weights):
         attach_scores(net, {n: torch.ones_like(find_prunable(net)[n]) for n in names})
         detach(net)
         after = list(net.named_parameters())
@@ -551,43 +304,117 @@ def test_detached_attention_has_its_parameters_in_their_order():
     assert net.packed.q_proj_weight is None
 
 
-def test_what_cannot_be_pruned_is_found():
-    class Layers(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.attention = nn.MultiheadAttention(4, 2, add_bias_kv=True)
-            self.line = nn.Conv1d(2, 2, 3)
-            self.table = nn.Parameter(torch.zeros(1, 3, 4))
-            self.token = nn.Parameter(torch.zeros(1, 1, 4))
-            self.norm = nn.LayerNorm(4)
-            self.up = nn.ConvTranspose2d(2, 2, 3)
-            self.linear = nn.Linear(3, 3)
-            self.words = nn.Embedding(3, 3)
-            self.words.weight = self.linear.weight
-            self.computed = nn.utils.parametrizations.weight_norm(nn.Linear(3, 3))
-
-    net = Layers()
-    assert find_unprunable(net) == {
-        "table": "Layers", "line.weight": "Conv1d", "up.weight": "ConvTranspose2d",
-        "computed.parametrizations.weight.original1": "ParametrizationList",
-    }  # fmt: skip
-    assert list(find_prunable(net)) == [
-        "attention.in_proj_weight", "attention.out_proj.weight", "linear.weight"
-    ]  # fmt: skip
+def test_a_removed_channel_gets_a_gradient_behind_normalisation_and_relu(make_conv_net):
+    """Else no removed channel could come back, and learning channels would be magnitude pruning."""
+    net = make_conv_net()
+    x, y = torch.rand(16, 4, 6, 6), torch.randint(3, (16,))
+    followers = find_followers(net.eval(), x[:1])
+    start = {"0.weight": dict(net.named_parameters())["0.weight"].detach().clone()}
+    selection = Selection(0.5, structure="channel")
+    learned = LearnedScores(net, Scores(start), selection, {}, "train", followers)
+    with learned.effective():
+        nn.functional.cross_entropy(net(x), y).backward()
+    part = learned.parts["0.weight"]
+    removed = ~part.mask.flatten(1).any(1)
+    assert int(removed.sum()) == 4
+    gradient = part.score.grad[removed].flatten(1)
+    assert (gradient.abs().sum(1) > 1e-7).all()
+    # Within a channel it is dL/dm sign(s) / n: of one size, with the signs of the scores.
+    size = gradient.abs()
+    torch.testing.assert_close(size, size[:, :1].expand_as(size))
 
 
-@pytest.mark.parametrize(
-    ("name", "mask", "words"),
-    [
-        ("zz", torch.ones(2, 3, dtype=torch.bool), "is of no parameter"),
-        ("0.weight", torch.ones(3, 2, dtype=torch.bool), "give booleans of the weight's shape"),
-        ("0.weight", torch.ones(2, 3), "give booleans of the weight's shape"),
-    ],
-)
-def test_masks_that_do_not_fit_change_nothing(name, mask, words):
-    net = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
-    before = {n: p.detach().clone() for n, p in net.named_parameters()}
-    good = torch.zeros(2, 2, dtype=torch.bool)
-    with pytest.raises(UserError, match=words):
-        apply_masks(net, {"1.weight": good, name: mask})
-    assert all(torch.equal(before[n], p) for n, p in net.named_parameters())
+def test_gate_gradients_by_hand():
+    """L = sum of 3 y over 2 images, y = z m: dL/dm = 3 * (sum of z), shared by n = 2 scores."""
+    layer = nn.Linear(2, 2, bias=False)
+    nn.init.constant_(layer.weight, 1.0)
+    scores = Scores({"0.weight": torch.tensor([[2.0, -2.0], [1.0, 0.5]])})
+    net = nn.Sequential(layer)
+    selection = Selection(0.5, structure="channel")
+    learned = LearnedScores(net, scores, selection, {}, "train", {"0.weight": []})
+    x = torch.tensor([[1.0, 2.0], [0.0, 1.0]])  # z = 3 and 1 in both channels
+    with learned.effective():
+        out = net(x)
+        (3 * out).sum().backward()
+    torch.testing.assert_close(out, torch.tensor([[3.0, 3e-6], [1.0, 1e-6]]))
+    expected = torch.tensor([[6.0, -6.0], [6.0, 6.0]])
+    torch.testing.assert_close(learned.parts["0.weight"].score.grad, expected)
+    learned.detach()
+    assert list(net.state_dict()) == ["0.weight"]
+    assert torch.equal(net(x), torch.tensor([[3.0, 3.0], [1.0, 1.0]]))
+
+
+def learned(net, sparsity=0.5, budget="layer", alive=None, bn="train"):
+    start = {name: weight.detach().clone() for name, weight in find_prunable(net).items()}
+    selection = Selection(sparsity, budget)
+    return LearnedScores(net, Scores(start, layerwise=True), selection, alive or {}, bn)
+
+
+def test_masks_follow_the_scores_once_a_step(monkeypatch, make_normed_net):
+    calls = []
+    original = learning.select_masks
+    monkeypatch.setattr(learning, "select_masks", lambda *a: calls.append(1) or original(*a))
+    made = []
+    forward = learning.ScoredWeight.forward
+    monkeypatch.setattr(
+        learning.ScoredWeight, "forward", lambda s, w: made.append(1) or forward(s, w)
+    )
+    net = make_normed_net()
+    trained = learned(net)
+    optimizer = torch.optim.SGD(trained.parameters(), lr=0.1)
+    calls.clear()
+    made.clear()
+    for number in range(1, 4):
+        with trained.effective():
+            for _ in range(5):  # an attack
+                x = torch.rand(4, 6, requires_grad=True)
+                with eval_mode(net):
+                    torch.autograd.grad(net(x).sum(), x)
+            net(torch.rand(4, 6)).square().sum().backward()
+        optimizer.step()
+        assert (len(calls), len(made)) == (number, 2 * number)
+    with trained.effective():
+        for name, part in trained.parts.items():
+            expected = original(Scores({name: part.score.abs()}), Selection(0.5))[name]
+            assert torch.equal(part.mask, expected)
+
+
+def test_the_effective_weights_have_the_sparsity(make_normed_net):
+    net = make_normed_net()
+    trained = learned(net, 0.75)
+    with trained.effective():
+        assert [int((net[i].weight != 0).sum()) for i in (0, 4)] == [12, 6]
+
+
+def test_importance_is_the_absolute_score(make_normed_net):
+    net = make_normed_net()
+    weight = net[0].weight.detach().clone()
+    scores = learned(net).scores()
+    assert scores.layerwise
+    assert torch.equal(scores.values["0.weight"], weight.abs())
+    assert (weight < 0).any()
+
+
+def test_a_prune_after_a_prune_keeps_the_zeros(make_normed_net):
+    net = make_normed_net()
+    alive = {"0.weight": torch.rand(8, 6) > 0.3}
+    apply_masks(net, alive)
+    trained = learned(net, 0.5, alive=alive)
+    with torch.no_grad():  # whatever the scores say
+        trained.parts["0.weight"].score[~alive["0.weight"]] = 100.0
+    with trained.effective():
+        assert not (trained.parts["0.weight"].mask & ~alive["0.weight"]).any()
+
+
+def test_an_empty_layer_is_told_at_the_start_and_after_an_epoch(make_normed_net):
+    net = make_normed_net()
+    with torch.no_grad():
+        net[4].weight.zero_()
+    with pytest.raises(RunError, match=r"no weight of 4\.weight"):
+        learned(net, 0.6, "global")
+    trained = learned(make_normed_net(), 0.5, "global")
+    trained.check()
+    with torch.no_grad():
+        trained.parts["4.weight"].score.zero_()
+    with pytest.raises(RunError, match=r"no weight of 4\.weight"):
+        trained.check()
