@@ -1,5 +1,91 @@
 """Tests use one thread: tiny tensors are fastest so, and bits do not depend on the machine."""
 
+import json
 import os
+from pathlib import Path
+from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"
+
+import pytest
+
+
+@pytest.fixture
+def make_normed_net():
+    """Two linear layers between which there are both kinds of normalisation."""
+    import torch
+    from torch import nn
+
+    def make():
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.LayerNorm(8), nn.Linear(8, 3)
+        )
+
+    return make
+
+
+@pytest.fixture
+def evaluate():
+    """Makes what an evaluate stage leaves in the record of a run."""
+
+    def evaluate(
+        key: str, accuracy: float, sparsity: float, name: str = "evaluate"
+    ) -> dict[str, Any]:
+        metrics = {
+            "clean.accuracy": accuracy,
+            "clean.accuracy_low": accuracy - 0.02,
+            "clean.accuracy_high": accuracy + 0.01,
+            "clean.n": 360,
+            "certify.acr": accuracy / 2,
+            "certify.certified@0.25": accuracy / 4,
+            "certify.zero_gradient": 0,
+            "certify.note": "not a number",
+            "sparsity": sparsity,
+        }
+        return {"name": name, "kind": "evaluate", "key": key, "seconds": 1.0, "metrics": metrics}
+
+    return evaluate
+
+
+@pytest.fixture
+def write_run():
+    def write_run(folder: Path, settings: dict[str, Any], *stages: Any, **other: Any) -> Path:
+        """Write a run's record; `settings` are those of a sweep, the seed among them."""
+        folder.mkdir(parents=True)
+        told = {
+            "format": 1,
+            "name": "quickstart",
+            "run": folder.name,
+            "status": "done",
+            "smoke": False,
+            "seed": settings.get("seed", 0),
+            "settings": settings,
+            "seconds": 12.3,
+            "stages": [
+                {"name": "pretrain", "kind": "pretrain", "key": "p", "metrics": {}},
+                *stages,
+            ],
+            "sparsity": {"kept": 10, "weights": 100, "layers": {}},
+            "error": None,
+        }
+        (folder / "run.json").write_text(json.dumps(told | other))
+        return folder
+
+    return write_run
+
+
+@pytest.fixture
+def write_sweep(evaluate, write_run):
+    def write_sweep(root: Path) -> None:
+        """Two sparsities, two seeds; the dense evaluation of a seed is shared by its sparsities."""
+        accuracy = {(0.9, 0): 0.70, (0.9, 1): 0.74, (0.99, 0): 0.60, (0.99, 1): 0.61}
+        for (sparsity, seed), found in accuracy.items():
+            write_run(
+                root / f"sparsity={sparsity},seed={seed}",
+                {"prune.sparsity": sparsity, "seed": seed},
+                evaluate(f"dense{seed}", 0.80 + 0.02 * seed, 0.0, name="dense"),
+                evaluate(f"{sparsity}-{seed}", found, sparsity),
+            )
+
+    return write_sweep

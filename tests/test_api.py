@@ -387,7 +387,10 @@ def test_masks_with_images_structures_and_exclusions():
     assert torch.equal(channels["conv.bias"], channels["conv.weight"].flatten(1).any(1))
     assert list(prunekit.make_masks(net, 0.5, exclude=["conv.*"])) == ["fc.weight"]
     net.leave_dense = ("fc.weight",)
-    with pytest.warns(UserWarning, match=r"left dense unless the stage says exclude: fc\.weight"):
+    with pytest.warns(
+        UserWarning,
+        match=r"left dense by the architecture .*: fc\.weight",
+    ):
         assert list(prunekit.make_masks(net, 0.5)) == ["conv.weight"]
     with pytest.raises(UserError, match=r"give data=\(x, y\)"):
         prunekit.make_masks(make_net(), 0.5, "snip")

@@ -183,7 +183,7 @@ def test_left_dense_as_the_network_says(here):
     write("net.py", NET.replace("    return", "    net =") + "    net.leave_dense = ['0.*']\n"
           "    return net\n")  # fmt: skip
     told = call("run", "r.toml", "--out", "a")[1]
-    assert "note: left dense unless the stage says exclude: 0.0.weight" in told
+    assert "note: left dense by the architecture (exclude = [] prunes them too): 0.0.weight" in told
     state = load_file("a/model.safetensors")
     assert [int((state[n] == 0).sum()) for n in ("0.0.weight", "2.weight")] == [0, 384]
     call("run", "r.toml", "--out", "b", "--set", "prune.exclude=[]")
@@ -207,7 +207,7 @@ def test_the_file_and_what_it_imports_are_hashed(here):
     write("blocks.py", BLOCKS + "\n# another\n")
     call("run", "r.toml", "--out", "runs/d")
     assert reused("runs/d") == [False] * 3
-    assert "has changed since: running it again" in call("run", "r.toml", "--out", "runs/a")[1]
+    assert "has changed: running it again" in call("run", "r.toml", "--out", "runs/a")[1]
     write("net.py", NET + "\n# another\n")
     call("run", "r.toml", "--out", "runs/e")
     assert reused("runs/e") == [False] * 3

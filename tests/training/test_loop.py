@@ -1,9 +1,5 @@
 """The training loop: what it chooses, how it stops, and that going on changes no bit."""
 
-import subprocess
-import sys
-import time
-
 import pytest
 import torch
 from torch import nn
@@ -135,9 +131,6 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-# Going on
-
-
 def run_to_the_end(folder, kind, stops=()):
     """Train, stopped at the given steps and started anew: (final, path, history, starts)."""
     path, stops, starts = [], list(stops), 0
@@ -245,9 +238,6 @@ def test_a_damaged_checkpoint_is_told(tmp_path):
         fit(job)
 
 
-# The best epoch
-
-
 class Told(Plain):
     """Validation says what the test wants, epoch by epoch."""
 
@@ -319,9 +309,6 @@ def test_an_unknown_metric_lists_those_there_are(tmp_path):
         RunError, match=r"select = 'robust' .*there are: accuracy, balanced_accuracy, last"
     ):
         fit(make_job(tmp_path, select="robust"))
-
-
-# What is reported
 
 
 def test_rows_are_means_over_images(tmp_path):
@@ -396,9 +383,6 @@ def test_clipping_bounds_the_gradient(tmp_path):
     assert max(norms) == pytest.approx(0.01, rel=1e-3)
 
 
-# What goes wrong
-
-
 class TurnsNan(Plain):
     at = 4
 
@@ -448,56 +432,3 @@ def test_nothing_to_train_is_told(tmp_path):
     job.variables.parameters = list
     with pytest.raises(RunError, match="nothing to train"):
         fit(job)
-
-
-# A kill
-
-
-RECIPE = """
-[dataset]
-use = "digits"
-fraction = 0.15
-batch_size = 16
-[architecture]
-use = "small-cnn"
-[objective]
-use = "benign"
-[[stage]]
-kind = "pretrain"
-epochs = 25
-optimizer = {use = "adam", lr = 1e-3}
-"""
-
-
-def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path):
-    (tmp_path / "r.toml").write_text(RECIPE)
-    command = [sys.executable, "-m", "prunekit", "run", str(tmp_path / "r.toml"), "--device", "cpu"]
-
-    def run(name):
-        return subprocess.run(
-            [*command, "--out", str(tmp_path / name / "out")], capture_output=True, check=True
-        )
-
-    def progress(name):
-        return next(tmp_path.glob(f"{name}/.stages/*/*/progress.safetensors"), None)
-
-    process = subprocess.Popen(
-        [*command, "--out", str(tmp_path / "killed" / "out")],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    try:
-        deadline = time.monotonic() + 60
-        while progress("killed") is None and process.poll() is None:
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
-    finally:
-        process.kill()
-        process.wait()
-    found = progress("killed")
-    assert found is not None, "killed too late"
-    assert 0 < read_checkpoint(found)[1]["at"]["epoch"] < 25
-    run("killed")
-    run("whole")
-    killed, whole = (tmp_path / name / "out" / "model.safetensors" for name in ("killed", "whole"))
-    assert killed.read_bytes() == whole.read_bytes()
-    assert progress("killed") is None

@@ -10,20 +10,24 @@ from prunekit.catalog.registry import load_registry
 from prunekit.errors import UserError
 from prunekit.recipe.document import load_recipe
 from prunekit.recipe.plan import make_plan
-from prunekit.recipe.reduction import reduce_plan
 
 REGISTRY = load_registry()
+
 
 TOP = """\
 dataset = "digits"
 architecture = "small-cnn"
 objective = "benign"
 """
+
+
 PRETRAIN = """\
 [[stage]]
 kind = "pretrain"
 epochs = 1
 """
+
+
 PRUNE = """\
 [[stage]]
 kind = "prune"
@@ -31,11 +35,15 @@ sparsity = 0.9
 pruner = "score"
 epochs = 1
 """
+
+
 EVALUATE = """\
 [[stage]]
 kind = "evaluate"
 with = ["clean"]
 """
+
+
 SMALL = TOP + PRETRAIN + PRUNE + EVALUATE
 
 
@@ -63,9 +71,6 @@ def refuse(plan):
         return str(caught.value).splitlines()
 
     return lines
-
-
-# Everything wrong, at once
 
 
 def test_the_three_mistakes_of_the_design_come_out_together(refuse):
@@ -232,9 +237,6 @@ def test_a_mistake_in_a_sweep_is_told_once_with_the_line_of_the_value(refuse):
     ]  # fmt: skip
 
 
-# What is right
-
-
 def test_stages_are_resolved_with_names_positions_and_sparsity(plan):
     second = PRUNE.replace("0.9", '0.95\nname = "again"')
     (run,) = plan(TOP + PRETRAIN + PRUNE + EVALUATE + second).runs
@@ -301,9 +303,6 @@ def test_two_plugins_of_one_name_are_told_apart(plan, refuse, here, monkeypatch)
     assert again.runs[0].stages == first.runs[0].stages
 
 
-# Round trips
-
-
 @pytest.mark.parametrize(
     "settings",
     [
@@ -353,27 +352,3 @@ def test_a_base_in_another_folder_finds_its_own_files(plan, here):
     (here / "base/b.toml").write_text(text)
     (run,) = plan('extends = "base/b.toml"\n').runs
     assert run.dataset.options.file == here / "base/my.npz"
-
-
-# Smoke
-
-
-def test_smoke_runs_each_component_once_with_tiny_numbers(plan):
-    text = "threat = { eps = 0.1 }\n" + SMALL.replace("benign", "trades") + """\
-[sweep]
-"prune.pruner" = ["score", "lwm"]
-"prune.sparsity" = [0.5, 0.9, 0.95]
-seed = [0, 1]
-"""  # fmt: skip
-    full = plan(text, "pretrain.epochs=50")
-    small = reduce_plan(full)
-    assert (len(full.runs), len(small.runs)) == (12, 2)
-    assert small.smoke
-    run = small.runs[0]
-    assert run.data.batch_size == 8
-    assert {s.limit for s in run.stages} == {2}
-    assert [getattr(s.options, "epochs", None) for s in run.stages] == [1, 1, None]
-    assert run.stages[0].options.objective.options.steps == 2
-    assert run.stages[1].sparsity == full.runs[0].stages[1].sparsity
-    one_shot = next(r for r in small.runs if r.stages[1].options.pruner.component.name == "lwm")
-    assert one_shot.stages[1].options.epochs is None

@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from prunekit.errors import Place, Problem, RecipeError, UserError
+from prunekit.errors import Place, UserError
 from prunekit.recipe.document import load_recipe
-from prunekit.recipe.toml_lines import find_lines
 
 
 @pytest.fixture(autouse=True)
@@ -30,62 +29,6 @@ def refuse(path, settings=()):
     return str(caught.value).splitlines()
 
 
-# Positions
-
-
-def test_every_key_path_has_the_line_of_its_statement():
-    text = textwrap.dedent("""\
-        # a comment
-        name = "x"
-
-        [dataset]            # a header
-        use = "digits"
-        [a."b.c"]
-        d.e = 1
-
-        [[stage]]
-        kind = "pretrain"
-        optimizer = { use = "sgd", schedule = { use = "step" } }
-        # between
-        [[stage]]
-        kind = "evaluate"
-        with = [
-          "clean",           # first
-          # a comment in the list
-          { use = "pgd" },
-          "last"
-        ]
-        text = '''
-        one = 1
-        '''
-        after = 2
-        """)
-    lines = find_lines(text)
-    assert {path: lines[path] for path in lines if path and path[-1] != "use"} == {
-        ("name",): 2,
-        ("dataset",): 4,
-        ("a",): 6,
-        ("a", "b.c"): 6,
-        ("a", "b.c", "d"): 7,
-        ("a", "b.c", "d", "e"): 7,
-        ("stage",): 9,
-        ("stage", 0): 9,
-        ("stage", 0, "kind"): 10,
-        ("stage", 0, "optimizer"): 11,
-        ("stage", 0, "optimizer", "schedule"): 11,
-        ("stage", 1): 13,
-        ("stage", 1, "kind"): 14,
-        ("stage", 1, "with"): 15,
-        ("stage", 1, "with", 0): 16,
-        ("stage", 1, "with", 1): 18,
-        ("stage", 1, "with", 2): 19,
-        ("stage", 1, "text"): 21,
-        ("stage", 1, "after"): 24,
-    }
-    assert lines["stage", 0, "optimizer", "schedule", "use"] == 11
-    assert lines["stage", 1, "with", 1, "use"] == 18
-
-
 def test_what_is_not_written_is_located_in_what_it_would_be_part_of(here):
     recipe = load_recipe(write("r.toml", 'name = "x"\n\n[dataset]\nuse = "digits"\n'))
     assert recipe.locate(("dataset", "batch_size")) == Place("r.toml", 3)
@@ -99,9 +42,6 @@ def test_line_ends_and_a_byte_order_mark_do_not_matter(here, newline, start):
     recipe = load_recipe(here / "r.toml")
     assert recipe.data == {"name": "x"}
     assert recipe.locate(("name",)) == Place("r.toml", 3)
-
-
-# Files that are no recipe
 
 
 def test_files_that_are_no_recipe(here):
@@ -134,9 +74,6 @@ def test_files_that_are_no_recipe(here):
 )
 def test_broken_toml_is_told_with_its_line(text, message):
     assert refuse(write("r.toml", f"x = 1\n{text}")) == [f"r.toml:{message}"]
-
-
-# extends
 
 
 def test_extends_merges_tables_and_remembers_who_said_what():
@@ -233,8 +170,6 @@ def test_a_mistake_in_the_base_cites_the_base():
     assert line.startswith("base.toml:2: is not TOML")
 
 
-# Settings
-
 STAGES = """
     [objective]
     use = "trades"
@@ -279,6 +214,8 @@ def test_set_changes_what_its_address_names(setting, path, value):
 
 
 NOTHING = "names no stage and no section"
+
+
 THERE = "there are: architecture, dataset, dense, objective, pretrain, pruned, seed, threat"
 
 
@@ -326,13 +263,3 @@ def test_a_set_table_that_is_wrong():
     write("b.toml", STAGES)
     (line,) = refuse(write("r.toml", 'extends = "b.toml"\n[set]\nprone.x = 1\n"y.z" = 1\n'))[:1]
     assert line.startswith("r.toml:3: 'prone.x' names no stage")
-
-
-def test_problems_are_sorted_by_file_and_line():
-    problems = [Problem(Place("r.toml", n), f"m{n}") for n in (10, 9, 2, 10)]
-    lines = str(RecipeError(problems)).splitlines()
-    assert lines == [
-        "r.toml:2: m2",
-        "r.toml:9: m9",
-        "r.toml:10: m10",
-    ]

@@ -1,15 +1,11 @@
-"""Stage results by hash: what a key follows, locks, and what is left behind."""
+"""Stage results by hash: locks, and what is left behind."""
 
-import importlib
 import threading
-from pathlib import Path
 
 import pytest
 
 from prunekit.errors import Interrupted, UserError
 from prunekit.report import Stop
-from prunekit.store import keys
-from prunekit.store.keys import DECIDING, SHOWING, hash_file, hash_source, hash_stage, is_listed
 from prunekit.store.stages import StageResult, Store
 
 CALM = Stop()
@@ -119,87 +115,6 @@ def test_remove_unused_keeps_what_is_used_or_at_work(tmp_path):
     assert Store(tmp_path / "none").remove_unused(set()) == []
 
 
-# Keys
-
-
-def key(upstream="", description=None, plugins=(), environment=None):
-    return hash_stage(upstream, description or {"a": 1}, set(plugins), environment or {"torch": 2})
-
-
-def test_a_key_follows_everything_that_decides():
-    first = key()
-    assert len(first) == 32
-    assert first == key()
-    others = [key("up"), key(description={"a": 2}), key(environment={"torch": 3}), key("", None,
-              {"prunekit_pruners"})]  # fmt: skip
-    assert len({first, *others}) == 5
-
-
-def write_plugin(folder, layout):
-    """A module, a package, or a package without __init__.py; returns the file to edit."""
-    if layout == "module":
-        file = folder / "made_up_module.py"
-    else:
-        file = folder / f"made_up_{layout}" / "inner" / "code.py"
-        file.parent.mkdir(parents=True)
-        if layout == "package":
-            (folder / "made_up_package" / "__init__.py").write_text("")
-    file.write_text("a = 1\n")
-    return file
-
-
-@pytest.mark.parametrize("layout", ["module", "package", "namespace"])
-def test_a_plugin_is_hashed_by_its_source(tmp_path, monkeypatch, layout):
-    monkeypatch.syspath_prepend(tmp_path)
-    file = write_plugin(tmp_path, layout)
-    name = f"made_up_{layout}"
-
-    def look():
-        hash_source.cache_clear()
-        importlib.invalidate_caches()
-        return hash_source(name)
-
-    first = look()
-    assert first == look() != "unknown"
-    file.write_text("a = 2\n")
-    second = look()
-    file.rename(file.with_name("renamed.py")) if layout != "module" else file.write_text("a = 3\n")
-    assert len({first, second, look()}) == 3
-
-
-def test_what_decides_is_in_the_key_and_what_shows_is_not(tmp_path, monkeypatch):
-    for name in ("pruning/masks.py", "pruning/__init__.py", "cli/results.py", "errors.py"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("a = 1\n")
-    spec = type("Spec", (), {"origin": None, "submodule_search_locations": [str(tmp_path)]})
-    monkeypatch.setattr(keys.importlib.util, "find_spec", lambda name: spec)
-
-    def look():
-        hash_source.cache_clear()
-        return hash_source("prunekit")
-
-    first = look()
-    for name in ("cli/results.py", "errors.py", "pruning/__init__.py"):
-        (tmp_path / name).write_text("a = 2\n")
-        assert look() == first
-    (tmp_path / "pruning/masks.py").write_text("a = 2\n")
-    assert look() != first
-    monkeypatch.undo()
-    hash_source.cache_clear()
-
-
-def test_every_file_of_the_core_is_in_one_of_the_two_lists():
-    core = Path(keys.__file__).parent.parent
-    files = {p.relative_to(core).as_posix() for p in core.rglob("*.py")}
-    for file in files - {
-        f"{folder}/__init__.py" for folder in {f.partition("/")[0] for f in files}
-    }:
-        where = [is_listed(file, DECIDING), is_listed(file, SHOWING)]
-        assert where.count(True) == 1, f"{file}: name it in DECIDING or SHOWING of store/keys.py"
-    for part in (*DECIDING, *SHOWING):
-        assert (core / part).exists(), f"{part} is gone: take it off its list"
-
-
 def test_stages_of_an_older_format_are_told_once_and_freed(tmp_path):
     old = tmp_path / ("0" * 32)
     old.mkdir()
@@ -213,15 +128,3 @@ def test_stages_of_an_older_format_are_told_once_and_freed(tmp_path):
     assert len(told) == 1
     assert store.remove_unused({"0" * 32}) == [("0" * 32, 2)]
     assert (tmp_path / "mine").is_dir()
-
-
-def test_an_unknown_package_is_unknown():
-    assert hash_source("no_such_package_anywhere") == "unknown"
-
-
-def test_files_are_hashed_by_what_they_hold_now(tmp_path):
-    file = tmp_path / "weights"
-    file.write_bytes(b"a")
-    first = hash_file(file)
-    file.write_bytes(b"b")
-    assert hash_file(file) != first

@@ -1,0 +1,110 @@
+"""`prunekit list` and `show`."""
+
+import textwrap
+
+import pytest
+
+from prunekit.catalog.component import KINDS
+from prunekit.catalog.registry import load_registry
+
+pytestmark = pytest.mark.usefixtures("here")
+
+REGISTRY = load_registry()
+
+
+def test_list_shows_every_component_in_a_line_of_its_own(call):
+    out, err = call("list")
+    lines = out.splitlines()
+    assert lines[0].split() == ["kind", "name", "what", "it", "is", "from", "status"]
+    assert len(lines) == 1 + len(REGISTRY.entries)
+    assert err == ""
+    (row,) = [line for line in lines if line.split()[1] == "trades"]
+    assert row.split()[0] == "objective"
+    assert row.rstrip().endswith("ready")
+
+
+@pytest.mark.parametrize("kind", [*(f"{k}s" for k in KINDS), "pruner"])
+def test_list_of_one_kind(kind, read):
+    found = read("list", kind)["components"]
+    assert {c["kind"] for c in found} == {kind.removesuffix("s")}
+    assert {c["name"] for c in found} == set(REGISTRY.names(kind.removesuffix("s")))
+    assert set(found[0]) == {"kind", "name", "summary", "plugin", "distribution", "status"}
+
+
+def test_list_of_an_unknown_kind(call):
+    _, err = call("list", "prunner", code=2)
+    assert err == "prunekit: unknown kind 'prunner'; did you mean 'pruners'?\n"
+
+
+def test_list_names_a_broken_plugin_and_goes_on(here, monkeypatch, call, read):
+    info = here / "bad_plugin-1.2.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: bad-plugin\nVersion: 1.2\n")
+    (info / "entry_points.txt").write_text("[prunekit]\nbad = bad_plugin_under_test\n")
+    (here / "bad_plugin_under_test.py").write_text("raise SystemExit('[bold] no')\n")
+    monkeypatch.syspath_prepend(here)
+    out, _ = call("list")
+    (row,) = [line for line in out.splitlines() if line.startswith("plugin ")]
+    assert row.split() == [
+        "plugin", "bad", "bad-plugin", "1.2", "broken:", "SystemExit:", "[bold]", "no"
+    ]  # fmt: skip
+    assert read("list")["broken"] == [
+        {"plugin": "bad", "distribution": "bad-plugin 1.2", "reason": "SystemExit: [bold] no"}
+    ]
+    assert read("check", "r.toml")["recipes"][0]["problems"] == []
+
+
+def test_show_tells_options_with_types_limits_and_defaults(call, read):
+    out, err = call("show", "pgd")
+    assert err == ""
+    assert "  eps (radius, optional)\n      radius of the attack" in out
+    assert '  norm ("linf" | "l2", optional)' in out
+    assert "  restarts (whole number, at least 1 and at most 1000, default 10)" in out
+    (told,) = read("show", "pgd")["components"]
+    steps = next(o for o in told["options"] if o["name"] == "steps")
+    assert steps == {
+        "name": "steps",
+        "type": "whole number",
+        "default": 50,
+        "required": False,
+        "limits": "at least 1",
+        "unit": "",
+        "help": "steps of each restart",
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"), [("trads", "did you mean 'trades'?"), ("xyzzy", "see: prunekit list")]
+)
+def test_show_of_nothing(name, advice, call):
+    _, err = call("show", name, code=2)
+    assert err == f"prunekit: there is no component '{name}'; {advice}\n"
+
+
+SECTIONS = {
+    "dataset": '[dataset]\nuse = "digits"',
+    "architecture": '[architecture]\nuse = "small-cnn"',
+    "threat": "[threat]\neps = 0.1",
+    "objective": '[objective]\nuse = "benign"',
+}
+
+
+FIRST = '[[stage]]\nkind = "pretrain"\nepochs = 1\n'
+
+
+@pytest.mark.parametrize("entry", REGISTRY.entries, ids=lambda e: f"{e.kind}-{e.component.name}")
+def test_the_fragment_that_show_prints_is_right_in_a_recipe(entry, here, call, read):
+    if entry.missing:
+        pytest.skip(entry.status)
+    (told,) = [c for c in read("show", entry.reference)["components"] if c["kind"] == entry.kind]
+    fragment = told["recipe"]
+    assert textwrap.indent(fragment, "  ") in call("show", entry.reference)[0]
+    (here / "my-file").touch()
+    sections = "\n".join(s for kind, s in SECTIONS.items() if kind != entry.kind)
+    parts = [sections, fragment if entry.kind in SECTIONS else "", FIRST]
+    if entry.kind == "reporter":
+        parts.insert(0, fragment)
+    elif entry.kind not in SECTIONS:
+        parts = [sections, fragment]
+    (here / "r.toml").write_text("\n".join(parts))
+    assert read("check", "r.toml")["recipes"] == [{"recipe": "r.toml", "problems": [], "runs": 1}]

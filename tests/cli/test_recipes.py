@@ -1,0 +1,289 @@
+"""`prunekit check` and `run`: what is printed where, and what a run leaves alone."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import filelock
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from prunekit.cli.group import main
+
+pytestmark = pytest.mark.usefixtures("here")
+
+
+def test_check_says_good_or_everything_that_is_wrong(here, call, read, recipe):
+    (here / "bad.toml").write_text(recipe.replace("epochs = 1", "epoch = 1") + "x = 1\n")
+    out, err = call("check", "r.toml", "bad.toml", "gone.toml", code=2)
+    assert out == "r.toml: good (1 run)\n"
+    first, second, third, last = err.splitlines()
+    assert first.startswith("bad.toml:8: stage 'pretrain' needs epochs")
+    assert second == (
+        "bad.toml:10: unknown option 'epoch' of stage 'pretrain'; did you mean 'epochs'?"
+    )
+    assert third.startswith("bad.toml:15: unknown option 'x' of stage 'evaluate'")
+    assert last == "there is no recipe gone.toml"
+    told = read("check", "r.toml", "bad.toml", "gone.toml", code=2)["recipes"]
+    assert told[0] == {"recipe": "r.toml", "problems": [], "runs": 1}
+    assert [len(r["problems"]) for r in told] == [0, 3, 1]
+
+
+def test_check_tells_notes_and_counts_runs(here, call):
+    (here / "s.toml").write_text('extends = "r.toml"\n[sweep]\nseed = [1, 2]\n')
+    assert call("check", "s.toml") == ("s.toml: good (2 runs)\n", "")
+    _, err = call("check", "s.toml", "--set", "evaluate.with=[{use='pgd', eps=8}]", code=2)
+    assert err == (
+        "--set evaluate.with=[{use='pgd', eps=8}]: eps is a radius in [0, 1] pixel units, got 8; "
+        'write "8/255"\n'
+    )
+
+
+def test_a_run_writes_its_folder_and_prints_its_results(finished):
+    folder, done = finished
+    out = folder / "runs/tiny"
+    assert {p.name for p in out.iterdir()} >= {
+        "recipe.toml", "run.json", "plan.json", "model.safetensors", "records.npz", "metrics.jsonl"
+    }  # fmt: skip
+    assert "accuracy" in done.stdout
+    assert "pretrain" not in done.stdout
+    assert "pretrain" in done.stderr
+    assert done.stderr.endswith("in runs/tiny\n")
+    told = json.loads((out / "run.json").read_text())
+    assert (told["status"], told["smoke"], told["seed"]) == ("done", False, 0)
+    with np.load(out / "records.npz") as records:
+        assert records["evaluate/clean.correct"].shape == (20,)
+
+
+def test_the_same_recipe_again_prints_what_is_stored(ran, finished, call, read):
+    before = {p: p.stat().st_mtime_ns for p in (ran / "runs").rglob("*") if p.is_file()}
+    out, err = call("run", "r.toml", "--device", "cpu")
+    assert out == finished[1].stdout
+    assert err == "runs/tiny is done already: these are its results\nin runs/tiny\n"
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+    # The resolved recipe is the same recipe.
+    assert call("run", "runs/tiny/recipe.toml", "--device", "cpu") == (out, err)
+    assert read("run", "r.toml", "--device", "cpu") == read("results")
+
+
+def test_another_recipe_does_not_overwrite_a_run(ran, call):
+    content = (ran / "runs/tiny/run.json").read_bytes()
+    out, err = call("run", "r.toml", "--set", "seed=1", "--device", "cpu", code=2)
+    assert out == ""
+    assert err == (
+        "prunekit: runs/tiny holds the runs of another recipe (r.toml); choose another folder with "
+        "--out, or move it aside with --force\n"
+    )
+    call("run", "r.toml", "--set", "seed=1", "--device", "cpu", "--force")
+    assert (ran / "runs/tiny.old1/run.json").read_bytes() == content
+    assert json.loads((ran / "runs/tiny/run.json").read_text())["seed"] == 1
+    call("run", "r.toml", "--device", "cpu", "--force")
+    assert json.loads((ran / "runs/tiny.old2/run.json").read_text())["seed"] == 1
+    told = json.loads((ran / "runs/tiny/run.json").read_text())
+    assert [stage["reused"] for stage in told["stages"]] == [True, True]
+
+
+def test_files_of_somebody_else_are_left_alone(here, call):
+    (here / "mine").mkdir()
+    (here / "mine/thesis.tex").write_text("all of it")
+    for arguments in ([], ["--smoke"]):
+        _, err = call("run", "r.toml", "--out", "mine", "--device", "cpu", *arguments, code=2)
+        assert err == (
+            "prunekit: mine holds files that are no run of prunekit; choose another folder with "
+            "--out, or move it aside with --force\n"
+        )
+    assert [p.name for p in (here / "mine").iterdir()] == ["thesis.tex"]
+    (here / "mine/plan.json").write_text("[]")
+    _, err = call("run", "r.toml", "--out", "mine", "--device", "cpu", code=2)
+    assert err == "prunekit: mine/plan.json is none of ours; choose another --out\n"
+
+
+def test_an_output_folder_that_cannot_be(here, call, recipe):
+    _, err = call("run", "r.toml", "--out", "r.toml/x", "--device", "cpu", code=2)
+    way = "choose another folder with --out"
+    assert err == f"prunekit: cannot write to r.toml/x: Not a directory; {way}\n"
+    assert (here / "r.toml").read_text() == recipe
+
+
+@pytest.mark.parametrize("force", [[], ["--force"]])
+def test_the_recipe_is_never_moved_out_of_the_way(here, force, call, recipe):
+    _, err = call("run", "r.toml", "--out", "r.toml", "--device", "cpu", *force, code=2)
+    assert err == "prunekit: r.toml is a file; choose another --out\n"
+    _, err = call("run", "r.toml", "--out", ".", "--device", "cpu", *force, code=2)
+    assert "--out" in err
+    assert (here / "r.toml").read_text() == recipe
+
+
+def test_a_dry_run_downloads_nothing_and_knows_the_sizes(here, monkeypatch, call, recipe):
+    monkeypatch.setenv("PRUNEKIT_DATA", str(here / "nothing"))
+    recipe = recipe.replace('"digits"', '"mnist"')
+    (here / "m.toml").write_text(recipe)
+    out, _ = call("run", "m.toml", "--dry-run", "--json", "--device", "cpu")
+    assert any("mnist is not here" in note for note in json.loads(out)["notes"])
+    assert not (here / "nothing").exists()
+    stage = json.loads(out)["runs"][0]["stages"][0]
+    assert stage["status"] == "to do"
+    assert stage["steps"] > 0
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_folder_in_which_another_process_runs(ran, force, call):
+    (ran / "runs/tiny/run.json").unlink()
+    marker = json.loads((ran / "runs/tiny/plan.json").read_text())
+    (ran / "runs/tiny/plan.json").write_text(json.dumps({**marker, "done": False}))
+    with filelock.FileLock(ran / "runs/tiny/.lock"):
+        arguments = ["--force"] if force else []
+        _, err = call("run", "r.toml", "--device", "cpu", *arguments, code=2)
+    assert err == (
+        "prunekit: another process is running in runs/tiny; wait for it, or choose another --out\n"
+    )
+    assert not (ran / "runs/tiny.old1").exists()
+
+
+def test_no_space_in_the_middle_of_a_run_keeps_what_was_there(ran, monkeypatch, call):
+    write = os.fsync
+    runs = ran / "runs"
+    kept = {p: p.read_bytes() for p in runs.rglob("*") if p.is_file() and "tiny" in p.parts}
+    calls = []
+
+    def run_out(handle):
+        calls.append(handle)
+        if len(calls) > 6:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(handle)
+
+    monkeypatch.setattr("os.fsync", run_out)
+    done = CliRunner().invoke(
+        main, ["run", "r.toml", "--set", "seed=5", "--device", "cpu", "--out", "runs/other"]
+    )
+    assert done.exit_code == 1
+    assert "no space left on the disk" in done.stderr
+    assert "Traceback" not in done.output
+    assert {p: p.read_bytes() for p in kept} == kept
+    assert [p for p in runs.rglob(".*.*") if p.is_file()] == []
+    monkeypatch.setattr("os.fsync", write)
+    call("run", "r.toml", "--set", "seed=5", "--device", "cpu", "--out", "runs/other")
+
+
+def test_an_unknown_device(call):
+    _, err = call("run", "r.toml", "--device", "tpuu", code=2)
+    assert err.startswith("prunekit: no device 'tpuu' here (")
+    assert err.endswith("); write auto, cpu, cuda, cuda:1 or mps\n")
+    assert len(err) < 200
+
+
+def test_a_run_that_fails_exits_with_1_and_the_others_go_on(here, call):
+    (here / "s.toml").write_text(
+        'extends = "r.toml"\n[sweep]\n"pretrain.select" = ["nonsense", "accuracy"]\n'
+    )
+    out, err = call("run", "s.toml", "--device", "cpu", "--out", "out", code=1)
+    assert "prunekit: run 'select=nonsense' failed: " in err
+    assert "nonsense" in err.splitlines()[-1]
+    told = {
+        label: json.loads((here / f"out/select={label}/run.json").read_text())["status"]
+        for label in ("nonsense", "accuracy")
+    }
+    assert told == {"nonsense": "failed", "accuracy": "done"}
+    assert "accuracy" in out
+
+
+def test_dry_run_says_what_would_be_done_and_does_nothing(ran, call, read):
+    before = sorted(ran.rglob("*"))
+    told = read("run", "r.toml", "--dry-run", "--device", "cpu")
+    assert (told["out"], told["store"], told["smoke"]) == ("runs/tiny", "runs/.stages", False)
+    (run,) = told["runs"]
+    assert [(s["name"], s["status"]) for s in run["stages"]] == [
+        ("pretrain", "stored"), ("evaluate", "stored")
+    ]  # fmt: skip
+    # 144 images of 1,437 are used, 14 of them for validation: two batches of 128, one to validate.
+    assert run["stages"][0]["steps"] == 2
+    assert run["stages"][1]["forward_passes"] == 1
+    assert run["recipe"]["stage"][0]["optimizer"]["lr"] == 0.1
+
+    out, err = call("run", "r.toml", "--dry-run", "--device", "cpu", "--set", "seed=8")
+    assert err == ""
+    assert out.count(" to do ") == 2
+    assert 'use = "digits"' in out
+    assert sorted(ran.rglob("*")) == before
+
+
+def test_dry_run_of_a_sweep_tells_what_is_shared(here, read):
+    (here / "s.toml").write_text('extends = "r.toml"\n[sweep]\n"evaluate.images" = [10, 20]\n')
+    told = read("run", "s.toml", "--dry-run", "--device", "cpu")
+    assert [[s["status"] for s in run["stages"]] for run in told["runs"]] == [
+        ["to do", "to do"], ["shared", "to do"]
+    ]  # fmt: skip
+
+
+def test_smoke_proves_a_recipe_beside_its_real_run(here, call, recipe):
+    (here / "big.toml").write_text(recipe.replace("epochs = 1", "epochs = 1000"))
+    out, err = call("run", "big.toml", "--smoke", "--device", "cpu")
+    assert "SMOKE" in out
+    told = json.loads((here / "runs/tiny-smoke/run.json").read_text())
+    assert (told["status"], told["smoke"]) == ("done", True)
+    assert err.endswith("in runs/tiny-smoke\n")
+    assert not (here / "runs/tiny").exists()
+
+
+SLOW = """
+[dataset]
+use = "digits"
+[architecture]
+use = "small-cnn"
+[objective]
+use = "benign"
+[[stage]]
+kind = "pretrain"
+epochs = 400
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_says_how_to_go_on(tmp_path, number):
+    (tmp_path / "slow.toml").write_text(SLOW)
+    command = [sys.executable, "-m", "prunekit", "run", "slow.toml"]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    told = []
+    for line in process.stderr:
+        told.append(line)
+        if "epoch" in line and "3/400" in line:
+            process.send_signal(number)
+            break
+    rest = process.stderr.read()
+    assert process.wait(60) == 130, "".join(told) + rest
+    assert "everything so far is saved; resume with: prunekit run slow.toml" in rest
+    assert "Traceback" not in rest
+    (progress,) = (tmp_path / "runs/.stages/v2").glob("*/progress.safetensors")
+    assert json.loads((tmp_path / "runs/slow/run.json").read_text())["status"] == "interrupted"
+    content = progress.read_bytes()
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    assert json.loads(header["__metadata__"]["prunekit"])["at"]["epoch"] >= 3
+
+
+def test_changed_data_is_run_again(tmp_path, recipe):
+    def write(seed):
+        labels = np.arange(40) % 2
+        images = np.random.default_rng(seed).integers(0, 256, (40, 8, 8), dtype=np.uint8)
+        np.savez(tmp_path / "my.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
+
+    write(0)
+    recipe = SLOW.replace('use = "digits"', 'use = "npz"\nfile = "my.npz"').replace("400", "1")
+    (tmp_path / "r.toml").write_text(recipe + '[[stage]]\nkind = "evaluate"\nwith = ["clean"]\n')
+    out = str(tmp_path / "out")
+    arguments = ["run", str(tmp_path / "r.toml"), "--out", out, "--device", "cpu"]
+    first = CliRunner().invoke(main, arguments)
+    assert first.exit_code == 0, first.output
+    again = CliRunner().invoke(main, arguments)
+    assert "is done already" in again.stderr
+    write(1)
+    changed = CliRunner().invoke(main, arguments)
+    assert changed.exit_code == 0, changed.output
+    assert "has changed: running it again" in changed.stderr
+    assert "is done already" in CliRunner().invoke(main, arguments).stderr
+    # Gone, the results are still there to be shown.
+    (tmp_path / "my.npz").rename(tmp_path / "gone.npz")
+    assert CliRunner().invoke(main, ["results", out]).exit_code == 0

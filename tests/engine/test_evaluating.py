@@ -1,0 +1,178 @@
+"""Evaluators on the same images: their records, and contradictions between them told."""
+
+import numpy as np
+import pytest
+from prunekit_adversarial import PgdOptions
+
+from prunekit.catalog.component import Component, Use
+from prunekit.catalog.registry import Entry, Registry
+from prunekit.contracts import Result, Threat
+from prunekit.engine.evaluating import cross_examine
+from prunekit.errors import Interrupted
+from prunekit.recipe.document import load_recipe
+from prunekit.recipe.plan import make_plan
+from prunekit.report import Note
+
+EPS = Threat("linf", 0.1)
+
+
+INDEX = np.array([0, 10, 20, 30])
+
+
+def attack(name, correct, threat=EPS, beats=()):
+    component = Component(name=name, summary="", build="a:b", judges="attack", beats=beats)
+    return Use("evaluator", component, None, name=name, threat=threat), f"{name}.correct", correct
+
+
+def proof(name, verified, threat=EPS):
+    component = Component(name=name, summary="", build="a:b", judges="proof")
+    return Use("evaluator", component, None, name=name, threat=threat), f"{name}.verified", verified
+
+
+def examine(*judged):
+    records = {"index": INDEX} | {key: np.array(values) for _, key, values in judged}
+    return list(cross_examine([use for use, _, _ in judged], records))
+
+
+def test_a_stronger_attack_that_leaves_more_standing_is_told():
+    strong = attack("auto", [True, True, True, False], beats=("pgd",))
+    (text,) = examine(attack("pgd", [True, True, False, False]), strong)
+    assert text.startswith("auto leaves 75.0% of the images correct, pgd at the same radius only")
+
+
+@pytest.mark.parametrize(
+    "weak",
+    [
+        attack("pgd", [True, True, True, False]),  # the same number
+        attack("pgd", [True, False, False, False], Threat("linf", 0.2)),  # another radius
+        attack("pgd", [True, False, False, False], Threat("l2", 0.1)),
+        attack("other", [True, False, False, False]),  # nothing was said of it
+    ],
+)
+def test_attacks_that_do_not_compare_are_left_alone(weak):
+    assert examine(attack("auto", [True, True, True, False], beats=("pgd",)), weak) == []
+
+
+def test_a_fifth_of_a_percent_is_tolerated():
+    weak, strong = np.ones(1000, bool), np.ones(1000, bool)
+    weak[:2] = False
+    uses = [attack("auto", strong, beats=("pgd",))[0], attack("pgd", weak)[0]]
+    records = {"index": np.arange(1000), "auto.correct": strong, "pgd.correct": weak}
+    assert list(cross_examine(uses, records)) == []
+    weak[2] = False
+    assert len(list(cross_examine(uses, records))) == 1
+
+
+def test_a_proof_that_an_attack_breaks_is_unsound():
+    (text,) = examine(
+        proof("verified", [True, True, False, False]), attack("pgd", [True, False, False, True])
+    )
+    assert text.startswith("UNSOUND: pgd breaks 1 images that verified certified")
+    assert "test images 10)" in text
+
+
+def test_a_proof_at_a_smaller_radius_may_be_broken_at_a_larger():
+    assert examine(proof("v", [True] * 4, Threat("linf", 0.05)), attack("pgd", [False] * 4)) == []
+
+
+def test_components_without_a_threat_say_nothing_of_it():
+    assert examine(proof("v", [True] * 4, None), attack("a", [False] * 4, None)) == []
+
+
+def test_an_evaluator_can_be_stopped_within_a_batch_and_finds_what_it_left(bench, parts):
+    engine = bench.engine()
+    stages, found = [None], []
+
+    def judge(context):
+        if stages[-1] != "evaluate":  # the rehearsal
+            return
+        note = context.scratch / "note"
+        found.append(note.exists())
+        note.write_text("so far")
+        engine.stop.requested = len(found) == 1
+        context.pause()
+
+    parts.act["judge"] = judge
+    engine.report = lambda event: stages.append(getattr(event, "stage", None))
+    recipe = bench.recipe.replace('["clean"]', '["told"]')
+    with pytest.raises(Interrupted):
+        engine.run(bench.plan(recipe=recipe), bench.folder / "out")
+    engine.stop.requested = False
+    engine.run(bench.plan(recipe=recipe), bench.folder / "out")
+    assert found == [False, True]
+
+
+def test_records_are_those_of_the_images(bench):
+    (folder,) = bench.run(recipe=bench.recipe.replace('["clean"]', '["clean"]\nimages = 7'))
+    with np.load(folder.path / "records.npz", allow_pickle=False) as records:
+        index = records["evaluate/index"]
+        assert index.tolist() == [i * 10 // 7 for i in range(7)]
+        assert records["evaluate/label"].tolist() == ((20 + index) % 3).tolist()
+        assert len(records["evaluate/clean.correct"]) == 7
+        mean = records["evaluate/clean.correct"].mean()
+    assert folder.metrics["evaluate"]["clean.accuracy"] == pytest.approx(mean)
+
+
+def test_unbalanced_classes_get_a_balanced_accuracy(bench):
+    """The test images have classes 2 0 1 2 0 1 2 0 1 2; now they have 0 four times as often."""
+    with np.load(bench.folder / "images.npz") as kept:
+        arrays = dict(kept)
+    arrays["y_test"] = np.array([0, 0, 0, 0, 0, 0, 0, 0, 1, 2])
+    arrays["y_train"] = np.array([0] * 12 + [1] * 4 + [2] * 4)
+    np.savez(bench.folder / "images.npz", **arrays)
+    (folder,) = bench.run()
+    found = folder.metrics["evaluate"]
+    with np.load(folder.path / "records.npz", allow_pickle=False) as records:
+        correct = records["evaluate/clean.correct"]
+    balanced = (correct[:8].mean() + correct[8] + correct[9]) / 3
+    assert found["clean.balanced_accuracy"] == pytest.approx(balanced)
+    assert found["clean.balanced_accuracy_low"] <= balanced
+    assert "validation.balanced_accuracy" in folder.metrics["pretrain"]
+
+
+def test_balanced_classes_get_none(bench):
+    (folder,) = bench.run()
+    assert "clean.balanced_accuracy" not in folder.metrics["evaluate"]
+
+
+def test_contradicting_verdicts_are_told(bench, parts):
+    """An attack that breaks what a proof says is verified: a warning that stays with the result."""
+    registry = bench.registry()
+
+    def add(judges):
+        return Entry(
+            "evaluator",
+            Component(name=judges, summary=judges, build=f"told_parts:build_{judges}",
+                      options=PgdOptions, judges=judges),
+            "told", "told-dist 1.2",
+        )  # fmt: skip
+
+    for judges, record, verdict in (("attack", "correct", False), ("proof", "verified", True)):
+        setattr(parts, f"build_{judges}", give_verdict(record, verdict))
+    path = bench.folder / "r.toml"
+    path.write_text(bench.recipe.replace('["clean"]', '["attack", "proof"]'))
+    plan = make_plan(load_recipe(path), Registry((*registry.entries, add("attack"), add("proof"))))
+    (folder,) = bench.engine().run(plan, bench.folder / "out")
+    assert folder.status == "done", folder.error
+    (warning,) = [e.text for e in bench.of(Note) if e.warning]
+    assert warning.startswith("UNSOUND: attack breaks 10 images that proof certified")
+
+
+def give_verdict(record, verdict):
+    def build(options, context):
+        def evaluate(model, batches):
+            n = sum(len(y) for _, y in batches)
+            return Result({"value": 0.5}, {record: np.full(n, verdict)})
+
+        return evaluate
+
+    return build
+
+
+def test_a_metric_that_is_no_number_names_the_evaluator(bench, parts):
+    parts.act["value"] = float("nan")
+    (folder,) = bench.run(recipe=bench.recipe.replace('"clean"', '"told"'))
+    assert folder.error == (
+        "rehearsal, one batch a stage: "
+        "evaluator 'told' of plugin told (told-dist 1.2) gave value = nan"
+    )

@@ -1,0 +1,54 @@
+"""Masks applied, counted and told apart."""
+
+import pytest
+import torch
+from torch import nn
+
+from prunekit.errors import RunError, UserError
+from prunekit.pruning.masks import (
+    apply_masks,
+    assert_masked,
+    count_weights,
+    hash_masks,
+    measure_sparsity,
+)
+
+
+def test_apply_count_and_hash():
+    net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 3))
+    net[0].weight.data.copy_(torch.tensor([[-1.0, 2.0], [float("inf"), float("nan")]]))
+    masks = {"0.weight": torch.tensor([[False, True], [False, False]])}
+    with pytest.raises(RunError, match=r"0\.weight are not zero"):
+        assert_masked(net, masks)
+    apply_masks(net, masks)
+    assert_masked(net, masks)
+    assert net[0].weight.tolist() == [[0.0, 2.0], [0.0, 0.0]]
+    assert not net[0].weight.signbit().any()  # no -0.0
+    counts = count_weights(net, masks)
+    assert counts == {
+        "0.weight": {"kept": 1, "weights": 4},
+        "1.weight": {"kept": 6, "weights": 6},
+    }
+    assert measure_sparsity(counts) == pytest.approx(0.3)
+    same = {"0.weight": masks["0.weight"].clone()}
+    assert hash_masks(masks) == hash_masks(same)
+    same["0.weight"][0, 0] = True
+    assert hash_masks(masks) != hash_masks(same)
+    assert hash_masks(masks) != hash_masks({"other": masks["0.weight"]})
+
+
+@pytest.mark.parametrize(
+    ("name", "mask", "words"),
+    [
+        ("zz", torch.ones(2, 3, dtype=torch.bool), "is of no parameter"),
+        ("0.weight", torch.ones(3, 2, dtype=torch.bool), "give booleans of the weight's shape"),
+        ("0.weight", torch.ones(2, 3), "give booleans of the weight's shape"),
+    ],
+)
+def test_masks_that_do_not_fit_change_nothing(name, mask, words):
+    net = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
+    before = {n: p.detach().clone() for n, p in net.named_parameters()}
+    good = torch.zeros(2, 2, dtype=torch.bool)
+    with pytest.raises(UserError, match=words):
+        apply_masks(net, {"1.weight": good, name: mask})
+    assert all(torch.equal(before[n], p) for n, p in net.named_parameters())

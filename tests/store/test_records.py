@@ -1,0 +1,41 @@
+"""Records of runs found and read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from prunekit.errors import UserError
+from prunekit.store.records import find_runs
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "cannot be read"),
+        ("[]", "not the record of a run"),
+        ('{"format": 2}', "has format 2, this prunekit reads 1"),
+        ('{"format": 1, "name": "a"}', "lacks 'status'"),
+        (
+            '{"format": 1, "name": "a", "status": "done", "smoke": false, "seed": 0,'
+            ' "settings": {}, "stages": 3}',
+            "is damaged",
+        ),
+    ],
+)
+def test_a_broken_record_is_named(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(UserError, match=message) as caught:
+        find_runs(tmp_path)
+    assert "run.json: " in str(caught.value)
+
+
+def test_runs_are_found_everywhere_but_in_hidden_folders(tmp_path: Path, write_run) -> None:
+    write_run(tmp_path / "runs", {"a": 1})
+    write_run(tmp_path / "runs" / "deep" / "er", {"a": 2})
+    write_run(tmp_path / "runs" / ".moved" / "old", {"a": 3})
+    found = find_runs(tmp_path / "runs")
+    assert [run.folder for run in found] == [tmp_path / "runs", tmp_path / "runs" / "deep" / "er"]
+    with pytest.raises(UserError, match="no such folder"):
+        find_runs(tmp_path / "none")
