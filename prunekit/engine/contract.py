@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from prunekit import report as told
 from prunekit.catalog.component import Use
 from prunekit.contracts import (
     Clock,
@@ -31,16 +32,6 @@ from prunekit.errors import DataMissingError
 from prunekit.evaluation import eval_mode
 from prunekit.pruning.learning import LearnedScores
 from prunekit.pruning.selection import Selection
-from prunekit.report import (
-    EpochDone,
-    Note,
-    Progress,
-    RunDone,
-    RunFailed,
-    RunStarted,
-    StageDone,
-    StageStarted,
-)
 
 SHAPE, CLASSES, BATCH = (1, 8, 8), 3, 4
 
@@ -102,9 +93,9 @@ def _check_objective(use: Use[Any], context: Context) -> None:
     assert all(m.training for m in model.modules()), "the step left train mode"
     loss.value.backward()
     assert all(p.grad is not None for p in model.parameters()), "a weight gets no gradient"
-    model.load_state_dict(_fresh_state())
+    model.load_state_dict(tiny_network().state_dict())
     first = float(step().value.detach())
-    model.load_state_dict(_fresh_state())
+    model.load_state_dict(tiny_network().state_dict())
     assert first == float(step().value.detach()), "not repeatable under one seed"
     _check_scores_learn(use, context, x, y)
     if hasattr(objective, "validate"):
@@ -117,10 +108,6 @@ def _check_objective(use: Use[Any], context: Context) -> None:
     else:
         names = {"accuracy"}
     assert use.component.select in {*names, "last"}, "select is not a validation metric"
-
-
-def _fresh_state() -> dict[str, Tensor]:
-    return tiny_network().state_dict()
 
 
 def _check_scores_learn(use: Use[Any], context: Context, x: Tensor, y: Tensor) -> None:
@@ -151,9 +138,16 @@ def _check_pruner(use: Use[Any], context: Context) -> None:
         return Loss(nn.functional.cross_entropy(logits, y), logits)
 
     context = dataclasses.replace(
-        context, model=model, weights=weights, stage="prune", sparsity=0.5, learn=learn,
-        objective=cross_entropy, batches=lambda: iter(tiny_batches()), generator=generator(0),
-    )  # fmt: skip
+        context,
+        model=model,
+        weights=weights,
+        stage="prune",
+        sparsity=0.5,
+        learn=learn,
+        objective=cross_entropy,
+        batches=lambda: iter(tiny_batches()),
+        generator=generator(0),
+    )
     model.train()
     scores = use.build(context)(context)
     assert isinstance(scores, Scores), f"gives a {type(scores).__name__}, not Scores"
@@ -238,17 +232,17 @@ def _check_evaluator(use: Use[Any], context: Context) -> None:
 
 def example_events(folder: Path) -> Iterator[Any]:
     """One of every event, in an order that can happen."""
-    yield RunStarted("run", folder, ("pretrain", "evaluate"), {"seed": 0}, 1, 2, True)
-    yield Note("a note", warning=True)
-    yield StageStarted("pretrain", "pretrain", "0" * 32, 2, 3)
-    yield Progress("pretrain", 1, 3, 0, 2, {"loss": 1.0}, "training")
-    yield EpochDone("pretrain", 1, 2, {"loss": float("nan")}, True, 0.1, True)
-    yield EpochDone("pretrain", 2, 2, {"loss": 0.5}, False, 0.1)
-    yield StageDone("pretrain", "pretrain", "0" * 32, {"accuracy": 0.5}, 0.2)
-    yield StageDone("evaluate", "evaluate", "1" * 32, {"clean.accuracy": 0.5}, 0.2, True)
-    yield RunDone("run", folder, {"evaluate": {"clean.accuracy": 0.5}}, 1.0)
-    yield RunStarted("other", folder, ("pretrain",), {"seed": 1}, 2, 2)
-    yield RunFailed("other", folder, "the loss is not finite")
+    yield told.RunStarted("run", folder, ("pretrain", "evaluate"), {"seed": 0}, 1, 2, True)
+    yield told.Note("a note", warning=True)
+    yield told.StageStarted("pretrain", "pretrain", "0" * 32, 2, 3)
+    yield told.Progress("pretrain", 1, 3, 0, 2, {"loss": 1.0}, "training")
+    yield told.EpochDone("pretrain", 1, 2, {"loss": float("nan")}, True, 0.1, True)
+    yield told.EpochDone("pretrain", 2, 2, {"loss": 0.5}, False, 0.1)
+    yield told.StageDone("pretrain", "pretrain", "0" * 32, {"accuracy": 0.5}, 0.2)
+    yield told.StageDone("evaluate", "evaluate", "1" * 32, {"clean.accuracy": 0.5}, 0.2, True)
+    yield told.RunDone("run", folder, {"evaluate": {"clean.accuracy": 0.5}}, 1.0)
+    yield told.RunStarted("other", folder, ("pretrain",), {"seed": 1}, 2, 2)
+    yield told.RunFailed("other", folder, "the loss is not finite")
 
 
 def _check_schedule(use: Use[Any], context: Context) -> None:
