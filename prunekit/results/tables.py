@@ -26,7 +26,7 @@ SCHEMA_VERSION = 1
 
 
 def tabulate(rows: Sequence[Row], plus_minus: str = "±") -> list[list[str]]:
-    """The cells of the table as text, titles first; "-" where there is nothing to say."""
+    """The cells of the table as text, titles first; "-" if there is no value."""
     addresses = dict.fromkeys(address for row in rows for address in row.settings)
     metrics = _list_metrics(rows, is_main)
     seeds = len({row.seeds for row in rows if row.seeds}) > 1 or any(len(r.seeds) > 1 for r in rows)
@@ -45,7 +45,7 @@ def tabulate(rows: Sequence[Row], plus_minus: str = "±") -> list[list[str]]:
         if value is None:
             return "-"
         text = format_metric(metric, value.mean, unit="")
-        # The same sparsity in every seed is how it should be, and needs no room.
+        # The sparsity is normally the same for every seed, so a deviation of 0 is left out.
         if value.sd is not None and (value.sd or metric != "sparsity"):
             fraction = is_fraction(metric)
             sd = format_metric(metric, value.sd, unit="") if fraction else f"{value.sd:.2g}"
@@ -73,7 +73,7 @@ def _list_metrics(rows: Sequence[Row], wanted: Callable[[str], bool]) -> list[st
 
 
 def write_notes(rows: Sequence[Row]) -> list[str]:
-    """What a reader of the table has to know besides its numbers."""
+    """Lines for below the table: failed runs, and what limits the meaning of its numbers."""
     notes = [
         f"{relative(row.runs[0])}: {row.status}" + (f": {row.error}" if row.error else "")
         for row in rows
@@ -89,10 +89,10 @@ def write_notes(rows: Sequence[Row]) -> list[str]:
         if any(row.metrics[name].mean < 1 for row in rows if name in row.metrics):
             owner = split_metric(name)[0]
             notes.append(
-                f"{owner}: not its standard attacks and budgets in all rows; compare like with like"
+                f"{owner}: not its standard attacks and budgets in all rows; compare only like rows"
             )
     if any(row.smoke for row in rows):
-        notes.append("SMOKE: runs cut short to try them out; their numbers mean nothing")
+        notes.append("SMOKE: runs shortened to try a recipe; their numbers mean nothing")
     return notes
 
 
@@ -103,7 +103,7 @@ def to_json(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def to_csv(rows: Sequence[Row]) -> str:
-    """The rows with full precision: of each metric the mean, `_sd` and `_seeds`, their number."""
+    """The rows with full precision; of each metric the mean, `_sd` and `_seeds` (their number)."""
     records = []
     for row in rows:
         record: dict[str, Any] = {
