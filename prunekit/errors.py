@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,6 +80,19 @@ def explain_briefly(error: BaseException) -> str:
     ('ValueError: no luck', 'KeyboardInterrupt')
     """
     return " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
+
+
+def suggest(word: str, words: Iterable[str]) -> str:
+    """Advice for a wrong word: the one that is most like it, or all there are.
+
+    >>> suggest("trads", ["trades", "mart"]), suggest("x", ["trades", "mart"])
+    ("did you mean 'trades'?", 'there are: mart, trades')
+    """
+    words = sorted(words)
+    close = difflib.get_close_matches(word, words, n=1)
+    if close:
+        return f"did you mean {close[0]!r}?"
+    return f"there are: {', '.join(words)}" if words else "it takes none"
 
 
 def relative(path: Path) -> str:

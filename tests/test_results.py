@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from prunekit.cli.results import render
+from prunekit.cli.results import print_comparison
 from prunekit.errors import UserError
 from prunekit.results.comparison import Row, Value, compare
 from prunekit.results.metrics import format_setting, is_fraction, is_main
@@ -231,7 +231,7 @@ def test_titles_are_short_where_that_is_clear() -> None:
 def show(rows: list[Row], width: int = 80, encoding: str = "utf-8") -> str:
     written = io.BytesIO()
     file = io.TextIOWrapper(written, encoding=encoding, write_through=True)
-    render(rows, Console(file=file, width=width))
+    print_comparison(rows, Console(file=file, width=width))
     return written.getvalue().decode(encoding)
 
 

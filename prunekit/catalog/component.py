@@ -60,16 +60,6 @@ class Facts:
     augment: tuple[str, ...] = ()
 
 
-def once(options: Any) -> int:
-    """The default of `Component.forward_passes`: one forward pass."""
-    return 1
-
-
-def no_files(options: Any) -> tuple[Path, ...]:
-    """The default of `Component.files`: none."""
-    return ()
-
-
 @dataclass(frozen=True, kw_only=True)
 class Component:
     """The declaration of one component: what a recipe calls it, its options, how to build it.
@@ -103,7 +93,7 @@ class Component:
     """The source: authors, venue, identifier."""
     details: str = ""
     """What `prunekit show` says beyond the summary, in paragraphs."""
-    files: Callable[[Any], Iterable[Path]] = no_files
+    files: Callable[[Any], Iterable[Path]] = lambda options: ()
     """options -> files that results depend on besides those that are options: what a file imports,
     the files of a folder. Their content is part of a stage's hash."""
     catalog: str = ""
@@ -111,9 +101,9 @@ class Component:
     exports: Mapping[str, str] = field(default_factory=dict)
     """Architectures: format of `prunekit export` -> "module:function" that writes it, called as
     `function(model, options, header, out)` with the header of the model file."""
-    forward_passes: Callable[[Any], int] = once
+    forward_passes: Callable[[Any], int] = lambda options: 1
     """options -> forward passes per image, in a training step or in an evaluation."""
-    replays: Callable[[Any], int] = once
+    replays: Callable[[Any], int] = lambda options: 1
     """Objectives: options -> optimizer steps on each batch. A recipe's epochs are divided by it."""
     select: str = "accuracy"
     """Objectives: the validation metric that selects the best epoch."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
+import importlib.abc
 import importlib.util
 import re
 import sys
@@ -13,13 +13,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
-from pathlib import Path
 
 import pluggy
 
 from prunekit.catalog import hookspecs
 from prunekit.catalog.component import API_VERSION, KINDS, Component
-from prunekit.errors import UserError, explain_briefly
+from prunekit.errors import UserError, explain_briefly, suggest
 
 GROUP = "prunekit"
 
@@ -39,11 +38,6 @@ class Entry:
     def owner(self) -> str:
         """The plugin and its distribution, for messages: "pruners (prunekit 0.1.0)"."""
         return f"{self.plugin} ({self.distribution})"
-
-    @property
-    def ours(self) -> bool:
-        """Whether it comes with prunekit."""
-        return self.distribution.partition(" ")[0] == "prunekit"
 
     @property
     def reference(self) -> str:
@@ -119,10 +113,9 @@ class Registry:
 
     def _suggest(self, kind: str, reference: str) -> str:
         name, names = reference.rpartition(":")[2], self.names(kind)
-        close = difflib.get_close_matches(name, names, n=1)
-        text = f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(names)}"
+        text = suggest(name, names)
         elsewhere = self.search(name)
-        if elsewhere and not close:
+        if elsewhere and not text.startswith("did"):
             text = f"{name!r} is of kind {elsewhere[0].kind}; {text}"
         if self.broken:
             text += f" (plugins that failed to load: {', '.join(b.owner for b in self.broken)})"
@@ -167,14 +160,8 @@ class ApiError(Exception):
 def _load_plugin(point: EntryPoint) -> list[tuple[str, Component]]:
     manager = pluggy.PluginManager(GROUP)
     manager.add_hookspecs(hookspecs)
-    try:
-        module = point.load()
-    except (Exception, SystemExit):
-        # A plugin for another version of the API may fail before it can say so.
-        _check_api(_read_api(point.module))
-        raise
-    _check_api(getattr(module, "PRUNEKIT_API", API_VERSION))
-    manager.register(module, name=point.name)
+    _check_api(point.module)
+    manager.register(point.load(), name=point.name)
     _check_hooks(manager)
     found = []
     for kind in KINDS:
@@ -187,12 +174,21 @@ def _load_plugin(point: EntryPoint) -> list[tuple[str, Component]]:
     return found
 
 
-def _check_api(version: object) -> None:
-    """Raise `ApiError` if a plugin's version of the API is not ours."""
-    if isinstance(version, bool) or not isinstance(version, int):
-        raise ApiError(f"PRUNEKIT_API is {version!r}; write PRUNEKIT_API = {API_VERSION}")
-    if version != API_VERSION:
-        way = "update prunekit" if version > API_VERSION else "update it"
+def _check_api(module: str) -> None:
+    """Raise `ApiError` if a plugin's module states another version of the API than ours.
+
+    This reads its source, because a plugin for another version may fail when it is imported.
+    """
+    spec = importlib.util.find_spec(module)
+    if spec is None or not isinstance(spec.loader, importlib.abc.InspectLoader):
+        return
+    source = spec.loader.get_source(module) or ""
+    stated = re.search(r"^PRUNEKIT_API\b[^=\n]*=\s*(\S+)", source, re.MULTILINE)
+    version = stated[1] if stated else str(API_VERSION)
+    if not version.isdigit():
+        raise ApiError(f"PRUNEKIT_API is {version}; write PRUNEKIT_API = {API_VERSION}")
+    if int(version) != API_VERSION:
+        way = "update prunekit" if int(version) > API_VERSION else "update it"
         raise ApiError(f"written for plugin API {version}, this prunekit has {API_VERSION}; {way}")
 
 
@@ -208,25 +204,12 @@ def _explain(error: BaseException) -> str:
     return text
 
 
-def _read_api(module: str) -> int:
-    """The API version that a module's source states; ours if it states none."""
-    try:
-        spec = importlib.util.find_spec(module)
-        text = Path(spec.origin).read_text("utf-8") if spec and spec.origin else ""
-    # Finding a submodule imports its package, which may raise anything.
-    except (Exception, SystemExit):
-        text = ""
-    found = re.search(r"^PRUNEKIT_API(?:\s*:\s*int)?\s*=\s*(\d+)", text, re.MULTILINE)
-    return int(found[1]) if found else API_VERSION
-
-
 def _check_hooks(manager: pluggy.PluginManager) -> None:
     """Raise `NameError` for a misspelled hook, which pluggy would silently ignore."""
     hooks = [f"prunekit_{kind}s" for kind in KINDS]
     for name in vars(manager.hook):
         if not name.startswith("_") and name not in hooks:
-            close = difflib.get_close_matches(name, hooks, n=1) or hooks
-            raise NameError(f"there is no hook {name!r}; did you mean {close[0]!r}?")
+            raise NameError(f"there is no hook {name!r}; {suggest(name, hooks)}")
     manager.check_pending()
 
 

@@ -16,9 +16,9 @@ from prunekit.catalog.component import Radius, Use, default_of
 from prunekit.catalog.registry import Entry, load_registry
 from prunekit.cli.completion import complete_components, complete_kinds
 from prunekit.cli.group import as_json, print_json, print_table
-from prunekit.errors import UserError
+from prunekit.errors import UserError, suggest
 from prunekit.recipe.resolver import KIND_OF, field_types, key_of
-from prunekit.recipe.values import example_of, limits, suggest
+from prunekit.recipe.values import example_of, limits
 
 WORDS: dict[Any, str] = {
     bool: "true or false",

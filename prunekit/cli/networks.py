@@ -140,13 +140,12 @@ def evaluate(
     if as_json:
         group.print_json({"evaluation": str(folder), "metrics": metrics})
     else:
-        group.print_table(
-            ("evaluator", "metric", "value", "95 % interval", "n"), [*tabulate(metrics)]
-        )
+        titles = ("evaluator", "metric", "value", "95 % interval", "n")
+        group.print_table(titles, list(list_metrics(metrics)))
     group.warn(f"in {relative(folder)}")
 
 
-def tabulate(metrics: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+def list_metrics(metrics: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
     """Rows (evaluator, metric, value, 95 % interval, n) of the results and diagnoses."""
     from prunekit.results.metrics import format_metric, is_part, split_metric
 

@@ -85,7 +85,8 @@ def check_name(name: str, kinds: Sequence[str], registry: Registry) -> str:
     package = name.replace("-", "_")
     component = package.replace("_", "-").removeprefix("prunekit-")
     claimed = [e for kind in kinds for e in registry.search(component, kind)]
-    if package in {"prunekit", *(e.component.package for e in registry.entries if e.ours)}:
+    builtin = [e for e in registry.entries if e.distribution.startswith("prunekit ")]
+    if package in {"prunekit", *(entry.component.package for entry in builtin)}:
         reason = f"{name!r} is a package of prunekit itself"
     elif keyword.iskeyword(package) or package in {*sys.builtin_module_names, "tests"}:
         reason = f"{name!r} has a special meaning in Python"

@@ -84,12 +84,12 @@ def print_results(
     if as_csv:
         click.echo(tables.to_csv(rows), nl=False)
     else:
-        render(rows, Console())
+        print_comparison(rows, Console())
     for choice in choices:
         click.echo(f"chosen for {tell(choice)}", err=as_csv)
 
 
-def render(rows: Sequence[Row], console: Console) -> None:
+def print_comparison(rows: Sequence[Row], console: Console) -> None:
     """Print the table of the comparison and the notes below it."""
     from rich import box
     from rich.text import Text
