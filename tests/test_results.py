@@ -249,7 +249,7 @@ def test_table_is_whole_when_it_goes_to_a_file(tmp_path: Path) -> None:
 def test_nothing_to_compare() -> None:
     assert compare([]) == []
     assert "stage" in show([])
-    assert to_json([]) == {"schema_version": 1, "rows": []}
+    assert to_json([]) == {"rows": []}
 
 
 def test_vanished_gradients_are_told(tmp_path: Path) -> None:
@@ -275,7 +275,6 @@ def test_json_is_strict_and_complete(tmp_path: Path) -> None:
     write_sweep(tmp_path)
     write_run(tmp_path / "x", {"prune.sparsity": 0.9, "seed": 2}, status="interrupted")
     told = json.loads(json.dumps(to_json(compare(find_runs(tmp_path))), allow_nan=False))
-    assert told["schema_version"] == 1
     dense = told["rows"][0]
     assert dense["settings"] == {"prune.sparsity": None}
     assert dense["metrics"]["sparsity"] == {

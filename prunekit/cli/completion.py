@@ -58,7 +58,7 @@ def _list_components() -> list[tuple[str, str, str]]:
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 @click.pass_context
 def print_completion(context: click.Context, shell: str) -> None:
-    r"""Print a script that lets SHELL complete commands, components and recipes.
+    """Print a script that lets SHELL complete commands, components and recipes.
 
     \b
     bash   eval "$(prunekit completion bash)"      in ~/.bashrc

@@ -43,7 +43,11 @@ FRAGMENTS = {
 
 @click.command("list")
 @click.argument("kind", required=False, shell_complete=complete_kinds)
-@click.option("--match", metavar="PATTERN", help="Only names, also of models, like 'convnext*'.")
+@click.option(
+    "--match",
+    metavar="PATTERN",
+    help="Only names like 'convnext*', including models of timm and torchvision.",
+)
 @as_json
 def list_components(kind: str | None, match: str | None, as_json: bool) -> None:
     """List all components, or those of one KIND (objectives, pruners, ...)."""

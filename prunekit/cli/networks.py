@@ -23,7 +23,9 @@ from prunekit.errors import UserError, relative
     "--dataset", "dataset", default="cifar10", show_default=True, help="What it was trained on."
 )
 @click.option(
-    "--sparsity", type=click.FloatRange(0, 1, max_open=True), help="hydra, harp: fraction removed."
+    "--sparsity",
+    type=click.FloatRange(0, 1, max_open=True),
+    help="hydra, harp: the fraction of weights removed, which the file does not say.",
 )
 @click.option("--eps", help="Radius that it was trained for, such as 8/255.")
 @click.option(
@@ -75,7 +77,7 @@ def import_file(
 
 @click.command()
 @click.argument("run", type=group.PATH)
-@click.option("--format", required=True, help="hydra, or one of the architecture, such as timm.")
+@click.option("--format", required=True, help="hydra, or a format of the architecture (timm).")
 @click.option("--out", type=group.PATH, required=True, help="File or folder to write.")
 @group.as_json
 def export(run: Path, format: str, out: Path, as_json: bool) -> None:
@@ -107,7 +109,7 @@ def export(run: Path, format: str, out: Path, as_json: bool) -> None:
     shell_complete=complete_components("evaluator"),
     help="Evaluators: prunekit list evaluators.",
 )
-@click.option("--images", type=click.IntRange(1), help="Use only so many test images.")
+@click.option("--images", type=click.IntRange(1), help="Use so many test images, evenly spaced.")
 @click.option("--eps", help="Radius, such as 8/255; by default the one in the file or run.")
 @component_option("--dataset", "dataset", help="Data set, if it is another or the file lacks it.")
 @component_option("--model", "architecture", help="Architecture, if the file lacks it.")

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 @click.option("--csv", "as_csv", is_flag=True, help="Print CSV.")
 @click.option("--layers", is_flag=True, help="Count the kept weights of every layer instead.")
 @click.option(
-    "--choose", multiple=True, metavar="ADDRESS", help="Keep its value that is best on validation."
+    "--choose", multiple=True, metavar="ADDRESS", help="Keep the value that is best on validation."
 )
 def results(
     folder: Path, as_json: bool, as_csv: bool, layers: bool, choose: tuple[str, ...]
@@ -34,7 +34,7 @@ def results(
     """Compare all runs below FOLDER (mean and spread over seeds).
 
     For example, --choose finetune.optimizer.lr keeps, for every combination of the other settings,
-    only the learning rate that was best on the validation images. Test results choose nothing.
+    only the learning rate that was best on the validation images. Test results play no part.
     """
     if as_json + as_csv + layers > 1:
         raise click.UsageError("--json, --csv and --layers exclude each other")
@@ -104,7 +104,9 @@ def print_comparison(rows: Sequence[Row], console: Console) -> None:
 
 @click.command()
 @click.argument("runs", nargs=-1, required=True, type=group.PATH)
-@click.option("--out", type=group.PATH, default="curve.png", help="Figure: .png, .svg or .pdf.")
+@click.option(
+    "--out", type=group.PATH, default="curve.png", show_default=True, help=".png, .svg or .pdf."
+)
 @group.as_json
 def curve(runs: tuple[Path, ...], out: Path, as_json: bool) -> None:
     """Plot certified accuracy against the radius, for all runs in the folders RUNS."""

@@ -67,9 +67,10 @@ def _read_row(row: Row) -> Iterator[Curve]:
     found: dict[str, list[np.ndarray]] = {}
     for folder in row.runs:
         for owner, pair in _read_radii(folder / RECORDS, row.stage):
+            pairs = found.setdefault(owner, [])
             # Runs that share a result have copies of it, which count once.
-            if not any(np.array_equal(pair, known) for known in found.setdefault(owner, [])):
-                found[owner].append(pair)
+            if not any(np.array_equal(pair, known) for known in pairs):
+                pairs.append(pair)
     for owner, pairs in found.items():
         radius, correct = np.concatenate(pairs, axis=1)
         label = ", ".join([*words, owner] if len(found) > 1 else words)

@@ -21,9 +21,6 @@ from prunekit.results.metrics import (
     split_metric,
 )
 
-SCHEMA_VERSION = 1
-"""The version of what `to_json` returns."""
-
 
 def tabulate(rows: Sequence[Row], plus_minus: str = "±") -> list[list[str]]:
     """The cells of the table as text, titles first; "-" if there is no value."""
@@ -97,9 +94,8 @@ def write_notes(rows: Sequence[Row]) -> list[str]:
 
 
 def to_json(rows: Sequence[Row]) -> dict[str, Any]:
-    """The rows as plain values for `json.dumps`; `schema_version` changes when their shape does."""
-    plain = [{**asdict(row), "runs": [str(folder) for folder in row.runs]} for row in rows]
-    return {"schema_version": SCHEMA_VERSION, "rows": plain}
+    """The rows as plain values for `json.dumps`."""
+    return {"rows": [{**asdict(row), "runs": list(map(str, row.runs))} for row in rows]}
 
 
 def to_csv(rows: Sequence[Row]) -> str:
