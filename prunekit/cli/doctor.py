@@ -15,14 +15,17 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
-from packaging.requirements import Requirement
 
 from prunekit.catalog.registry import Registry, load_registry
 from prunekit.cli.group import PATH, as_json, count, print_json
 from prunekit.errors import explain_briefly, relative
 from prunekit.store.layout import STORE
+
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,8 @@ def _check_versions() -> Iterator[Finding]:
 
 def _read_requirements(distribution: str) -> list[Requirement]:
     """What a distribution requires on this machine, apart from its extras."""
+    from packaging.requirements import Requirement  # slow to import for `prunekit --help`
+
     found = map(Requirement, importlib.metadata.requires(distribution) or ())
     return [r for r in found if r.marker is None or r.marker.evaluate({"extra": ""})]
 

@@ -33,11 +33,7 @@ def new() -> None:
 @new.command("plugin")
 @click.argument("name")
 @click.option(
-    "--kind",
-    type=click.Choice(KINDS),
-    multiple=True,
-    required=True,
-    help="What it adds; repeatable.",
+    "--kind", type=click.Choice(KINDS), multiple=True, required=True, help="Can be repeated."
 )
 @click.option("--into", type=PATH, default=".", help="Folder to create it in; by default this one.")
 @as_json
