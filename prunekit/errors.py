@@ -1,13 +1,15 @@
-"""What can go wrong, told in one line each; `cli` turns these into messages and exit codes."""
+"""Errors that users see, each with a message of one line; `cli` maps them to exit codes."""
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 
 class UserError(Exception):
-    """Something the user can mend. The message says what is wrong and what to do instead.
+    """Something the user can fix. The message says what is wrong and what to do instead.
 
     `code` is the exit status: 2 for usage, recipe and name errors, 1 for a run that failed.
     """
@@ -16,7 +18,7 @@ class UserError(Exception):
 
 
 class RunError(UserError):
-    """A run failed although its recipe was right."""
+    """A run failed although its recipe is valid."""
 
     code = 1
 
@@ -26,11 +28,11 @@ class PluginError(RunError):
 
 
 class DataMissingError(UserError):
-    """The files of a data set are not there and cannot be fetched (`--smoke` then goes without)."""
+    """The files of a data set are missing and cannot be downloaded (`--smoke` works without)."""
 
 
 class OptionError(ValueError):
-    """Raised by an options dataclass in `__post_init__`: this field has a value that cannot be."""
+    """Raised in `__post_init__` of an options dataclass: the value of `field` is not allowed."""
 
     def __init__(self, field: str, message: str) -> None:
         super().__init__(message)
@@ -38,7 +40,7 @@ class OptionError(ValueError):
 
 
 class Interrupted(Exception):
-    """The user stopped the run; everything up to here is saved."""
+    """The user stopped the run; everything computed so far is saved."""
 
 
 @dataclass(frozen=True, order=True)
@@ -71,10 +73,32 @@ class RecipeError(UserError):
         super().__init__("\n".join(map(str, self.problems)))
 
 
+def explain_briefly(error: BaseException) -> str:
+    r"""The type and the message of an exception, in one line.
+
+    >>> explain_briefly(ValueError("no\n  luck")), explain_briefly(KeyboardInterrupt())
+    ('ValueError: no luck', 'KeyboardInterrupt')
+    """
+    return " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
+
+
+def suggest(word: str, words: Iterable[str]) -> str:
+    """Advice for a wrong word: the one that is most like it, or all there are.
+
+    >>> suggest("trads", ["trades", "mart"]), suggest("x", ["trades", "mart"])
+    ("did you mean 'trades'?", 'there are: mart, trades')
+    """
+    words = sorted(words)
+    close = difflib.get_close_matches(word, words, n=1)
+    if close:
+        return f"did you mean {close[0]!r}?"
+    return f"there are: {', '.join(words)}" if words else "it takes none"
+
+
 def relative(path: Path) -> str:
-    """The path as a user would write it from here: relative where that is shorter."""
+    """The path relative to the current folder if it lies below it, otherwise unchanged."""
     try:
         return str(path.resolve().relative_to(Path.cwd()))
-    # Elsewhere, or behind a folder that may not be looked into.
+    # It lies elsewhere, or below a folder that may not be read.
     except (ValueError, OSError):
         return str(path)

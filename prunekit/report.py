@@ -1,4 +1,4 @@
-"""Events: what a run tells its reporters while it goes on."""
+"""Events: what a run tells its reporters while it runs."""
 
 from __future__ import annotations
 
@@ -7,28 +7,25 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from prunekit.errors import Interrupted
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass
 class Stop:
-    """Asks a running loop to stop at the next safe moment; a second signal stops at once."""
+    """Asks a running loop to stop at the next safe point; a second signal stops it at once."""
 
     requested: bool = False
 
     def check(self) -> None:
-        """Raise `Interrupted` where a stop was asked for."""
+        """Raise `Interrupted` if a stop was requested."""
         if self.requested:
             raise Interrupted
 
     @contextmanager
     def listen(self) -> Iterator[None]:
-        """Inside, SIGINT and SIGTERM ask for a stop."""
+        """Inside this context, SIGINT and SIGTERM request a stop."""
 
         def request(number: int, frame: Any) -> None:
             if self.requested:
@@ -37,7 +34,7 @@ class Stop:
 
         try:
             old = {s: signal.signal(s, request) for s in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError:  # not in the main thread, which alone gets signals
+        except ValueError:  # only the main thread gets signals
             yield
             return
         try:
@@ -48,9 +45,9 @@ class Stop:
 
 
 class Reporter(Protocol):
-    """`reporter(event)`: told of everything that happens; must not change results.
+    """`reporter(event)`: called with every event; must not change results.
 
-    It may also have `close()`, called once when nothing more comes, or after it raised.
+    It may also have `close()`, called once after the last event, or after it raised.
     """
 
     def __call__(self, event: Event) -> None: ...
@@ -58,7 +55,7 @@ class Reporter(Protocol):
 
 @dataclass(frozen=True)
 class RunStarted:
-    """A run begins. `settings` are the sweep's values that make it this run."""
+    """A run begins. `settings` are the values that the sweep gives to this run."""
 
     run: str
     folder: Path
@@ -71,7 +68,7 @@ class RunStarted:
 
 @dataclass(frozen=True)
 class StageStarted:
-    """A stage begins, or goes on from `epoch` (and its `batch`) of an earlier process."""
+    """A stage begins, or resumes at the `epoch` and `batch` that an earlier process reached."""
 
     stage: str
     kind: str
@@ -84,7 +81,7 @@ class StageStarted:
 
 @dataclass(frozen=True)
 class Progress:
-    """Within a stage: `done` of `total` batches. `epoch` counts from 0, `metrics` are so far."""
+    """Within a stage: `done` of `total` batches, `metrics` so far. `epoch` counts from 0."""
 
     stage: str
     done: int
@@ -97,7 +94,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class EpochDone:
-    """An epoch is over; `epoch` counts from 1. `stored`: it was computed earlier and is retold."""
+    """An epoch is over; `epoch` counts from 1. `stored`: an earlier process computed it."""
 
     stage: str
     epoch: int
@@ -122,7 +119,7 @@ class StageDone:
 
 @dataclass(frozen=True)
 class Note:
-    """Something worth knowing; `warning` where it may spoil a result."""
+    """Something worth knowing; `warning` if it may make a result wrong."""
 
     text: str
     warning: bool = False
@@ -130,7 +127,7 @@ class Note:
 
 @dataclass(frozen=True)
 class RunDone:
-    """A run is over and its folder complete."""
+    """A run is over and its folder is complete."""
 
     run: str
     folder: Path
@@ -140,7 +137,7 @@ class RunDone:
 
 @dataclass(frozen=True)
 class RunFailed:
-    """A run stopped with an error; the other runs of a sweep go on."""
+    """A run stopped with an error; the other runs of a sweep continue."""
 
     run: str
     folder: Path
@@ -151,4 +148,4 @@ Event = RunStarted | StageStarted | Progress | EpochDone | StageDone | Note | Ru
 Report = Callable[[Event], None]
 
 Tell = Callable[[str], None]
-"""Tells the user a line that is neither an event of a run nor a result."""
+"""Shows the user a line that is neither an event of a run nor a result."""

@@ -12,18 +12,20 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 import pluggy
 
+from prunekit.errors import PluginError, explain_briefly
+
 if TYPE_CHECKING:
     from prunekit.contracts import Context, Norm, Threat
 
 API_VERSION = 2
 """Version of the plugin API: declarations, hooks and contracts together.
 
-A plugin's module says which one it was written for, `PRUNEKIT_API = 2`; another one is listed as
-broken. Without it a plugin is taken to fit.
+A plugin's module states the version that it was written for, `PRUNEKIT_API = 2`. A plugin for
+another version is listed as broken; one that states none is assumed to fit.
 """
 
 hookimpl = pluggy.HookimplMarker("prunekit")
-"""Marks a function of a plugin's module as the answer to one of the hooks of `hookspecs`."""
+"""Marks a function of a plugin's module as an implementation of a hook in `hookspecs`."""
 
 KINDS = (
     "objective",
@@ -35,7 +37,7 @@ KINDS = (
     "schedule",
     "reporter",
 )
-"""The kinds that plugins can add to; each has a hook `prunekit_<kind>s`."""
+"""The kinds of components; each has a hook `prunekit_<kind>s`."""
 
 
 @dataclass(frozen=True)
@@ -45,10 +47,10 @@ class NoOptions:
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of a data set before a file is touched.
+    """What is known of a data set before any file is read.
 
     `shape` is (C, H, W) of an image, `train` and `test` are numbers of images, and `augment` names
-    the augmentations that suit the data: "crop" (zero padding of an eighth, random crop), "flip".
+    the augmentations that suit the data: "crop" (zero padding of 1/8, random crop), "flip".
     """
 
     shape: tuple[int, int, int]
@@ -56,16 +58,6 @@ class Facts:
     train: int
     test: int
     augment: tuple[str, ...] = ()
-
-
-def once(options: Any) -> int:
-    """The default of `Component.forward_passes`: one forward pass."""
-    return 1
-
-
-def no_files(options: Any) -> tuple[Path, ...]:
-    """The default of `Component.files`: none."""
-    return ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,50 +77,48 @@ class Component:
     options: type = NoOptions
     """Frozen dataclass; its fields (see `option`) are the recipe's keys."""
     needs: tuple[str, ...] = ()
-    """Import names that must be there; looked for, never imported, by `prunekit list`."""
+    """Import names that must be installed; `prunekit list` looks for them without importing."""
     sources: tuple[str, ...] = ()
-    """Import names of further packages whose source decides the result, such as another plugin's.
+    """Import names of other packages whose source decides the result, such as another plugin's.
 
-    A stored result is found again by its own package's source, these packages' and the core's, and
-    by the versions of what it `needs`.
+    A stored result is reused only if the source of the component's package, of these packages and
+    of the core is the same, and the versions of what it `needs`.
     """
     install: str = ""
-    """The command that brings what is missing of `needs`; default: pip install and the names."""
+    """The command that installs what it `needs`; by default pip install with the names."""
     loads: str = ""
-    """"module:function" that imports and returns what it `needs`, where a plain import would fail.
-
-    `prunekit doctor` calls it.
-    """
+    """"module:function" that imports and returns what it `needs`, if a plain import would fail;
+    called by `prunekit doctor`."""
     paper: str = ""
     """The source: authors, venue, identifier."""
     details: str = ""
     """What `prunekit show` says beyond the summary, in paragraphs."""
-    files: Callable[[Any], Iterable[Path]] = no_files
-    """options -> files that results depend on and that are no option themselves: what a file
-    imports, the content of a folder. By their content they are part of a stage's hash."""
+    files: Callable[[Any], Iterable[Path]] = lambda options: ()
+    """options -> files that results depend on besides those that are options: what a file imports,
+    the files of a folder. Their content is part of a stage's hash."""
     catalog: str = ""
     """"module:function" -> names that the option `model` takes, for `prunekit list --match`."""
     exports: Mapping[str, str] = field(default_factory=dict)
     """Architectures: format of `prunekit export` -> "module:function" that writes it, called as
-    `function(model, options, header, out)`; the header is that of the model file."""
-    forward_passes: Callable[[Any], int] = once
-    """options -> forward passes an image takes, in a training step or in an evaluation."""
-    replays: Callable[[Any], int] = once
-    """Objectives: options -> optimiser steps on each batch. A recipe's epochs are divided by it."""
+    `function(model, options, header, out)` with the header of the model file."""
+    forward_passes: Callable[[Any], int] = lambda options: 1
+    """options -> forward passes per image, in a training step or in an evaluation."""
+    replays: Callable[[Any], int] = lambda options: 1
+    """Objectives: options -> optimizer steps on each batch. A recipe's epochs are divided by it."""
     select: str = "accuracy"
-    """Objectives: the validation metric that chooses the best epoch."""
+    """Objectives: the validation metric that selects the best epoch."""
     learns: bool = False
     """Pruners: scores are trained, so the stage needs `epochs` and an `optimizer`."""
     facts: Callable[[Any], Facts] | None = None
-    """Data sets: options -> Facts; None where only the files tell."""
+    """Data sets: options -> Facts; None if they are known only from the files."""
     judges: Literal["", "attack", "proof"] = ""
-    """Evaluators: what a record of an image says of its robustness under the threat.
+    """Evaluators: what its record of an image says about robustness under the threat model.
 
-    An "attack" records `correct`: it did not fool the network there. A "proof" records `verified`:
-    no attack can. The core warns where the two contradict each other.
+    An "attack" records `correct`: it did not fool the network. A "proof" records `verified`: no
+    attack can. The core warns if the two contradict each other.
     """
     beats: tuple[str, ...] = ()
-    """Evaluators: names of attacks that leave more images standing than this one should."""
+    """Evaluators: names of weaker attacks, which should leave at least as many images correct."""
 
     @property
     def package(self) -> str:
@@ -137,7 +127,7 @@ class Component:
 
 
 class Radius(float):
-    """A radius in pixel units of [0, 1]; recipes may write it as a fraction: "8/255"."""
+    """A radius in pixel units of [0, 1]; a recipe may write it as a fraction: "8/255"."""
 
 
 Kind = TypeVar("Kind")
@@ -157,48 +147,40 @@ class Use(Generic[Kind]):
     plugin: str = ""
     """The plugin and its distribution, for messages: "adversarial (prunekit 0.1.0)"."""
     name: str = ""
-    """What results are called in this recipe; the component's name where it gives none."""
+    """What results are called in this recipe; by default the component's name."""
     threat: Threat | None = None
-    """The recipe's threat for components whose options have `norm` and `eps`, which override it."""
+    """The recipe's threat model, for components whose options `norm` and `eps` override it."""
     reference: str = ""
-    """What a recipe writes after `use =`, where that is more than the component's name."""
+    """What a recipe writes after `use =`, if that is more than the component's name."""
     value: Any = None
-    """What a Python program hands over in its place; the implementation finds it in its context."""
+    """An object that a Python program passes instead; the implementation gets it in its context."""
 
     def build(self, context: Context) -> Kind:
-        """Import the implementation and build it; errors name the plugin."""
-        from prunekit.errors import PluginError
+        """Import the implementation and build it.
 
+        Raises `PluginError`, which names the plugin, if that is impossible.
+        """
         module, _, function = self.component.build.partition(":")
         owner = f"{self.kind} '{self.component.name}' of plugin {self.plugin}"
+        context = dataclasses.replace(context, threat=self.threat, value=self.value)
         try:
             build = getattr(importlib.import_module(module), function)
-        # Its module may raise anything at import, SystemExit included.
+        # A module may raise anything on import, even SystemExit.
         except (Exception, SystemExit) as error:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise PluginError(f"{owner} cannot be loaded: {reason}") from error
-        if not _takes(build, 2):
+            raise PluginError(f"{owner} cannot be loaded: {explain_briefly(error)}") from error
+        try:
+            inspect.signature(build).bind(self.options, context)
+        except TypeError:
             raise PluginError(
-                f"{owner} cannot be built: {self.component.build} is to be a function that is "
+                f"{owner} cannot be built: {self.component.build} must be a function that can be "
                 "called as build(options, context)"
-            )
-        built = build(
-            self.options, dataclasses.replace(context, threat=self.threat, value=self.value)
-        )
+            ) from None
+        except ValueError:  # written in C, without a signature
+            pass
+        built: Kind = build(self.options, context)
         if self.kind in ("objective", "pruner", "evaluator", "reporter") and not callable(built):
             raise PluginError(f"{owner} is built as {built!r}, which cannot be called")
         return built
-
-
-def _takes(function: Any, arguments: int) -> bool:
-    """Whether it can be called with so many positional arguments."""
-    try:
-        inspect.signature(function).bind(*[None] * arguments)
-    except TypeError:
-        return False
-    except ValueError:  # written in C, without a signature
-        return callable(function)
-    return True
 
 
 def option(
@@ -214,11 +196,11 @@ def option(
     exists: bool = False,
     norm: Norm | None = None,
 ) -> Any:
-    """A field of an options dataclass, with what `show` prints and `check` holds it against.
+    """A field of an options dataclass, with the facts that `show` prints and `check` enforces.
 
-    `low` and `high` are allowed values, `above` and `below` are not; `smoke` is the most that
-    `--smoke` uses (attack steps, samples); a path that must be there says `exists=True`, a radius
-    that is always of one `norm` says which. Without `default` the recipe has to give a value.
+    `low` and `high` are inclusive limits, `above` and `below` exclusive ones; `smoke` is the most
+    that `--smoke` uses (attack steps, samples); `exists` says that a path must exist, and `norm`
+    that a radius is always of this norm. Without `default` a recipe has to give a value.
 
     >>> @dataclass(frozen=True)
     ... class Options:
@@ -226,16 +208,15 @@ def option(
     >>> Options().steps
     10
     """
-    limits = {"low": low, "high": high, "above": above, "below": below}
     metadata = {"help": help, "unit": unit, "smoke": smoke, "exists": exists, "norm": norm}
-    metadata |= limits
-    if isinstance(default, dict):  # a component with options; dataclasses want a factory for it
+    metadata |= {"low": low, "high": high, "above": above, "below": below}
+    if isinstance(default, dict):  # a component with options: mutable, so it needs a factory
         return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
 def default_of(field: dataclasses.Field[Any]) -> Any:
-    """What an option is without a value from the recipe; `dataclasses.MISSING` where required."""
+    """The default of an option; `dataclasses.MISSING` if the recipe has to give a value."""
     if field.default_factory is not dataclasses.MISSING:
         return field.default_factory()
     return field.default

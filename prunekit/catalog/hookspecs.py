@@ -5,9 +5,9 @@ A plugin is a module that an entry point of the group `prunekit` names:
     [project.entry-points.prunekit]
     mine = "my_plugin"
 
-Hooks only declare; what a component does is imported when a recipe uses it. For each kind,
-`prunekit new plugin my-plugin --kind KIND` writes a complete package with its test, and
-docs/plugins.md shows and explains it.
+Hooks only declare; the code of a component is imported when a recipe uses it. For each kind,
+`prunekit new plugin my-plugin --kind KIND` writes a complete package with tests, which
+docs/plugins.md shows and explains.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def prunekit_objectives() -> Iterable[Component]:
 
 @hookspec
 def prunekit_pruners() -> Iterable[Component]:
-    """Scores of weights. `build` returns a `Pruner`; budgets and structures are the core's."""
+    """Scores of weights. `build` returns a `Pruner`; the core handles budgets and structures."""
     raise NotImplementedError
 
 
@@ -41,19 +41,19 @@ def prunekit_architectures() -> Iterable[Component]:
 
 @hookspec
 def prunekit_datasets() -> Iterable[Component]:
-    """Labelled images. `build` returns `Data`; `facts` tells the shape before a file is touched."""
+    """Labeled images. `build` returns `Data`; `facts` gives the shape before any file is read."""
     raise NotImplementedError
 
 
 @hookspec
 def prunekit_evaluators() -> Iterable[Component]:
-    """Judgements of a network. `build` returns an `Evaluator`."""
+    """Evaluations of a network. `build` returns an `Evaluator`."""
     raise NotImplementedError
 
 
 @hookspec
 def prunekit_reporters() -> Iterable[Component]:
-    """Listeners to a run's events. `build` returns a `Reporter`."""
+    """Receivers of a run's events. `build` returns a `Reporter`."""
     raise NotImplementedError
 
 

@@ -1,25 +1,24 @@
-"""Entry points -> components. A broken plugin is listed as broken and harms nobody else."""
+"""Entry points -> components. A broken plugin is listed as such; all others still load."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
+import importlib.abc
 import importlib.util
 import re
 import sys
 import typing
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
-from pathlib import Path
 
 import pluggy
 
 from prunekit.catalog import hookspecs
 from prunekit.catalog.component import API_VERSION, KINDS, Component
-from prunekit.errors import UserError
+from prunekit.errors import UserError, explain_briefly, suggest
 
 GROUP = "prunekit"
 
@@ -33,20 +32,16 @@ class Entry:
     plugin: str
     distribution: str
     problem: str = ""
-    """Why it cannot be used although its plugin loads (a name that two plugins claim)."""
+    """Why it cannot be used although its plugin loads: two plugins claim its name."""
 
     @property
     def owner(self) -> str:
+        """The plugin and its distribution, for messages: "pruners (prunekit 0.1.0)"."""
         return f"{self.plugin} ({self.distribution})"
 
     @property
-    def ours(self) -> bool:
-        """Whether it comes with prunekit."""
-        return self.distribution.partition(" ")[0] == "prunekit"
-
-    @property
     def reference(self) -> str:
-        """What a recipe writes after `use =`: the name, with the plugin where two claim it."""
+        """What a recipe writes after `use =`: the name, after its plugin if two claim it."""
         name = self.component.name
         return f"{self.plugin}:{name}" if self.problem else name
 
@@ -57,7 +52,7 @@ class Entry:
 
     @property
     def status(self) -> str:
-        """ready, needs X, or broken: reason."""
+        """One of "ready", "needs X", "broken: reason"."""
         if self.problem:
             return f"broken: {self.problem}"
         return f"needs {', '.join(self.missing)}" if self.missing else "ready"
@@ -73,6 +68,7 @@ class BrokenPlugin:
 
     @property
     def owner(self) -> str:
+        """The plugin and its distribution, as in `Entry.owner`."""
         return f"{self.plugin} ({self.distribution})"
 
 
@@ -84,21 +80,27 @@ class Registry:
     broken: tuple[BrokenPlugin, ...] = ()
 
     def names(self, kind: str) -> list[str]:
+        """Names of all components of a kind, sorted."""
         return sorted({e.component.name for e in self.entries if e.kind == kind})
 
-    def find(self, kind: str, name: str) -> Entry:
-        """The component of this kind and name; "plugin:name" tells two of one name apart.
-
-        Raises `UserError` saying which names there are, what is missing, or why it is broken.
-        """
+    def search(self, name: str, kind: str = "") -> list[Entry]:
+        """All components of this name, or "plugin:name"; of one kind, or by default of any."""
         plugin, _, bare = name.rpartition(":")
-        found = [
+        return [
             entry
             for entry in self.entries
-            if (entry.kind, entry.component.name) == (kind, bare) and plugin in ("", entry.plugin)
+            if entry.component.name == bare
+            if plugin in ("", entry.plugin) and kind in ("", entry.kind)
         ]
+
+    def find(self, kind: str, name: str) -> Entry:
+        """The component of this kind and name; "plugin:name" distinguishes two of one name.
+
+        Raises `UserError` that lists the known names, or says what is missing or in conflict.
+        """
+        found = self.search(name, kind)
         if not found:
-            raise UserError(f"unknown {kind} {name!r}; {self._suggest(kind, bare)}")
+            raise UserError(f"unknown {kind} {name!r}; {self._suggest(kind, name)}")
         if len(found) > 1:
             owners = " and ".join(entry.owner for entry in found)
             ways = " or ".join(f'"{entry.reference}"' for entry in found)
@@ -109,13 +111,12 @@ class Registry:
             raise UserError(f"{kind} {name!r} needs {names}, not installed here; run: {command}")
         return found[0]
 
-    def _suggest(self, kind: str, name: str) -> str:
-        names = self.names(kind)
-        close = difflib.get_close_matches(name, names, n=1)
-        text = f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(names)}"
-        elsewhere = [e.kind for e in self.entries if e.component.name == name]
-        if elsewhere and not close:
-            text = f"{name!r} is of kind {elsewhere[0]}; {text}"
+    def _suggest(self, kind: str, reference: str) -> str:
+        name, names = reference.rpartition(":")[2], self.names(kind)
+        text = suggest(name, names)
+        elsewhere = self.search(name)
+        if elsewhere and not text.startswith("did"):
+            text = f"{name!r} is of kind {elsewhere[0].kind}; {text}"
         if self.broken:
             text += f" (plugins that failed to load: {', '.join(b.owner for b in self.broken)})"
         return text
@@ -124,28 +125,26 @@ class Registry:
 def load_registry(points: Iterable[EntryPoint] | None = None) -> Registry:
     """Load the declarations of all plugins, by default those of the entry-point group `prunekit`.
 
-    Nothing that a plugin does can raise from here: a plugin that fails is listed in `broken`.
+    Never raises: a plugin that fails is listed in `broken`.
     """
     entries: list[Entry] = []
     broken: list[BrokenPlugin] = []
-    if points is None:
-        points = entry_points(group=GROUP)
-    for name, point in _name_plugins(points):
+    for name, point in _name_plugins(entry_points(group=GROUP) if points is None else points):
         distribution = f"{point.dist.name} {point.dist.version}" if point.dist else "unknown"
         try:
-            # What a plugin prints at import must not end up in a result.
+            # What a plugin prints on import must not end up in stdout, which is for results.
             with contextlib.redirect_stdout(sys.stderr):
                 found = _load_plugin(point)
-        # A plugin may raise anything at import, SystemExit included.
+        # A plugin may raise anything on import, even SystemExit.
         except (Exception, SystemExit) as error:
-            broken.append(BrokenPlugin(name, distribution, _explain(error, point)))
+            broken.append(BrokenPlugin(name, distribution, _explain(error)))
             continue
         entries += [Entry(kind, c, name, distribution) for kind, c in found]
-    return Registry(_mark_conflicts(entries), tuple(broken))
+    return Registry(tuple(_mark_conflicts(entries)), tuple(broken))
 
 
 def _name_plugins(points: Iterable[EntryPoint]) -> list[tuple[str, EntryPoint]]:
-    """Plugins in order, ours first; where several chose one name, others go by their module's."""
+    """(name, entry point) of all plugins, ours first; the module's name if several chose one."""
     ordered = sorted(
         {(p.name, p.value): p for p in points}.values(),
         key=lambda p: (not _is_builtin(p), p.name, p.value),
@@ -155,15 +154,14 @@ def _name_plugins(points: Iterable[EntryPoint]) -> list[tuple[str, EntryPoint]]:
 
 
 class ApiError(Exception):
-    """A plugin was written for another version of the plugin API; the message is for the user."""
+    """A plugin was written for another version of the plugin API. The message is for users."""
 
 
 def _load_plugin(point: EntryPoint) -> list[tuple[str, Component]]:
     manager = pluggy.PluginManager(GROUP)
     manager.add_hookspecs(hookspecs)
-    module = point.load()
-    _check_api(getattr(module, "PRUNEKIT_API", API_VERSION))
-    manager.register(module, name=point.name)
+    _check_api(point.module)
+    manager.register(point.load(), name=point.name)
     _check_hooks(manager)
     found = []
     for kind in KINDS:
@@ -176,92 +174,70 @@ def _load_plugin(point: EntryPoint) -> list[tuple[str, Component]]:
     return found
 
 
-def _check_api(version: object) -> None:
-    """Raise `ApiError` where a plugin's version of the API is not ours."""
-    if isinstance(version, bool) or not isinstance(version, int):
-        raise ApiError(f"PRUNEKIT_API is {version!r}; write PRUNEKIT_API = {API_VERSION}")
-    if version != API_VERSION:
-        older, newer = ("update it", "update prunekit")
-        raise ApiError(
-            f"written for plugin API {version}, this prunekit has {API_VERSION}; "
-            f"{newer if version > API_VERSION else older}"
-        )
+def _check_api(module: str) -> None:
+    """Raise `ApiError` if a plugin's module states another version of the API than ours.
 
-
-def _explain(error: BaseException, point: EntryPoint) -> str:
-    """Why a plugin is broken, in a line.
-
-    One that was written for another API may fail while it is imported, before it could say so.
+    This reads its source, because a plugin for another version may fail when it is imported.
     """
-    if not isinstance(error, ApiError):
-        try:
-            _check_api(_read_api(point.module))
-        except ApiError as mismatch:
-            error = mismatch
+    spec = importlib.util.find_spec(module)
+    if spec is None or not isinstance(spec.loader, importlib.abc.InspectLoader):
+        return
+    source = spec.loader.get_source(module) or ""
+    stated = re.search(r"^PRUNEKIT_API\b[^=\n]*=\s*(\S+)", source, re.MULTILINE)
+    version = stated[1] if stated else str(API_VERSION)
+    if not version.isdigit():
+        raise ApiError(f"PRUNEKIT_API is {version}; write PRUNEKIT_API = {API_VERSION}")
+    if int(version) != API_VERSION:
+        way = "update prunekit" if int(version) > API_VERSION else "update it"
+        raise ApiError(f"written for plugin API {version}, this prunekit has {API_VERSION}; {way}")
+
+
+def _explain(error: BaseException) -> str:
+    """Why a plugin is broken, in a line."""
     if isinstance(error, ApiError):
         return str(error)
-    told = " ".join(f"{type(error).__name__}: {error}".split())
+    text = explain_briefly(error)
     if isinstance(error, ImportError) and (error.name or "").startswith("prunekit."):
-        told += (
+        text += (
             "; plugins import from `prunekit` and the modules beside it, as docs/plugins.md says"
         )
-    return told
-
-
-def _read_api(module: str) -> int:
-    """The version that a module's source says it was written for; ours where it says none."""
-    try:
-        spec = importlib.util.find_spec(module)
-        text = Path(spec.origin).read_text("utf-8") if spec and spec.origin else ""
-    # An import on the way there may raise anything again.
-    except (Exception, SystemExit):
-        text = ""
-    found = re.search(r"^PRUNEKIT_API(?:\s*:\s*int)?\s*=\s*(\d+)", text, re.MULTILINE)
-    return int(found[1]) if found else API_VERSION
+    return text
 
 
 def _check_hooks(manager: pluggy.PluginManager) -> None:
-    """Without this a misspelt hook would be ignored in silence."""
+    """Raise `NameError` for a misspelled hook, which pluggy would silently ignore."""
     hooks = [f"prunekit_{kind}s" for kind in KINDS]
     for name in vars(manager.hook):
         if not name.startswith("_") and name not in hooks:
-            close = difflib.get_close_matches(name, hooks, n=1) or hooks
-            raise NameError(f"there is no hook {name!r}; did you mean {close[0]!r}?")
+            raise NameError(f"there is no hook {name!r}; {suggest(name, hooks)}")
     manager.check_pending()
 
 
 def _check_declaration(hook: str, component: object) -> None:
-    """What reading commands rely on; `testing.check_component` holds it against more."""
+    """Check what `prunekit list` relies on; `testing.check_component` checks more."""
     if not isinstance(component, Component):
         raise TypeError(f"{hook} gave a {type(component).__name__}, not a Component")
     for field in ("name", "summary", "build"):
         if not isinstance(value := getattr(component, field), str):
-            raise TypeError(f"{field} of {component.name!r} is no text: {value!r}")
+            raise TypeError(f"{field} of {component.name!r} is not a str: {value!r}")
     for field in ("needs", "sources", "beats"):
         value = getattr(component, field)
-        # A text is a sequence of letters to Python: needs=("torch") has no comma.
+        # needs=("torch") lacks a comma, and a str is a sequence of letters.
         if not isinstance(value, tuple | list) or not all(isinstance(v, str) for v in value):
             raise TypeError(f'{field} of {component.name!r} is {value!r}; write ("...",)')
     if not dataclasses.is_dataclass(component.options):
-        raise TypeError(f"options of {component.name!r} is no dataclass: {component.options!r}")
+        raise TypeError(f"options of {component.name!r} is not a dataclass: {component.options!r}")
     typing.get_type_hints(component.options)
 
 
-def _mark_conflicts(entries: list[Entry]) -> tuple[Entry, ...]:
-    marked = []
+def _mark_conflicts(entries: Sequence[Entry]) -> Iterator[Entry]:
+    """The entries; those of one kind and name say which other plugins claim it."""
+    registry = Registry(tuple(entries))
     for entry in entries:
-        rivals = [
-            other.owner
-            for other in entries
-            if (other.kind, other.component.name) == (entry.kind, entry.component.name)
-            and other is not entry
-        ]
-        if rivals:
-            reference = f"{entry.plugin}:{entry.component.name}"
-            problem = f'name also claimed by {", ".join(rivals)}; write "{reference}"'
-            entry = dataclasses.replace(entry, problem=problem)
-        marked.append(entry)
-    return tuple(marked)
+        name = entry.component.name
+        rivals = [e.owner for e in registry.search(name, entry.kind) if e is not entry]
+        claimed = f'name also claimed by {", ".join(rivals)}; write "{entry.plugin}:{name}"'
+        yield dataclasses.replace(entry, problem=claimed) if rivals else entry
 
 
 def _is_builtin(point: EntryPoint) -> bool:

@@ -1,75 +1,24 @@
-"""Commands that show what there is: list, show."""
+"""Commands that show what is installed: list, show."""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 import click
 
 from prunekit.catalog.component import Radius, Use, default_of
-from prunekit.catalog.registry import Entry, Registry
-from prunekit.cli import completion
-from prunekit.cli.group import (
-    as_json,
-    print_json,
-)
-from prunekit.errors import UserError
+from prunekit.catalog.registry import Entry, load_registry
+from prunekit.cli.completion import complete_components, complete_kinds
+from prunekit.cli.group import as_json, print_json, print_table
+from prunekit.errors import UserError, suggest
 from prunekit.recipe.resolver import KIND_OF, field_types, key_of
-from prunekit.recipe.values import example_of, limits, suggest
-
-if TYPE_CHECKING:
-    pass
-
-
-@click.command("list")
-@click.argument("kind", required=False, shell_complete=completion.complete_kinds)
-@click.option("--match", metavar="PATTERN",
-              help="Names like 'convnext*' alone, those of timm and torchvision too.")  # fmt: skip
-@as_json
-def list_components(kind: str | None, match: str | None, as_json: bool) -> None:
-    """List all components, or those of one KIND (objectives, pruners, ...)."""
-    from prunekit.catalog.registry import load_registry
-    from prunekit.cli.components import find_matches, print_table, summarize
-    from prunekit.recipe.values import suggest
-
-    registry = load_registry()
-    kinds = list(dict.fromkeys(entry.kind for entry in registry.entries))
-    wanted = kind and kind.removesuffix("s")
-    if wanted and wanted not in kinds:
-        raise UserError(f"unknown kind {kind!r}; {suggest(f'{wanted}s', [f'{k}s' for k in kinds])}")
-    entries = [e for k in kinds for e in registry.entries if e.kind == k and wanted in (None, k)]
-    found = find_matches(entries, match) if match else [summarize(entry) for entry in entries]
-    if as_json:
-        broken = [vars(plugin) for plugin in registry.broken]
-        print_json({"components": found, "broken": broken})
-        return
-    rows = [tuple(c[k] for k in ("kind", "name", "summary", "distribution", "status"))
-            for c in found]  # fmt: skip
-    rows += [("plugin", b.plugin, "", b.distribution, f"broken: {b.reason}")
-             for b in registry.broken]  # fmt: skip
-    print_table(("kind", "name", "what it is", "from", "status"), rows)
-
-
-@click.command()
-@click.argument("name", shell_complete=completion.complete_components())
-@as_json
-def show(name: str, as_json: bool) -> None:
-    """Show a component: its options, its paper, a recipe fragment that works."""
-    from prunekit.catalog.registry import load_registry
-    from prunekit.cli.components import describe_component, find_anywhere, render_component
-
-    entries = find_anywhere(load_registry(), name)
-    if as_json:
-        print_json({"components": [describe_component(entry) for entry in entries]})
-        return
-    click.echo("\n\n".join(render_component(entry) for entry in entries))
-
+from prunekit.recipe.values import example_of, limits
 
 WORDS: dict[Any, str] = {
     bool: "true or false",
@@ -79,37 +28,66 @@ WORDS: dict[Any, str] = {
     Path: "path",
     Radius: "radius",
 }
+"""The type of an option -> how `prunekit show` names it."""
+
+FRAGMENTS = {
+    "evaluator": '[[stage]]\nkind = "evaluate"\nwith = [{}]',
+    "optimizer": '[[stage]]\nkind = "pretrain"\nepochs = 100\noptimizer = {}',
+    "pruner": '[[stage]]\nkind = "prune"\nsparsity = 0.9\npruner = {}',
+    "reporter": 'report = ["console", "jsonl", {}]',
+    "schedule": '[[stage]]\nkind = "pretrain"\nepochs = 100\n'
+    'optimizer = {{ use = "sgd", schedule = {} }}',
+}
+"""Kind -> a piece of a recipe around the component; the other kinds have a section of their own."""
 
 
-def find_anywhere(registry: Registry, name: str) -> list[Entry]:
-    """All components of that name, of whatever kind; "plugin:name" asks one plugin."""
-    plugin, _, bare = name.rpartition(":")
-    found = [e for e in registry.entries if e.component.name == bare and plugin in ("", e.plugin)]
-    if not found:
-        names = {e.component.name for e in registry.entries}
-        advice = suggest(name, names)
+@click.command("list")
+@click.argument("kind", required=False, shell_complete=complete_kinds)
+@click.option(
+    "--match",
+    metavar="PATTERN",
+    help="Only names like 'convnext*', including models of timm and torchvision.",
+)
+@as_json
+def list_components(kind: str | None, match: str | None, as_json: bool) -> None:
+    """List all components, or those of one KIND (objectives, pruners, ...)."""
+    registry = load_registry()
+    kinds = list(dict.fromkeys(entry.kind for entry in registry.entries))
+    wanted = kind and kind.removesuffix("s")
+    if wanted and wanted not in kinds:
+        raise UserError(f"unknown kind {kind!r}; {suggest(f'{wanted}s', [f'{k}s' for k in kinds])}")
+    entries = [e for k in kinds for e in registry.entries if e.kind == k and wanted in (None, k)]
+    found = find_matches(entries, match) if match else [summarize(entry) for entry in entries]
+    if as_json:
+        print_json({"components": found, "broken": [vars(p) for p in registry.broken]})
+        return
+    keys = ("kind", "name", "summary", "distribution", "status")
+    rows = [[component[key] for key in keys] for component in found]
+    for plugin in registry.broken:
+        status = f"broken: {plugin.reason}"
+        rows.append(["plugin", plugin.plugin, "", plugin.distribution, status])
+    print_table(("kind", "name", "what it is", "from", "status"), rows)
+
+
+@click.command()
+@click.argument("name", shell_complete=complete_components())
+@as_json
+def show(name: str, as_json: bool) -> None:
+    """Show a component: its options, its paper, a recipe fragment that works."""
+    registry = load_registry()
+    entries = registry.search(name)
+    if not entries:
+        advice = suggest(name, {e.component.name for e in registry.entries})
         advice = advice if advice.startswith("did") else "see: prunekit list"
         raise UserError(f"there is no component {name!r}; {advice}")
-    return found
-
-
-def print_table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
-    """A plain table; a terminal's width is kept by wrapping, a pipe gets whole lines."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for number, title in enumerate(header):
-        table.add_column(title, no_wrap=number < 2)
-    for row in rows:
-        table.add_row(*map(escape, row))
-    wide = sum(max(map(len, column)) + 2 for column in zip(header, *rows, strict=True))
-    Console(width=None if Console().is_terminal else wide).print(table)
+    if as_json:
+        print_json({"components": [describe_component(entry) for entry in entries]})
+    else:
+        click.echo("\n\n".join(map(render_component, entries)))
 
 
 def summarize(entry: Entry) -> dict[str, str]:
-    """What `prunekit list` says of a component."""
+    """What `prunekit list` says about a component."""
     return {
         "kind": entry.kind,
         "name": entry.component.name,
@@ -121,9 +99,9 @@ def summarize(entry: Entry) -> dict[str, str]:
 
 
 def find_matches(entries: Sequence[Entry], pattern: str) -> list[dict[str, str]]:
-    """What `summarize` says of components whose name is like the pattern, and of their models.
+    """Summaries of the components whose name matches the pattern, and of their models that do.
 
-    A pattern without `*`, `?` or `[` may stand anywhere in a name. Imports what lists the models.
+    A pattern without `*`, `?` or `[` may occur anywhere in a name. Imports what lists the models.
     """
     if not set(pattern) & set("*?["):
         pattern = f"*{pattern}*"
@@ -141,13 +119,12 @@ def find_matches(entries: Sequence[Entry], pattern: str) -> list[dict[str, str]]
 
 
 def describe_component(entry: Entry) -> dict[str, Any]:
-    """Everything of a declaration, as plain data."""
-    component = entry.component
+    """Everything a component declares, as plain data."""
     return {
         **summarize(entry),
-        "paper": component.paper,
-        "details": component.details,
-        "options": describe_options(component.options),
+        "paper": entry.component.paper,
+        "details": entry.component.details,
+        "options": describe_options(entry.component.options),
         "recipe": fragment(entry),
     }
 
@@ -159,8 +136,8 @@ def describe_options(options: type) -> list[dict[str, Any]]:
         {
             "name": key_of(f.name),
             "type": name_type(types[f.name]),
-            "default": _plain(default_of(f)),
-            "required": default_of(f) is dataclasses.MISSING,
+            "default": None if _is_required(f) else default_of(f),
+            "required": _is_required(f),
             "limits": limits(f),
             "unit": f.metadata.get("unit", ""),
             "help": f.metadata.get("help", ""),
@@ -169,11 +146,15 @@ def describe_options(options: type) -> list[dict[str, Any]]:
     ]
 
 
+def _is_required(field: dataclasses.Field[Any]) -> bool:
+    return default_of(field) is dataclasses.MISSING
+
+
 def render_component(entry: Entry) -> str:
-    """The same for a reader."""
+    """The text that `prunekit show` prints about a component."""
     facts = describe_component(entry)
-    lines = [f"{facts['name']}: {facts['summary']}"]
-    lines += [
+    lines = [
+        f"{facts['name']}: {facts['summary']}",
         f"  kind    {facts['kind']}",
         f"  from    {facts['distribution']}, plugin {facts['plugin']}",
     ]
@@ -188,10 +169,8 @@ def render_component(entry: Entry) -> str:
         default = "required" if option["required"] else "optional"
         if option["default"] is not None:
             default = f"default {write_value(option['default'])}"
-        details = ", ".join(
-            filter(None, (option["type"], option["limits"], option["unit"], default))
-        )
-        lines += [f"  {option['name']} ({details})", f"      {option['help']}"]
+        details = filter(None, (option["type"], option["limits"], option["unit"], default))
+        lines += [f"  {option['name']} ({', '.join(details)})", f"      {option['help']}"]
     lines += ["", "in a recipe", *(f"  {line}" for line in facts["recipe"].splitlines())]
     return "\n".join(lines)
 
@@ -200,7 +179,7 @@ def name_type(hint: Any) -> str:
     """The type of an option in words."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Literal:
-        return " | ".join(f'"{a}"' if isinstance(a, str) else str(a) for a in arguments)
+        return " | ".join(map(write_value, arguments))
     if origin is Use:
         return f"a {KIND_OF[arguments[0]]}"
     if origin is tuple:
@@ -213,79 +192,33 @@ def name_type(hint: Any) -> str:
 
 
 def fragment(entry: Entry, *, example: bool = True) -> str:
-    """A piece of a recipe that names the component; required options with an example.
+    """A piece of a recipe that uses the component, with example values of required options.
 
-    With `example`, one of the others where none is required.
+    Without any, `example` adds the first optional one and its default.
     """
     component = entry.component
+    fields = dataclasses.fields(component.options)
     types = field_types(component.options)
-    needed = [
-        f"{key_of(f.name)} = {example_of(types[f.name])}"
-        for f in dataclasses.fields(component.options)
-        if default_of(f) is dataclasses.MISSING
-    ]
-    first = next(
-        (
-            f"{key_of(f.name)} = {write_value(_plain(default_of(f)))}"
-            for f in dataclasses.fields(component.options)
-            if default_of(f) not in (dataclasses.MISSING, None)
-        ),
-        None,
-    )
-    pairs = needed or ([first] if first and example else [])
+    pairs = [f"{key_of(f.name)} = {example_of(types[f.name])}" for f in fields if _is_required(f)]
+    if example and not pairs:
+        shown = [f for f in fields if default_of(f) is not None]
+        pairs = [f"{key_of(f.name)} = {write_value(default_of(f))}" for f in shown[:1]]
     use = f'use = "{entry.reference}"'
-    inline = "{ " + ", ".join([use, *pairs]) + " }" if pairs else f'"{entry.reference}"'
-    stage = '[[stage]]\nkind = "{kind}"\n'
-    match entry.kind:
-        case "dataset" | "architecture" | "objective":
-            return "\n".join([f"[{entry.kind}]", use, *pairs])
-        case "pruner":
-            epochs = "epochs = 20\n" if component.learns else ""
-            return stage.format(kind="prune") + f"sparsity = 0.9\n{epochs}pruner = {inline}"
-        case "evaluator":
-            return stage.format(kind="evaluate") + f"with = [{inline}]"
-        case "reporter":
-            return f'report = ["console", "jsonl", {inline}]'
-        case "optimizer":
-            return stage.format(kind="pretrain") + f"epochs = 100\noptimizer = {inline}"
-        case _:
-            return (
-                stage.format(kind="pretrain")
-                + f'epochs = 100\noptimizer = {{ use = "sgd", schedule = {inline} }}'
-            )
-
-
-def render_preview(preview: Mapping[str, Any], recipe: str) -> str:
-    """What a run would do, as comments behind the recipe itself."""
-    lines = [f"# into {preview['out']}, stages in {preview['store']}", "", recipe]
-    for run in preview["runs"]:
-        lines.append(
-            f"# {run['run']}: {run['parameters']:,} parameters, {run['prunable']:,} prunable"
-        )
-        lines += [
-            f"#   {stage['name']:<12} {stage['status']:<7} {stage['steps']:>9,} steps "
-            f"{stage['forward_passes']:>11,} forward passes   {stage['key'][:12]}"
-            for stage in run["stages"]
-        ]
-    todo = [s for run in preview["runs"] for s in run["stages"] if s["status"] == "to do"]
-    passes = sum(stage["forward_passes"] for stage in todo)
-    return "\n".join([*lines, f"# to do: {len(todo)} stages, {passes:,} forward passes of a batch"])
-
-
-def _plain(value: Any) -> Any:
-    if value is dataclasses.MISSING:
-        return None
-    return list(value) if isinstance(value, tuple) else value
+    if entry.kind not in FRAGMENTS:
+        return "\n".join([f"[{entry.kind}]", use, *pairs])
+    inline = f"{{ {', '.join([use, *pairs])} }}" if pairs else f'"{entry.reference}"'
+    text = FRAGMENTS[entry.kind].format(inline)
+    return text.replace("\npruner", "\nepochs = 20\npruner") if component.learns else text
 
 
 def write_value(value: Any) -> str:
-    """The value as TOML has it."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False)
-    if isinstance(value, list):
-        return f"[{', '.join(map(write_value, value))}]"
+    """The value as TOML writes it.
+
+    >>> write_value((True, 0.5, "x")), write_value({"use": "sgd"})
+    ('[true, 0.5, "x"]', '{ use = "sgd" }')
+    """
     if isinstance(value, dict):
-        return "{ " + ", ".join(f"{k} = {write_value(v)}" for k, v in value.items()) + " }"
-    return str(value)
+        return f"{{ {', '.join(f'{k} = {write_value(v)}' for k, v in value.items())} }}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(write_value, value))}]"
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str | bool) else str(value)

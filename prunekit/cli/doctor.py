@@ -1,4 +1,4 @@
-"""`prunekit doctor`: what is here, what is broken, and the command that mends it."""
+"""`prunekit doctor`: what is installed, what is broken, and the command that fixes it."""
 
 from __future__ import annotations
 
@@ -15,19 +15,22 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
-from packaging.requirements import Requirement
 
 from prunekit.catalog.registry import Registry, load_registry
-from prunekit.cli.group import as_json, count, print_json
-from prunekit.errors import relative
+from prunekit.cli.group import PATH, as_json, count, print_json
+from prunekit.errors import explain_briefly, relative
 from prunekit.store.layout import STORE
+
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at. Where it is broken, `mend` says what to do."""
+    """One thing that was checked. If it is broken, `mend` says how to fix it."""
 
     topic: str
     name: str
@@ -35,16 +38,16 @@ class Finding:
     broken: bool = False
     mend: str = ""
     trial: str = ""
-    """A module to import, or "module:function" to call, in another process; it may crash."""
+    """A module to import or "module:function" to call in another process, because it may crash."""
 
 
 @click.command()
-@click.argument("runs", type=click.Path(path_type=Path), default="runs")
+@click.argument("runs", type=PATH, default="runs")
 @as_json
 def doctor(runs: Path, as_json: bool) -> None:
-    """Look at this installation: versions, devices, plugins; what is broken, what mends it.
+    """Check this installation: versions, devices, plugins; show how to fix what is broken.
 
-    Exit code 1 where something is broken.
+    The exit code is 1 if something is broken.
     """
     findings = diagnose(load_registry(), runs)
     broken = sum(finding.broken for finding in findings)
@@ -58,31 +61,31 @@ def doctor(runs: Path, as_json: bool) -> None:
 
 
 def diagnose(registry: Registry, runs: Path) -> list[Finding]:
-    """Look at everything; nothing that is broken raises, or crashes this process."""
-    found = [*_look_at_versions(), *_look_at_plugins(registry), *_look_at_folders(runs)]
+    """Check everything. Nothing that is broken raises an exception or crashes this process."""
+    found = [*_check_versions(), *_check_plugins(registry), *_check_folders(runs)]
     answers = try_out([f.trial for f in found if f.trial])
-    known: set[str] = set()
+    reported: set[str] = set()
     findings = []
     for finding in found:
         if finding.trial:
             told, broken = answers[finding.trial]
-            # A package that is broken breaks what imports it: it is told once.
-            broken = broken and told not in known
-            known |= {told} if broken else set()
-            told = told if broken or not finding.told else finding.told
-            mend = finding.mend if broken else ""
-            finding = replace(finding, told=told, broken=broken, mend=mend)
-        # Of what builds a component only a failure is worth a line.
+            # What imports a broken package fails with the same error, which is reported once.
+            if broken and told not in reported:
+                reported.add(told)
+                finding = replace(finding, told=told, broken=True)
+            else:
+                finding = replace(finding, told=finding.told or told, mend="")
+        # Importing the code of a component is worth a line only if it fails.
         if finding.told:
             findings.append(finding)
     return findings
 
 
-def _look_at_versions() -> Iterator[Finding]:
+def _check_versions() -> Iterator[Finding]:
     yield Finding("versions", "python", platform.python_version())
     yield Finding("versions", "prunekit", _version_of("prunekit"))
     required = {r.name: r for r in _read_requirements("prunekit")}
-    # Others stand on torch, so that it is tried first.
+    # torch is tried first because other packages import it.
     for name, wanted in sorted(required.items(), key=lambda item: item[0] != "torch"):
         version = _version_of(name)
         told, way = version, f"pip install --upgrade {name}"
@@ -91,20 +94,24 @@ def _look_at_versions() -> Iterator[Finding]:
         elif not wanted.specifier.contains(version, prereleases=True):
             told, way = f"{version}, prunekit needs {wanted}", f'pip install "{wanted}"'
         for other in _read_requirements(name) if version else ():
-            here = _version_of(other.name)
-            if other.name in required and not other.specifier.contains(here, prereleases=True):
-                told = f"{version} belongs to {other}, and here is {here}"
+            installed = _version_of(other.name)
+            if other.name in required and not other.specifier.contains(installed, prereleases=True):
+                told = f"{version} needs {other}, but {installed} is installed"
                 way = f"pip install --upgrade {name} {other.name}"
-        broken = told != version
-        # These three are what can crash.
-        trial = name if name in ("torch", "torchvision", "timm") and not broken else ""
-        yield Finding("versions", name, told, broken, way if broken or trial else "", trial)
+        if told != version:
+            yield Finding("versions", name, told, True, way)
+        elif name in ("torch", "torchvision", "timm"):  # their compiled code can crash
+            yield Finding("versions", name, told, mend=way, trial=name)
+        else:
+            yield Finding("versions", name, told)
     way, trial = "update the driver, or use --device cpu", f"{__spec__.name}:describe_devices"
     yield Finding("versions", "devices", mend=way, trial=trial)
 
 
 def _read_requirements(distribution: str) -> list[Requirement]:
-    """What a distribution requires on this machine, without any extra."""
+    """What a distribution requires on this machine, apart from its extras."""
+    from packaging.requirements import Requirement  # slow to import for `prunekit --help`
+
     found = map(Requirement, importlib.metadata.requires(distribution) or ())
     return [r for r in found if r.marker is None or r.marker.evaluate({"extra": ""})]
 
@@ -116,7 +123,7 @@ def _version_of(distribution: str) -> str:
         return ""
 
 
-def _look_at_plugins(registry: Registry) -> Iterator[Finding]:
+def _check_plugins(registry: Registry) -> Iterator[Finding]:
     owners = importlib.metadata.packages_distributions()
     always = {r.name for r in _read_requirements("prunekit")}
     for name in dict.fromkeys(n for e in registry.entries for n in e.component.needs):
@@ -126,9 +133,13 @@ def _look_at_plugins(registry: Registry) -> Iterator[Finding]:
         users = ", ".join(f"{e.kind} {e.component.name}" for e in needing)
         way = next(filter(None, (e.component.install for e in needing)), f"pip install {name}")
         trial = next(filter(None, (e.component.loads for e in needing)), name)
-        here = name not in needing[0].missing
-        told = f"{'here' if here else 'not installed'}; for {users}"
-        yield Finding("optional parts", name, told, mend=way, trial=trial if here else "")
+        if name in needing[0].missing:
+            yield Finding("optional parts", name, f"not installed; for {users}", mend=way)
+        else:
+            yield Finding("optional parts", name, f"installed; for {users}", mend=way, trial=trial)
+    version, way = _version_of("matplotlib"), 'pip install "prunekit[plots]"'
+    told = f"{version or 'not installed'}; for prunekit curve"
+    yield Finding("optional parts", "matplotlib", told, mend="" if version else way)
     for owner in dict.fromkeys(e.owner for e in registry.entries):
         entries = [e for e in registry.entries if e.owner == owner]
         yield Finding("plugins", owner, count(len(entries), "component"))
@@ -138,67 +149,64 @@ def _look_at_plugins(registry: Registry) -> Iterator[Finding]:
                 yield Finding("plugins", name, entry.problem, True, f'write "{entry.reference}"')
             elif not entry.missing:
                 module = entry.component.build.partition(":")[0]
-                yield Finding("plugins", name, mend=_renew(entry.distribution), trial=module)
+                yield Finding("plugins", name, mend=_upgrade(entry.distribution), trial=module)
     for plugin in registry.broken:
         ours = plugin.reason.endswith("update prunekit")
-        way = _renew("prunekit" if ours else plugin.distribution)
+        way = _upgrade("prunekit" if ours else plugin.distribution)
         yield Finding("plugins", plugin.owner, plugin.reason, True, way)
 
 
-def _renew(distribution: str) -> str:
+def _upgrade(distribution: str) -> str:
     name = distribution.partition(" ")[0]
     way = f"pip install --upgrade {name}"
     return way if name == "prunekit" else f"{way}, or pip uninstall {name}"
 
 
-def _look_at_folders(runs: Path) -> Iterator[Finding]:
+def _check_folders(runs: Path) -> Iterator[Finding]:
     for name, folder in (("runs", runs), ("store", runs / STORE)):
         existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
-        where, told, way = f"{name} ({relative(folder)})", "", ""
+        where = f"{name} ({relative(folder)})"
         try:
             with tempfile.TemporaryFile(dir=existing):
                 free = shutil.disk_usage(existing).free
-                told = f"can be written; {free / 1e9:,.0f} GB free"
+            yield Finding("folders", where, f"writable; {free / 1e9:,.0f} GB free")
         except OSError as error:
             told = f"cannot be written: {relative(existing)}: {error.strerror or error}"
-            way = "give --out and --store another folder, or change its permissions"
-        yield Finding("folders", where, told, bool(way), way)
+            way = "choose another folder with --out and --store, or change its permissions"
+            yield Finding("folders", where, told, True, way)
 
 
 def try_out(trials: Sequence[str]) -> dict[str, tuple[str, bool]]:
-    """Trial -> (what is told, whether it is broken), by another process.
+    """Trial -> (what to tell, whether it is broken), found out by another process.
 
-    Where that one dies, the trial it was at is broken, and those behind it are not tried.
+    If that process dies, the trial that it was at is broken, and later ones are not tried.
     """
     trials = list(dict.fromkeys(trials))
     command = [sys.executable, "-P", "-m", "prunekit.cli.doctor", *trials]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    answers = [tuple(json.loads(line)) for line in done.stdout.splitlines()]
     if len(answers) < len(trials):
-        code = done.returncode
-        how = (
-            f"crashes ({signal.Signals(-code).name})" if code < 0 else f"ends with exit code {code}"
-        )
+        code, broken = done.returncode, trials[len(answers)]
+        how = f"exits with code {code}" if code >= 0 else f"crashes ({signal.Signals(-code).name})"
         answers.append((f"its import {how}", True))
-    skipped = (f"not looked at, as {trials[len(answers) - 1]} is broken", False)
-    answers += [skipped] * (len(trials) - len(answers))
-    return {trial: tuple(answer) for trial, answer in zip(trials, answers, strict=True)}
+        answers += [(f"not tried because {broken} is broken", False)] * len(trials)
+    return dict(zip(trials, answers, strict=False))
 
 
 def _try(trial: str) -> tuple[str, bool]:
-    """In the other process: import, and call what is to be called."""
+    """In the other process: import the module, and call the function if there is one."""
     module, _, function = trial.partition(":")
     try:
         found = importlib.import_module(module)
         told = getattr(found, function)() if function else ""
         return told if isinstance(told, str) else "", False
-    # A package may raise anything at import, SystemExit included.
+    # A package may raise anything on import, even SystemExit.
     except (Exception, SystemExit) as error:
-        return " ".join(f"cannot be imported: {type(error).__name__}: {error}".split()), True
+        return f"cannot be imported: {explain_briefly(error)}", True
 
 
 def describe_devices() -> str:
-    """What torch can compute on; something is computed on each. Raises what a GPU raises."""
+    """The devices that torch can use. Raises what torch raises when it computes on a GPU."""
     import torch
 
     threads = f"cpu with {torch.get_num_threads()} of {os.cpu_count()} threads"
@@ -212,7 +220,7 @@ def describe_devices() -> str:
 
 
 def render(findings: Sequence[Finding]) -> str:
-    """The findings for a reader, topic by topic; how many are broken at the end."""
+    """The findings as text, topic by topic, and at the end how many are broken."""
     lines = []
     for topic in dict.fromkeys(f.topic for f in findings):
         chosen = [f for f in findings if f.topic == topic]
@@ -221,14 +229,14 @@ def render(findings: Sequence[Finding]) -> str:
         for f in chosen:
             lines.append(f"  {f.name:<{width}}  {'BROKEN: ' if f.broken else ''}{f.told}")
             if f.mend:
-                lines.append(f"  {'':<{width}}  {'mend it' if f.broken else 'get it'}: {f.mend}")
+                lines.append(f"  {'':<{width}}  {'fix it' if f.broken else 'install it'}: {f.mend}")
         lines.append("")
     broken = sum(f.broken for f in findings)
     return "\n".join([*lines, f"{broken} broken" if broken else "nothing is broken"])
 
 
 if __name__ == "__main__":
-    # What libraries print must not come between the answers.
+    # What libraries print must not mix with the answers.
     with os.fdopen(os.dup(1), "w") as answers:
         os.dup2(2, 1)
         for trial in sys.argv[1:]:

@@ -1,4 +1,4 @@
-"""The command `prunekit` without its commands: errors, exit codes, options that several share."""
+"""The command `prunekit`: its table of commands, exit codes, and what several commands share."""
 
 from __future__ import annotations
 
@@ -7,13 +7,19 @@ import json
 import os
 import shlex
 import sys
+import traceback
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from prunekit import __version__
-from prunekit.errors import Interrupted, RecipeError, UserError, relative
+from prunekit.errors import Interrupted, RecipeError, UserError, explain_briefly, relative
+
+if TYPE_CHECKING:
+    from rich.box import Box
+    from rich.console import Console
 
 SCHEMA = 1
 """Version of everything that `--json` prints."""
@@ -21,7 +27,7 @@ SCHEMA = 1
 COMMANDS = {
     "check": "recipes:check",
     "clean": "results:clean",
-    "completion": "new:print_completion",
+    "completion": "completion:print_completion",
     "curve": "results:curve",
     "doctor": "doctor:doctor",
     "eval": "networks:evaluate",
@@ -34,93 +40,140 @@ COMMANDS = {
     "run": "recipes:run",
     "show": "components:show",
 }
-"""Name of a command -> the module of this folder and the function that it is."""
+"""Name of a command -> its "module:function" in this folder, imported when it is used."""
 
 
 class Cli(click.Group):
-    """Imports a command when it is asked for; turns every exception into a message and a code."""
+    """Imports commands on demand and turns every exception into a message and an exit code."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names of all commands."""
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        """Import a command; None if there is none of this name."""
         if name not in COMMANDS:
             return None
         module, _, function = COMMANDS[name].partition(":")
-        command: click.Command = getattr(
-            importlib.import_module(f"prunekit.cli.{module}"), function
-        )
+        found = importlib.import_module(f"prunekit.cli.{module}")
+        command: click.Command = getattr(found, function)
         return command
 
     def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; exit with one message if it fails, and a traceback with `--debug`."""
         try:
             return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
-        except RecipeError as error:
-            fail("\n".join(map(str, error.problems)), 2, ctx, plain=True)
-        except UserError as error:
-            fail(str(error), error.code, ctx)
-        except (Interrupted, KeyboardInterrupt):
-            fail("interrupted", 130, ctx)
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(0)
-        except OSError as error:
+        except (Exception, KeyboardInterrupt) as error:
+            if ctx.params.get("debug"):
+                traceback.print_exc()
+            message, code = _explain_exit(error)
+            warn(message)
+            sys.exit(code)
+
+
+def _explain_exit(error: BaseException) -> tuple[str, int]:
+    """(message, exit code) of a command that failed."""
+    match error:
+        case RecipeError():
+            return str(error), error.code
+        case UserError():
+            message, code = str(error), error.code
+        case Interrupted() | KeyboardInterrupt():
+            message, code = "interrupted", 130
+        case OSError():
             where = f"{relative(Path(error.filename))}: " if error.filename else ""
-            fail(f"{where}{error.strerror or error}", 1, ctx)
-        except Exception as error:
-            message = f"{type(error).__name__}: {error} (a defect of prunekit; --debug shows where)"
-            fail(message, 1, ctx)
-
-
-def fail(message: str, code: int, ctx: click.Context, *, plain: bool = False) -> None:
-    """Print one message, with the traceback under `--debug`, and end."""
-    if ctx.params.get("debug") and sys.exc_info()[0] is not None:
-        import traceback
-
-        traceback.print_exc()
-    click.echo(message if plain else f"prunekit: {message}", err=True)
-    sys.exit(code)
+            message, code = f"{where}{error.strerror or error}", 1
+        case _:
+            told = explain_briefly(error)
+            message, code = f"{told} (a bug in prunekit; --debug shows where)", 1
+    return f"prunekit: {message}", code
 
 
 @click.group(cls=Cli, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 @click.version_option(__version__, prog_name="prunekit")
 def main(debug: bool) -> None:
-    """Prune robust neural networks: learn the mask against the robust objective itself."""
+    """Prune robust neural networks: learn the mask on the robust objective itself."""
 
 
-def print_json(value: Any) -> None:
-    click.echo(json.dumps({"schema_version": SCHEMA, **value}, indent=2, allow_nan=False))
-
+PATH = click.Path(path_type=Path)
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-
-settings_option = click.option(
-    "--set", "settings", multiple=True, metavar="ADDRESS=VALUE",
-    help="Override, by a sweep's address: prune.sparsity=0.95. May be given again.",
-)  # fmt: skip
-
 device_option = click.option(
-    "--device", default="auto", help="auto, cpu, cuda, cuda:1, mps.", show_default=True,
-)  # fmt: skip
+    "--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps."
+)
+settings_option = click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="ADDRESS=VALUE",
+    help="Override a value of the recipe, such as prune.sparsity=0.95. Can be repeated.",
+)
+store_option = click.option(
+    "--store",
+    type=PATH,
+    envvar="PRUNEKIT_STORE",
+    help="Folder of stored stages; by default .stages beside the runs.",
+)
 
 
 def command_line() -> str:
-    """The command line that was given, to be given again."""
+    """The command line of this process, quoted so that it can be pasted into a shell."""
     return shlex.join(["prunekit", *sys.argv[1:]])
 
 
+def print_json(value: dict[str, Any]) -> None:
+    """Print the table as JSON, with the schema version in front."""
+    click.echo(json.dumps({"schema_version": SCHEMA, **value}, indent=2, allow_nan=False))
+
+
+def print_table(
+    titles: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    console: Console | None = None,
+    *,
+    box: Box | None = None,
+    whole: int = 2,
+) -> None:
+    """Print a table, columns of numbers aligned to the right.
+
+    A terminal's width is kept by wrapping cells, those of the first `whole` columns apart; in a
+    file or a pipe the table is as wide as its content.
+    """
+    from rich.console import Console
+    from rich.measure import Measurement
+    from rich.table import Table
+    from rich.text import Text
+
+    console = console or Console()
+    table = Table(box=box, pad_edge=False, collapse_padding=box is not None)
+    for place, title in enumerate(titles):
+        table.add_column(Text(title), no_wrap=place < whole, overflow="fold")
+        if any(row[place][:1].isdigit() for row in rows):
+            table.columns[place].justify = "right"
+    for row in rows:
+        table.add_row(*map(Text, row))
+    if not console.is_terminal:
+        endless = console.options.update(max_width=100_000)
+        console.width = max(console.width, Measurement.get(console, endless, table).maximum)
+    console.print(table)
+
+
 def note(text: str) -> None:
-    """Something worth knowing that is no result."""
-    click.echo(f"note: {text}", err=True)
+    """Print something worth knowing that is not a result, to stderr."""
+    warn(f"note: {text}")
 
 
 def warn(text: str) -> None:
-    """What happened besides the results."""
+    """Print a line that is not a result, to stderr."""
     click.echo(text, err=True)
 
 
 def count(n: int, word: str) -> str:
+    """A number of things: "1 run", "2 runs"."""
     return f"{n} {word}" if n == 1 else f"{n} {word}s"

@@ -1,28 +1,27 @@
-"""`prunekit init`: a commented recipe to start from."""
+"""`prunekit init`: write a commented recipe to start from."""
 
 from __future__ import annotations
 
 import re
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection
 from pathlib import Path
 from string import Template
 
 import click
 
 from prunekit.catalog.registry import load_registry
-from prunekit.cli import completion
+from prunekit.cli.completion import component_option
 from prunekit.cli.components import fragment
-from prunekit.errors import RecipeError, UserError, relative
+from prunekit.cli.group import warn
+from prunekit.errors import UserError, relative
 
 HERE = Path(__file__).parent
-TEMPLATES = HERE / "templates"
 SHIPPED = next(p for p in (HERE.parent / "_recipes", HERE.parents[1] / "recipes") if p.is_dir())
-"""The recipes that come with prunekit: in the package, or beside it in a clone."""
+"""The recipes that come with prunekit: in an installed package, or in a clone of the repository."""
 
 CERTIFIED = ("ibp", "crown-ibp", "mixtrain")
 PROOFS = {**dict.fromkeys(CERTIFIED, "verified"), "smoothing": "certify"}
-"""Objective -> the evaluator that proves what it trains for, where that is no attack."""
+"""Objective -> the evaluator that proves the robustness it trains for."""
 
 THREAT = """
 [threat]                        # objectives and evaluators attack within it
@@ -33,116 +32,94 @@ eps = {}
 
 @click.command()
 @click.argument("name", default="recipe")
-@click.option(
-    "--dataset",
-    default="digits",
-    show_default=True,
-    help="Data set.",
-    shell_complete=completion.complete_components("dataset"),
+@component_option("--dataset", "dataset", default="digits", show_default=True, help="Data set.")
+@component_option(
+    "--model", "architecture", help="Architecture; by default one that suits the images."
 )
-@click.option(
-    "--model",
-    help="Architecture; by default one that suits the images.",
-    shell_complete=completion.complete_components("architecture"),
-)
-@click.option(
-    "--objective",
-    default="trades",
-    show_default=True,
-    help="Training loss.",
-    shell_complete=completion.complete_components("objective"),
+@component_option(
+    "--objective", "objective", default="trades", show_default=True, help="Training loss."
 )
 @click.option("--like", metavar="RECIPE", help="Copy a recipe that comes with prunekit instead.")
 def init(name: str, dataset: str, model: str | None, objective: str, like: str | None) -> None:
     """Write a commented recipe, NAME.toml, to start from."""
     file = Path(name if name.endswith(".toml") else f"{name}.toml")
-    written = copy_recipe(like, file) if like else write_recipe(file, dataset, model, objective)
-    for path in written:
+    if like:
+        texts = copy_recipe(like, file)
+    else:
+        texts = {file: write_recipe(file, dataset, model, objective)}
+    _refuse_existing(texts)
+    for path, text in texts.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
         click.echo(relative(path))
-    click.echo(f"run it: prunekit run {relative(file)}", err=True)
+    warn(f"run it: prunekit run {relative(file)}")
 
 
-def write_recipe(file: Path, dataset: str, model: str | None, objective: str) -> list[Path]:
-    """Write a recipe of these components, checked; raises `UserError` where none can be."""
-    from prunekit.recipe.document import load_recipe
-    from prunekit.recipe.plan import make_plan
-
+def write_recipe(file: Path, dataset: str, model: str | None, objective: str) -> str:
+    """The text of a recipe of these components. Raises `UserError` if one does not exist."""
     registry = load_registry()
     data, loss = registry.find("dataset", dataset), registry.find("objective", objective)
     facts = data.component.facts and data.component.facts(data.component.options())
     height = facts.shape[1] if facts else 0
     network = registry.find("architecture", model or _choose_model(height, dataset, objective))
-    small, proof = height <= 8, PROOFS.get(objective)
-    attack = [] if objective == "smoothing" else ['{ use = "pgd", steps = 50 }']
-    eps = "0.1" if height < 32 else '"2/255"' if objective in CERTIFIED else '"8/255"'
-    rates = (0.1, 0.1, 0.05)
-    rate = "optimizer = {{ lr = {} }}       # the rest is the stage's default: sgd, cosine"
-    if objective in CERTIFIED:
+    certified, small = objective in CERTIFIED, height <= 8
+    attacks = [] if objective == "smoothing" else ['{ use = "pgd", steps = 50 }']
+    proofs = [f'"{PROOFS[objective]}"'] if objective in PROOFS else []
+    eps = "0.1" if height < 32 else '"2/255"' if certified else '"8/255"'
+    if certified:
         rates, rate = (1e-3, 1e-3, 5e-4), 'optimizer = {{ use = "adam", lr = {} }}'
-    stages = ("pretrain", "prune", "finetune")
+    else:
+        rates = (0.1, 0.1, 0.05)
+        rate = "optimizer = {{ lr = {} }}       # the rest is the stage's default: sgd, cosine"
+    words: dict[str, str] = {}
     epochs = (15, 8, 10) if small else (100, 20, 100)
-    text = Template((TEMPLATES / "recipe.txt").read_text("utf-8")).substitute(
+    for stage, n, lr in zip(("pretrain", "prune", "finetune"), epochs, rates, strict=True):
+        words |= {f"{stage}_epochs": str(n), f"{stage}_rate": rate.format(lr)}
+    return Template((HERE / "templates/recipe.txt").read_text("utf-8")).substitute(
+        words,
         file=file,
         name=file.stem,
         about="\n".join(f"# {e.kind}: {e.component.summary}" for e in (data, network, loss)),
         dataset=fragment(data, example=False),
         architecture=fragment(network, example=False),
         objective=fragment(loss, example=False),
-        threat=THREAT.format(eps) if attack else "",
+        threat=THREAT.format(eps) if attacks else "",
         batch_size=64 if small else 128,
-        evaluators=", ".join(['"clean"', *attack, *([f'"{proof}"'] if proof else [])]),
-        **{f"{stage}_epochs": number for stage, number in zip(stages, epochs, strict=True)},
-        **{f"{stage}_rate": rate.format(r) for stage, r in zip(stages, rates, strict=True)},
+        evaluators=", ".join(['"clean"', *attacks, *proofs]),
     )
-    refuse_existing([file])
-    with tempfile.TemporaryDirectory() as scratch:
-        draft = Path(scratch) / file.name
-        draft.write_text(text, encoding="utf-8")
-        try:
-            make_plan(load_recipe(draft), registry)
-        except RecipeError as error:
-            # A file that components want is the user's to put there.
-            problems = [p.message for p in error.problems if "there is no" not in p.message]
-            if problems:
-                raise UserError("; ".join(problems)) from None
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(text, encoding="utf-8")
-    return [file]
 
 
 def _choose_model(height: int, dataset: str, objective: str) -> str:
     if not height:
-        raise UserError(f"the images of {dataset} are not known; give --model")
+        raise UserError(f"the image size of {dataset} is unknown; give --model")
     if height < 32:
         return "small-cnn" if height <= 8 else "mnist-small"
     if height > 32:
         return "imagenet-resnet50"
-    # Bounds want small networks without batch normalization.
+    # Bound propagation needs small networks without batch normalization.
     return "cifar-small" if objective in CERTIFIED else "cifar-resnet18"
 
 
-def refuse_existing(files: Sequence[Path]) -> None:
+def copy_recipe(name: str, file: Path) -> dict[Path, str]:
+    """File -> text of a shipped recipe, copied to `file`, and of the recipes that it extends."""
+    source, target = SHIPPED / f"{name.removesuffix('.toml')}.toml", file
+    if not source.is_file():
+        known = (p.relative_to(SHIPPED).with_suffix("").as_posix() for p in SHIPPED.rglob("*.toml"))
+        names = ", ".join(sorted(known))
+        raise UserError(f"no recipe {name!r} comes with prunekit; there are: {names}")
+    texts = {}
+    while True:
+        text = source.read_text("utf-8")
+        # Its first line is the command that runs it.
+        _, end, rest = text.partition("\n")
+        texts[target] = f"# prunekit run {target}{end}{rest}"
+        extended = re.search(r'^extends = "(.+)"', text, re.MULTILINE)
+        if not extended:
+            return texts
+        source, target = source.parent / extended[1], target.parent / extended[1]
+
+
+def _refuse_existing(files: Collection[Path]) -> None:
     for file in files:
         if file.exists():
-            raise UserError(f"{relative(file)} is there already; choose another name")
-
-
-def copy_recipe(name: str, file: Path) -> list[Path]:
-    """Copy a shipped recipe, and what it extends, beside it; the files that are written."""
-    source = SHIPPED / f"{name.removesuffix('.toml')}.toml"
-    if not source.is_file():
-        names = sorted(
-            p.relative_to(SHIPPED).with_suffix("").as_posix() for p in SHIPPED.rglob("*.toml")
-        )
-        raise UserError(f"no recipe {name!r} comes with prunekit; there are: {', '.join(names)}")
-    copies = {file: source}
-    target = file
-    while extended := re.search(r'^extends = "(.+)"', source.read_text("utf-8"), re.MULTILINE):
-        source, target = source.parent / extended[1], target.parent / extended[1]
-        copies[target] = source
-    refuse_existing(list(copies))
-    for target, source in copies.items():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        lines = source.read_text("utf-8").splitlines(keepends=True)
-        target.write_text(f"# prunekit run {target}\n{''.join(lines[1:])}", encoding="utf-8")
-    return list(copies)
+            raise UserError(f"{relative(file)} exists already; choose another name")

@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from prunekit.cli.group import (
-    as_json,
-    command_line,
-    count,
-    device_option,
-    note,
-    print_json,
-    settings_option,
-    warn,
-)
+from prunekit.cli import group
 from prunekit.cli.results import print_results
 from prunekit.errors import RecipeError, UserError, relative
 from prunekit.report import Stop
@@ -29,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def plan_recipe(path: Path, settings: tuple[str, ...], *, smoke: bool = False) -> Plan:
-    """Read and resolve a recipe."""
+    """Read and resolve a recipe. Raises `UserError`, or `RecipeError` with all its mistakes."""
     from prunekit.catalog.registry import load_registry
     from prunekit.recipe.document import load_recipe
     from prunekit.recipe.plan import make_plan
@@ -40,14 +32,13 @@ def plan_recipe(path: Path, settings: tuple[str, ...], *, smoke: bool = False) -
 
 
 @click.command()
-@click.argument("recipes", nargs=-1, required=True, type=click.Path(path_type=Path))
-@settings_option
+@click.argument("recipes", nargs=-1, required=True, type=group.PATH)
+@group.settings_option
 @click.option("--deep", is_flag=True, help="Build the networks too, and count their weights.")
-@as_json
+@group.as_json
 def check(recipes: tuple[Path, ...], settings: tuple[str, ...], deep: bool, as_json: bool) -> None:
-    """Check recipes: everything that is wrong, at once. Trains nothing."""
+    """Check recipes and report all mistakes at once. Trains nothing."""
     results: list[dict[str, Any]] = []
-    problems: list[str] = []
     for path in recipes:
         networks: list[dict[str, Any]] = []
         plan = None
@@ -58,27 +49,25 @@ def check(recipes: tuple[Path, ...], settings: tuple[str, ...], deep: bool, as_j
 
                 networks = inspect_networks(plan)
         except UserError as error:
-            # What building finds names no recipe.
-            found = [f"{path}: {error}" if plan else str(error)]
-            if isinstance(error, RecipeError):
-                found = [str(problem) for problem in error.problems]
-            problems += found
-            results.append({"recipe": str(path), "problems": found})
+            # Errors of building a network do not name the recipe.
+            text = f"{path}: {error}" if plan else str(error)
+            problems = str(error).splitlines() if isinstance(error, RecipeError) else [text]
+            results.append({"recipe": str(path), "problems": problems})
             continue
-        results.append(
-            {"recipe": str(path), "problems": [], "runs": len(plan.runs)}
-            | ({"networks": networks} if deep else {})
-        )
+        results.append({"recipe": str(path), "problems": [], "runs": len(plan.runs)})
+        if deep:
+            results[-1]["networks"] = networks
         if not as_json:
             for text in plan.notes:
-                note(f"{path}: {text}")
-            click.echo(f"{path}: good ({count(len(plan.runs), 'run')})")
+                group.note(f"{path}: {text}")
+            click.echo(f"{path}: good ({group.count(len(plan.runs), 'run')})")
             _print_networks(networks)
+    problems = [problem for result in results for problem in result["problems"]]
     if as_json:
-        print_json({"recipes": results})
+        group.print_json({"recipes": results})
     else:
         for problem in problems:
-            click.echo(problem, err=True)
+            group.warn(problem)
     if problems:
         sys.exit(2)
 
@@ -87,28 +76,23 @@ def _print_networks(networks: list[dict[str, Any]]) -> None:
     for found in networks:
         click.echo(
             f"  {found['architecture']}: {found['parameters']:,} parameters, "
-            f"{found['prunable']:,} prunable in {count(found['layers'], 'layer')}"
+            f"{found['prunable']:,} prunable in {group.count(found['layers'], 'layer')}"
         )
-        for word, key in (("left dense", "dense"), ("not to be pruned", "unprunable")):
+        for word, key in (("left dense", "dense"), ("never pruned", "unprunable")):
             if found[key]:
                 click.echo(f"    {word}: {', '.join(found[key])}")
 
 
 @click.command()
-@click.argument("recipe", type=click.Path(path_type=Path))
-@settings_option
-@click.option(
-    "--out", type=click.Path(path_type=Path), help="Folder to write; runs/NAME by default."
-)
-@click.option("--store", type=click.Path(path_type=Path), envvar="PRUNEKIT_STORE",
-              help="Folder of stage results; .stages beside --out by default.")  # fmt: skip
-@device_option
+@click.argument("recipe", type=group.PATH)
+@group.settings_option
+@click.option("--out", type=group.PATH, help="Folder to write; by default runs/NAME.")
+@group.store_option
+@group.device_option
 @click.option("--dry-run", is_flag=True, help="Print what would be done, and do nothing.")
-@click.option(
-    "--smoke", is_flag=True, help="Prove the recipe: the same stages, two tiny batches each."
-)
-@click.option("--force", is_flag=True, help="Move what is in the way aside.")
-@as_json
+@click.option("--smoke", is_flag=True, help="Try the recipe: all stages, two tiny batches each.")
+@click.option("--force", is_flag=True, help="Move files that are in the way aside.")
+@group.as_json
 def run(
     recipe: Path,
     settings: tuple[str, ...],
@@ -120,12 +104,12 @@ def run(
     force: bool,
     as_json: bool,
 ) -> None:
-    """Run a recipe: pretrain, prune, finetune, judge, compare."""
+    """Run a recipe: pretrain, prune, finetune, evaluate, compare."""
     plan = plan_recipe(recipe, settings, smoke=smoke)
     out = out or Path("runs") / (plan.name + ("-smoke" if smoke else ""))
     store = store or out.parent / STORE
     stop = Stop()
-    # From here on, so that a Ctrl-C does not break the long imports in the middle.
+    # Includes the imports, which take seconds and would break if Ctrl-C interrupted them.
     with stop.listen():
         from prunekit.engine.preview import preview_plan
         from prunekit.engine.running import run_plan
@@ -135,38 +119,53 @@ def run(
             _print_preview(plan, preview_plan(plan, out, store, device), as_json)
             return
         folders = run_plan(
-            plan, out, store, device, force=force, resume=command_line(), tell=warn, stop=stop
+            plan,
+            out,
+            store,
+            device,
+            force=force,
+            resume=group.command_line(),
+            tell=group.warn,
+            stop=stop,
         )
     if folders is None:
-        click.echo(f"{relative(out)} is done already: these are its results", err=True)
+        group.warn(f"{relative(out)} is done already: these are its results")
     print_results(out, as_json)
     failed = [folder for folder in folders or [] if folder.status == "failed"]
     for folder in failed:
-        _show_failure(folder)
+        _print_failure(folder)
     if failed:
         sys.exit(1)
-    click.echo(f"in {relative(out)}", err=True)
+    group.warn(f"in {relative(out)}")
 
 
 def _print_preview(plan: Plan, preview: dict[str, Any], as_json: bool) -> None:
+    """Print what a run would do, as comments around the recipe itself."""
     import tomli_w
 
-    from prunekit.cli.components import render_preview
-
     if as_json:
-        print_json(preview)
+        group.print_json(preview)
         return
     for text in preview["notes"]:
-        note(text)
+        group.note(text)
     document = plan.document if plan.swept else plan.describe(plan.runs[0])
-    click.echo(render_preview(preview, tomli_w.dumps(dict(document))))
+    click.echo(f"# into {preview['out']}, stages in {preview['store']}\n")
+    click.echo(tomli_w.dumps(dict(document)))
+    for run in preview["runs"]:
+        weights = f"{run['parameters']:,} parameters, {run['prunable']:,} prunable"
+        click.echo(f"# {run['run']}: {weights}")
+        for stage in run["stages"]:
+            click.echo(
+                f"#   {stage['name']:<12} {stage['status']:<7} {stage['steps']:>9,} steps "
+                f"{stage['forward_passes']:>11,} forward passes   {stage['key'][:12]}"
+            )
+    todo = [s for run in preview["runs"] for s in run["stages"] if s["status"] == "to do"]
+    passes = sum(stage["forward_passes"] for stage in todo)
+    click.echo(f"# to do: {group.count(len(todo), 'stage')}, {passes:,} forward passes of a batch")
 
 
-def _show_failure(folder: RunFolder) -> None:
-    context = click.get_current_context().find_root()
-    if context.params.get("debug") and folder.cause is not None:
-        import traceback
-
+def _print_failure(folder: RunFolder) -> None:
+    if click.get_current_context().find_root().params.get("debug") and folder.cause is not None:
         traceback.print_exception(folder.cause)
     name = f"run {folder.run.label!r}" if folder.plan.swept else "the run"
-    click.echo(f"prunekit: {name} failed: {folder.error}", err=True)
+    group.warn(f"prunekit: {name} failed: {folder.error}")

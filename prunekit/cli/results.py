@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from prunekit.cli.group import (
-    as_json,
-    count,
-    print_json,
-)
+from prunekit.cli import group
 from prunekit.errors import UserError, relative
 from prunekit.store.layout import STORE
 
-if TYPE_CHECKING:
-    pass
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -28,19 +21,20 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("folder", type=click.Path(path_type=Path), default="runs")
-@as_json
+@click.argument("folder", type=group.PATH, default="runs")
+@group.as_json
 @click.option("--csv", "as_csv", is_flag=True, help="Print CSV.")
 @click.option("--layers", is_flag=True, help="Count the kept weights of every layer instead.")
-@click.option("--choose", multiple=True, metavar="ADDRESS",
-              help="Keep the value of this setting that is best on validation.")  # fmt: skip
+@click.option(
+    "--choose", multiple=True, metavar="ADDRESS", help="Keep the value that is best on validation."
+)
 def results(
     folder: Path, as_json: bool, as_csv: bool, layers: bool, choose: tuple[str, ...]
 ) -> None:
     """Compare all runs below FOLDER (mean and spread over seeds).
 
-    With --choose finetune.optimizer.lr, say, only the rate stays that was best on the validation
-    images, for each of the other settings: nothing is chosen by test results.
+    For example, --choose finetune.optimizer.lr keeps, for every combination of the other settings,
+    only the learning rate that was best on the validation images. Test results play no part.
     """
     if as_json + as_csv + layers > 1:
         raise click.UsageError("--json, --csv and --layers exclude each other")
@@ -53,7 +47,6 @@ def results(
 
 
 def _print_layers(folder: Path) -> None:
-    from prunekit.cli.components import print_table
     from prunekit.store.records import find_runs
 
     rows = []
@@ -65,12 +58,16 @@ def _print_layers(folder: Path) -> None:
             for name, (kept, n) in counts.items()
             if n
         ]
-    print_table(("run", "layer", "kept", "weights", "sparsity"), rows)
+    group.print_table(("run", "layer", "kept", "weights", "sparsity"), rows)
 
 
 def print_results(
     folder: Path, as_json: bool, as_csv: bool = False, addresses: tuple[str, ...] = ()
 ) -> None:
+    """Print the comparison of all runs below a folder as a table, JSON or CSV.
+
+    `addresses` are settings of which only the value that is best on validation is kept.
+    """
     from rich.console import Console
 
     from prunekit.results import tables
@@ -81,75 +78,63 @@ def print_results(
     runs, choices = choose(find_runs(folder), addresses) if addresses else (find_runs(folder), [])
     rows = compare(runs)
     if as_json:
-        told = tables.to_json(rows)
-        if addresses:
-            told["choices"] = [asdict(choice) for choice in choices]
-        click.echo(json.dumps(told, indent=2, allow_nan=False))
+        chosen = {"choices": [asdict(choice) for choice in choices]} if addresses else {}
+        group.print_json({**tables.to_json(rows), **chosen})
         return
     if as_csv:
         click.echo(tables.to_csv(rows), nl=False)
     else:
-        render(rows, Console())
+        print_comparison(rows, Console())
     for choice in choices:
         click.echo(f"chosen for {tell(choice)}", err=as_csv)
 
 
-def render(rows: Sequence[Row], console: Console) -> None:
-    """Print the table and its notes; off a terminal the console becomes as wide as the table."""
+def print_comparison(rows: Sequence[Row], console: Console) -> None:
+    """Print the table of the comparison and the notes below it."""
     from rich import box
-    from rich.measure import Measurement
-    from rich.table import Table
     from rich.text import Text
 
     from prunekit.results import tables
 
     titles, *lines = tables.tabulate(rows, "+-" if console.options.ascii_only else "±")
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for place, title in enumerate(titles):
-        number = any(line[place][0].isdigit() for line in lines)
-        table.add_column(Text(title), justify="right" if number else "left", overflow="fold")
-    for line in lines:
-        table.add_row(*map(Text, line))
-    if not console.is_terminal:
-        endless = console.options.update(max_width=100_000)
-        console.width = max(console.width, Measurement.get(console, endless, table).maximum)
-    console.print(table)
+    group.print_table(titles, lines, console, box=box.SIMPLE_HEAD, whole=0)
     for note in tables.write_notes(rows):
         console.print(Text(note), soft_wrap=True)
 
 
 @click.command()
-@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), default=Path("curve.png"),
-              help="Picture to write: .png, .svg, .pdf.", show_default=True)  # fmt: skip
-@as_json
+@click.argument("runs", nargs=-1, required=True, type=group.PATH)
+@click.option(
+    "--out", type=group.PATH, default="curve.png", show_default=True, help=".png, .svg or .pdf."
+)
+@group.as_json
 def curve(runs: tuple[Path, ...], out: Path, as_json: bool) -> None:
-    """Draw certified accuracy against the radius, of all runs in the folders RUNS."""
+    """Plot certified accuracy against the radius, for all runs in the folders RUNS."""
     from prunekit.results import curves
 
     found = curves.find_curves(runs)
     curves.draw(found, out)
     if as_json:
-        print_json({"file": str(out), "curves": curves.to_json(found)})
-    click.echo(f"in {relative(out)}", err=True)
+        group.print_json({"file": str(out), "curves": curves.to_json(found)})
+    group.warn(f"in {relative(out)}")
 
 
 @click.command()
-@click.argument("folder", type=click.Path(path_type=Path), default="runs")
-@click.option("--store", type=click.Path(path_type=Path), envvar="PRUNEKIT_STORE",
-              help="Folder of stage results; .stages in FOLDER by default.")  # fmt: skip
-@click.option("--dry-run", is_flag=True, help="Say what would be freed, and keep it.")
+@click.argument("folder", type=group.PATH, default="runs")
+@group.store_option
+@click.option("--dry-run", is_flag=True, help="Print what would be deleted, and keep it.")
 def clean(folder: Path, store: Path | None, dry_run: bool) -> None:
-    """Free the stored stages that no run below FOLDER refers to."""
+    """Delete the stored stages that no run below FOLDER uses."""
     from prunekit.store.records import find_runs
     from prunekit.store.stages import Store
 
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}")
-    root = store or folder / STORE
     used = {key for found in find_runs(folder) for key in found.keys}
-    freed = Store(root).remove_unused(used, keep=dry_run)
+    freed = Store(store or folder / STORE).remove_unused(used, keep=dry_run)
     for key, size in freed:
         click.echo(f"{key}  {size / 1e6:.1f} MB")
     verb = "would be freed" if dry_run else "freed"
-    click.echo(f"{sum(s for _, s in freed) / 1e6:.1f} MB {verb} ({count(len(freed), 'stage')})")
+    click.echo(
+        f"{sum(s for _, s in freed) / 1e6:.1f} MB {verb} ({group.count(len(freed), 'stage')})"
+    )

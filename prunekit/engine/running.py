@@ -14,7 +14,7 @@ from prunekit.catalog.component import Use
 from prunekit.contracts import Context
 from prunekit.engine.engine import Engine
 from prunekit.engine.work import Inputs
-from prunekit.errors import Interrupted, PluginError, UserError
+from prunekit.errors import Interrupted, PluginError, UserError, explain_briefly
 from prunekit.recipe.plan import Plan
 from prunekit.report import Event, Note, Report, Reporter, Stop, Tell
 from prunekit.store.runs import OutFolder, RunFolder
@@ -86,8 +86,8 @@ def reporters(plan: Plan, out: Path, tell: Tell) -> Iterator[Report]:
     listeners: list[tuple[Use[Reporter], Reporter]] = []
 
     def drop(use: Use[Reporter], error: BaseException) -> None:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        told = f"reporter {use.component.name!r} of plugin {use.plugin} failed: {reason}"
+        told = f"reporter {use.component.name!r} of plugin {use.plugin} failed: "
+        told += explain_briefly(error)
         told = str(error) if isinstance(error, PluginError) else told
         tell(f"{told}; the run goes on without it")
 

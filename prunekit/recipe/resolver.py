@@ -16,7 +16,7 @@ from prunekit import contracts
 from prunekit.catalog.component import Radius, Use, default_of
 from prunekit.catalog.registry import Registry
 from prunekit.contracts import Threat
-from prunekit.errors import OptionError, Place, Problem, UserError
+from prunekit.errors import OptionError, Place, Problem, UserError, explain_briefly
 from prunekit.recipe.values import (
     KeyPath,
     Mistake,
@@ -118,7 +118,7 @@ class Resolver:
             self.problem((*path, key_of(error.field)), f"{owner}: {error}")
         # What a plugin's own check raises instead.
         except Exception as error:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            reason = explain_briefly(error)
             of_plugin = f" of plugin {plugin}" if plugin else ""
             self.problem(path, f"{owner}{of_plugin} refuses its options: {reason}")
         return None

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from prunekit.catalog.component import Radius
+from prunekit.errors import suggest as suggest
 
 KeyPath = tuple[str | int, ...]
 WANTED = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
@@ -53,15 +52,6 @@ class Slot:
     def wants(self, wanted: str, value: Any) -> Mistake:
         """The mistake of a value that is not even of the type."""
         return Mistake(self.path, f"{self.name} is {wanted}, got {value!r}")
-
-
-def suggest(word: str, words: Iterable[str]) -> str:
-    """ "; did you mean 'x'?" or the list of what there is."""
-    words = sorted(words)
-    close = difflib.get_close_matches(word, words, n=1)
-    if close:
-        return f"did you mean {close[0]!r}?"
-    return f"there are: {', '.join(words)}" if words else "it takes none"
 
 
 def example_of(hint: Any) -> str:

@@ -1,4 +1,4 @@
-"""Choosing a setting of a sweep on validation images, before anybody looks at test results."""
+"""Choosing a setting of a sweep by its results on validation images, never on test images."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from prunekit.errors import UserError
+from prunekit.results.comparison import freeze
+from prunekit.results.metrics import format_metric, format_setting
 from prunekit.store.records import RunRecord
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The values of the chosen settings for the runs that share `others`, and what they scored.
+    """The values chosen for the runs that share the settings `others`.
 
-    `scores` are the means over seeds of `metric` for every combination that was compared.
+    `scores` are the values that were compared, each with its mean of `metric` over seeds.
     """
 
     others: Mapping[str, Any]
@@ -29,60 +31,43 @@ class Choice:
 def choose(
     runs: Sequence[RunRecord], addresses: Sequence[str]
 ) -> tuple[list[RunRecord], list[Choice]]:
-    """Of runs that differ in `addresses` and the seed alone, keep the best on validation.
+    """Of runs that differ only in `addresses` and the seed, keep the best on validation.
 
-    What is compared is the metric by which the last training stage chose its epoch, averaged over
-    seeds; the first of equals wins. Runs whose settings lack an address are kept as they are.
+    Compares the metric by which the last training stage selected its epoch, averaged over seeds;
+    the first of equals wins. Runs whose settings lack an address are kept.
 
-    Raises `UserError` where no run has an address, where a run is not done, and where the values
-    were not all tried with the same seeds: a mean over other seeds would not compare.
+    Raises `UserError` if no run has an address, if a run is not done, or if the values were tried
+    with different seeds, over which means cannot be compared.
     """
     for address in addresses:
         if not any(address in run.settings for run in runs):
             known = sorted({name for run in runs for name in run.settings} - {"seed"})
             there = ", ".join(known) or "none"
-            raise UserError(f"--choose {address}: no run of a sweep has it; there are: {there}")
+            raise UserError(f"--choose {address}: no run has this setting; there are: {there}")
     groups: dict[str, dict[str, list[RunRecord]]] = {}
     for run in runs:
         if all(address in run.settings for address in addresses):
-            tried = {address: run.settings[address] for address in addresses}
+            tried = freeze({address: run.settings[address] for address in addresses})
             rest = {k: v for k, v in run.settings.items() if k not in (*addresses, "seed")}
-            group = groups.setdefault(_freeze({"name": run.name, **rest}), {})
-            group.setdefault(_freeze(tried), []).append(run)
+            group = groups.setdefault(freeze({"name": run.name, **rest}), {})
+            group.setdefault(tried, []).append(run)
     dropped: set[int] = set()
     choices = []
-    for others, tried in groups.items():
-        metric = _check_group(tried)
-        scores = {value: statistics.fmean(_score(run)[1] for run in own)
-                  for value, own in tried.items()}  # fmt: skip
+    for others, by_value in groups.items():
+        metric, scores = _score_values(by_value)
         best = max(scores, key=lambda value: scores[value])
-        dropped |= {id(run) for value, own in tried.items() if value != best for run in own}
+        dropped |= {id(run) for value, own in by_value.items() if value != best for run in own}
         compared = tuple((json.loads(value), score) for value, score in scores.items())
         choices.append(Choice(json.loads(others), json.loads(best), metric, compared))
     return [run for run in runs if id(run) not in dropped], choices
 
 
-def _freeze(value: Any) -> str:
-    return json.dumps(value, sort_keys=True)
-
-
-def _score(run: RunRecord) -> tuple[str, float]:
-    """(name, value) of the validation metric of the last training stage of a run."""
-    for stage in reversed(run.stages):
-        name = f"validation.{stage.metrics.get('select', '')}"
-        if name in stage.metrics and math.isfinite(stage.metrics[name]):
-            return name, float(stage.metrics[name])
-    raise UserError(
-        f"{run.folder.name}: no training stage chose its epoch on validation; nothing to choose by"
-    )
-
-
-def _check_group(tried: Mapping[str, Sequence[RunRecord]]) -> str:
-    """The one metric of all runs. Raises `UserError` where they do not compare."""
-    undone = [run.folder.name for own in tried.values() for run in own if run.status != "done"]
-    if undone:
-        raise UserError(f"{undone[0]} is not done; run the recipe again before choosing")
-    seeds = {value: sorted(run.seed for run in own) for value, own in tried.items()}
+def _score_values(by_value: Mapping[str, Sequence[RunRecord]]) -> tuple[str, dict[str, float]]:
+    """The metric that all runs share, and for each value its mean over seeds."""
+    for run in (run for own in by_value.values() for run in own):
+        if run.status != "done":
+            raise UserError(f"{run.folder.name} is not done; run the recipe again before choosing")
+    seeds = {value: sorted(run.seed for run in own) for value, own in by_value.items()}
     first, *others = seeds
     for value in others:
         if seeds[value] != seeds[first]:
@@ -90,20 +75,33 @@ def _check_group(tried: Mapping[str, Sequence[RunRecord]]) -> str:
                 f"{first} was run with seeds {seeds[first]}, {value} with {seeds[value]}; run all "
                 "values with the same seeds before choosing"
             )
-    names = {_score(run)[0] for own in tried.values() for run in own}
+    found = {value: [_score_run(run) for run in own] for value, own in by_value.items()}
+    names = sorted({name for scores in found.values() for name, _ in scores})
     if len(names) > 1:
-        raise UserError(f"runs chose their epochs by different metrics: {', '.join(sorted(names))}")
-    return names.pop()
+        raise UserError(f"runs selected their epochs by different metrics: {', '.join(names)}")
+    means = {v: statistics.fmean(score for _, score in scores) for v, scores in found.items()}
+    return names[0], means
+
+
+def _score_run(run: RunRecord) -> tuple[str, float]:
+    """(name, value) of the validation metric of the last training stage of a run."""
+    for stage in reversed(run.stages):
+        name = f"validation.{stage.metrics.get('select', '')}"
+        if name in stage.metrics and math.isfinite(stage.metrics[name]):
+            return name, float(stage.metrics[name])
+    raise UserError(
+        f"{run.folder.name}: no training stage used validation images; there is nothing to choose "
+        "by"
+    )
 
 
 def tell(choice: Choice) -> str:
-    """One line: what was chosen, and what it beat.
+    """What was chosen and what it was compared with, in one line.
 
     >>> scores = (({"lr": 0.1}, 0.5), ({"lr": 0.01}, 0.25))
     >>> tell(Choice({"name": "r", "pruner": "lwm"}, {"lr": 0.1}, "validation.accuracy", scores))
     'pruner lwm: lr 0.1 by validation.accuracy (lr 0.1: 50.0%, lr 0.01: 25.0%)'
     """
-    from prunekit.results.metrics import format_metric, format_setting
 
     def words(settings: Mapping[str, Any]) -> str:
         pairs = (f"{k} {format_setting(v)}" for k, v in settings.items() if k != "name")

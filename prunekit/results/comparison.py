@@ -1,4 +1,4 @@
-"""The results of many runs in one table: rows, with seeds folded."""
+"""The results of many runs as rows of one table, each a mean over seeds."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from prunekit.store.records import RunRecord, StageRecord
 
 @dataclass(frozen=True)
 class Value:
-    """A metric over seeds: mean and sample standard deviation (n - 1); none for a single seed.
+    """A metric over seeds: mean and sample standard deviation (n - 1), None for a single seed.
 
-    `low`, `high` (the 95 % interval) and `images` are those of the one measurement of one seed.
+    `low` and `high` (the 95 % interval) and `images` are known only for a single seed.
     """
 
     mean: float
@@ -31,9 +31,9 @@ class Value:
 
 @dataclass(frozen=True)
 class Row:
-    """A result of the comparison, or a run without one (`stage` is then empty).
+    """A result in the comparison, or a run without one (`stage` is empty then).
 
-    `settings` holds what varies among the compared runs, None where the row's runs differ.
+    `settings` are those that vary among the compared runs; None if the runs of this row differ.
     """
 
     stage: str
@@ -49,12 +49,12 @@ class Row:
 def compare(runs: Sequence[RunRecord]) -> list[Row]:
     """Make the rows of the comparison, dense networks first, then by settings as they appear.
 
-    One row for each distinct result of an evaluate stage, which several runs may share, with seeds
-    folded; and one for every run that is not done or that evaluated nothing.
+    There is one row for each distinct result of an evaluate stage, which several runs may share,
+    averaged over seeds; and one for every run that is not done or evaluated nothing.
     """
     columns = _find_varying(runs)
     shared: dict[tuple[str, str], list[tuple[RunRecord, StageRecord]]] = {}
-    lone = []
+    unfinished = []
     for run in runs:
         evaluations = [stage for stage in run.stages if stage.kind == "evaluate"]
         for stage in evaluations:
@@ -62,51 +62,46 @@ def compare(runs: Sequence[RunRecord]) -> list[Row]:
         if run.status != "done" or not evaluations:
             own = _find_common([run], columns)
             where = (run.folder,)
-            lone.append(Row("", run.status, run.smoke, own, (run.seed,), {}, where, run.error))
+            row = Row("", run.status, run.smoke, own, (run.seed,), {}, where, run.error)
+            unfinished.append(row)
     results = [_make_row(pairs, columns) for pairs in shared.values()]
     stages = [*dict.fromkeys(row.stage for row in results), ""]
 
     def order(row: Row) -> tuple[Any, ...]:
         rank = {
-            address: -1
-            if row.settings[address] is None
-            else values.index(_freeze(row.settings[address]))
-            for address, values in columns.items()
+            address: -1 if value is None else columns[address].index(freeze(value))
+            for address, value in row.settings.items()
         }
         dense = "sparsity" in row.metrics and row.metrics["sparsity"].mean == 0
         recipe = rank.pop("name", 0)
         return recipe, not dense, *rank.values(), stages.index(row.stage), row.seeds
 
-    return sorted(_fold_seeds(results) + lone, key=order)
+    return sorted(_average_seeds(results) + unfinished, key=order)
 
 
-def _describe(run: RunRecord) -> dict[str, Any]:
-    """The settings that tell a run from others, its recipe's name among them, seeds apart."""
-    settings = {"name": run.name, **run.settings}
-    settings.pop("seed", None)
-    return settings
-
-
-def _freeze(value: Any) -> str:
+def freeze(value: Any) -> str:
+    """The value as text that is the same for equal values; `json.loads` undoes it."""
     return json.dumps(value, sort_keys=True)
 
 
+def _describe(run: RunRecord) -> dict[str, Any]:
+    """The settings that distinguish a run, and the name of its recipe, but not its seed."""
+    return {"name": run.name, **{k: v for k, v in run.settings.items() if k != "seed"}}
+
+
 def _find_varying(runs: Iterable[RunRecord]) -> dict[str, list[str]]:
-    """address -> its frozen values in order of first appearance, where there are several."""
+    """address -> its frozen values in order of first appearance, if there are several."""
     described = [_describe(run) for run in runs]
     addresses = dict.fromkeys(address for settings in described for address in settings)
-    values = {a: list(dict.fromkeys(_freeze(s.get(a)) for s in described)) for a in addresses}
+    values = {a: list(dict.fromkeys(freeze(s.get(a)) for s in described)) for a in addresses}
     return {address: several for address, several in values.items() if len(several) > 1}
 
 
 def _find_common(runs: Sequence[RunRecord], columns: Iterable[str]) -> dict[str, Any]:
+    """address -> the value that all runs have, None if they differ."""
     first, *others = map(_describe, runs)
-    return {
-        address: first.get(address)
-        if all(other.get(address) == first.get(address) for other in others)
-        else None
-        for address in columns
-    }
+    same = {a for a in columns if all(other.get(a) == first.get(a) for other in others)}
+    return {address: first.get(address) if address in same else None for address in columns}
 
 
 def _make_row(pairs: Sequence[tuple[RunRecord, StageRecord]], columns: Iterable[str]) -> Row:
@@ -119,7 +114,7 @@ def _make_row(pairs: Sequence[tuple[RunRecord, StageRecord]], columns: Iterable[
         status="done",
         smoke=any(run.smoke for run in runs),
         settings=_find_common(runs, columns),
-        # A result that runs of different seeds share belongs to none of them.
+        # A result that runs of different seeds share does not depend on the seed.
         seeds=tuple(seeds) if len(seeds) == 1 else (),
         metrics=_read_metrics(stage.metrics),
         runs=tuple(run.folder for run in runs),
@@ -127,7 +122,7 @@ def _make_row(pairs: Sequence[tuple[RunRecord, StageRecord]], columns: Iterable[
 
 
 def _read_metrics(metrics: Mapping[str, Any]) -> dict[str, Value]:
-    """The numbers of a stage, each with its interval and number of images where it has them."""
+    """The finite numbers of a stage, with interval and number of images if they are known."""
     numbers = {
         name: value
         for name, value in metrics.items()
@@ -143,29 +138,24 @@ def _read_metrics(metrics: Mapping[str, Any]) -> dict[str, Value]:
     return values
 
 
-def _fold_seeds(rows: Iterable[Row]) -> list[Row]:
-    """Make one row of those that differ in nothing but the seed."""
+def _average_seeds(rows: Iterable[Row]) -> list[Row]:
+    """Make one row of those that differ only in the seed."""
     groups: dict[tuple[str, bool, str], list[Row]] = {}
     for row in rows:
-        groups.setdefault((row.stage, row.smoke, _freeze(row.settings)), []).append(row)
-    folded: list[Row] = []
+        groups.setdefault((row.stage, row.smoke, freeze(row.settings)), []).append(row)
+    averaged: list[Row] = []
     for group in groups.values():
-        seeds = [seed for row in group for seed in row.seeds]
-        # The same seed twice: something else differs that is no setting. A mean would hide it.
-        if len(set(seeds)) == len(group) > 1:
-            group.sort(key=lambda row: row.seeds)
-            names = dict.fromkeys(name for row in group for name in row.metrics)
-            folded.append(
-                replace(
-                    group[0],
-                    seeds=tuple(sorted(seeds)),
-                    metrics={name: _average(name, group) for name in names},
-                    runs=tuple(folder for row in group for folder in row.runs),
-                )
-            )
-        else:
-            folded += group
-    return folded
+        group.sort(key=lambda row: row.seeds)
+        seeds = tuple(seed for row in group for seed in row.seeds)
+        # A seed that occurs twice: the rows differ in something else, which a mean would hide.
+        if not len(set(seeds)) == len(group) > 1:
+            averaged += group
+            continue
+        names = dict.fromkeys(name for row in group for name in row.metrics)
+        metrics = {name: _average(name, group) for name in names}
+        folders = tuple(folder for row in group for folder in row.runs)
+        averaged.append(replace(group[0], seeds=seeds, metrics=metrics, runs=folders))
+    return averaged
 
 
 def _average(metric: str, rows: Sequence[Row]) -> Value:

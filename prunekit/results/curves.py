@@ -20,10 +20,10 @@ from prunekit.store.records import find_runs
 
 @dataclass(frozen=True)
 class Curve:
-    """The part of `images` images that is right and certified, for every radius.
+    """The fraction of `images` images that are correct and certified, for every radius.
 
-    It is `accuracy[0]` at radius 0 and falls right behind `radii[i]`, ascending, to
-    `accuracy[i + 1]`, at last to 0.
+    `radii` (R,) are ascending, in pixel units of [0, 1]; `accuracy` (R + 1,) starts with the one at
+    radius 0, and `accuracy[i + 1]` is the one beyond `radii[i]`.
     """
 
     label: str
@@ -47,14 +47,14 @@ def trace(label: str, radius: np.ndarray, correct: np.ndarray) -> Curve:
 def find_curves(folders: Sequence[Path]) -> list[Curve]:
     """A curve for each row of the comparison that has radii, over the images of all its seeds.
 
-    Raises `UserError` where no evaluator left the records `radius` and `correct`.
+    Raises `UserError` if no evaluator recorded `radius` and `correct`.
     """
     runs = {run.folder.resolve(): run for folder in folders for run in find_runs(folder)}
     rows = [row for row in compare(list(runs.values())) if row.stage]
     curves = [curve for row in rows for curve in _read_row(row)]
     if not curves:
         raise UserError(
-            f"no run in {', '.join(map(relative, folders))} has certified radii; judge one with: "
+            f"no run in {', '.join(map(relative, folders))} has certified radii; certify one with: "
             "prunekit eval RUN --with certify"
         )
     return curves
@@ -64,42 +64,47 @@ def _read_row(row: Row) -> Iterator[Curve]:
     """The curves of a result, one for each evaluator that recorded radii."""
     settings = {a.rpartition(".")[2]: v for a, v in row.settings.items() if v is not None}
     words = [row.stage, *(f"{name} {format_setting(value)}" for name, value in settings.items())]
-    found: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
+    found: dict[str, list[np.ndarray]] = {}
     for folder in row.runs:
         for owner, pair in _read_radii(folder / RECORDS, row.stage):
-            # Runs that share a result hold copies of it, which count once.
-            if not any(np.array_equal(pair, known) for known in found.setdefault(owner, [])):
-                found[owner].append(pair)
+            pairs = found.setdefault(owner, [])
+            # Runs that share a result have copies of it, which count once.
+            if not any(np.array_equal(pair, known) for known in pairs):
+                pairs.append(pair)
     for owner, pairs in found.items():
-        radius, correct = (np.concatenate(part) for part in zip(*pairs, strict=True))
-        yield trace(", ".join([*words, *[owner] * (len(found) > 1)]), radius, correct)
+        radius, correct = np.concatenate(pairs, axis=1)
+        label = ", ".join([*words, owner] if len(found) > 1 else words)
+        yield trace(label, radius, correct.astype(bool))
 
 
-def _read_radii(file: Path, stage: str) -> Iterator[tuple[str, tuple[np.ndarray, np.ndarray]]]:
-    """(evaluator, (radius, correct)) of a stage's evaluators that recorded both."""
+def _read_radii(file: Path, stage: str) -> Iterator[tuple[str, np.ndarray]]:
+    """(evaluator, its radius and correct as (2, N)) of those in a stage that recorded both."""
     if not file.is_file():
         return
     with np.load(file, allow_pickle=False) as records:
         for key in records.files:
             owner, _, what = key.rpartition(".")
             if what == "radius" and owner.startswith(f"{stage}/") and f"{owner}.correct" in records:
-                yield (
-                    owner.removeprefix(f"{stage}/"),
-                    (records[key], records[f"{owner}.correct"]),
-                )
+                pair = np.stack([records[key], records[f"{owner}.correct"]])
+                yield owner.removeprefix(f"{stage}/"), pair
 
 
 def draw(curves: Sequence[Curve], file: Path) -> None:
-    """Write a picture of the curves, in the format that the file's name ends with.
+    """Write a figure of the curves, in the format of the file's suffix.
 
-    Raises `UserError` for a name that is of no picture.
+    Raises `UserError` for a suffix of no such format, and if matplotlib is missing.
     """
-    from matplotlib.figure import Figure
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError(
+            'figures need matplotlib, which is not installed; run: pip install "prunekit[plots]"'
+        ) from error
 
     figure = Figure(figsize=(6.4, 4), layout="constrained")
-    kind, kinds = file.suffix[1:].lower(), figure.canvas.get_supported_filetypes()
-    if kind not in kinds:
-        raise UserError(f"{relative(file)} is no picture's name; end it in .png, .svg or .pdf")
+    kind = file.suffix[1:].lower()
+    if kind not in figure.canvas.get_supported_filetypes():
+        raise UserError(f"{relative(file)} does not name a figure; end it in .png, .svg or .pdf")
     axes = figure.subplots()
     for curve in curves:
         radii = np.concatenate([[0.0], curve.radii])
@@ -116,11 +121,6 @@ def draw(curves: Sequence[Curve], file: Path) -> None:
 def to_json(curves: Sequence[Curve]) -> list[dict[str, Any]]:
     """The curves as plain values for `json.dumps`."""
     return [
-        {
-            "label": curve.label,
-            "images": curve.images,
-            "radii": curve.radii.tolist(),
-            "accuracy": curve.accuracy.tolist(),
-        }
+        {**vars(curve), "radii": curve.radii.tolist(), "accuracy": curve.accuracy.tolist()}
         for curve in curves
     ]

@@ -1,4 +1,4 @@
-"""What metrics are called, which of them are results by themselves, and how they are written."""
+"""Names of metrics: which are results by themselves, and how their values are formatted."""
 
 from __future__ import annotations
 
@@ -8,22 +8,24 @@ from collections.abc import Mapping
 from typing import Any
 
 FRACTIONS = {"abstained", "accuracy", "certified", "fraction", "rate", "sparsity", "verified"}
-"""A metric with one of these words in its name, the evaluator's apart, is shown in percent."""
+"""A metric with one of these words in its name (without the evaluator) is shown in percent."""
 
 DIAGNOSTICS = {
-    "zero_gradient": "gave no gradient; it may stand less than its accuracy says, try another "
-    "attack",
-    "errors": "made the verifier fail; they count as not verified, which says nothing of them",
-    "timeouts": "ran out of time; they count as not verified, which says nothing of them",
+    "zero_gradient": "gave no gradient; its accuracy may be overestimated, try another attack",
+    "errors": "made the verifier fail; they count as not verified but may be robust",
+    "timeouts": "ran out of time; they count as not verified but may be robust",
 }
-"""Numbers of images that say how far to trust a metric, and what is wrong with those images.
+"""Metric that counts images -> what is wrong with those images.
 
-Not columns of the table, but notes below it.
+These limit how far other metrics can be trusted: not columns of the table, but notes below it.
 """
+
+FACTS = {"standard", "seed", "sigma", "eps", "alpha", "n0", "samples", "sequential"}
+"""Numbers that say how a metric was measured; not columns of the table either."""
 
 
 def split_metric(metric: str) -> tuple[str, str]:
-    """(evaluator, what it measured); the evaluator is empty for what is of the network itself.
+    """(evaluator, what it measured); the evaluator is empty for facts about the network itself.
 
     >>> split_metric("certify.certified@0.25")
     ('certify', 'certified@0.25')
@@ -33,15 +35,13 @@ def split_metric(metric: str) -> tuple[str, str]:
     return ".".join(owner), measure
 
 
-FACTS = {"standard", "seed", "sigma", "eps", "alpha", "n0", "samples", "sequential"}
-"""Numbers that say how a metric was measured; not columns of the table either."""
-
-
 def is_part(metric: str) -> bool:
+    """Whether it belongs to another metric: an end of its interval, or its number of images."""
     return metric.endswith(("_low", "_high")) or split_metric(metric)[1] == "n"
 
 
 def is_diagnosis(metric: str) -> bool:
+    """Whether a metric counts images that limit how far other metrics can be trusted."""
     return split_metric(metric)[1] in DIAGNOSTICS
 
 
@@ -55,7 +55,7 @@ def is_main(metric: str) -> bool:
 
 
 def is_fraction(metric: str) -> bool:
-    """Whether the name says that the metric is a fraction, to be shown in percent.
+    """Whether the metric is a fraction by its name, and shown in percent.
 
     >>> [is_fraction(name) for name in ("certify.certified@0.25", "certify.acr")]
     [True, False]
@@ -64,19 +64,19 @@ def is_fraction(metric: str) -> bool:
 
 
 def format_metric(metric: str, value: float, unit: str = "%") -> str:
-    """The value as people read it: percent for fractions, four digits for others.
+    """The value as text: percent for fractions, four significant digits for others.
 
     >>> format_metric("pgd.accuracy", 0.714), format_metric("loss", 0.123456)
     ('71.4%', '0.1235')
     """
     if is_fraction(metric):
-        # Sparsities are close to 1, where a tenth of a percent is much.
+        # Sparsities are close to 1, where a tenth of a percent matters.
         return f"{100 * value:.{2 if metric.endswith('sparsity') else 1}f}{unit}"
     return f"{value:.4g}" if abs(value) < 1e4 else f"{value:.0f}"
 
 
 def format_setting(value: Any) -> str:
-    """A recipe's value in short; a component with its options in brackets.
+    """A value of a recipe as short text; a component with its options in parentheses.
 
     >>> format_setting(0.9), format_setting({"use": "snip", "batches": 2})
     ('0.9', 'snip(batches=2)')

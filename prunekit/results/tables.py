@@ -21,12 +21,9 @@ from prunekit.results.metrics import (
     split_metric,
 )
 
-SCHEMA_VERSION = 1
-"""The version of what `to_json` returns."""
-
 
 def tabulate(rows: Sequence[Row], plus_minus: str = "±") -> list[list[str]]:
-    """The cells of the table as text, titles first; "-" where there is nothing to say."""
+    """The cells of the table as text, titles first; "-" if there is no value."""
     addresses = dict.fromkeys(address for row in rows for address in row.settings)
     metrics = _list_metrics(rows, is_main)
     seeds = len({row.seeds for row in rows if row.seeds}) > 1 or any(len(r.seeds) > 1 for r in rows)
@@ -45,7 +42,7 @@ def tabulate(rows: Sequence[Row], plus_minus: str = "±") -> list[list[str]]:
         if value is None:
             return "-"
         text = format_metric(metric, value.mean, unit="")
-        # The same sparsity in every seed is how it should be, and needs no room.
+        # The sparsity is normally the same for every seed, so a deviation of 0 is left out.
         if value.sd is not None and (value.sd or metric != "sparsity"):
             fraction = is_fraction(metric)
             sd = format_metric(metric, value.sd, unit="") if fraction else f"{value.sd:.2g}"
@@ -73,7 +70,7 @@ def _list_metrics(rows: Sequence[Row], wanted: Callable[[str], bool]) -> list[st
 
 
 def write_notes(rows: Sequence[Row]) -> list[str]:
-    """What a reader of the table has to know besides its numbers."""
+    """Lines for below the table: failed runs, and what limits the meaning of its numbers."""
     notes = [
         f"{relative(row.runs[0])}: {row.status}" + (f": {row.error}" if row.error else "")
         for row in rows
@@ -89,21 +86,20 @@ def write_notes(rows: Sequence[Row]) -> list[str]:
         if any(row.metrics[name].mean < 1 for row in rows if name in row.metrics):
             owner = split_metric(name)[0]
             notes.append(
-                f"{owner}: not its standard attacks and budgets in all rows; compare like with like"
+                f"{owner}: not its standard attacks and budgets in all rows; compare only like rows"
             )
     if any(row.smoke for row in rows):
-        notes.append("SMOKE: runs cut short to try them out; their numbers mean nothing")
+        notes.append("SMOKE: runs shortened to try a recipe; their numbers mean nothing")
     return notes
 
 
 def to_json(rows: Sequence[Row]) -> dict[str, Any]:
-    """The rows as plain values for `json.dumps`; `schema_version` changes when their shape does."""
-    plain = [{**asdict(row), "runs": [str(folder) for folder in row.runs]} for row in rows]
-    return {"schema_version": SCHEMA_VERSION, "rows": plain}
+    """The rows as plain values for `json.dumps`."""
+    return {"rows": [{**asdict(row), "runs": list(map(str, row.runs))} for row in rows]}
 
 
 def to_csv(rows: Sequence[Row]) -> str:
-    """The rows with full precision: of each metric the mean, `_sd` and `_seeds`, their number."""
+    """The rows with full precision; of each metric the mean, `_sd` and `_seeds` (their number)."""
     records = []
     for row in rows:
         record: dict[str, Any] = {

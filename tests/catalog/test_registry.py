@@ -82,7 +82,7 @@ BROKEN = {
     ),
     IMPORTS + "@hookimpl\ndef prunekit_pruners():\n    "
     "return [Component(name='x', summary='', build='m:b', options=int)]": (
-        "TypeError: options of 'x' is no dataclass: <class 'int'>"
+        "TypeError: options of 'x' is not a dataclass: <class 'int'>"
     ),
 }  # fmt: skip
 

@@ -37,8 +37,8 @@ def test_a_defect_is_one_line_and_a_traceback_with_debug(monkeypatch, call):
     def burst(*arguments):
         raise ZeroDivisionError("oh")
 
-    monkeypatch.setattr("prunekit.catalog.registry.load_registry", burst)
-    line = "prunekit: ZeroDivisionError: oh (a defect of prunekit; --debug shows where)\n"
+    monkeypatch.setattr("prunekit.cli.components.load_registry", burst)
+    line = "prunekit: ZeroDivisionError: oh (a bug in prunekit; --debug shows where)\n"
     assert call("list", code=1) == ("", line)
     _, err = call("--debug", "list", code=1)
     assert err.startswith("Traceback")
@@ -49,7 +49,7 @@ def test_interruption_exits_with_130(monkeypatch, call):
     def interrupt(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("prunekit.catalog.registry.load_registry", interrupt)
+    monkeypatch.setattr("prunekit.cli.components.load_registry", interrupt)
     assert call("list", code=130) == ("", "prunekit: interrupted\n")
 
 
@@ -79,5 +79,5 @@ def test_a_file_that_cannot_be_read_is_no_defect(monkeypatch, call):
     def refuse(*arguments):
         raise PermissionError(13, "Permission denied", "somewhere")
 
-    monkeypatch.setattr("prunekit.catalog.registry.load_registry", refuse)
+    monkeypatch.setattr("prunekit.cli.components.load_registry", refuse)
     assert call("list", code=1) == ("", "prunekit: somewhere: Permission denied\n")

@@ -50,7 +50,7 @@ def test_what_it_writes_runs(here):
 
 def test_one_of_your_own_needs_its_network(here):
     error = call("init", "--dataset", "npz", code=2).stderr
-    assert error == "prunekit: the images of npz are not known; give --model\n"
+    assert error == "prunekit: the image size of npz is unknown; give --model\n"
     call("init", "--dataset", "npz", "--model", "timm")
     assert 'file = "my-file"' in Path("recipe.toml").read_text()
     assert "unknown architecture 'vgg'" in call("init", "x", "--model", "vgg", code=2).stderr
@@ -59,7 +59,7 @@ def test_one_of_your_own_needs_its_network(here):
 
 def test_a_file_that_is_there_stays(here):
     Path("recipe.toml").write_text("mine")
-    told = "prunekit: recipe.toml is there already; choose another name\n"
+    told = "prunekit: recipe.toml exists already; choose another name\n"
     assert call("init", code=2).stderr == told
     assert call("init", "--like", "quickstart", code=2).stderr == told
     assert Path("recipe.toml").read_text() == "mine"

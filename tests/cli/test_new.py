@@ -107,13 +107,13 @@ def test_underscores_and_a_prefix_are_as_good(tmp_path):
 @pytest.mark.parametrize(
     ("name", "kind", "message"),
     [
-        ("My Plugin", "pruner", "cannot be the name of a plugin: small letters, digits and '-', "
-         "beginning with a letter; write my-plugin"),
+        ("My Plugin", "pruner", "cannot be the name of a plugin: use lowercase letters, digits "
+         "and '-', starting with a letter; write my-plugin"),
         ("7", "pruner", "write my-plugin"),
         ("../x", "pruner", "write x"),
-        ("prunekit", "pruner", "'prunekit' is a package of prunekit's own; choose another name"),
-        ("prunekit-pruners", "pruner", "is a package of prunekit's own"),
-        ("class", "pruner", "has a meaning of its own in Python"),
+        ("prunekit", "pruner", "'prunekit' is a package of prunekit itself; choose another name"),
+        ("prunekit-pruners", "pruner", "is a package of prunekit itself"),
+        ("class", "pruner", "has a special meaning in Python"),
         ("torch", "pruner", "there is a package 'torch' in this environment"),
         ("json", "pruner", "there is a package 'json' in this environment"),
         ("lwm", "pruner", "there is a pruner 'lwm' already, of plugin pruners (prunekit "),
@@ -130,7 +130,7 @@ def test_a_name_that_cannot_be(tmp_path, name, kind, message):
 def test_a_folder_that_is_there_is_left_alone(tmp_path):
     (tmp_path / "mine").mkdir()
     (line,) = call("mine", "--kind", "pruner", "--into", tmp_path, code=2).stderr.splitlines()
-    assert line.endswith("mine is there already; choose another name or --into")
+    assert line.endswith("mine exists already; choose another name or --into")
     assert list((tmp_path / "mine").iterdir()) == []
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from prunekit.cli.results import render
+from prunekit.cli.results import print_comparison
 from prunekit.results.comparison import Row, compare
 from prunekit.results.tables import tabulate, to_json
 from prunekit.store.records import find_runs
@@ -20,7 +20,7 @@ from prunekit.store.records import find_runs
 def show(rows: list[Row], width: int = 80, encoding: str = "utf-8") -> str:
     written = io.BytesIO()
     file = io.TextIOWrapper(written, encoding=encoding, write_through=True)
-    render(rows, Console(file=file, width=width))
+    print_comparison(rows, Console(file=file, width=width))
     return written.getvalue().decode(encoding)
 
 
@@ -134,4 +134,4 @@ def test_results_count_the_layers(ran, call):
 def test_nothing_to_compare() -> None:
     assert compare([]) == []
     assert "stage" in show([])
-    assert to_json([]) == {"schema_version": 1, "rows": []}
+    assert to_json([]) == {"rows": []}

@@ -154,7 +154,7 @@ def test_a_file_that_says_nothing_is_asked_about(run):
 def test_mistakes_name_the_option(run):
     for arguments, message in {
         ("--with", "pgdd"): "--with pgdd: unknown evaluator 'pgdd'; did you mean 'pgd'?",
-        ("--with", "clean,"): "--with clean,: write evaluators separated by commas",
+        ("--with", "clean,"): "--with clean,: separate evaluators by commas",
         ("--with", "pgd", "--eps", "8"): "--eps 8: eps is a radius in [0, 1] pixel units",
         ("--with", "clean", "--dataset", "digit"): "--dataset digit: unknown dataset",
         ("--with", "pgd", "--set", "pgd.stpes=3"): "unknown option 'stpes' of evaluator 'pgd'",

@@ -287,8 +287,8 @@ def test_an_implementation_that_cannot_be_imported(package, broken):
 def test_something_that_cannot_build(package, old, new):
     package.write(parts=PARTS.replace(old, new))
     assert run(code=1).stderr.splitlines()[-1].endswith(
-        f"pruner 'signs' of plugin {OWNER} cannot be built: acme_signs.parts:pruner is to be a "
-        "function that is called as build(options, context)"
+        f"pruner 'signs' of plugin {OWNER} cannot be built: acme_signs.parts:pruner must be a "
+        "function that can be called as build(options, context)"
     )  # fmt: skip
 
 

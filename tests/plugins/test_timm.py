@@ -295,7 +295,7 @@ def test_check_deep_counts(here):
     total = sum(p.numel() for p in network.parameters())
     assert f"timm test_vit: {total:,} parameters" in out
     assert "left dense: patch_embed.proj.weight, head.weight" in out
-    assert "not to be pruned: pos_embed (VisionTransformer)" in out
+    assert "never pruned: pos_embed (VisionTransformer)" in out
     (found,) = json.loads(call("check", "--deep", "r.toml", "--json")[0])["recipes"]
     assert found["networks"][0]["prunable"] == sum(
         w.numel() for w in find_prunable(network).values()

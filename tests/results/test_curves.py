@@ -1,6 +1,7 @@
 """Certified accuracy against the radius: by hand, from run folders, as a picture."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -123,3 +124,13 @@ def test_a_picture_has_a_name_that_says_its_format(sweep, tmp_path):
         assert done.exit_code == 2
         assert "end it in .png" in done.stderr
         assert list(tmp_path.glob("curve*")) == []
+
+
+def test_without_matplotlib_the_command_says_what_to_install(sweep, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    done = CliRunner().invoke(main, ["curve", str(sweep), "--out", str(tmp_path / "c.png")])
+    assert done.exit_code == 2
+    assert done.stderr == (
+        "prunekit: figures need matplotlib, which is not installed; "
+        'run: pip install "prunekit[plots]"\n'
+    )

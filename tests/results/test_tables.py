@@ -58,7 +58,6 @@ def test_json_is_strict_and_complete(tmp_path: Path, write_run, write_sweep) -> 
     write_sweep(tmp_path)
     write_run(tmp_path / "x", {"prune.sparsity": 0.9, "seed": 2}, status="interrupted")
     told = json.loads(json.dumps(to_json(compare(find_runs(tmp_path))), allow_nan=False))
-    assert told["schema_version"] == 1
     dense = told["rows"][0]
     assert dense["settings"] == {"prune.sparsity": None}
     assert dense["metrics"]["sparsity"] == {
