@@ -409,6 +409,7 @@ def content(net):
     return identify(net)["content"]
 
 
+@pytest.mark.slow
 def test_a_network_is_known_again_in_another_process(here, monkeypatch):
     code = "import net; from prunekit.models import identity; print(identity.identify(net.make()))"
     there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=here)

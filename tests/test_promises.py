@@ -149,6 +149,18 @@ def test_every_plugin_has_a_test_file():
     assert missing == []
 
 
+def test_tests_stand_where_what_they_test_stands():
+    folders = {p.parent.name for p in (ROOT / "prunekit").glob("*/__init__.py")}
+    assert folders <= {p.name for p in (ROOT / "tests").iterdir() if p.is_dir()}
+    strays = [
+        file.relative_to(ROOT).as_posix()
+        for folder in folders
+        for file in (ROOT / "tests" / folder).rglob("test_*.py")
+        if not (ROOT / "prunekit" / folder / file.name.removeprefix("test_")).exists()
+    ]
+    assert strays == [], "a file of tests is called after the module of prunekit/ that it tests"
+
+
 def test_declarations_import_no_torch():
     modules = [p.name for p in PLUGINS]
     code = f"import sys, {', '.join(modules)}; assert 'torch' not in sys.modules"

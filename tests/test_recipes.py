@@ -36,6 +36,8 @@ LESS = {
 }
 """What the smoke run of a recipe is spared here."""
 
+QUICK = ("quickstart", "mnist-trades", "mnist-crown-ibp")
+
 # data set, network, sparsities
 ROWS = {
     "hydra/cifar10-vgg16": ("cifar10", "vgg16-bn", {0.9, 0.95, 0.99}),
@@ -70,7 +72,9 @@ def store(tmp_path_factory):
     return tmp_path_factory.mktemp("stages")
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(
+    "recipe", [pytest.param(r, marks=[pytest.mark.slow] * (r not in QUICK)) for r in RECIPES]
+)
 def test_recipe_runs(recipe, store, tmp_path, monkeypatch):
     """As `prunekit run RECIPE --smoke` does where there is no data, with fewer images still."""
     # Training on 2 images at the paper's rates blows ImageNet's network up.

@@ -1,6 +1,7 @@
 """Every registered component keeps the contract of its kind; and the contract test can fail."""
 
 import dataclasses
+import re
 
 import numpy as np
 import pytest
@@ -40,7 +41,19 @@ def table(tmp_path):
     }
 
 
-@pytest.mark.parametrize("entry", ENTRIES, ids=lambda e: f"{e.kind}-{e.component.name}")
+def weigh(entries):
+    """Of networks that differ in size alone, all but the first are slow."""
+    families = set()
+    for entry in entries:
+        family = re.match(r"\D+", entry.component.name)[0]
+        slow = entry.kind == "architecture" and family in families
+        families.add(family)
+        yield pytest.param(entry, marks=[pytest.mark.slow] * slow)
+
+
+@pytest.mark.parametrize(
+    "entry", list(weigh(ENTRIES)), ids=lambda e: f"{e.kind}-{e.component.name}"
+)
 def test_component_keeps_its_contract(entry, table, tmp_path, monkeypatch):
     monkeypatch.setenv("PRUNEKIT_DATA", str(tmp_path / "nothing"))
     if entry.missing:

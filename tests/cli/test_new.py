@@ -35,6 +35,7 @@ def made(tmp_path_factory):
     return into
 
 
+@pytest.mark.slow
 def test_its_own_tests_pass_as_soon_as_it_is_written(made):
     """In one process for all of them, as torch takes its time; each has its folder's settings."""
     tests = [made / name / "tests" for name in NAMES]
@@ -49,6 +50,7 @@ def test_its_own_tests_pass_as_soon_as_it_is_written(made):
     assert done.stdout.splitlines()[-1].startswith(f"{4 * len(KINDS)} passed")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_ruff_finds_nothing(made, name):
     ruff = [sys.executable, "-m", "ruff"]

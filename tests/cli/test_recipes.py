@@ -242,6 +242,7 @@ epochs = 400
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_says_how_to_go_on(tmp_path, number):
     (tmp_path / "slow.toml").write_text(SLOW)

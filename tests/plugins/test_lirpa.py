@@ -487,6 +487,7 @@ def test_bounds_that_overflow_prove_nothing(method: str) -> None:
 # auto_LiRPA's ways
 
 
+@pytest.mark.slow
 def test_importing_it_leaves_the_process_as_it_was() -> None:
     code = (
         "import logging, sys, warnings, torch, numpy, torch.onnx.symbolic_helper as helper\n"

@@ -123,7 +123,9 @@ def test_every_family_is_covered():
     assert [name.lower() for name in names] == list(FAMILIES)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [pytest.param(f, marks=[pytest.mark.slow] * (f != "vit")) for f in FAMILIES]
+)
 def test_a_family_is_trained_pruned_and_resumed_to_the_same_bytes(family, here):
     """Learned scores; the process is stopped between the epochs of the prune stage."""
     Path("r.toml").write_text(recipe(*FAMILIES[family]))
@@ -324,6 +326,7 @@ for name in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_without_network_one_message_comes_before_any_training(here):
     for number, model in enumerate(("test_resnet", "hf-hub:timm/test_vit.r160_in1k")):
         text = recipe(model, {}).replace('use = "timm"', 'use = "timm"\npretrained = true')

@@ -66,6 +66,7 @@ def test_images_are_normalised_inside() -> None:
     assert network.double()(x.double()).dtype == torch.float64
 
 
+@pytest.mark.slow
 def test_contract_and_grey_images() -> None:
     for component in COMPONENTS.values():
         check_component("architecture", component, shape=(3, 64, 64))

@@ -4,6 +4,8 @@ import subprocess
 import sys
 import time
 
+import pytest
+
 from prunekit.store.checkpoint import read_checkpoint
 
 RECIPE = """
@@ -22,6 +24,7 @@ optimizer = {use = "adam", lr = 1e-3}
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path):
     (tmp_path / "r.toml").write_text(RECIPE)
     command = [sys.executable, "-m", "prunekit", "run", str(tmp_path / "r.toml"), "--device", "cpu"]
