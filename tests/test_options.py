@@ -135,13 +135,13 @@ def test_a_value_of_the_right_type_is_taken(key, value, expected):
 
 
 WRONG = [
-    ("whole", True, "whole: whole of thing 'x' is a whole number, got True"),
-    ("whole", 1.5, "whole: whole of thing 'x' is a whole number, got 1.5"),
-    ("whole", "3", "whole: whole of thing 'x' is a whole number, got '3'"),
+    ("whole", True, "whole: whole of thing 'x' must be a whole number, got True"),
+    ("whole", 1.5, "whole: whole of thing 'x' must be a whole number, got 1.5"),
+    ("whole", "3", "whole: whole of thing 'x' must be a whole number, got '3'"),
     ("whole", 0, "whole: whole of thing 'x' must be at least 1 and at most 5, got 0"),
     ("whole", 6, "whole: whole of thing 'x' must be at least 1 and at most 5, got 6"),
-    ("number", "0.5", "number: number of thing 'x' is a number, got '0.5'"),
-    ("number", False, "number: number of thing 'x' is a number, got False"),
+    ("number", "0.5", "number: number of thing 'x' must be a number, got '0.5'"),
+    ("number", False, "number: number of thing 'x' must be a number, got False"),
     ("number", 1, "number: number of thing 'x' must be above 0 and below 1, got 1"),
     (
         "number",
@@ -149,9 +149,9 @@ WRONG = [
         "number: number of thing 'x' must be above 0 and below 1, got 90; write 0.9 for 90 %",
     ),
     ("number", float("nan"), "number: number of thing 'x' must be above 0 and below 1, got nan"),
-    ("truth", 1, "truth: truth of thing 'x' is true or false, got 1"),
-    ("truth", "true", "truth: truth of thing 'x' is true or false, got 'true'"),
-    ("text", 3, "text: text of thing 'x' is a text, got 3"),
+    ("truth", 1, "truth: truth of thing 'x' must be true or false, got 1"),
+    ("truth", "true", "truth: truth of thing 'x' must be true or false, got 'true'"),
+    ("text", 3, "text: text of thing 'x' must be a string, got 3"),
     ("choice", "globl", "choice: choice of thing 'x' cannot be 'globl'; did you mean 'global'?"),
     ("choice", 3, "choice: choice of thing 'x' cannot be 3; there are: global, layer"),
     ("size", True, "size: size of thing 'x' cannot be True; there are: 1, 2"),
@@ -161,18 +161,18 @@ WRONG = [
     ("eps", 300, "eps: eps is a radius in [0, 1] pixel units, got 300"),
     ("eps", -0.1, "eps: eps is a radius in [0, 1] pixel units, got -0.1"),
     ("eps", "nan", "eps: eps is a radius in [0, 1] pixel units, got nan"),
-    ("eps", "8/0", "eps: eps of thing 'x' is a radius such as 0.03 or \"8/255\", got '8/0'"),
-    ("eps", True, "eps: eps of thing 'x' is a radius such as 0.03 or \"8/255\", got True"),
-    ("file", 3, "file: file of thing 'x' is a path, got 3"),
+    ("eps", "8/0", "eps: eps of thing 'x' must be a radius such as 0.03 or \"8/255\", got '8/0'"),
+    ("eps", True, "eps: eps of thing 'x' must be a radius such as 0.03 or \"8/255\", got True"),
+    ("file", 3, "file: file of thing 'x' must be a path, got 3"),
     (
         "file",
         "no.npz",
-        "file: file of thing 'x': there is no /base/no.npz; a relative path starts at its "
-        "recipe's folder",
+        "file: file of thing 'x': there is no /base/no.npz; relative paths start at the "
+        "folder of the recipe",
     ),
-    ("words", "a", "words: words of thing 'x' is a list; write ['a'], got 'a'"),
-    ("pair", [0.5], "pair: pair of thing 'x' is a list of 2 values, got [0.5]"),
-    ("kwargs", 3, "kwargs: kwargs of thing 'x' is a table, got 3"),
+    ("words", "a", "words: words of thing 'x' must be a list, got 'a'; write ['a']"),
+    ("pair", [0.5], "pair: pair of thing 'x' must be a list of 2 values, got [0.5]"),
+    ("kwargs", 3, "kwargs: kwargs of thing 'x' must be a table, got 3"),
     ("pruner", "scor", "pruner.use: unknown pruner 'scor'; did you mean 'score'?"),
     ("pruner", 3, 'pruner: pruner needs a name; write use = "score" (prunekit list pruners)'),
     ("lambda_", 3, "lambda_: unknown option 'lambda_' of thing 'x'; did you mean 'lambda'?"),
@@ -201,7 +201,7 @@ def test_every_mistake_is_told_at_once():
         "optimizer.lr: lr of optimizer 'adam' must be above 0, got 0",
         "optimizer.schedule.warmup: warmup of schedule 'step' must be at least 0, got -1",
         "pair.1: pair[1] of thing 'x' must be at least 0 and below 1, got 1",
-        "whole: whole of thing 'x' is a whole number, got 1.5",
+        "whole: whole of thing 'x' must be a whole number, got 1.5",
         "with.0.use: unknown evaluator 'clen'; did you mean 'clean'?",
         "with.1.esp: unknown option 'esp' of evaluator 'pgd'; did you mean 'eps'?",
         'with.2: with[2] needs a name; write use = "clean" (prunekit list evaluators)',
@@ -223,7 +223,7 @@ def test_what_the_options_refuse_themselves():
         "low: thing 'x': low cannot be 7; write 8"
     ]
     assert resolve({"low": 3}, Checked)[1] == [
-        ": thing 'x' refuses its options: ValueError: low above high"
+        ": thing 'x' rejects its options: ValueError: low above high"
     ]
 
 
@@ -256,7 +256,8 @@ def test_evaluators_may_have_names_of_their_own():
     options, _ = resolve({"with": [{"use": "pgd", "name": "weak", "eps": 0.1}, "clean"]})
     assert [use.name for use in options.with_] == ["weak", "clean"]
     assert resolve({"with": [{"use": "clean", "name": 3}]})[1] == [
-        "with.0.name: name of evaluator 'clean' is letters, digits, '-', '_' and '+', got 3"
+        "with.0.name: name of evaluator 'clean' must consist of letters, digits, '-', '_' and "
+        "'+', got 3"
     ]
     (problem,) = resolve({"with": [{"use": "clean", "name": "../up"}]})[1]
     assert problem.endswith("got '../up'")
@@ -302,8 +303,8 @@ def test_a_radius_that_is_always_of_l2_may_be_above_one_whatever_the_threat():
 
 def test_a_missing_threat_is_asked_for():
     assert resolve({"with": ["pgd"]})[1] == [
-        "with.0: evaluator 'pgd' needs a threat; write [threat] with norm = \"linf\" and eps = "
-        '"8/255"'
+        "with.0: evaluator 'pgd' needs a threat model; write [threat] with norm = \"linf\" and "
+        'eps = "8/255"'
     ]
     assert resolve({"with": [{"use": "pgd", "eps": 0.1}]})[1] == []
 
@@ -328,8 +329,8 @@ def test_paths_start_at_the_file_that_says_them_or_where_the_command_is_given(
     assert find("a.npz", Place("base/r.toml", 3)) == (tmp_path / "base/a.npz", [])
     assert find("c.npz", Place("--set dataset.file=c.npz")) == (tmp_path / "c.npz", [])
     assert find("d.npz", Place("--set dataset.file=d.npz"))[1] == [
-        f"file of thing 'x': there is no {tmp_path}/d.npz; a relative path starts at the folder "
-        "you are in"
+        f"file of thing 'x': there is no {tmp_path}/d.npz; relative paths start at the "
+        "current folder"
     ]
 
 
