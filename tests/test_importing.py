@@ -215,7 +215,7 @@ def test_malice_is_refused(kind, bare):
     assert "x.pt is a pickle that asks for " in error
     # A bare pickle has torch's old way to write a tensor first.
     asked = "torch.storage._load_from_bytes" if bare else "mkdir"
-    assert f"{asked}, and only tensors are taken; save a plain state dict" in error
+    assert f"{asked}, and only tensors are read; save a plain state dict" in error
     assert not os.path.exists("broken-in")
     assert not os.path.exists("runs/x")
 
