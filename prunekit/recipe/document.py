@@ -155,6 +155,12 @@ def apply(recipe: Recipe, settings: Iterable[Setting]) -> None:
         raise RecipeError(problems)
 
 
+def locate_options(options: Mapping[Any, tuple[str, Any]]) -> dict[KeyPath, Place]:
+    """The places of values that a command's options gave: key path -> (option, value or None)."""
+    given = {path: pair for path, pair in options.items() if pair[1] is not None}
+    return {path: Place(f"{option} {value}") for path, (option, value) in given.items()}
+
+
 def parse_value(text: str) -> Any:
     """A value in TOML; a word without quotes is a string, as in `--set prune.pruner=lwm`."""
     try:
