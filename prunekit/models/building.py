@@ -117,13 +117,11 @@ def inspect_networks(plan: Plan) -> list[dict[str, Any]]:
 
     Raises `UserError` if a network cannot be built for its images, or cannot be pruned.
     """
-    found: dict[str, dict[str, Any]] = {}
+    distinct = {}
     for run in plan.runs:
         patterns = [s.options.exclude for s in run.stages if s.kind == "prune"]
-        key = str([describe(run.dataset), describe(run.architecture), patterns])
-        if key not in found:
-            found[key] = _inspect(run)
-    return list(found.values())
+        distinct[str([describe(run.dataset), describe(run.architecture), patterns])] = run
+    return [_inspect(run) for run in distinct.values()]
 
 
 def find_shape(run: Run) -> tuple[tuple[int, int, int], int]:

@@ -32,6 +32,20 @@ from prunekit.store.stages import StageFolder, StageResult
 
 Tensors = dict[str, Tensor]
 
+RECIPE_START = f"""\
+# Imported from {{file}} ({{source.kind}}).
+# To finetune it, write a recipe that extends this one:
+#
+#   extends = "{{out}}/{RECIPE}"
+#   objective = "trades"
+{{threat}}#   [[stage]]
+#   kind = "finetune"
+#   epochs = 100
+
+"""
+"""The first lines of the recipe of an imported network."""
+THREAT_LINES = '#   [threat]\n#   eps = "8/255"\n'
+
 
 @dataclass(frozen=True)
 class Source:
@@ -130,7 +144,11 @@ def import_model(
         folder.start("cpu")
         stage = Stage("import", "import", 0, NoOptions())
         folder.add(stage, "", StageResult(metrics, notes=notes), StageFolder(out), False)
-        write_text(out / RECIPE, _write_recipe(plan.describe(run), source, out))
+        document = plan.describe(run)
+        document["architecture"]["init"] = MODEL
+        threat = "" if run.threat else THREAT_LINES
+        start = RECIPE_START.format(source=source, file=source.path.name, out=out, threat=threat)
+        write_text(out / RECIPE, start + tomli_w.dumps(document))
         folder.close("done")
     except BaseException:
         shutil.rmtree(out, ignore_errors=True)
@@ -145,24 +163,6 @@ def _find_doubts(source: Source, model: nn.Module, masks: Masks) -> Iterator[str
             yield f"no weight of {name} is kept"
     if source.kind == "harp" and (dense := find_prunable(model).keys() - masks.keys()):
         yield f"without popup_scores, so left dense: {', '.join(sorted(dense))}"
-
-
-def _write_recipe(document: dict[str, Any], source: Source, out: Path) -> str:
-    """A recipe that evaluates the network; its first lines say how to finetune it."""
-    architecture = {**document["architecture"], "init": MODEL}
-    lines = [
-        f"# Imported from {source.path.name} ({source.kind}).",
-        "# To finetune it, write a recipe that extends this one:",
-        "#",
-        f'#   extends = "{out}/{RECIPE}"',
-        '#   objective = "trades"',
-        *([] if "threat" in document else ["#   [threat]", '#   eps = "8/255"']),
-        "#   [[stage]]",
-        '#   kind = "finetune"',
-        "#   epochs = 100",
-        "",
-    ]
-    return "\n".join(lines) + "\n" + tomli_w.dumps({**document, "architecture": architecture})
 
 
 def read_source(source: Source, model: nn.Module) -> tuple[Tensors, Masks]:

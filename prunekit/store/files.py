@@ -43,6 +43,14 @@ def write_npz(path: Path, arrays: Mapping[str, Any]) -> None:
     write_bytes(path, buffer.getvalue())
 
 
+def read_npz(path: Path) -> dict[str, Any]:
+    """Read arrays by name; pickled ones are refused."""
+    import numpy as np
+
+    with np.load(path, allow_pickle=False) as arrays:
+        return dict(arrays)
+
+
 def read_json(path: Path, advice: str = "remove it") -> Any:
     """Read a JSON file. Raises `UserError` with the advice if it is missing or damaged."""
     try:

@@ -35,15 +35,6 @@ this list names them, so that a new file cannot be forgotten.
 """
 
 
-def is_listed(file: str, parts: tuple[str, ...]) -> bool:
-    """Whether a file of the core, or the folder it is in, is among the parts.
-
-    >>> is_listed("pruning/masks.py", ("pruning/",)), is_listed("api.py", ("pruning/",))
-    (True, False)
-    """
-    return file in parts or f"{file.rpartition('/')[0]}/" in parts
-
-
 def hash_stage(
     upstream: str, description: Mapping[str, Any], plugins: set[str], environment: Mapping[str, Any]
 ) -> str:
@@ -80,7 +71,7 @@ def hash_source(package: str) -> str:
     for file, folder in files:
         name = file.relative_to(folder).as_posix()
         # An `__init__` of the core holds only a docstring.
-        if package == "prunekit" and (file.stem == "__init__" or not is_listed(name, DECIDING)):
+        if package == "prunekit" and (file.stem == "__init__" or not name.startswith(DECIDING)):
             continue
         digest.update(name.encode() + b"\0" + file.read_bytes() + b"\0")
     return digest.hexdigest()

@@ -20,7 +20,7 @@ import tomli_w
 from prunekit.errors import UserError, relative
 from prunekit.recipe.plan import Plan, Run, Stage
 from prunekit.report import Tell
-from prunekit.store.files import copy, make_folder, write_json, write_npz, write_text
+from prunekit.store.files import copy, make_folder, read_npz, write_json, write_npz, write_text
 from prunekit.store.keys import find_versions
 from prunekit.store.layout import MODEL, PLAN, RECIPE, RECORDS, RUN, RUN_FORMAT, RUN_LOCK
 from prunekit.store.records import read_record
@@ -42,7 +42,8 @@ class RunFolder:
     cause: BaseException | None = None
     """The exception that stopped the run, for `--debug`."""
     _record: dict[str, Any] = field(default_factory=dict)
-    _records: dict[str, Path] = field(default_factory=dict)
+    _arrays: dict[str, Any] = field(default_factory=dict)
+    """What evaluators recorded of each image, as "stage/evaluator.record"."""
 
     def start(self, device: Any) -> None:
         """Make the folder, and write the recipe and a first record.
@@ -97,8 +98,8 @@ class RunFolder:
         )
         self.metrics[stage.name] = metrics
         if stage.kind == "evaluate":
-            self._records[stage.name] = stored.records
-            self._write_records()
+            self._arrays |= {f"{stage.name}/{k}": v for k, v in read_npz(stored.records).items()}
+            write_npz(self.path / RECORDS, self._arrays)
         else:
             copy(stored.model, self.path / MODEL)
         self._write()
@@ -113,16 +114,6 @@ class RunFolder:
 
     def _write(self) -> None:
         write_json(self.path / RUN, self._record)
-
-    def _write_records(self) -> None:
-        """Arrays of all evaluate stages, named "stage/evaluator.record"."""
-        import numpy as np
-
-        arrays: dict[str, Any] = {}
-        for name, path in self._records.items():
-            with np.load(path, allow_pickle=False) as stored:
-                arrays |= {f"{name}/{key}": stored[key] for key in stored.files}
-        write_npz(self.path / RECORDS, arrays)
 
 
 @dataclass(frozen=True)
