@@ -94,9 +94,9 @@ def find_fragile(model: nn.Module, classifiers: Sequence[str] = ()) -> tuple[str
     """Names of small weights that matter much, for the attribute `leave_dense` of a network.
 
     Plain convolutional networks have none (HYDRA prunes first and last layers too). If there are
-    depthwise convolutions, they and the first convolution count as such (Zhu & Gupta 2017, arXiv
-    1710.01878, on MobileNets). If the first convolution cuts the image into patches, it and the
-    classifier do: the layers named `classifiers`, by default the last one.
+    depthwise convolutions, these and the first convolution are fragile (Zhu & Gupta 2017, arXiv
+    1710.01878, on MobileNets). If the first convolution cuts the image into patches, it is fragile,
+    and so is the classifier: the layers named `classifiers`, by default the last one.
     """
     layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
     convolutions = {n: m for n, m in layers.items() if isinstance(m, nn.Conv2d)}

@@ -22,7 +22,7 @@ HYDRA_NAMES = {
     "mnist-small": "mnist_model",
     "mnist-large": "mnist_model_large",
 }
-"""Architectures whose name in HYDRA is not just ours with underscores."""
+"""Names in HYDRA that are not prunekit's with underscores instead of hyphens."""
 
 
 def export_hydra(model: Path, out: Path) -> float:

@@ -21,7 +21,8 @@ from prunekit.models.failures import explained
 from prunekit.pruning.layers import find_prunable
 from prunekit.pruning.masks import State, apply_masks, describe_counts, find_broken, hash_masks
 from prunekit.recipe.document import Recipe, locate_options, override
-from prunekit.recipe.plan import Stage, make_plan
+from prunekit.recipe.plan import make_plan
+from prunekit.recipe.stages import Stage
 from prunekit.report import Tell
 from prunekit.store.checkpoint import load_weights, read_weights, write_model
 from prunekit.store.files import make_folder, write_text

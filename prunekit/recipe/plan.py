@@ -16,9 +16,7 @@ from prunekit.errors import RecipeError
 from prunekit.recipe.document import FORMAT, SECTIONS, Recipe
 from prunekit.recipe.resolver import THREAT_EXAMPLE, Resolver, describe
 from prunekit.recipe.sections import ArchitectureOptions, DataOptions, ThreatOptions
-from prunekit.recipe.stages import Stage as Stage
-from prunekit.recipe.stages import resolve_stages
-from prunekit.recipe.stages import uses_in as uses_in
+from prunekit.recipe.stages import Stage, resolve_stages, uses_in
 from prunekit.recipe.sweep import label, unroll
 from prunekit.recipe.values import suggest
 from prunekit.report import Reporter

@@ -18,7 +18,8 @@ import filelock
 import tomli_w
 
 from prunekit.errors import UserError, relative
-from prunekit.recipe.plan import Plan, Run, Stage
+from prunekit.recipe.plan import Plan, Run
+from prunekit.recipe.stages import Stage
 from prunekit.report import Tell
 from prunekit.store.files import copy, make_folder, read_npz, write_json, write_npz, write_text
 from prunekit.store.keys import find_versions

@@ -174,7 +174,7 @@ class Store:
         return freed
 
     def _find_old(self) -> list[Path]:
-        """Folders of stages of older formats; the first one had no folder of its own."""
+        """Folders of stages of older formats; the first format kept them in the root."""
         older = (self.root, *(self.root / f"v{n}" for n in range(1, STORE_FORMAT)))
         found = [path for folder in older for path in _list_folders(folder)]
         return [path for path in found if re.fullmatch(r"[0-9a-f]{32}", path.name)]
