@@ -27,8 +27,9 @@ from prunekit.errors import Interrupted, RunError
 from prunekit.models.building import describe_model
 from prunekit.models.failures import explain, release
 from prunekit.pruning.masks import State, describe_counts
-from prunekit.recipe.plan import Plan, Run, Stage, uses_in
+from prunekit.recipe.plan import Plan, Run
 from prunekit.recipe.reduction import reduce_run
+from prunekit.recipe.stages import Stage, uses_in
 from prunekit.report import Event, Note, Report, RunDone, RunFailed, RunStarted, StageDone, Stop
 from prunekit.store.checkpoint import write_model
 from prunekit.store.keys import version_of

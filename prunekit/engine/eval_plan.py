@@ -12,8 +12,8 @@ from typing import Any
 from prunekit.catalog.registry import load_registry
 from prunekit.contracts import Threat
 from prunekit.engine.running import run_plan
-from prunekit.errors import Place, RecipeError, RunError, UserError, relative
-from prunekit.recipe.document import DATA_KEYS, Recipe, override, parse_value
+from prunekit.errors import RecipeError, RunError, UserError, relative
+from prunekit.recipe.document import DATA_KEYS, Recipe, locate_options, override, parse_value
 from prunekit.recipe.plan import Plan, make_plan
 from prunekit.report import Tell
 from prunekit.store.layout import RECIPE
@@ -69,7 +69,15 @@ def plan_evaluation(network: Network, request: EvalRequest) -> Plan:
     data = {
         "name": label, "seed": seed, **sections, "stage": [stage], "report": ["console"],
     }  # fmt: skip
-    recipe = Recipe((network.run or network.file.parent) / RECIPE, data, _places(request))
+    options = {
+        ("stage",): ("--with", ",".join(request.evaluators)),
+        ("stage", 0, "images"): ("--images", request.images),
+        ("dataset", "use"): ("--dataset", request.dataset),
+        ("architecture", "use"): ("--model", request.model),
+        ("threat", "eps"): ("--eps", request.eps),
+    }
+    folder = network.run or network.file.parent
+    recipe = Recipe(folder / RECIPE, data, locate_options(options))
     override(recipe, others)
     try:
         plan = make_plan(recipe, load_registry())
@@ -125,20 +133,6 @@ def _identify(network: Network) -> tuple[str, int, dict[str, Any]]:
     seed = network.header.get("seed", 0)
     name = re.sub(r"[^\w+-]", "-", network.file.stem)
     return name, seed if isinstance(seed, int) else 0, {}
-
-
-def _places(request: EvalRequest) -> dict[Any, Place]:
-    """Where mistakes are: in the options of the command line."""
-    told = {
-        ("stage",): ("--with", ",".join(request.evaluators)),
-        ("stage", 0, "images"): ("--images", request.images),
-        ("dataset", "use"): ("--dataset", request.dataset),
-        ("architecture", "use"): ("--model", request.model),
-        ("threat", "eps"): ("--eps", request.eps),
-    }
-    return {
-        path: Place(f"{flag} {value}") for path, (flag, value) in told.items() if value is not None
-    }
 
 
 def evaluate_network(

@@ -24,7 +24,7 @@ from prunekit.pruning.masks import (
     State,
     find_broken,
 )
-from prunekit.recipe.plan import Stage
+from prunekit.recipe.stages import Stage
 from prunekit.report import Progress, StageStarted
 
 

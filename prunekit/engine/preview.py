@@ -15,7 +15,8 @@ from prunekit.engine.work import Inputs, Loaded, build_state, make_keys
 from prunekit.errors import relative
 from prunekit.models.failures import explained
 from prunekit.pruning.layers import find_prunable
-from prunekit.recipe.plan import Plan, Run, Stage
+from prunekit.recipe.plan import Plan, Run
+from prunekit.recipe.stages import Stage
 from prunekit.report import Event, Note
 from prunekit.store.stages import Store
 from prunekit.training.compute import find_device

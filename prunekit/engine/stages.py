@@ -25,7 +25,7 @@ from prunekit.pruning.masks import (
 )
 from prunekit.pruning.selection import Selection, check_layers, select_masks
 from prunekit.pruning.structures import find_followers, find_structured, follow
-from prunekit.recipe.plan import Stage
+from prunekit.recipe.stages import Stage
 from prunekit.report import Note, StageStarted
 from prunekit.training.loop import Fit, fit
 from prunekit.training.variables import Variables, Weights

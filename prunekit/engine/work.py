@@ -16,9 +16,10 @@ from prunekit.errors import DataMissingError, UserError
 from prunekit.models.building import build_network
 from prunekit.pruning.masks import State, count_weights, hash_masks, measure_sparsity
 from prunekit.recipe import reduction
-from prunekit.recipe.plan import Run, Stage, uses_in
+from prunekit.recipe.plan import Run
 from prunekit.recipe.resolver import describe
 from prunekit.recipe.sections import DataOptions
+from prunekit.recipe.stages import Stage, uses_in
 from prunekit.report import Note, Report, Stop
 from prunekit.store.checkpoint import read_model, start_from
 from prunekit.store.keys import hash_file, hash_stage, version_of

@@ -1,4 +1,4 @@
-"""Networks made: from a run's architecture, with their normalization inside."""
+"""Building networks, with their normalization inside."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ def build_network(
     *,
     fresh: bool = True,
 ) -> nn.Module:
-    """The network of a run with the weights it starts with, tried on two black images.
+    """The network of a run, before any weights are loaded. It is tried on two black images.
 
-    Raises `RunError` where it does not take them, or does not give logits (2, K).
+    `fresh` is False if weights will be loaded anyway. Raises `RunError` if the network does not
+    take images of this shape (C, H, W), or does not return logits (2, K).
     """
     use = run.architecture
     seeds.seed_all(run.seed, "architecture")
@@ -37,13 +38,13 @@ def build_network(
     )
     owner = f"architecture {use.component.name!r} of plugin {use.plugin}"
     if not isinstance(model, nn.Module):
-        raise RunError(f"{owner} is no nn.Module")
+        raise RunError(f"{owner} does not build an nn.Module")
     model.to(device)
     size = " x ".join(map(str, shape))
     try:
         with eval_mode(model), torch.no_grad():
             logits = model(torch.zeros(2, *shape, device=device))
-    except Exception as error:  # whatever layers raise that images of this size do not suit
+    except Exception as error:  # layers may raise anything for images of the wrong size
         reason = (str(error).splitlines() or [""])[0]
         raise RunError(
             f"{owner} cannot take images of {size}: {type(error).__name__}: {reason}"
@@ -51,13 +52,13 @@ def build_network(
     found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
     if found != (2, classes):
         raise RunError(
-            f"{owner} gives {found} for 2 images and {classes} classes, not (2, {classes})"
+            f"{owner} gives {found} for 2 images and {classes} classes, instead of (2, {classes})"
         )
     return model
 
 
 def describe_model(run: Run, shape: Sequence[int], classes: int) -> dict[str, Any]:
-    """What the header of a model file says of the network, whoever trained it."""
+    """What the header of a model file says about the network."""
     return {
         "architecture": describe(run.architecture),
         "shape": list(shape),
@@ -73,10 +74,10 @@ Network = TypeVar("Network", bound=nn.Module)
 
 
 def normalize_inputs(model: Network, mean: Sequence[float], deviation: Sequence[float]) -> Network:
-    """Make the network take pixels in [0, 1]: it works on (x - mean) / deviation, channel-wise.
+    """Make a network take pixels in [0, 1], by applying (x - mean) / deviation to each channel.
 
-    The constants follow the network to its device and stay out of its state dict, so that weights
-    load with and without it. Changes the model, and returns it.
+    The constants move with the network to its device but are not in its state dict, so that the
+    same weights load without them. Changes the model in place, and returns it.
     """
     for name, values in (("input_mean", mean), ("input_deviation", deviation)):
         model.register_buffer(name, torch.tensor(values).reshape(-1, 1, 1), persistent=False)
@@ -90,12 +91,12 @@ def _normalize(model: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def find_fragile(model: nn.Module, classifiers: Sequence[str] = ()) -> tuple[str, ...]:
-    """Names of weights that hold little and carry much, for the `leave_dense` of a network.
+    """Names of small weights that matter much, for the attribute `leave_dense` of a network.
 
-    Plain convolutional networks have none (HYDRA prunes first and last layers too). Where there are
-    depthwise convolutions, these, and the first convolution (Zhu & Gupta 2017, arXiv 1710.01878, of
-    MobileNets). Where the first convolution cuts the image into patches, that, and the classifier:
-    the layers `classifiers`, by default the last linear one.
+    Plain convolutional networks have none (HYDRA prunes first and last layers too). If there are
+    depthwise convolutions, these and the first convolution are fragile (Zhu & Gupta 2017, arXiv
+    1710.01878, on MobileNets). If the first convolution cuts the image into patches, it is fragile,
+    and so is the classifier: the layers named `classifiers`, by default the last one.
     """
     layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
     convolutions = {n: m for n, m in layers.items() if isinstance(m, nn.Conv2d)}
@@ -112,21 +113,22 @@ def find_fragile(model: nn.Module, classifiers: Sequence[str] = ()) -> tuple[str
 
 
 def inspect_networks(plan: Plan) -> list[dict[str, Any]]:
-    """One entry for each network of the plan. Reads a data set only where nothing else tells.
+    """What `prunekit check` prints about each network of a plan.
 
-    Raises `UserError` where a network cannot be built for its images, or cannot be pruned.
+    Raises `UserError` if a network cannot be built for its images, or cannot be pruned.
     """
-    found: dict[str, dict[str, Any]] = {}
+    distinct = {}
     for run in plan.runs:
         patterns = [s.options.exclude for s in run.stages if s.kind == "prune"]
-        key = str([describe(run.dataset), describe(run.architecture), patterns])
-        if key not in found:
-            found[key] = _inspect(run)
-    return list(found.values())
+        distinct[str([describe(run.dataset), describe(run.architecture), patterns])] = run
+    return [_inspect(run) for run in distinct.values()]
 
 
 def find_shape(run: Run) -> tuple[tuple[int, int, int], int]:
-    """Of an image, and the number of classes; the data is read only where nothing else tells."""
+    """Shape (C, H, W) of an image, and the number of classes.
+
+    The data is read only if the component does not declare them.
+    """
     facts = run.dataset.component.facts
     known = facts(run.dataset.options) if facts else run.dataset.build(Context(folder=run.folder))
     return known.shape, known.classes

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from prunekit.errors import UserError, relative
 from prunekit.models.importing import count_imported, find_keep_ratio
@@ -23,37 +22,37 @@ HYDRA_NAMES = {
     "mnist-small": "mnist_model",
     "mnist-large": "mnist_model_large",
 }
-"""Architectures that HYDRA calls something else than our name with underscores."""
+"""Names in HYDRA that are not prunekit's with underscores instead of hyphens."""
 
 
 def export_hydra(model: Path, out: Path) -> float:
-    """Write a checkpoint as HYDRA does: scores beside the weights, the kept ones the largest.
+    """Write a checkpoint of HYDRA, with popup_scores that are 1 where a weight is kept, else 0.
 
-    Returns the sparsity that it is to be read with: its keep ratio is not in the file. Removed
-    weights are zero in it. Raises `UserError` where one keep ratio cannot say the masks.
+    Removed weights are zero. Returns the sparsity to read it with, which is not in the file. Raises
+    `UserError` if no single keep ratio gives these masks.
     """
-    if out.exists():
-        raise UserError(f"{relative(out)} is there already; choose another --out")
+    _check_free(out)
     state, header = read_checkpoint(model)
     masks = read_masks(state, header, model)
     if not masks:
-        raise UserError(f"{relative(model)} has no masks; it loads as plain weights as it is")
-    if odd := [name for name, mask in masks.items() if not _is_layer(name, mask)]:
-        raise UserError(f"a hydra file has scores of layers only, and {odd[0]} is pruned as well")
+        raise UserError(f"{relative(model)} has no masks; other programs can load it as it is")
+    for name, mask in masks.items():
+        if not name.endswith(".weight") or mask.dim() < 2:
+            raise UserError(f"a hydra file has scores of layers only, and {name} is pruned as well")
     counts = {name: (mask.numel(), int(mask.sum())) for name, mask in masks.items()}
     sparsity = find_sparsity(counts)
     if sparsity is None:
         kept = sorted((k / n, name) for name, (n, k) in counts.items())
         raise UserError(
             f"a hydra file has one keep ratio for all layers, and {kept[0][1]} keeps "
-            f"{kept[0][0]:.4g}, {kept[-1][1]} {kept[-1][0]:.4g} of its weights; prune with "
+            f"{kept[0][0]:.4g} and {kept[-1][1]} {kept[-1][0]:.4g} of its weights; prune with "
             'budget = "layer"'
         )
     for name, mask in masks.items():
         state[f"{name.removesuffix('weight')}popup_scores"] = mask.to(state[name].dtype)
     name = str(header.get("architecture", {}).get("use", "unknown"))
     if name.startswith("wrn-"):
-        # HYDRA's own loader wants the block that its forward pass never uses.
+        # HYDRA's loader expects this block, although its forward pass never uses it.
         state |= {f"sub_{n}": v.clone() for n, v in state.items() if n.startswith("block1.")}
     name = HYDRA_NAMES.get(name, name.removeprefix("cifar-").replace("-", "_"))
     content = {"epoch": 0, "arch": name, "state_dict": state, "best_prec1": 0.0, "optimizer": {}}
@@ -65,9 +64,9 @@ def export_hydra(model: Path, out: Path) -> float:
 
 
 def export_own(path: Path, kind: str, out: Path) -> None:
-    """Write the network of a run, or of a model file, in a format of its architecture's.
+    """Write the network of a run folder or model file in a format that its architecture declares.
 
-    Raises `UserError` where that has no such format.
+    Raises `UserError` if there is no such format.
     """
     network = read_network(path)
     use = find_architecture(network)
@@ -76,22 +75,22 @@ def export_own(path: Path, kind: str, out: Path) -> None:
         raise UserError(
             f"architecture {use.component.name!r} has no format {kind!r}; there are: {formats}"
         )
-    if out.exists():
-        raise UserError(f"{relative(out)} is there already; choose another --out")
+    _check_free(out)
     model, _ = load_network(network)
     module, _, function = use.component.exports[kind].partition(":")
     make_folder(out.parent)
     getattr(importlib.import_module(module), function)(model, use.options, network.header, out)
 
 
-def _is_layer(name: str, mask: Tensor) -> bool:
-    return name.endswith(".weight") and mask.dim() > 1
+def _check_free(out: Path) -> None:
+    if out.exists():
+        raise UserError(f"{relative(out)} exists already; choose another --out")
 
 
 def find_sparsity(counts: Mapping[str, tuple[int, int]]) -> float | None:
-    """The shortest decimal that leaves just so many weights of each layer, by HYDRA's rule.
+    """The shortest decimal with which HYDRA keeps these numbers of weights; None if there is none.
 
-    `counts` are layer -> (weights, kept weights); None where there is no such number.
+    `counts` maps each layer to (weights, kept weights).
 
     >>> find_sparsity({"a": (1000, 100), "b": (10, 1)}), find_sparsity({"a": (8, 1), "b": (8, 2)})
     (0.9, None)

@@ -1,4 +1,4 @@
-"""Any exception -> one line for the user, naming the plugin it came from."""
+"""Exceptions -> one line for the user, which names the plugin that failed."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from prunekit.errors import Interrupted, RunError, UserError
 from prunekit.recipe.plan import Run
 
 OURS = re.compile(r"\(prunekit(?: \S+)?\)$")
-"""How the name of a plugin of prunekit's own ends."""
+"""Matches the end of the name of a plugin that comes with prunekit."""
 
 MEMORY = ("not enough memory", "can't allocate memory", "out of memory")
 
 
 def explain(error: BaseException, run: Run) -> str:
-    """What went wrong and what to do, without a traceback (`--debug` shows that)."""
+    """What went wrong and what to do, in one line; `--debug` shows the traceback."""
     if isinstance(error, UserError):
         return str(error)
     text = str(error).strip().splitlines()
@@ -33,7 +33,7 @@ def explain(error: BaseException, run: Run) -> str:
         )
     if owner := _find_owner(error, run):
         return f"plugin {owner} failed: {reason} (--debug shows where)"
-    # What a foreign plugin hands over may fail in our hands: a function with other arguments.
+    # What another plugin returned may fail in our code, such as a function with other arguments.
     foreign = dict.fromkeys(u.plugin for u in run.uses() if not OURS.search(u.plugin))
     used = f"plugins in use: {', '.join(foreign)}; " if foreign else ""
     return f"{reason} ({used}--debug shows where)"
@@ -41,7 +41,7 @@ def explain(error: BaseException, run: Run) -> str:
 
 @contextmanager
 def explained(run: Run) -> Iterator[None]:
-    """Whatever a plugin raises inside becomes a `RunError` of one line that names it."""
+    """Turn what a plugin raises inside into a `RunError` of one line that names the plugin."""
     try:
         yield
     except (UserError, Interrupted):
@@ -51,7 +51,7 @@ def explained(run: Run) -> Iterator[None]:
 
 
 def release(error: BaseException) -> None:
-    """Let go of all tensors that an error's traceback holds; the lines it shows stay."""
+    """Free the tensors that an error's traceback refers to. The traceback can still be printed."""
     link: BaseException | None = error
     while link is not None:
         traceback.clear_frames(link.__traceback__)
@@ -59,7 +59,7 @@ def release(error: BaseException) -> None:
 
 
 def _find_owner(error: BaseException, run: Run) -> str:
-    """The plugin whose code is the innermost of the traceback, of those this run uses."""
+    """The plugin of the run whose code is innermost in the traceback; "" if there is none."""
     owners = {use.component.package: use for use in run.uses()}
     owners.pop("prunekit", None)
     for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))):

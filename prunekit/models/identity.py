@@ -1,4 +1,4 @@
-"""What an nn.Module of a Python program is known by: a hash of all that decides what it does."""
+"""The identity of a network from a Python program: a hash of all that decides what it does."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from prunekit.store.keys import find_imports, hash_file, version_of
 def identify(model: nn.Module) -> dict[str, Any]:
     """Options of the component "given": the network's class, and a hash of all that decides it.
 
-    That is its weights and buffers, the values and hooks that its modules hold, the source of its
+    The hash covers weights, buffers, hooks and other values of its modules, the source of its
     classes and functions with what their files import from their own folder, and the versions of
-    installed packages. Where something cannot be read the hash is never the same again, so that no
-    stored stage is taken for another network's; `unique` says why.
+    installed packages. If something cannot be read, the hash is random, so that the network never
+    gets stored stages of another one; `unique` then says why.
     """
     found = {"name": type(model).__qualname__}
     text = io.BytesIO()
     try:
         _Describer(text).dump(model)
-    # Pickling raises whatever a value's own method does.
+    # Methods of the pickled values may raise anything.
     except Exception as error:
         found["unique"] = " ".join(str(error).split())
         text = io.BytesIO(uuid.uuid4().bytes)
@@ -38,16 +38,16 @@ def identify(model: nn.Module) -> dict[str, Any]:
 
 
 class _Describer(pickle.Pickler):
-    """Writes a network as pickle does, but code by its source, so that it is the same anywhere."""
+    """Pickles a network with code represented by its source, so that every process agrees."""
 
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file, protocol=5)
-        # Which equal values happen to be one object differs between processes.
+        # No memo: which equal values are the same object differs between processes.
         self.fast = True
         self._seen: dict[Any, int] = {}
 
     def persistent_id(self, value: Any) -> Any:
-        """What stands for a value that pickle would write by name, or more than once."""
+        """What represents a value that pickle would write by name or more than once."""
         if isinstance(value, Tensor | nn.Module):
             if value in self._seen:
                 return self._seen[value]
@@ -62,7 +62,7 @@ class _Describer(pickle.Pickler):
         if isinstance(value, FunctionType):
             bound = zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)
             held = [cell.cell_contents for name, cell in bound if name != "__class__"]
-            line = value.__code__.co_firstlineno  # tells apart what has no name
+            line = value.__code__.co_firstlineno  # tells lambdas apart
             return (*_describe(value), line, value.__defaults__, value.__kwdefaults__, held)
         if isinstance(value, BuiltinFunctionType):
             return _describe(value)
@@ -72,7 +72,7 @@ class _Describer(pickle.Pickler):
         return None
 
     def reducer_override(self, value: Any) -> Any:
-        """A module's own values. Its mode decides nothing, and hooks are keyed by a counter."""
+        """The values of a module, without its mode, and without the counters that key hooks."""
         if not isinstance(value, nn.Module):
             return NotImplemented
         held = {k: v for k, v in vars(value).items() if k != "training"}
@@ -81,7 +81,7 @@ class _Describer(pickle.Pickler):
 
 
 def _describe(code: Any) -> tuple[str, ...]:
-    """Name, and version or hash of the source. Raises `ValueError` where there is neither."""
+    """Name, and version or hash of the source. Raises `ValueError` if there is neither."""
     module = code.__module__ or "builtins"
     if _is_installed(module):
         return module, code.__qualname__, version_of(module.partition(".")[0]), sys.version
@@ -90,20 +90,20 @@ def _describe(code: Any) -> tuple[str, ...]:
     except (TypeError, OSError):
         file = Path()
     if not file.is_file():
-        # A notebook: what the cell says is known, what it calls is not.
+        # In a notebook, the source of a cell is known, but not that of what it calls.
         raise ValueError(f"the source of {code.__qualname__} is not in a file")
     return module, code.__qualname__, *map(hash_file, find_imports(file))
 
 
 def _list_attributes(cls: type) -> list[Any]:
-    """Beyond the source: what a factory bound, what a program set."""
+    """Attributes that the source of a class may not show, because a program set them."""
     values = {k: getattr(v, "__func__", getattr(v, "fget", v)) for k, v in vars(cls).items()}
     plain = FunctionType | str | int | float
     return [(k, v) for k, v in values.items() if isinstance(v, plain) and k != "__firstlineno__"]
 
 
 def _is_installed(module: str) -> bool:
-    """Whether a module is of an installed package, or of Python itself: its version tells it."""
+    """Whether a module is of Python or an installed package, and so identified by its version."""
     name = module.partition(".")[0]
     if name in sys.stdlib_module_names:
         return name != "__main__"

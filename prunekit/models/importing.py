@@ -1,9 +1,9 @@
-"""Networks that others trained and pruned -> run directories like any other."""
+"""Networks that other programs trained and pruned -> run folders like any other."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from prunekit.catalog.component import NoOptions
 from prunekit.catalog.registry import load_registry
 from prunekit.contracts import Masks
-from prunekit.errors import Place, UserError, relative
+from prunekit.errors import UserError, relative
 from prunekit.models.building import build_network, describe_model, find_shape
 from prunekit.models.failures import explained
 from prunekit.pruning.layers import find_prunable
 from prunekit.pruning.masks import State, apply_masks, describe_counts, find_broken, hash_masks
-from prunekit.recipe.document import Recipe, override
-from prunekit.recipe.plan import Stage, make_plan
-from prunekit.recipe.values import KeyPath
+from prunekit.recipe.document import Recipe, locate_options, override
+from prunekit.recipe.plan import make_plan
+from prunekit.recipe.stages import Stage
 from prunekit.report import Tell
 from prunekit.store.checkpoint import load_weights, read_weights, write_model
 from prunekit.store.files import make_folder, write_text
@@ -33,17 +33,35 @@ from prunekit.store.stages import StageFolder, StageResult
 
 Tensors = dict[str, Tensor]
 
+RECIPE_START = f"""\
+# Imported from {{file}} ({{source.kind}}).
+# To finetune it, write a recipe that extends this one:
+#
+#   extends = "{{out}}/{RECIPE}"
+#   objective = "trades"
+{{threat}}#   [[stage]]
+#   kind = "finetune"
+#   epochs = 100
+
+"""
+"""The first lines of the recipe of an imported network."""
+THREAT_LINES = '#   [threat]\n#   eps = "8/255"\n'
+
 
 @dataclass(frozen=True)
 class Source:
-    """A file of somebody else's, and what it does not say itself."""
+    """A file of another program, and what it does not say itself."""
 
     path: Path
     kind: str
     """"hydra", "harp", "torch-prune" or "dense"."""
     sparsity: float | None = None
     alpha: float = 0.1
-    """HARP: no layer keeps less than alpha times the keep ratio."""
+    """HARP: every layer keeps at least alpha times the keep ratio."""
+
+    def error(self, message: str) -> UserError:
+        """An error whose message starts with the name of the file."""
+        return UserError(f"{relative(self.path)} {message}")
 
 
 def count_imported(n: int, keep_ratio: float) -> int:
@@ -56,7 +74,7 @@ def count_imported(n: int, keep_ratio: float) -> int:
 
 
 def find_keep_ratio(sparsity: float) -> float:
-    """The keep ratio as HYDRA's user wrote it: 0.1 for 0.9, where 1 - 0.9 is a little less.
+    """The keep ratio that a user of HYDRA wrote: 0.1 for 0.9, where 1 - 0.9 is a little less.
 
     >>> find_keep_ratio(0.9), find_keep_ratio(0.95)
     (0.1, 0.05)
@@ -71,16 +89,21 @@ def import_model(
     out: Path,
     tell: Tell,
 ) -> RunFolder:
-    """Make a run directory of the file; `sections` are those of the recipe that it gets, and
-    what somebody who judges the network has to know is told.
+    """Make a run folder of a file. `sections` are those of the recipe that the folder gets.
 
-    Raises `UserError` where the file holds more than tensors or does not fit the network.
+    Doubts about the network are told and recorded. Raises `UserError` if the file holds more than
+    tensors or does not fit the network.
     """
     if source.kind in ("hydra", "harp") and source.sparsity is None:
         raise UserError(f"a {source.kind} file does not say its keep ratio; give --sparsity 0.9")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{relative(out)} is there already; choose another folder with --out")
-    recipe = Recipe(out / RECIPE, dict(sections), _places(sections))
+        raise UserError(f"{relative(out)} exists already; choose another folder with --out")
+    options = {
+        ("dataset", "use"): ("--dataset", sections["dataset"]["use"]),
+        ("architecture", "use"): ("--model", sections["architecture"]["use"]),
+        ("threat", "eps"): ("--eps", sections.get("threat", {}).get("eps")),
+    }
+    recipe = Recipe(out / RECIPE, dict(sections), locate_options(options))
     override(recipe, settings)
     plan = make_plan(recipe, load_registry())
     (run,) = plan.runs
@@ -91,122 +114,107 @@ def import_model(
     load_weights(model, weights, source.path)
     apply_masks(model, masks)
     if broken := find_broken(model):
-        raise UserError(f"{relative(source.path)}: {broken} holds values that are no numbers")
-    state = State(model, masks)
-    counts = describe_counts(state)
-    sparsity = 1 - counts["kept"] / counts["weights"]
-    about = {
-        "kind": "import", "format": source.kind, "file": source.path.name,
-        "sha256": hash_file(source.path), "sparsity": source.sparsity,
-    }  # fmt: skip
-    header = {"stage": about, "sparsity": sparsity, "smoke": False}
-    existed = out.exists()
+        raise source.error(f"holds NaN or infinity in {broken}")
+    digest = hash_file(source.path)
+    counts = describe_counts(State(model, masks))
+    metrics = {
+        "sparsity": 1 - counts["kept"] / counts["weights"],
+        "masks": hash_masks(masks),
+        "counts": counts,
+    }
+    header = {
+        **describe_model(run, shape, classes),
+        "stage": {
+            "kind": "import",
+            "format": source.kind,
+            "file": source.path.name,
+            "sha256": digest,
+            "sparsity": source.sparsity,
+        },
+        "sparsity": metrics["sparsity"],
+        "smoke": False,
+    }
+    doubts = list(_find_doubts(source, model, masks))
+    for doubt in doubts:
+        tell(f"{relative(source.path)}: {doubt}")
+    notes = [f"{source.kind} file {source.path.name}, SHA-256 {digest}", *doubts]
     make_folder(out)
     try:
-        write_model(out / MODEL, model, masks, {**describe_model(run, shape, classes), **header})
+        write_model(out / MODEL, model, masks, header)
         folder = RunFolder(out, plan, run)
         folder.start("cpu")
         stage = Stage("import", "import", 0, NoOptions())
-        metrics = {"sparsity": sparsity, "masks": hash_masks(masks), "counts": counts}
-        notes = [f"{source.kind} file {source.path.name}, SHA-256 {about['sha256']}"]
-        for doubt in _find_doubts(source, model, masks):
-            tell(f"{relative(source.path)}: {doubt}")
-            notes.append(doubt)
         folder.add(stage, "", StageResult(metrics, notes=notes), StageFolder(out), False)
-        write_text(out / RECIPE, _write_recipe(plan.describe(run), source, out))
+        document = plan.describe(run)
+        document["architecture"]["init"] = MODEL
+        threat = "" if run.threat else THREAT_LINES
+        start = RECIPE_START.format(source=source, file=source.path.name, out=out, threat=threat)
+        write_text(out / RECIPE, start + tomli_w.dumps(document))
         folder.close("done")
     except BaseException:
-        if not existed:
-            shutil.rmtree(out, ignore_errors=True)
+        shutil.rmtree(out, ignore_errors=True)
         raise
     return folder
 
 
-def _places(sections: Mapping[str, Any]) -> dict[KeyPath, Place]:
-    """Where mistakes are: in the options of the command line."""
-    flags = {
-        "--dataset": ("dataset", "use"), "--model": ("architecture", "use"),
-        "--eps": ("threat", "eps"),
-    }  # fmt: skip
-    return {
-        (section, key): Place(f"{flag} {sections[section][key]}")
-        for flag, (section, key) in flags.items()
-        if key in sections.get(section, {})
-    }
-
-
-def _find_doubts(source: Source, model: nn.Module, masks: Masks) -> list[str]:
-    """What somebody who judges the network has to know."""
-    doubts = [f"nothing is left of {name}" for name, mask in masks.items() if not mask.any()]
+def _find_doubts(source: Source, model: nn.Module, masks: Masks) -> Iterator[str]:
+    """What someone who judges the network has to know."""
+    for name, mask in masks.items():
+        if not mask.any():
+            yield f"no weight of {name} is kept"
     if source.kind == "harp" and (dense := find_prunable(model).keys() - masks.keys()):
-        doubts.append(f"without popup_scores, so left dense: {', '.join(sorted(dense))}")
-    return doubts
-
-
-def _write_recipe(document: dict[str, Any], source: Source, out: Path) -> str:
-    """What evaluates the network; its first lines say how to go on."""
-    architecture = {**document["architecture"], "init": MODEL}
-    lines = [
-        f"# Imported from {source.path.name} ({source.kind}).",
-        "# To finetune it, write a recipe that extends this one:",
-        "#",
-        f'#   extends = "{out}/{RECIPE}"',
-        '#   objective = "trades"',
-        *([] if "threat" in document else ["#   [threat]", '#   eps = "8/255"']),
-        "#   [[stage]]",
-        '#   kind = "finetune"',
-        "#   epochs = 100",
-        "",
-    ]
-    return "\n".join(lines) + "\n" + tomli_w.dumps({**document, "architecture": architecture})
+        yield f"without popup_scores, so left dense: {', '.join(sorted(dense))}"
 
 
 def read_source(source: Source, model: nn.Module) -> tuple[Tensors, Masks]:
-    """(plain weights, masks) of a file, keyed as the network is."""
+    """(plain weights, masks) of a file, with the names and shapes that they have in the network.
+
+    Raises `UserError` if the file is not of its kind.
+    """
     state = read_weights(source.path)
-    own = model.state_dict()
-    if not any(name.startswith("sub_block1.") for name in own):
+    if not any(name.startswith("sub_block1.") for name in model.state_dict()):
         # A block of HYDRA's wide ResNets that their forward pass never uses.
         state = {n: v for n, v in state.items() if not n.startswith("sub_block1.")}
     if source.kind == "torch-prune":
         return _read_torch_prune(state, source)
+    prunable = find_prunable(model)
     if source.kind == "dense":
-        masks = {n: state[n] != 0 for n in find_prunable(model) if n in state}
+        masks = {n: state[n] != 0 for n in prunable if n in state}
         return state, {n: mask for n, mask in masks.items() if not mask.all()}
     weights, masks = _read_scored(state, source)
-    if source.kind == "hydra" and (dense := find_prunable(model).keys() - masks.keys()):
-        # A network with another layer type is caught by its keys.
-        lacking = ", ".join(sorted(name.rpartition(".")[0] for name in dense & weights.keys())[:8])
-        if lacking:
-            raise UserError(f"{relative(source.path)} lacks the popup_scores of {lacking}")
+    # Names that the file does not have at all are missing weights, which loading reports.
+    unscored = sorted(prunable.keys() & weights.keys() - masks.keys())
+    if source.kind == "hydra" and unscored:
+        layers = ", ".join(name.rpartition(".")[0] for name in unscored[:8])
+        raise source.error(f"lacks the popup_scores of {layers}")
     return weights, masks
 
 
 def _read_scored(state: Tensors, source: Source) -> tuple[Tensors, Masks]:
-    """HYDRA and HARP: `popup_scores` beside `weight`, the largest by size are kept."""
+    """HYDRA and HARP: `popup_scores` beside each `weight`; those of largest magnitude are kept."""
     assert source.sparsity is not None
     keep_ratio = find_keep_ratio(source.sparsity)
     scores, state = _split(state, ".popup_scores")
     if not scores:
-        raise UserError(
-            f"{relative(source.path)} holds no popup_scores; for plain weights with zeros in "
-            "them: prunekit import dense"
+        raise source.error(
+            "holds no popup_scores; import plain weights, zero where they are removed, with: "
+            "prunekit import dense"
         )
     rates: Tensors = {}
     if source.kind == "harp":
         rates, state = _split(state, ".k_score")
         if missing := scores.keys() - rates.keys():
-            raise UserError(f"{relative(source.path)} lacks {min(missing)}.k_score of a harp file")
+            raise source.error(f"lacks {min(missing)}.k_score of a harp file")
     masks = {}
     for layer, score in scores.items():
         name = f"{layer}.weight"
         if name not in state or state[name].shape != score.shape:
-            raise UserError(
-                f"{relative(source.path)}: {layer}.popup_scores {tuple(score.shape)} belongs to no "
-                "weight of that shape (whole channels of HARP are not read)"
+            raise source.error(
+                f"has {layer}.popup_scores {tuple(score.shape)} that fit no weight of that shape "
+                "(HARP's pruning of whole channels is not supported)"
             )
         if score.isnan().any():
-            raise UserError(f"{relative(source.path)}: {layer}.popup_scores holds NaN")
+            raise source.error(f"holds NaN in {layer}.popup_scores")
         kept = count_imported(score.numel(), keep_ratio)
         if rates:
             kept = _count_harp(score.numel(), rates[layer], keep_ratio * source.alpha)
@@ -217,9 +225,9 @@ def _read_scored(state: Tensors, source: Source) -> tuple[Tensors, Masks]:
 
 
 def _count_harp(n: int, rate: Tensor, least: float) -> int:
-    """A layer's own keep ratio is sigmoid(rate), moved to [least, 1]; in the file's precision."""
+    """A layer's own keep ratio is sigmoid(rate), mapped to [least, 1], in the file's precision."""
     if rate.numel() != 1 or not rate.isfinite().all():
-        raise UserError("a k_score of the harp file is no finite number")
+        raise UserError("a k_score of the harp file is not a finite number")
     kept = torch.sigmoid(rate.reshape(())) * (1 - least) + least
     return n - int((1 - kept) * n)
 
@@ -228,26 +236,22 @@ def _read_torch_prune(state: Tensors, source: Source) -> tuple[Tensors, Masks]:
     """torch.nn.utils.prune: `NAME_orig` and `NAME_mask` for a pruned parameter NAME."""
     originals, state = _split(state, "_orig")
     found, state = _split(state, "_mask")
-    if not originals or originals.keys() != found.keys():
-        odd = sorted(originals.keys() ^ found.keys())
-        raise UserError(
-            f"{relative(source.path)} is no file of torch.nn.utils.prune: "
-            + (f"_orig and _mask do not go together for {', '.join(odd[:8])}" if odd else
-               "it holds no weight_orig; for plain weights: prunekit import dense")
-        )  # fmt: skip
+    if not originals and not found:
+        raise source.error("holds no weight_orig; import plain weights with: prunekit import dense")
+    if single := sorted(originals.keys() ^ found.keys()):
+        raise source.error(f"does not hold both _orig and _mask of {', '.join(single[:8])}")
     for name, mask in found.items():
         if not ((mask == 0) | (mask == 1)).all():
-            raise UserError(
-                f"{relative(source.path)}: {name}_mask holds values other than 0 and 1, which "
-                "scale weights; multiply them in, and import the zeros: prunekit import dense"
+            raise source.error(
+                f"holds values other than 0 and 1 in {name}_mask; multiply the weights by the "
+                "mask, and import them with: prunekit import dense"
             )
-    masks = {name: mask != 0 for name, mask in found.items()}
-    if wrong := [n for n, mask in masks.items() if mask.shape != originals[n].shape]:
-        raise UserError(f"{relative(source.path)}: the mask of {wrong[0]} has another shape")
-    return {**state, **originals}, masks
+        if mask.shape != originals[name].shape:
+            raise source.error(f"holds a {name}_mask whose shape is not that of {name}_orig")
+    return {**state, **originals}, {name: mask != 0 for name, mask in found.items()}
 
 
 def _split(state: Tensors, ending: str) -> tuple[Tensors, Tensors]:
-    """(entries with this ending, without it in their names; the others)."""
+    """(entries whose names have this ending, without it; the other entries)."""
     found = {n.removesuffix(ending): v for n, v in state.items() if n.endswith(ending)}
     return found, {n: v for n, v in state.items() if not n.endswith(ending)}

@@ -1,4 +1,4 @@
-"""A stored network: what is known of it, and the module with its masks."""
+"""Stored networks, loaded."""
 
 from __future__ import annotations
 
@@ -18,40 +18,36 @@ from prunekit.recipe.sections import ArchitectureOptions
 from prunekit.store.checkpoint import read_model
 from prunekit.store.networks import Network
 
-CORE = [field.name for field in dataclasses.fields(ArchitectureOptions)]
-"""Keys of [architecture] that are not the component's."""
-
 
 def load_network(network: Network, given: nn.Module | None = None) -> tuple[Any, Masks]:
-    """Build the network anew, or copy the one that is given, and load the stored weights into it.
+    """(network, masks) with the stored weights, on the CPU and in evaluation mode.
 
-    It is on the CPU, in evaluation mode. Raises `UserError` where the file does not say what it is,
-    or does not fit.
+    It is built anew, or copied from the one that is given. Raises `UserError` if the file does not
+    say its architecture, or does not fit it.
     """
-    model = _build(network) if given is None else copy.deepcopy(given).cpu()
+    if given is None:
+        use, header = find_architecture(network), network.header
+        seed, shape = header.get("seed", 0), tuple(header["shape"])
+        seeds.seed_all(seed, "architecture")
+        folder, classes = network.file.parent, header["classes"]
+        model: Any = use.build(
+            Context(seed=seed, folder=folder, shape=shape, classes=classes, fresh=False)
+        )
+    else:
+        model = copy.deepcopy(given).cpu()
     masks = read_model(network.file, model)
     return model.eval(), masks
 
 
 def find_architecture(network: Network) -> Use[nn.Module]:
-    """The architecture that a model file or its run names. Raises `UserError` where none does."""
+    """The architecture that a model file or its run names. Raises `UserError` if there is none."""
     where = relative(network.file)
     if "architecture" not in network.sections:
         raise UserError(f"{where} does not say its architecture; prunekit did not write it")
     resolver = Resolver(load_registry(), network.file.parent, lambda path: Place(where))
+    core = [field.name for field in dataclasses.fields(ArchitectureOptions)]
     table = network.sections["architecture"]
-    use = resolver.use("architecture", table, ("architecture",), CORE)
+    use = resolver.use("architecture", table, ("architecture",), core)
     if use is None:
         raise RecipeError(resolver.problems)
     return use
-
-
-def _build(network: Network) -> nn.Module:
-    use, header = find_architecture(network), network.header
-    seed = header.get("seed", 0)
-    seeds.seed_all(seed, "architecture")
-    context = Context(
-        seed=seed, folder=network.file.parent, shape=tuple(header["shape"]),
-        classes=header["classes"], fresh=False,
-    )  # fmt: skip
-    return use.build(context)

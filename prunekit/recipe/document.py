@@ -1,4 +1,4 @@
-"""TOML -> Recipe: tables merged over `extends`, every value with the place that says it."""
+"""TOML -> Recipe: `extends` and settings applied, and the place of every value known."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SECTIONS = ("dataset", "architecture", "threat", "objective")
 
 @dataclass(frozen=True)
 class Setting:
-    """A value for what an address names: of `--set`, of [set], or one of a sweep's."""
+    """A value for an address such as "prune.sparsity", from `--set`, [set] or a sweep."""
 
     address: str
     value: Any
@@ -31,16 +31,16 @@ class Setting:
 
 @dataclass
 class Recipe:
-    """A recipe as it was written: `data` is plain TOML data, `places` say where it stands."""
+    """A recipe as written: `data` is plain TOML data, `places` says where each part stands."""
 
     path: Path
     data: dict[str, Any]
     places: dict[KeyPath, Place] = field(default_factory=dict)
     overrides: list[Setting] = field(default_factory=list)
-    """What `--set` said: it is in `data` already, and stays so whatever a sweep replaces."""
+    """The settings of `--set`. They are in `data` already, and also override a sweep."""
 
     def locate(self, path: KeyPath) -> Place:
-        """Where the value, or what it is part of, was written."""
+        """Where a value was written, or else the innermost table that it belongs to."""
         while path and path not in self.places:
             path = path[:-1]
         return self.places[path] if path else Place(relative(self.path), 1)
@@ -51,9 +51,9 @@ class Recipe:
             yield Setting(".".join(map(str, inner[len(path) :])), value, self.locate(inner))
 
     def assign(self, setting: Setting) -> list[Problem]:
-        """Set what the address names; tells where there is no such thing.
+        """Set the value at an address. Returns a problem if the address names nothing.
 
-        Replacing a component drops the options of the old one.
+        A new component does not keep the options of the one it replaces.
         """
         path = resolve_address(self.data, setting.address)
         if isinstance(path, str):
@@ -64,45 +64,62 @@ class Recipe:
                 if key not in here:
                     here[key] = {}
                     self.places[path[:depth]] = setting.place
-                elif isinstance(here[key], str):
-                    here[key] = {"use": here[key]}
+                _name_component(here, key)
             here = here[key]
-            # The only list that an address leads into is that of the stages.
+            # The only list that an address leads into is the list of stages.
             if not isinstance(here, dict) and path[:depth] != ("stage",):
-                what = "a list; set all of it" if isinstance(here, list) else "no table"
+                what = "a list; set the whole list" if isinstance(here, list) else "not a table"
                 return [Problem(setting.place, f"{setting.address!r}: {key!r} is {what}")]
-        key = path[-1]
-        here[key] = _replace(here.get(key), copy.deepcopy(setting.value), path)
-        self._forget(path)
-        self.places[path] = setting.place
+        self.replace(here, path, copy.deepcopy(setting.value), {path: setting.place})
         return []
 
+    def replace(
+        self, table: dict[Any, Any], path: KeyPath, value: Any, places: Mapping[KeyPath, Place]
+    ) -> None:
+        """Set the last key of `path`, in its `table`; `places` are those of the new value.
+
+        A new data set keeps the core's keys, such as the batch size, from the one before.
+        """
+        old, kept = table.get(path[-1]), []
+        if path == ("dataset",) and isinstance(old, dict) and isinstance(value, dict | str):
+            value = {"use": value} if isinstance(value, str) else value
+            kept = [key for key in old if key in DATA_KEYS and key not in value]
+            value = {**{key: old[key] for key in kept}, **value}
+        table[path[-1]] = value
+        for known in list(self.places):
+            if _is_below(known, path) and not any(_is_below(known, (*path, k)) for k in kept):
+                del self.places[known]
+        self.places |= places
+
     def drop_from_sweep(self, address: str) -> None:
-        """Take an address out of the sweep: `--set` has decided it."""
+        """Remove an address from the sweep, because `--set` has decided its value."""
         sweep = self.data.get("sweep")
         if not isinstance(sweep, dict):
             return
         target = resolve_address(self.data, address)
-        cases = sweep.get("case")
-        cases = [c for c in cases if isinstance(c, dict)] if isinstance(cases, list) else []
+        listed = sweep.get("case")
+        cases = [c for c in listed if isinstance(c, dict)] if isinstance(listed, list) else []
         for table in (sweep, *cases):
-            for inner, _ in flatten(table):
-                if resolve_address(self.data, ".".join(map(str, inner))) == target:
-                    _delete(table, inner)
-        if cases and not any(map(flatten, cases)):
+            self._drop(table, target)
+        if cases and not any(cases):
             del sweep["case"]
-        if not flatten(sweep):
+        if not sweep:
             del self.data["sweep"]
 
-    def _forget(self, path: KeyPath) -> None:
-        for known in [p for p in self.places if p[: len(path)] == path and not _keeps(path, p)]:
-            del self.places[known]
+    def _drop(self, table: dict[str, Any], target: KeyPath | str, prefix: str = "") -> None:
+        for key, value in list(table.items()):
+            if isinstance(value, dict) and "use" not in value:
+                self._drop(value, target, f"{prefix}{key}.")
+                if not value:
+                    del table[key]
+            elif resolve_address(self.data, f"{prefix}{key}") == target:
+                del table[key]
 
 
 def load_recipe(path: Path, settings: Sequence[str] = ()) -> Recipe:
     """Read a recipe, what it extends, and the `--set` settings ("address=value", value in TOML).
 
-    Raises `RecipeError` where a file is missing or is not TOML, or a setting names nothing.
+    Raises `UserError` if a file is missing or not TOML, or if a setting names nothing.
     """
     recipe = _read(path, ())
     override(recipe, settings)
@@ -110,25 +127,24 @@ def load_recipe(path: Path, settings: Sequence[str] = ()) -> Recipe:
 
 
 def override(recipe: Recipe, settings: Sequence[str]) -> None:
-    """Apply `--set` settings. Raises `RecipeError` where one names nothing."""
-    problems, found = [], []
+    """Apply `--set` settings. Raises `RecipeError` if one names nothing."""
+    chosen = []
     for text in settings:
         address, equals, value = text.partition("=")
-        setting = Setting(address.strip(), parse_value(value), Place(f"--set {text}"))
+        place = Place(f"--set {text}")
         if not equals:
             message = "write ADDRESS=VALUE, such as prune.sparsity=0.95"
-            problems.append(Problem(setting.place, message))
-            continue
-        found.append(setting)
-    apply(recipe, found, problems)
+            raise RecipeError([Problem(place, message)])
+        chosen.append(Setting(address.strip(), parse_value(value), place))
+    apply(recipe, chosen)
 
 
-def apply(recipe: Recipe, settings: Iterable[Setting], problems: Sequence[Problem] = ()) -> None:
-    """Put settings over what the recipe and its sweep say.
+def apply(recipe: Recipe, settings: Iterable[Setting]) -> None:
+    """Set values that override the recipe and its sweep.
 
-    Raises `RecipeError` where one names nothing, and where there were `problems` before.
+    Raises `RecipeError` with all settings that name nothing.
     """
-    problems = list(problems)
+    problems = []
     for setting in settings:
         wrong = recipe.assign(setting)
         problems += wrong
@@ -139,17 +155,22 @@ def apply(recipe: Recipe, settings: Iterable[Setting], problems: Sequence[Proble
         raise RecipeError(problems)
 
 
+def locate_options(options: Mapping[Any, tuple[str, Any]]) -> dict[KeyPath, Place]:
+    """The places of values that a command's options gave: key path -> (option, value or None)."""
+    given = {path: pair for path, pair in options.items() if pair[1] is not None}
+    return {path: Place(f"{option} {value}") for path, (option, value) in given.items()}
+
+
 def parse_value(text: str) -> Any:
+    """A value in TOML; a word without quotes is a string, as in `--set prune.pruner=lwm`."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
-        # A bare word is a text: --set prune.pruner=lwm needs no quotes within quotes.
         return text.strip()
 
 
 def _read(path: Path, above: tuple[Path, ...]) -> Recipe:
-    file = relative(path)
-    path = path.resolve()
+    file, path = relative(path), path.resolve()
     if path in above:
         chain = " -> ".join(relative(p) for p in (*above, path))
         raise RecipeError([Problem(Place(file), f"extends itself: {chain}")])
@@ -163,7 +184,10 @@ def _read(path: Path, above: tuple[Path, ...]) -> Recipe:
         below = path.parent / base
         if not below.is_file():
             raise RecipeError([Problem(place, f"there is no recipe {relative(below)}")])
-        recipe = _merge(_read(below, (*above, path)), recipe)
+        extended = _read(below, (*above, path))
+        extended.path = path
+        _merge(extended, extended.data, recipe, data)
+        recipe = extended
     settings = recipe.data.pop("set", {})
     if not isinstance(settings, dict):
         message = 'write [set] with addresses, such as "prune.sparsity" = 0.95'
@@ -174,48 +198,31 @@ def _read(path: Path, above: tuple[Path, ...]) -> Recipe:
     return recipe
 
 
-def _merge(base: Recipe, top: Recipe) -> Recipe:
-    """`top` over `base`: tables key by key, everything else as a whole."""
-    merged = Recipe(top.path, base.data, base.places)
-
-    def put(into: dict[str, Any], table: Mapping[str, Any], path: KeyPath) -> None:
-        for key, value in table.items():
-            here = (*path, key)
-            if isinstance(value, dict) and isinstance(into.get(key), str):
-                into[key] = {"use": into[key]}
+def _merge(
+    base: Recipe, into: dict[str, Any], top: Recipe, table: dict[str, Any], path: KeyPath = ()
+) -> None:
+    """Put `table` of `top` over `into` of `base`: tables key by key, other values as a whole."""
+    for key, value in table.items():
+        here = (*path, key)
+        if isinstance(value, dict):
+            _name_component(into, key)
             old = into.get(key)
-            if (
-                isinstance(value, dict)
-                and isinstance(old, dict)
-                and value.get("use", old.get("use")) == old.get("use")
-            ):
-                put(old, value, here)
-                merged.places[here] = top.places[here]
+            if isinstance(old, dict) and value.get("use", old.get("use")) == old.get("use"):
+                _merge(base, old, top, value, here)
+                base.places[here] = top.places[here]
                 continue
-            into[key] = _replace(old, value, here)
-            merged._forget(here)
-            merged.places |= {p: at for p, at in top.places.items() if p[: len(here)] == here}
-
-    put(merged.data, top.data, ())
-    return merged
+        places = {known: place for known, place in top.places.items() if _is_below(known, here)}
+        base.replace(into, here, value, places)
 
 
-def _keeps(section: KeyPath, path: KeyPath) -> bool:
-    return section == ("dataset",) and len(path) > 1 and path[1] in DATA_KEYS
+def _name_component(table: dict[Any, Any], key: Any) -> None:
+    """Write a component that is a bare name as a table, so that it can take options."""
+    if isinstance(table.get(key), str):
+        table[key] = {"use": table[key]}
 
 
-def _replace(old: Any, new: Any, path: KeyPath) -> Any:
-    """The new value; a new data set keeps the old one's batch size and the like."""
-    if path != ("dataset",) or not isinstance(old, dict) or not isinstance(new, dict | str):
-        return new
-    table = {"use": new} if isinstance(new, str) else new
-    return {**{k: v for k, v in old.items() if k in DATA_KEYS}, **table}
-
-
-def _delete(table: dict[str, Any], path: KeyPath) -> None:
-    for key in path[:-1]:
-        table = table[key]  # type: ignore[index]
-    del table[path[-1]]  # type: ignore[arg-type]
+def _is_below(path: KeyPath, table: KeyPath) -> bool:
+    return path[: len(table)] == table
 
 
 def flatten(table: Mapping[str, Any], path: KeyPath = ()) -> list[tuple[KeyPath, Any]]:
@@ -230,26 +237,24 @@ def flatten(table: Mapping[str, Any], path: KeyPath = ()) -> list[tuple[KeyPath,
 
 
 def resolve_address(data: Mapping[str, Any], address: str) -> KeyPath | str:
-    """The key path of a sweep's address, or a message: "prune.sparsity", "objective.beta", "seed".
+    """The key path of an address such as "prune.sparsity" or "seed", or a message if there is none.
 
-    The first word is a stage's name, its kind where only one stage has it, or a section.
+    The first word is a section, the name of a stage, or its kind if only one stage has that.
     """
     first, *rest = address.removesuffix(".use").split(".")
     listed = data.get("stage")
-    stages = [
-        s if isinstance(s, dict) else {} for s in (listed if isinstance(listed, list) else [])
-    ]
+    stages = [s if isinstance(s, dict) else {} for s in listed] if isinstance(listed, list) else []
     names = [s.get("name", s.get("kind")) for s in stages]
+    kinds = [s.get("kind") for s in stages]
     if first in names and rest:
         if names.count(first) > 1:
             return f"{address!r}: {names.count(first)} stages are called {first!r}; give them names"
         return ("stage", names.index(first), *rest)
-    kinds = [s.get("kind") for s in stages]
     if rest and kinds.count(first) == 1:
         return ("stage", kinds.index(first), *rest)
     if first in (*SECTIONS, "seed", "name", "report"):
         return (first, *rest)
     if first in names:
-        return f"{address!r} names a stage; say which option, such as {first}.epochs"
+        return f"{address!r} is a stage; name one of its options, such as {first}.epochs"
     words = {*SECTIONS, "seed", *(str(name) for name in names if name)}
     return f"{address!r} names no stage and no section; {suggest(first, words)}"

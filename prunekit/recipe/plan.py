@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,17 @@ from typing import Any
 from prunekit.catalog.component import Use
 from prunekit.catalog.registry import Registry
 from prunekit.contracts import Architecture, Data, Threat
-from prunekit.errors import Problem, RecipeError
-from prunekit.recipe.document import FORMAT, Recipe
-from prunekit.recipe.resolver import Resolver, describe, key_of
+from prunekit.errors import RecipeError
+from prunekit.recipe.document import FORMAT, SECTIONS, Recipe
+from prunekit.recipe.resolver import THREAT_EXAMPLE, Resolver, describe
 from prunekit.recipe.sections import ArchitectureOptions, DataOptions, ThreatOptions
 from prunekit.recipe.stages import Stage, resolve_stages, uses_in
 from prunekit.recipe.sweep import label, unroll
-from prunekit.recipe.values import KeyPath, suggest
+from prunekit.recipe.values import suggest
 from prunekit.report import Reporter
+
+TOP_KEYS = ("format", "name", "seed", *SECTIONS, "stage", "sweep", "report")
+"""Keys at the top of a recipe, once `extends` and [set] are applied."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class Run:
     label: str
     settings: Mapping[str, Any]
     folder: Path
-    """Of the recipe: where its relative paths start."""
+    """Folder of the recipe, where its relative paths start."""
     seed: int
     dataset: Use[Data]
     data: DataOptions
@@ -39,47 +42,42 @@ class Run:
     stages: tuple[Stage, ...]
 
     def uses(self) -> list[Use[Any]]:
-        """All components it names, at any depth."""
-        return list(
-            uses_in((self.dataset, self.data, self.architecture, [s.options for s in self.stages]))
-        )
+        """All components that the run names, at any depth."""
+        options = tuple(stage.options for stage in self.stages)
+        return list(uses_in((self.dataset, self.data, self.architecture, options)))
 
     def describe(self) -> dict[str, Any]:
-        """The run as a recipe: defaults written out, sweep and overrides taken in."""
-        threat = {"norm": self.threat.norm, "eps": self.threat.eps} if self.threat else None
-        sections = {
+        """The run as a recipe: defaults written out, sweep and overrides applied."""
+        start = describe(ArchitectureOptions(init=self.init))
+        return {
+            "seed": self.seed,
             "dataset": {**describe(self.dataset), **describe(self.data)},
-            "architecture": {
-                **describe(self.architecture),
-                **({"init": str(self.init)} if self.init else {}),
-            },
-            **({"threat": threat} if threat else {}),
+            "architecture": {**describe(self.architecture), **start},
+            **({"threat": describe(self.threat)} if self.threat else {}),
             "stage": [stage.describe() for stage in self.stages],
         }
-        return {"seed": self.seed, **sections}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All that is to be done.
-
-    `document` is the recipe with overrides and `extends` taken in, a sweep left as it is.
-    """
+    """All runs of a recipe, resolved."""
 
     name: str
     path: Path
     runs: tuple[Run, ...]
     reporters: tuple[Use[Reporter], ...]
     document: Mapping[str, Any]
+    """The recipe with overrides and `extends` applied, its sweep kept."""
     notes: tuple[str, ...] = ()
     smoke: bool = False
 
     @property
     def swept(self) -> bool:
+        """Whether the recipe has a sweep, so that each run gets a folder of its own."""
         return "sweep" in self.document
 
     def describe(self, run: Run) -> dict[str, Any]:
-        """The complete recipe of one run: it resolves to just that run."""
+        """The complete recipe of one run; it resolves to this run alone."""
         report = [describe(use) for use in self.reporters]
         return {"format": FORMAT, "name": self.name, **run.describe(), "report": report}
 
@@ -89,87 +87,52 @@ def make_plan(recipe: Recipe, registry: Registry) -> Plan:
 
     Raises `RecipeError` with every problem that was found.
     """
-    problems = _check_top(recipe)
+    top = Resolver(registry, recipe.path.parent, recipe.locate)
+    _check_top(recipe, top)
+    reporters = _resolve_reporters(recipe, top)
+    combinations = list(unroll(recipe, top.problems))
+    labels = label([settings for settings, _ in combinations])
+    runs: list[Run] = []
     notes: list[str] = []
-    combinations = list(unroll(recipe, problems))
-    runs, labels = [], label([settings for settings, _ in combinations])
     for name, (settings, variant) in zip(labels, combinations, strict=True):
-        resolver = Resolver(registry, recipe.path.parent, variant.locate)
-        run = _resolve_run(variant, resolver, name, settings, notes)
-        problems += resolver.problems
-        if run is not None:
-            runs.append(run)
-    resolver = Resolver(registry, recipe.path.parent, recipe.locate)
-    reporters = _resolve_reporters(recipe, resolver)
-    problems += resolver.problems
-    if problems:
-        raise RecipeError(problems)
+        resolver = dataclasses.replace(top, locate=variant.locate)  # with the same problems
+        runs += _resolve_run(variant, resolver, name, settings, notes)
+    if top.problems:
+        raise RecipeError(top.problems)
     name = recipe.data.get("name", recipe.path.stem.lstrip(". "))
-    document = _with_whole_paths({"format": FORMAT, "name": name, **recipe.data}, runs)
+    document = {"format": FORMAT, "name": name, **recipe.data}
+    document = {key: _with_whole_paths(document[key], top.files) for key in document}
     return Plan(name, recipe.path, tuple(runs), reporters, document, tuple(dict.fromkeys(notes)))
 
 
-def _with_whole_paths(document: dict[str, Any], runs: list[Run]) -> dict[str, Any]:
-    """Relative paths made absolute, so that the recipe may be written to another folder."""
-    known: dict[str, set[Path]] = {}
-
-    def collect(key: str, value: Any) -> None:
-        if isinstance(value, Use):
-            value = value.options
-        if isinstance(value, Path):
-            known.setdefault(key, set()).add(value)
-        elif dataclasses.is_dataclass(value):
-            for f in dataclasses.fields(value):
-                collect(key_of(f.name), getattr(value, f.name))
-        elif isinstance(value, tuple):
-            for item in value:
-                collect(key, item)
-
-    def replace(key: str, value: Any) -> Any:
-        if isinstance(value, dict):
-            return {k: replace(k.rpartition(".")[2], v) for k, v in value.items()}
-        if isinstance(value, list):
-            return [replace(key, item) for item in value]
-        written = Path(value).parts if isinstance(value, str) and key in known else ()
-        whole = [p for p in known.get(key, ()) if written and p.parts[-len(written) :] == written]
-        return str(whole[0]) if len(whole) == 1 else value
-
-    for run in runs:
-        collect("", (run.dataset, run.architecture, *(stage.options for stage in run.stages)))
-        collect("init", run.init)
-        collect("", run.data)
-    return {key: replace(key, value) for key, value in document.items()}
+def _with_whole_paths(value: Any, files: Mapping[tuple[str, str], str], key: str = "") -> Any:
+    """Relative paths made absolute, so that the recipe can be written to another folder."""
+    if isinstance(value, dict):
+        return {k: _with_whole_paths(v, files, k.rpartition(".")[2]) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_with_whole_paths(item, files, key) for item in value]
+    return files.get((key, value), value)
 
 
-TOP_KEYS = (
-    "format", "name", "seed", "dataset", "architecture", "threat", "objective", "stage", "sweep",
-    "report",
-)  # fmt: skip
-
-
-def _check_top(recipe: Recipe) -> list[Problem]:
-    problems = []
-
-    def problem(path: KeyPath, message: str) -> None:
-        problems.append(Problem(recipe.locate(path), message))
-
+def _check_top(recipe: Recipe, resolver: Resolver) -> None:
     for key in recipe.data:
         if key not in TOP_KEYS:
-            problem((key,), f"unknown key {key!r}; {suggest(key, (*TOP_KEYS, 'extends', 'set'))}")
+            advice = suggest(key, (*TOP_KEYS, "extends", "set"))
+            resolver.problem((key,), f"unknown key {key!r}; {advice}")
     version = recipe.data.get("format", FORMAT)
     if version != FORMAT:
-        problem(("format",), f"format {version!r} is not known to this prunekit; write {FORMAT}")
+        message = f"this prunekit does not read format {version!r}; write {FORMAT}"
+        resolver.problem(("format",), message)
     name = recipe.data.get("name", "run")
-    # It is the name of a folder.
     if not isinstance(name, str) or not re.fullmatch(r"[^./\\\s][^/\\\x00-\x1f]*", name):
-        problem(("name",), f"name is that of a folder: a word without '/', got {name!r}")
-    return problems
+        message = f"name becomes the name of a folder: write a word without '/', got {name!r}"
+        resolver.problem(("name",), message)
 
 
 def _resolve_reporters(recipe: Recipe, resolver: Resolver) -> tuple[Use[Reporter], ...]:
     named = recipe.data.get("report", ["console", "jsonl"])
     if not isinstance(named, list):
-        resolver.problem(("report",), 'report is a list, such as ["console", "jsonl"]')
+        resolver.problem(("report",), 'report must be a list, such as ["console", "jsonl"]')
         return ()
     uses = [resolver.use("reporter", value, ("report", i)) for i, value in enumerate(named)]
     return tuple(use for use in uses if use)
@@ -177,34 +140,32 @@ def _resolve_reporters(recipe: Recipe, resolver: Resolver) -> tuple[Use[Reporter
 
 def _resolve_run(
     recipe: Recipe, resolver: Resolver, label: str, settings: Mapping[str, Any], notes: list[str]
-) -> Run | None:
+) -> Iterator[Run]:
+    """The run of one combination; nothing if there was a problem."""
     data = recipe.data
     before = len(resolver.problems)
     seed = data.get("seed", 0)
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        resolver.problem(("seed",), f"seed is a whole number from 0 on, got {seed!r}")
-        seed = 0
+        resolver.problem(("seed",), f"seed must be a whole number, at least 0, got {seed!r}")
     if "threat" in data:
         resolver.threat = _resolve_threat(data["threat"], resolver)
-    dataset, data_options = _section(data, resolver, "dataset", DataOptions)
-    architecture, net_options = _section(data, resolver, "architecture", ArchitectureOptions)
+    dataset, images = _resolve_section(data, resolver, "dataset", DataOptions)
+    architecture, start = _resolve_section(data, resolver, "architecture", ArchitectureOptions)
     stages = resolve_stages(data, resolver, bool(settings), notes)
     if len(resolver.problems) > before:
-        return None
-    for stage in stages if data_options.validation == 0 else ():
+        return
+    for stage in stages if images.validation == 0 else ():
         if getattr(stage.options, "epochs", None) and stage.options.select != "last":
             resolver.problem(
                 ("stage", stage.position),
-                f"stage {stage.name!r} has no images to choose its best epoch with, as validation "
-                'is 0; write select = "last" in it',
+                f"stage {stage.name!r} has no images to choose its best epoch with, because "
+                'validation is 0; write select = "last" in it',
             )
-    if len(resolver.problems) > before:
-        return None
-    _note_threats(resolver.threat, stages, notes)
-    return Run(
-        label, settings, recipe.path.parent, seed, dataset, data_options, architecture,
-        net_options.init, resolver.threat, stages,
-    )  # fmt: skip
+    threat, folder = resolver.threat, recipe.path.parent
+    notes += _note_threats(threat, stages)
+    yield Run(
+        label, settings, folder, seed, dataset, images, architecture, start.init, threat, stages
+    )
 
 
 def _resolve_threat(table: Any, resolver: Resolver) -> Threat:
@@ -212,39 +173,36 @@ def _resolve_threat(table: Any, resolver: Resolver) -> Threat:
     if isinstance(table, dict):
         found = resolver.options(ThreatOptions, table, ("threat",), "[threat]")
     else:
-        resolver.problem(("threat",), 'write [threat] with norm = "linf" and eps = "8/255"')
-    # A broken threat must not also be reported as a missing one.
+        resolver.problem(("threat",), THREAT_EXAMPLE)
+    # Only the mistake in the threat model is reported, not also that there is none.
     return Threat(found.norm, found.eps) if found else Threat("linf", 0.0)
 
 
-def _section(data: Mapping[str, Any], resolver: Resolver, key: str, core: type) -> tuple[Any, Any]:
-    """A section that has keys of the core's beside those of its component."""
+def _resolve_section(
+    data: Mapping[str, Any], resolver: Resolver, key: str, core: type
+) -> tuple[Any, Any]:
+    """(component, options of the core) of a section that has both; None for each with problems."""
     if key not in data:
-        names = resolver.registry.names(key)
-        resolver.problem(
-            (), f'there is no [{key}]; write [{key}] and use = "{names[0] if names else "..."}"'
-        )
+        example = next(iter(resolver.registry.names(key)), "...")
+        message = f'there is no [{key}]; write [{key}] and use = "{example}"'
+        resolver.problem((), message)
         return None, None
     table = {"use": data[key]} if isinstance(data[key], str) else data[key]
     if not isinstance(table, dict):
         resolver.problem((key,), f'write [{key}] with use = "..."')
         return None, None
-    own = {f.name for f in dataclasses.fields(core)}
-    options = resolver.options(
-        core, {k: v for k, v in table.items() if k in own}, (key,), f"[{key}]"
-    )
-    use = resolver.use(key, table, (key,), own)
-    return use, options
+    names = [field.name for field in dataclasses.fields(core)]
+    own = {k: v for k, v in table.items() if k in names}
+    options = resolver.options(core, own, (key,), f"[{key}]")
+    return resolver.use(key, table, (key,), names), options
 
 
-def _note_threats(threat: Threat | None, stages: tuple[Stage, ...], notes: list[str]) -> None:
-    """An eps or norm that differs from [threat] is allowed and flagged."""
-    if threat is None:
-        return
-    for stage in stages:
+def _note_threats(threat: Threat | None, stages: tuple[Stage, ...]) -> Iterator[str]:
+    """A component may have another threat model than the recipe; that is worth a note."""
+    for stage in stages if threat else ():
         for use in uses_in(stage.options):
-            if hasattr(use.options, "eps") and use.threat and use.threat != threat:
-                notes.append(
+            if threat and use.threat and use.threat != threat and hasattr(use.options, "eps"):
+                yield (
                     f"stage {stage.name!r}: {use.name!r} has norm {use.threat.norm}, eps "
                     f"{use.threat.eps:.6g}; the recipe's threat is {threat.norm}, {threat.eps:.6g}"
                 )

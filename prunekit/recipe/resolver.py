@@ -1,4 +1,4 @@
-"""TOML values -> typed options: every mistake is collected with its place and a way out."""
+"""TOML values -> typed options. Every mistake is collected, with its place and what to write."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from prunekit.recipe.values import (
     Mistake,
     Slot,
     example_of,
+    last_key,
     read_plain,
     read_radius,
     suggest,
@@ -38,10 +39,16 @@ KIND_OF: dict[Any, str] = {
     contracts.OptimizerChoice: "optimizer",
     contracts.Schedule: "schedule",
 }
+"""The kind of component that an option of type `Use[...]` names."""
+
+THREAT_EXAMPLE = 'write [threat] with norm = "linf" and eps = "8/255"'
+NAME = r"[\w+-]+"
+"""Names of stages and evaluators, which are parts of paths and of the names of metrics."""
+NAME_RULE = "must consist of letters, digits, '-', '_' and '+'"
 
 
 def key_of(field_name: str) -> str:
-    """The recipe's key of a field: Python's keywords have an underscore behind them."""
+    """The recipe's key of a field, without the underscore that Python's keywords need."""
     return field_name.removesuffix("_")
 
 
@@ -51,25 +58,28 @@ def field_types(options: type) -> dict[str, Any]:
 
 
 class Recorded(Exception):
-    """There is no value; its problems are recorded already."""
+    """There is no value, and the problems that say why have been recorded."""
 
 
 @dataclass
 class Resolver:
-    """Turns the tables of one recipe into options; `problems` collects what is wrong."""
+    """Turns the tables of one recipe into options; `problems` collects the mistakes."""
 
     registry: Registry
     folder: Path
     locate: Callable[[KeyPath], Place]
     threat: Threat | None = None
     problems: list[Problem] = field(default_factory=list)
+    files: dict[tuple[str, str], str] = field(default_factory=dict)
+    """(key, path as written) -> absolute path, of every file that the recipe names."""
 
     def problem(self, path: KeyPath, message: str) -> None:
+        """Record a problem with the value at `path`."""
         self.problems.append(Problem(self.locate(path), message))
 
     @contextmanager
-    def _collecting(self) -> Iterator[None]:
-        """Turns a mistake inside into a problem, and goes on."""
+    def collecting(self) -> Iterator[None]:
+        """Record a mistake that is raised inside as a problem, and go on."""
         try:
             yield
         except Recorded:
@@ -86,29 +96,29 @@ class Resolver:
         core: Collection[str] = (),
         plugin: str = "",
     ) -> Any | None:
-        """Build the options dataclass from a table; None where a problem was recorded.
+        """Build an options dataclass from the table at `path`; None if there was a problem.
 
-        `core` are the keys beside them that the core takes, for suggestions; `plugin` is whose
-        dataclass it is.
+        `core` are keys of the same table that the core reads, and are suggested as well; `plugin`
+        is the one that the dataclass belongs to.
         """
         hints = field_types(cls)
         values: dict[str, Any] = {}
         fields = {key_of(f.name): f for f in dataclasses.fields(cls)}
         before = len(self.problems)
-        for key in table:
-            if key not in fields:
-                advice = suggest(key, (*fields, *core))
-                self.problem((*path, key), f"unknown option {key!r} of {owner}; {advice}")
+        for key in [key for key in table if key not in fields]:
+            advice = suggest(key, (*fields, *core))
+            self.problem((*path, key), f"unknown option {key!r} of {owner}; {advice}")
         norm = table.get("norm") or (self.threat.norm if self.threat else "linf")
         for key, f in fields.items():
-            default = default_of(f)
-            if key not in table and default is dataclasses.MISSING:
-                way = f"{f.metadata.get('help', '')}; write {key} = {example_of(hints[f.name])}"
-                self.problem(path, f"{owner} needs {key}: {way}")
+            value = default = default_of(f)
+            if key in table:
+                value = _over_default(table[key], default)
+            elif default is dataclasses.MISSING:
+                example = f"write {key} = {example_of(hints[f.name])}"
+                self.problem(path, f"{owner} needs {key}: {f.metadata.get('help', '')}; {example}")
                 continue
-            value = _over_default(table[key], default) if key in table else default
             slot = Slot((*path, key), f, owner, f.metadata.get("norm") or norm)
-            with self._collecting():
+            with self.collecting():
                 values[f.name] = None if value is None else self._value(hints[f.name], value, slot)
         if len(self.problems) > before:
             return None
@@ -116,28 +126,30 @@ class Resolver:
             return cls(**values)
         except OptionError as error:
             self.problem((*path, key_of(error.field)), f"{owner}: {error}")
-        # What a plugin's own check raises instead.
+        # Whatever else the check of a plugin's dataclass may raise.
         except Exception as error:
             reason = explain_briefly(error)
             of_plugin = f" of plugin {plugin}" if plugin else ""
-            self.problem(path, f"{owner}{of_plugin} refuses its options: {reason}")
+            self.problem(path, f"{owner}{of_plugin} rejects its options: {reason}")
         return None
 
     def use(
         self, kind: str, value: Any, path: KeyPath, core: Collection[str] = ()
     ) -> Use[Any] | None:
-        """A component named by a string, or by a table with `use` and options."""
-        with self._collecting():
+        """The component that a string, or a table with `use`, names; None if there was a problem.
+
+        `core` are keys of the table that the core reads.
+        """
+        with self.collecting():
             return self._use(kind, value, path, core)
         return None
 
     def _use(self, kind: str, value: Any, path: KeyPath, core: Collection[str] = ()) -> Use[Any]:
         table = {"use": value} if isinstance(value, str) else value
         if not isinstance(table, Mapping) or not isinstance(table.get("use"), str):
-            key = path[-1] if isinstance(path[-1], str) else f"{path[-2]}[{path[-1]}]"
             example = next(iter(self.registry.names(kind)), "NAME")
-            way = f'write use = "{example}" (prunekit list {kind}s)'
-            raise Mistake(path, f"{key} needs a name; {way}")
+            advice = f'write use = "{example}" (prunekit list {kind}s)'
+            raise Mistake(path, f"{last_key(path)} needs a name; {advice}")
         try:
             entry = self.registry.find(kind, table["use"])
         except UserError as error:
@@ -149,26 +161,22 @@ class Resolver:
         if options is None:
             raise Recorded
         name = table.get("name", component.name) if kind == "evaluator" else component.name
-        # Part of paths and of the names of metrics.
-        if not isinstance(name, str) or not re.fullmatch(r"[\w+-]+", name):
-            way = f"name of {owner} is letters, digits, '-', '_' and '+', got {name!r}"
-            raise Mistake((*path, "name"), way)
+        if not isinstance(name, str) or not re.fullmatch(NAME, name):
+            raise Mistake((*path, "name"), f"name of {owner} {NAME_RULE}, got {name!r}")
         threat = self._threat(options, path, owner)
         return Use(kind, component, options, entry.owner, name, threat, entry.reference)
 
     def _threat(self, options: Any, path: KeyPath, owner: str) -> Threat | None:
+        """The recipe's threat model, overridden by the component's own `norm` and `eps`."""
         if not (hasattr(options, "eps") and hasattr(options, "norm")):
             return None
         if self.threat is None and options.eps is None:
-            way = 'write [threat] with norm = "linf" and eps = "8/255"'
-            raise Mistake(path, f"{owner} needs a threat; {way}")
+            raise Mistake(path, f"{owner} needs a threat model; {THREAT_EXAMPLE}")
         base = self.threat or Threat("linf", 0.0)
         return Threat(options.norm or base.norm, base.eps if options.eps is None else options.eps)
 
-    # Values
-
     def _value(self, hint: Any, value: Any, slot: Slot) -> Any:
-        """One value, of the type `hint`. Raises `Mistake`; those of lists are recorded already."""
+        """A value of the type `hint`. Raises `Mistake`, or `Recorded` for mistakes within lists."""
         origin, arguments = get_origin(hint), get_args(hint)
         if origin in (Union, types.UnionType):
             (hint,) = (a for a in arguments if a is not type(None))
@@ -178,14 +186,14 @@ class Resolver:
         if origin is tuple:
             return self._list(arguments, value, slot)
         if origin is Literal:
-            # 1 == True in Python, not in a recipe.
+            # 1 == True in Python, but not in a recipe.
             if not any(value == a and type(value) is type(a) for a in arguments):
                 advice = suggest(str(value), map(str, arguments))
                 raise Mistake(slot.path, f"{slot.name} cannot be {value!r}; {advice}")
             return value
         if origin is dict:
             if not isinstance(value, Mapping):
-                raise slot.wants("a table", value)
+                raise slot.wrong_type("a table", value)
             return dict(value)
         if hint is Any:
             return value
@@ -194,15 +202,15 @@ class Resolver:
         return read_radius(value, slot) if hint is Radius else read_plain(hint, value, slot)
 
     def _list(self, arguments: tuple[Any, ...], value: Any, slot: Slot) -> tuple[Any, ...]:
-        single = arguments[-1] is Ellipsis
+        any_length = arguments[-1] is Ellipsis
         if not isinstance(value, list | tuple):
-            raise slot.wants(f"a list; write [{value!r}]" if single else "a list", value)
-        if not single and len(value) != len(arguments):
-            raise slot.wants(f"a list of {len(arguments)} values", value)
+            raise slot.wrong_type("a list", value, f"; write [{value!r}]" if any_length else "")
+        if not any_length and len(value) != len(arguments):
+            raise slot.wrong_type(f"a list of {len(arguments)} values", value)
         items = []
         for i, item in enumerate(value):
-            with self._collecting():
-                items.append(self._value(arguments[0 if single else i], item, slot.item(i)))
+            with self.collecting():
+                items.append(self._value(arguments[0 if any_length else i], item, slot.item(i)))
         if len(items) < len(value):
             raise Recorded
         return tuple(items)
@@ -211,22 +219,25 @@ class Resolver:
         if isinstance(value, Path):
             return value
         if not isinstance(value, str):
-            raise slot.wants("a path", value)
-        place, folder, way = self.locate(slot.path), self.folder, "its recipe's folder"
+            raise slot.wrong_type("a path", value)
+        place, folder, start = self.locate(slot.path), self.folder, "the folder of the recipe"
         if place.line:
             # A recipe that is extended may be in another folder than the one that extends it.
             folder = Path(place.file).parent
         elif place.file.startswith("--set"):
-            folder, way = Path(), "the folder you are in"
+            folder, start = Path(), "the current folder"
         file = folder.absolute() / Path(value).expanduser()
         if slot.field.metadata.get("exists") and not file.exists():
-            message = f"{slot.name}: there is no {file}; a relative path starts at {way}"
+            message = f"{slot.name}: there is no {file}; relative paths start at {start}"
             raise Mistake(slot.path, message)
+        written = key_of(slot.field.name), value
+        if self.files.setdefault(written, str(file)) != str(file):
+            self.files[written] = value  # the same words name two files: neither can replace them
         return file
 
 
 def _over_default(value: Any, default: Any) -> Any:
-    """A table without `use` changes single options of the component that is the default."""
+    """A table without `use` changes single options of the default component."""
     if not isinstance(value, Mapping) or "use" in value:
         return value
     base = {"use": default} if isinstance(default, str) else default
@@ -234,9 +245,9 @@ def _over_default(value: Any, default: Any) -> Any:
 
 
 def describe(value: Any, of_path: Callable[[Path], Any] = str) -> Any:
-    """Options as plain data, defaults included, absent values left out: what a recipe could say.
+    """Options as a recipe could write them: plain data with defaults, None left out.
 
-    `of_path` says what stands for a file: its path in a recipe, its content in a hash.
+    `of_path` says what represents a file: its path in a recipe, its content in a hash.
     """
     if isinstance(value, Use):
         named = {"name": value.name} if value.name != value.component.name else {}

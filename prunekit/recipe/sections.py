@@ -23,6 +23,8 @@ from prunekit.errors import OptionError
 
 @dataclass(frozen=True, kw_only=True)
 class ThreatOptions:
+    """The [threat] section."""
+
     eps: Radius = option(help="radius of the attacks", unit="pixels in [0, 1]")
     norm: Norm = option("linf", help="norm of the attacks")
 
@@ -32,11 +34,11 @@ class DataOptions:
     """Keys of [dataset] that are the core's."""
 
     batch_size: int = option(128, help="images in a batch", low=1)
-    validation: float = option(0.1, help="part of the training images held out", low=0, below=1)
-    validation_seed: int = option(0, help="chooses which images are held out")
-    fraction: float = option(1.0, help="part of the training images used", above=0, high=1)
+    validation: float = option(0.1, help="fraction of the training images held out", low=0, below=1)
+    validation_seed: int = option(0, help="seed that chooses the images held out")
+    fraction: float = option(1.0, help="fraction of the training images used", above=0, high=1)
     augment: tuple[Literal["crop", "flip", "resized-crop"], ...] | None = option(
-        None, help="augmentations in training; default: what suits the data set"
+        None, help="augmentations in training; default: those that suit the data set"
     )
     extra: Use[Data] | None = option(None, help="data set whose training images are added")
     extra_ratio: float = option(1.0, help="extra images for each labelled one in a batch", above=0)
@@ -56,12 +58,12 @@ class FitOptions:
     """What pretrain, prune and finetune stages share."""
 
     optimizer: Use[OptimizerChoice] = option({"use": "sgd", "lr": 0.1}, help="optimizer")
-    objective: Use[Objective] | None = option(None, help="loss; default: the recipe's")
+    objective: Use[Objective] | None = option(None, help="training loss; default: the recipe's")
     select: str | None = option(
         None,
         help='validation metric whose best epoch is kept, or "last"; default: the objective\'s',
     )
-    clip_norm: float | None = option(None, help="largest norm of a step's gradients", above=0)
+    clip_norm: float | None = option(None, help="largest norm of the gradients in a step", above=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,10 +74,9 @@ class PretrainOptions(FitOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneOptions(FitOptions):
+class FinetuneOptions(PretrainOptions):
     """A finetune stage."""
 
-    epochs: int = option(help="passes over the training images", low=1, high=10**6)
     optimizer: Use[OptimizerChoice] = option({"use": "sgd", "lr": 0.01}, help="optimizer")
 
 
@@ -90,26 +91,25 @@ class PruneOptions(FitOptions):
     pruner: Use[Pruner] = option("score", help="how much each weight matters")
     budget: Literal["layer", "global", "erk", "lamp"] = option(
         "layer",
-        help="who shares it: each layer alike, all together, by shape (ERK), by LAMP's scores",
+        help="how layers share the sparsity: all alike, compared globally, by shape (ERK), or LAMP",
     )
     structure: str = option(
-        "element", help='what goes together: "element", "channel" (outputs), or "n:m" such as "2:4"'
+        "element",
+        help='what is removed together: "element", "channel" (outputs), or "n:m" such as "2:4"',
     )
     bn: Literal["train", "freeze", "recalibrate"] = option(
         "train",
-        help="batch normalisation while scores are learned; recalibrate: also measured anew after",
+        help="batch normalization while scores are learned; recalibrate: measured again afterwards",
     )
     exclude: tuple[str, ...] | None = option(
         None,
-        help='names of weights left dense, such as "fc.*"; default: what the architecture says',
+        help='names of weights left dense, such as "fc.*"; default: as the architecture says',
     )
 
     def __post_init__(self) -> None:
         if not STRUCTURE.fullmatch(self.structure):
-            raise OptionError(
-                "structure", f'structure cannot be {self.structure!r}; write "element", "channel" '
-                'or a ratio such as "2:4"',
-            )  # fmt: skip
+            advice = 'write "element", "channel" or a ratio such as "2:4"'
+            raise OptionError("structure", f"structure cannot be {self.structure!r}; {advice}")
         ratio = read_ratio(self.structure)
         if ratio is None:
             if self.sparsity is None:
@@ -117,7 +117,7 @@ class PruneOptions(FitOptions):
             return
         n, m = ratio
         if n >= m:
-            raise OptionError("structure", f"{n} of every {m} removes nothing; write less of more")
+            raise OptionError("structure", f"{n} of every {m} removes nothing; write a smaller n")
         if self.budget != "layer":
             raise OptionError("budget", f"{n}:{m} fixes what every layer keeps; remove budget")
         if self.sparsity not in (None, 1 - n / m):
@@ -132,13 +132,15 @@ class EvaluateOptions:
     """An evaluate stage."""
 
     with_: tuple[Use[Evaluator], ...] = option(help="evaluators")
-    images: int | None = option(None, help="judge so many test images, evenly spaced", low=1)
+    images: int | None = option(
+        None, help="number of test images, evenly spaced; default: all", low=1
+    )
 
     def __post_init__(self) -> None:
         names = [use.name for use in self.with_]
         twice = {name for name in names if names.count(name) > 1}
         if twice:
-            raise OptionError("with_", f'{min(twice)!r} is there twice; give each a name = "..."')
+            raise OptionError("with_", f'{min(twice)!r} is listed twice; give each a name = "..."')
         if not names:
             raise OptionError("with_", 'name at least one evaluator, such as with = ["clean"]')
 

@@ -9,48 +9,49 @@ from dataclasses import dataclass
 from typing import Any
 
 from prunekit.catalog.component import Use
-from prunekit.recipe.resolver import Resolver, describe
+from prunekit.recipe.resolver import NAME, NAME_RULE, Resolver, describe
 from prunekit.recipe.sections import STAGE_OPTIONS
-from prunekit.recipe.values import KeyPath, suggest
+from prunekit.recipe.values import KeyPath, Mistake, suggest
 
 TRAINING_KEYS = ("epochs", "optimizer", "select", "clip_norm")
-"""Keys of a prune stage that serve the learning of scores."""
+"""Keys of a prune stage that only pruners that learn their scores use."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of a run, resolved. `limit`: the most batches of an epoch (smoke)."""
+    """One stage of a run, resolved."""
 
     kind: str
     name: str
     position: int
     options: Any
     sparsity: float = 0.0
-    """Of the network after this stage."""
+    """Sparsity of the network after this stage."""
     limit: int | None = None
+    """The most batches in an epoch, for `--smoke`."""
 
     @property
     def replays(self) -> int:
-        """Optimiser steps on each batch."""
+        """Optimizer steps on each batch."""
         use = self.options.objective
         return use.component.replays(use.options) if use else 1
 
     @property
     def epochs(self) -> int:
-        """Passes over the training images: a recipe's `epochs` is the budget before replays."""
+        """Passes over the training images: the recipe's `epochs` divided by the replays."""
         return -(-(self.options.epochs or 0) // self.replays)
 
     def describe(self) -> dict[str, Any]:
-        """The stage as a recipe would say it, defaults written out."""
+        """The stage as a recipe would write it, defaults included."""
         table = {"kind": self.kind, "name": self.name, **describe(self.options)}
         if self.kind == "prune" and not self.options.pruner.component.learns:
-            # A recipe that says these of a one-shot pruner is refused.
-            table = {k: v for k, v in table.items() if k not in find_idle(table)}
+            # A recipe that gives these keys to a one-shot pruner is rejected.
+            table = {k: v for k, v in table.items() if k not in find_unused(table)}
         return table
 
 
-def find_idle(table: Mapping[str, Any]) -> list[str]:
-    """Keys of a prune stage that do nothing for a one-shot pruner."""
+def find_unused(table: Mapping[str, Any]) -> list[str]:
+    """Keys of a prune stage that have no effect with a one-shot pruner."""
     trained = [key for key in TRAINING_KEYS if key in table]
     return [*trained, *(["bn"] if table.get("bn", "recalibrate") != "recalibrate" else [])]
 
@@ -71,10 +72,13 @@ def uses_in(value: Any) -> Iterator[Use[Any]]:
 def resolve_stages(
     recipe: Mapping[str, Any], resolver: Resolver, swept: bool, notes: list[str]
 ) -> tuple[Stage, ...]:
-    """The stages of a recipe's data, as far as they are right; problems go to the resolver."""
+    """The stages that a recipe's data describes; the resolver collects the problems.
+
+    Where a sweep makes options of a stage useless, that is added to `notes`.
+    """
     tables = recipe.get("stage", [])
     if isinstance(tables, dict):
-        resolver.problem(("stage",), "a recipe has several stages; write [[stage]], two brackets")
+        resolver.problem(("stage",), "stages are a list; write [[stage]], with two brackets")
         return ()
     if not isinstance(tables, list) or not tables:
         resolver.problem(("stage",), 'a recipe needs stages; write [[stage]] and kind = "pretrain"')
@@ -83,26 +87,28 @@ def resolve_stages(
     if "objective" in recipe:
         objective = resolver.use("objective", recipe["objective"], ("objective",))
     stages: list[Stage] = []
-    known: dict[str, str] = {}
-    unclear = False
+    names: set[str] = set()
     sparsity = 0.0
     architecture = recipe.get("architecture")
-    started = isinstance(architecture, dict) and "init" in architecture  # with masks, maybe
+    # The file of `init` may bring masks along.
+    may_be_pruned = isinstance(architecture, dict) and "init" in architecture
     for position, table in enumerate(tables):
         path: KeyPath = ("stage", position)
-        identity = _identify(table, path, resolver)
-        if identity is None:
-            unclear = True
+        try:
+            kind, name = _identify(table, path)
+        except Mistake as mistake:
+            resolver.problem(mistake.path, str(mistake))
+            may_be_pruned = True  # this may have been meant as a prune stage
             continue
-        kind, name = identity
-        if name in known:
+        if name in names:
             resolver.problem(path, f'there are two stages {name!r}; give each a name = "..."')
-        if kind == "finetune" and not (started or unclear or "prune" in known.values()):
+        if kind == "finetune" and not may_be_pruned:
             resolver.problem(path, "finetune before any prune; put a prune stage before it")
-        known[name] = kind
+        names.add(name)
+        may_be_pruned |= kind == "prune"
         own = {k: v for k, v in table.items() if k not in ("kind", "name")}
         if kind == "prune":
-            own = _drop_idle(own, resolver, path, name, swept, notes)
+            own = _drop_unused(own, resolver, path, name, swept, notes)
         options = resolver.options(STAGE_OPTIONS[kind], own, path, f"stage {name!r}")
         if options is None:
             continue
@@ -112,34 +118,29 @@ def resolve_stages(
         if kind != "evaluate" and options.objective is None:
             learns = kind != "prune" or options.pruner.component.learns
             if learns and "objective" not in recipe:
-                resolver.problem(
-                    path, f"stage {name!r} has no objective; write [objective] and "
-                    'use = "trades" for all stages, or objective = "..." in this one'
-                )  # fmt: skip
+                message = f"stage {name!r} has no objective; write [objective] and "
+                message += 'use = "trades" for all stages, or objective = "..." in this one'
+                resolver.problem(path, message)
             options = dataclasses.replace(options, objective=objective)
         stages.append(Stage(kind, name, position, options, sparsity))
     return tuple(stages)
 
 
-def _identify(table: Any, path: KeyPath, resolver: Resolver) -> tuple[str, str] | None:
-    """(kind, name) of a stage; None where a problem was recorded."""
+def _identify(table: Any, path: KeyPath) -> tuple[str, str]:
+    """(kind, name) of a stage. Raises `Mistake`."""
     if not isinstance(table, dict):
-        resolver.problem(path, f"a stage is a table, got {table!r}; write [[stage]] and kind = ...")
-        return None
+        message = f"a stage must be a table, got {table!r}; write [[stage]] and kind = ..."
+        raise Mistake(path, message)
     if "kind" not in table:
         kinds = ", ".join(STAGE_OPTIONS)
-        resolver.problem(path, f'stage without a kind; write kind = "pretrain" (or: {kinds})')
-        return None
+        raise Mistake(path, f'stage without a kind; write kind = "pretrain" (or: {kinds})')
     kind = table["kind"]
     if not isinstance(kind, str) or kind not in STAGE_OPTIONS:
-        message = f"a stage's kind cannot be {kind!r}; {suggest(str(kind), STAGE_OPTIONS)}"
-        resolver.problem((*path, "kind"), message)
-        return None
+        advice = suggest(str(kind), STAGE_OPTIONS)
+        raise Mistake((*path, "kind"), f"the kind of a stage cannot be {kind!r}; {advice}")
     name = table.get("name", kind)
-    if not isinstance(name, str) or not re.fullmatch(r"[\w+-]+", name):
-        message = f"name of a stage is letters, digits, '-', '_' and '+', got {name!r}"
-        resolver.problem((*path, "name"), message)
-        return None
+    if not isinstance(name, str) or not re.fullmatch(NAME, name):
+        raise Mistake((*path, "name"), f"the name of a stage {NAME_RULE}, got {name!r}")
     return kind, name
 
 
@@ -147,8 +148,8 @@ def _check_prune(options: Any, before: float, resolver: Resolver, path: KeyPath,
     if options.sparsity <= before:
         resolver.problem(
             (*path, "sparsity"),
-            f"sparsity is of the dense network: {options.sparsity:g} after {before:g} removes "
-            "nothing; write more than that",
+            f"sparsity counts all weights of the dense network: {options.sparsity:g} after "
+            f"{before:g} removes nothing; write a larger one",
         )
     if options.pruner.component.learns and options.epochs is None:
         resolver.problem(
@@ -158,32 +159,32 @@ def _check_prune(options: Any, before: float, resolver: Resolver, path: KeyPath,
         )
 
 
-def _drop_idle(
+def _drop_unused(
     own: dict[str, Any],
     resolver: Resolver,
     path: KeyPath,
-    name: str,
+    stage: str,
     swept: bool,
     notes: list[str],
 ) -> dict[str, Any]:
-    """Without what a one-shot pruner has no use for.
+    """The keys of a prune stage, without those that a one-shot pruner does not use.
 
-    That is a mistake where it is written beside it, and noted where a sweep, `--set` or a recipe
-    that extends this one put the pruner there.
+    Such a key is a mistake where it is written beside the pruner. It is only noted if the pruner
+    comes from elsewhere: from a sweep, `--set`, or a recipe that extends this one.
     """
     pruner = own.get("pruner", "score")
-    used = str(pruner.get("use") if isinstance(pruner, dict) else pruner)
-    found = [e for e in resolver.registry.entries if (e.kind, e.component.name) == (
-        "pruner", used.rpartition(":")[2])]  # fmt: skip
-    if not found or found[0].component.learns:
+    name = str(pruner.get("use") if isinstance(pruner, dict) else pruner)
+    entries = (e for e in resolver.registry.entries if e.kind == "pruner")
+    one_shot = {entry.component.name for entry in entries if not entry.component.learns}
+    if name.rpartition(":")[2] not in one_shot:
         return own
-    idle = find_idle(own)
+    unused = find_unused(own)
     chosen = resolver.locate((*path, "pruner")).file
-    wrong = [k for k in idle if not swept and resolver.locate((*path, k)).file == chosen]
+    wrong = [k for k in unused if not swept and resolver.locate((*path, k)).file == chosen]
     for key in wrong:
-        message = f"pruner {used!r} is one-shot: {key} does nothing; remove it"
+        message = f"pruner {name!r} is one-shot: {key} has no effect; remove it"
         resolver.problem((*path, key), message)
-    if idle and not wrong:
-        keys = ", ".join(idle)
-        notes.append(f"stage {name!r}: pruner {used!r} is one-shot and does not use {keys}")
-    return {k: v for k, v in own.items() if k not in idle}
+    if unused and not wrong:
+        keys = ", ".join(unused)
+        notes.append(f"stage {stage!r}: pruner {name!r} is one-shot and does not use {keys}")
+    return {k: v for k, v in own.items() if k not in unused}

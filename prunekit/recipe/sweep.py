@@ -10,14 +10,16 @@ from typing import Any
 
 from prunekit.errors import Problem
 from prunekit.recipe.document import Recipe, Setting, flatten
-from prunekit.recipe.values import KeyPath
 
 LONGEST = 120
-"""Characters of a label; a file system takes 255."""
+"""Most characters of a label; file systems allow 255 in a name."""
 
 
 def unroll(recipe: Recipe, problems: list[Problem]) -> Iterator[tuple[dict[str, Any], Recipe]]:
-    """Every combination of the sweep: its settings, and the recipe with them applied."""
+    """Every combination of the sweep: its settings, and the recipe with them applied.
+
+    Mistakes are added to `problems`, and combinations that have some are left out.
+    """
     plain = {k: v for k, v in recipe.data.items() if k != "sweep"}
     seen: list[dict[str, Any]] = []
     for combination in _combine(recipe, problems):
@@ -35,41 +37,37 @@ def unroll(recipe: Recipe, problems: list[Problem]) -> Iterator[tuple[dict[str, 
 
 
 def _combine(recipe: Recipe, problems: list[Problem]) -> Iterator[list[Setting]]:
-    """The settings of every combination: one value of each list, with every case."""
-    if "sweep" not in recipe.data:
-        yield []
-        return
-    sweep = recipe.data["sweep"]
-    if not isinstance(sweep, dict) or not flatten(sweep):
-        message = '[sweep] lists nothing to try; write "prune.sparsity" = [0.9, 0.95]'
+    """The settings of every combination: one value of each list, with each of the cases."""
+    sweep = recipe.data.get("sweep")
+    if "sweep" in recipe.data and not (isinstance(sweep, dict) and flatten(sweep)):
+        message = '[sweep] lists no values; write "prune.sparsity" = [0.9, 0.95]'
         problems.append(Problem(recipe.locate(("sweep",)), message))
         return
-    axes = []
-    for path, values in flatten({k: v for k, v in sweep.items() if k != "case"}, ("sweep",)):
+    axes = dict(sweep or {})
+    cases = axes.pop("case", [{}])
+    lists = []
+    for path, values in flatten(axes, ("sweep",)):
         address = ".".join(map(str, path[1:]))
         if isinstance(values, list) and values:
-            axes.append(
-                [Setting(address, v, recipe.locate((*path, i))) for i, v in enumerate(values)]
-            )
+            places = (recipe.locate((*path, i)) for i in range(len(values)))
+            lists.append([Setting(address, *pair) for pair in zip(values, places, strict=True)])
             continue
-        message = f"{address} is no list of values to try; write [{values!r}, ...]"
+        message = f"{address} must be a list of values to try; write [{values!r}, ...]"
         if values == []:
-            message = f"{address} lists no values to try; write some, or remove it"
+            message = f"{address} lists no values to try; add some, or remove it"
         problems.append(Problem(recipe.locate(path), message))
-    cases = sweep.get("case", [{}])
     if not isinstance(cases, list) or not all(isinstance(c, dict) for c in cases):
-        message = "a case is a table of its own; write [[sweep.case]]"
+        message = "each case of a sweep is a table of its own; write [[sweep.case]]"
         problems.append(Problem(recipe.locate(("sweep", "case")), message))
         return
     for number, case in enumerate(cases):
-        where: KeyPath = ("sweep", "case", number)
-        together = {s.address: s for s in recipe.settings(case, where)}
-        for values in itertools.product(*axes):
-            yield list(({s.address: s for s in values} | together).values())
+        together = list(recipe.settings(case, ("sweep", "case", number)))
+        for values in itertools.product(*lists):
+            yield list({s.address: s for s in (*values, *together)}.values())
 
 
 def label(combinations: list[dict[str, Any]]) -> list[str]:
-    """A short name for each combination, fit for a folder: "pruner=score,sparsity=0.9"."""
+    """A short name for each combination that can be a folder's: "pruner=score,sparsity=0.9"."""
     addresses = {address for settings in combinations for address in settings}
     tails = [a.split(".")[-1] for a in addresses]
     labels: list[str] = []

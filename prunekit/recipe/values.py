@@ -1,8 +1,9 @@
-"""One value of a recipe: is it what its option wants? Raises `Mistake` with the way out."""
+"""Single values of a recipe, checked against the type and the limits of their option."""
 
 from __future__ import annotations
 
 import dataclasses
+import operator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -11,15 +12,27 @@ from prunekit.catalog.component import Radius
 from prunekit.errors import suggest as suggest
 
 KeyPath = tuple[str | int, ...]
-WANTED = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+"""Where a value stands in a recipe's data: ("stage", 0, "epochs")."""
 
+WANTED = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
 EXAMPLES: dict[Any, str] = {
-    bool: "true", int: "10", float: "0.5", str: '"..."', Path: '"my-file"', Radius: '"8/255"',
-}  # fmt: skip
+    bool: "true",
+    int: "10",
+    float: "0.5",
+    Path: '"my-file"',
+    Radius: '"8/255"',
+}
+LIMITS = {
+    "low": ("at least", operator.ge),
+    "above": ("above", operator.gt),
+    "high": ("at most", operator.le),
+    "below": ("below", operator.lt),
+}
+"""Limits that `option` declares: how a message calls each, and how it is checked."""
 
 
 class Mistake(Exception):
-    """A value that cannot be, and where it stands."""
+    """A value that is not allowed. `path` says where it stands, the message what to write."""
 
     def __init__(self, path: KeyPath, message: str) -> None:
         super().__init__(message)
@@ -28,7 +41,7 @@ class Mistake(Exception):
 
 @dataclass(frozen=True)
 class Slot:
-    """What a value is for: the option (or an item of its list), where it stands, whose it is."""
+    """The option that a value is for. `norm` is that of its threat model; it limits radii."""
 
     path: KeyPath
     field: dataclasses.Field[Any]
@@ -37,25 +50,26 @@ class Slot:
 
     @property
     def name(self) -> str:
-        """The option as a message calls it: "betas of optimizer 'adam'", "betas[1] of ..."."""
-        return f"{self.key} of {self.owner}"
-
-    @property
-    def key(self) -> str:
-        """The option alone: "betas", "betas[1]"."""
-        key = self.path[-1]
-        return key if isinstance(key, str) else f"{self.path[-2]}[{key}]"
+        """The option and its owner: "betas of optimizer 'adam'", "betas[1] of ..."."""
+        return f"{last_key(self.path)} of {self.owner}"
 
     def item(self, index: int) -> Slot:
+        """The slot of an item of a list."""
         return dataclasses.replace(self, path=(*self.path, index))
 
-    def wants(self, wanted: str, value: Any) -> Mistake:
-        """The mistake of a value that is not even of the type."""
-        return Mistake(self.path, f"{self.name} is {wanted}, got {value!r}")
+    def wrong_type(self, wanted: str, value: Any, advice: str = "") -> Mistake:
+        """The mistake of a value that does not have the right type."""
+        return Mistake(self.path, f"{self.name} must be {wanted}, got {value!r}{advice}")
+
+
+def last_key(path: KeyPath) -> str:
+    """The end of a path as a message shows it: "betas", or "betas[1]" for an item of a list."""
+    key = path[-1]
+    return key if isinstance(key, str) else f"{path[-2]}[{key}]"
 
 
 def example_of(hint: Any) -> str:
-    """What a recipe could write for an option of this type."""
+    """An example, in TOML, of a value for an option of this type."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Literal:
         return f'"{arguments[0]}"' if isinstance(arguments[0], str) else str(arguments[0])
@@ -68,7 +82,10 @@ def example_of(hint: Any) -> str:
 
 
 def read_radius(value: Any, slot: Slot) -> Radius:
-    """A number, or a fraction as text: "8/255"."""
+    """A radius in pixel units from a number, or from a fraction written as "8/255".
+
+    Raises `Mistake` for anything else, and above 1 in the linf norm.
+    """
     number = value
     if isinstance(value, str):
         top, slash, bottom = value.partition("/")
@@ -77,49 +94,44 @@ def read_radius(value: Any, slot: Slot) -> Radius:
         except (ValueError, ZeroDivisionError):
             number = None
     if isinstance(number, bool) or not isinstance(number, int | float):
-        raise slot.wants('a radius such as 0.03 or "8/255"', value)
+        raise slot.wrong_type('a radius such as 0.03 or "8/255"', value)
     if not 0 <= number < float("inf") or (number > 1 and slot.norm == "linf"):
-        way = f'; write "{number:g}/255"' if 1 < number <= 255 else ""
-        message = f"{slot.key} is a radius in [0, 1] pixel units, got {value}{way}"
+        advice = f'; write "{number:g}/255"' if 1 < number <= 255 else ""
+        name = last_key(slot.path)
+        message = f"{name} is a radius in [0, 1] pixel units, got {value}{advice}"
         raise Mistake(slot.path, message)
     check_limits(number, slot)
     return Radius(number)
 
 
 def read_plain(hint: Any, value: Any, slot: Slot) -> Any:
-    """A number, text or truth value; whole numbers serve as numbers, 3.0 as a whole number."""
+    """A number, string or boolean. An integer is taken for a float, and 3.0 for an integer.
+
+    Raises `Mistake` for a value of another type or outside the option's limits.
+    """
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if hint is int and isinstance(value, float) and value.is_integer():
         value = int(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise slot.wants(WANTED.get(hint, hint.__name__), value)
+        raise slot.wrong_type(WANTED.get(hint, hint.__name__), value)
     if isinstance(value, int | float) and not isinstance(value, bool):
         check_limits(value, slot)
     return value
 
 
 def check_limits(value: float, slot: Slot) -> None:
-    """Hold a number against what `option` allows."""
-    bounds = slot.field.metadata
-    low, high, above, below = (bounds.get(k) for k in ("low", "high", "above", "below"))
-    if (
-        value == value  # not NaN
-        and (low is None or value >= low)
-        and (high is None or value <= high)
-        and (above is None or value > above)
-        and (below is None or value < below)
-    ):
+    """Raise `Mistake` for NaN, and for a number outside the limits of its option."""
+    bounds = {k: slot.field.metadata[k] for k in LIMITS if slot.field.metadata.get(k) is not None}
+    if value == value and all(LIMITS[k][1](value, bound) for k, bound in bounds.items()):
         return
-    top = high if high is not None else below
-    way = f"; write {value / 100:g} for {value:g} %" if top == 1 and 2 <= value < 100 else ""
-    words = limits(slot.field) or "a number"
-    raise Mistake(slot.path, f"{slot.name} must be {words}, got {value:g}{way}")
+    is_fraction = bounds.get("high", bounds.get("below")) == 1
+    advice = f"; write {value / 100:g} for {value:g} %" if is_fraction and 2 <= value < 100 else ""
+    allowed = limits(slot.field) or "a number"
+    raise Mistake(slot.path, f"{slot.name} must be {allowed}, got {value:g}{advice}")
 
 
-def limits(f: dataclasses.Field[Any]) -> str:
-    """The allowed values of a field in words; empty where there is no limit."""
-    words = (("low", "at least"), ("above", "above"), ("high", "at most"), ("below", "below"))
-    return " and ".join(
-        f"{word} {f.metadata[key]:g}" for key, word in words if f.metadata.get(key) is not None
-    )
+def limits(field: dataclasses.Field[Any]) -> str:
+    """The limits of an option in words, such as "above 0 and at most 1"; "" if it has none."""
+    bounds = ((words, field.metadata.get(key)) for key, (words, _) in LIMITS.items())
+    return " and ".join(f"{words} {bound:g}" for words, bound in bounds if bound is not None)

@@ -1,4 +1,4 @@
-"""One file format: safetensors with a JSON header. Nothing is ever unpickled beyond tensors."""
+"""Checkpoints: safetensors files with a JSON header. From pickles, only tensors are read."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ FORMAT = 1
 
 
 def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
-    """Write tensors and header in one step. The same content gives the same bytes.
+    """Write tensors and a header in one step. The same content gives the same bytes.
 
-    Raises `RunError` where the disk is full; what was there before is kept.
+    Raises `RunError` if the file cannot be written; what was there before is kept.
     """
     # Cloned: tied weights share memory, which safetensors refuses.
     plain = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
@@ -34,9 +34,9 @@ def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], header: Mapping[
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors, header) of a safetensors file; the header is empty where it is not ours.
+    """(tensors, header) of a safetensors file; the header is empty if prunekit did not write it.
 
-    Raises `UserError` for a missing, damaged or foreign file, or one of a later format.
+    Raises `UserError` for a file that is missing, damaged, or of another format.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -50,18 +50,17 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         ) from None
     if header.get("format", FORMAT) != FORMAT:
         raise UserError(
-            f"{relative(path)} has format {header['format']}, this prunekit reads {FORMAT}: "
+            f"{relative(path)} has format {header['format']}, and this prunekit reads {FORMAT}; "
             "update prunekit"
         )
     return tensors, header
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The state dict in a file of anybody's: safetensors, or a `torch.save` of tensors alone.
+    """The state dict in any file: safetensors, or what `torch.save` wrote of tensors.
 
-    A `state_dict` entry is unwrapped, and a `module.` before every key taken off.
-
-    Raises `UserError` for a damaged file, and for a pickle that holds more than tensors.
+    It may be the entry `state_dict` of a larger dict; the prefix `module.` is removed if all keys
+    have it. Raises `UserError` for a damaged file, and for a pickle that holds more than tensors.
     """
     if path.suffix == ".safetensors":
         state = read_checkpoint(path)[0]
@@ -69,9 +68,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         content = _load_tensors(path)
         state = content.get("state_dict", content) if isinstance(content, dict) else {}
     if not state or not all(isinstance(v, Tensor) for v in state.values()):
-        there = f"; it holds {', '.join(map(str, list(state)[:8]))}" if state else ""
+        found = f"; it holds {', '.join(map(str, list(state)[:8]))}" if state else ""
         raise UserError(
-            f"{relative(path)} holds no state dict of tensors, by itself or as state_dict{there}"
+            f"{relative(path)} holds no state dict of tensors, neither at the top nor as "
+            f"state_dict{found}"
         )
     if all(key.startswith("module.") for key in state):
         state = {key.removeprefix("module."): value for key, value in state.items()}
@@ -79,29 +79,31 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def _load_tensors(path: Path) -> Any:
-    """What `torch.save` wrote. Raises `UserError` for all that is not made of tensors."""
+    """What `torch.save` wrote. Raises `UserError` unless that is tensors and plain values."""
     if path.is_dir():
-        raise UserError(f"{relative(path)} is a folder; name the file in it")
+        raise UserError(f"{relative(path)} is a folder; name a file in it")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"there is no file {relative(path)}") from None
-    except Exception as error:  # whatever unpickling foreign bytes may raise
-        # Not in torch's words: they tell how to switch the protection off.
+    except Exception as error:  # unpickling may raise anything
+        # torch's own message is not shown: it says how to disable this protection.
         asked = re.search(r"GLOBAL ([\w.]+\w)", str(error))
+        reason = f"is damaged, or not a torch.save of tensors ({type(error).__name__})"
         if asked:
-            reason = f"is a pickle that asks for {asked[1]}, and only tensors are taken"
-        else:
-            reason = f"is damaged, or no plain torch.save of tensors ({type(error).__name__})"
+            reason = f"is a pickle that asks for {asked[1]}, and only tensors are read"
         raise UserError(
             f"{relative(path)} {reason}; save a plain state dict, best as .safetensors"
         ) from None
 
 
 def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: Path) -> None:
-    """Load strictly. Raises `UserError` that lists missing, extra and misshapen tensors."""
+    """Load a state dict from the file `source` into the network.
+
+    Raises `UserError` that lists the tensors that are missing, extra or of another shape.
+    """
     own = model.state_dict()
     faults = []
     if missing := own.keys() - state.keys():
@@ -109,7 +111,7 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: Path) ->
     if extra := state.keys() - own.keys():
         faults.append(f"not in the network: {_some(extra)}")
     faults += [
-        f"{key} is {tuple(state[key].shape)}, the network's {tuple(value.shape)}"
+        f"{key} is {tuple(state[key].shape)}, in the network {tuple(value.shape)}"
         for key, value in own.items()
         if key in state and state[key].shape != value.shape
     ]
@@ -124,10 +126,10 @@ def _some(keys: set[str]) -> str:
 
 
 def write_model(path: Path, model: nn.Module, masks: Masks, header: Mapping[str, Any]) -> None:
-    """The plain dense weights with the zeros in them, loadable without prunekit.
+    """Write a network as plain weights, zero where they are removed; any program can load them.
 
-    The mask is `weight != 0` in the layers of the header's `masked`; kept weights that happen to
-    be zero stand in `kept_zeros` as flat indices.
+    The header's `masked` lists the weights with a mask, which is `weight != 0`; `kept_zeros` holds
+    the flat indices of kept weights that happen to be zero.
     """
     weights = dict(model.named_parameters())
     kept_zeros = {}
@@ -140,16 +142,19 @@ def write_model(path: Path, model: nn.Module, masks: Masks, header: Mapping[str,
 
 
 def read_model(path: Path, model: nn.Module) -> Masks:
-    """Load what `write_model` wrote into the network; the masks come back as they were."""
+    """Load a file of `write_model` into the network, and return the masks.
+
+    Raises `UserError` if the file is damaged or does not fit the network.
+    """
     state, header = read_checkpoint(path)
     load_weights(model, state, path)
     return read_masks(state, header, path)
 
 
 def read_masks(state: Mapping[str, Tensor], header: Mapping[str, Any], path: Path) -> Masks:
-    """The masks in what `read_checkpoint` read from a file of `write_model`.
+    """The masks of a file of `write_model`, from what `read_checkpoint` read.
 
-    Raises `UserError` where the header does not fit the weights.
+    Raises `UserError` if the header does not fit the weights.
     """
     masks: Masks = {}
     try:
@@ -165,7 +170,10 @@ def read_masks(state: Mapping[str, Tensor], header: Mapping[str, Any], path: Pat
 
 
 def start_from(path: Path, model: nn.Module) -> Masks:
-    """Load the file of `init`, of prunekit or of anybody; masks come with a file of prunekit."""
+    """Load the file of `init` into the network. Only files of prunekit have masks; others give {}.
+
+    Raises `UserError` if the file is damaged or does not fit the network.
+    """
     if path.suffix == ".safetensors" and "masked" in read_checkpoint(path)[1]:
         return read_model(path, model)
     load_weights(model, read_weights(path), path)

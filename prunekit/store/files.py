@@ -1,4 +1,4 @@
-"""Writing so that nothing is ever half there: beside, to the disk, then renamed."""
+"""Files that are never half-written: written beside the old one, synced, then renamed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from prunekit.errors import RunError, UserError, relative
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write the file or leave what was there. Raises `RunError` where the disk refuses."""
+    """Write a file, or leave the old one as it is. Raises `RunError` if it cannot be written."""
     with _replacing(path) as part, open(part, "wb") as file:
         file.write(content)
         file.flush()
@@ -25,15 +25,17 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_text(path: Path, content: str) -> None:
+    """Write a text file in UTF-8. Raises `RunError` as `write_bytes` does."""
     write_bytes(path, content.encode())
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file. Raises `ValueError` for NaN and infinity, which JSON does not have."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def write_npz(path: Path, arrays: Mapping[str, Any]) -> None:
-    """Arrays by name, compressed."""
+    """Write arrays by name, compressed."""
     import numpy as np
 
     buffer = io.BytesIO()
@@ -41,16 +43,24 @@ def write_npz(path: Path, arrays: Mapping[str, Any]) -> None:
     write_bytes(path, buffer.getvalue())
 
 
-def read_json(path: Path) -> Any:
-    """Read a file of ours. Raises `UserError` where it is not JSON."""
+def read_npz(path: Path) -> dict[str, Any]:
+    """Read arrays by name; pickled ones are refused."""
+    import numpy as np
+
+    with np.load(path, allow_pickle=False) as arrays:
+        return dict(arrays)
+
+
+def read_json(path: Path, advice: str = "remove it") -> Any:
+    """Read a JSON file. Raises `UserError` with the advice if it is missing or damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
-        raise UserError(f"{relative(path)} is damaged ({error}); remove it") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{relative(path)} cannot be read ({error}); {advice}") from None
 
 
 def copy(source: Path, target: Path) -> None:
-    """Copy a file in one step. No link: who changes the copy must not change the source."""
+    """Copy a file in one step. It is not linked: a change of the copy must not reach the source."""
     with _replacing(target) as part:
         shutil.copyfile(source, part)
 
@@ -63,7 +73,7 @@ def _replacing(path: Path) -> Iterator[Path]:
         os.close(handle)
         part = Path(name)
         yield part
-        # mkstemp makes files for the owner alone; ours are as any other.
+        # mkstemp makes files that only their owner can read.
         umask = os.umask(0)
         os.umask(umask)
         with suppress(OSError):
@@ -73,7 +83,7 @@ def _replacing(path: Path) -> Iterator[Path]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise RunError(
                 f"no space left on the disk for {relative(path)}; what was there before is kept: "
-                "free some and run the same command again"
+                "free some space and run the same command again"
             ) from error
         raise RunError(f"cannot write {relative(path)}: {error.strerror}") from error
     finally:
@@ -83,7 +93,7 @@ def _replacing(path: Path) -> Iterator[Path]:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder that a user named. Raises `UserError` where that cannot be."""
+    """Make a folder that a user named. Raises `UserError` if no files can be written to it."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):

@@ -1,4 +1,4 @@
-"""What decides the key of a stage, and the versions behind a result."""
+"""The key of a stage: a hash of everything that decides its result."""
 
 from __future__ import annotations
 
@@ -27,62 +27,20 @@ DECIDING = (
     "store/checkpoint.py",
     "training/",
 )
-"""Folders and files of the core that decide what a stage computes: their source is in its key."""
+"""Folders and files of the core that decide what a stage computes: their source is in its key.
 
-SHOWING = (
-    "__init__.py",
-    "__main__.py",
-    "api.py",
-    "catalog/",
-    "cli/",
-    "engine/contract.py",
-    "engine/eval_plan.py",
-    "engine/handed_over.py",
-    "engine/preview.py",
-    "engine/running.py",
-    "errors.py",
-    "models/exporting.py",
-    "models/failures.py",
-    "models/identity.py",
-    "models/importing.py",
-    "models/stored.py",
-    "recipe/document.py",
-    "recipe/plan.py",
-    "recipe/reduction.py",
-    "recipe/resolver.py",
-    "recipe/sections.py",
-    "recipe/sweep.py",
-    "recipe/toml_lines.py",
-    "recipe/values.py",
-    "report.py",
-    "results/",
-    "store/files.py",
-    "store/keys.py",
-    "store/layout.py",
-    "store/networks.py",
-    "store/records.py",
-    "store/runs.py",
-    "store/stages.py",
-    "testing.py",
-)
-"""All others: they parse, store or show, and what a recipe resolves to is in the key by itself."""
-
-
-def is_listed(file: str, parts: tuple[str, ...]) -> bool:
-    """Whether a file of the core, or its folder, is among the parts.
-
-    >>> is_listed("pruning/masks.py", ("pruning/",)), is_listed("api.py", ("pruning/",))
-    (True, False)
-    """
-    return file in parts or f"{file.rpartition('/')[0]}/" in parts
+The others parse, store or show, and what a recipe resolves to is in the key anyway. The test of
+this list names them, so that a new file cannot be forgotten.
+"""
 
 
 def hash_stage(
     upstream: str, description: Mapping[str, Any], plugins: set[str], environment: Mapping[str, Any]
 ) -> str:
-    """The key of a stage: 32 hexadecimal digits over all that decides its result.
+    """The key of a stage, 32 hexadecimal digits.
 
-    `plugins` are import names of packages, hashed by their source; so is the core.
+    `upstream` is the key of the stage before it. `plugins` are import names of packages, whose
+    source is in the key like that of the core.
     """
     content = {
         "upstream": upstream,
@@ -96,29 +54,32 @@ def hash_stage(
 
 @cache
 def hash_source(package: str) -> str:
-    """SHA-256 of a package's (or module's) Python files: an editable install has no version."""
+    """SHA-256 of the Python files of a package or module; "unknown" if there is none.
+
+    The version would not do: it stays the same while an editable install changes.
+    """
     spec = importlib.util.find_spec(package)
     if spec is None:
         return "unknown"
     digest = hashlib.sha256()
-    # A package has folders (one without __init__.py has no origin), a module is a file.
+    # A package has folders (without __init__.py it has no origin), a module is a file.
     folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
     files = [(f, folder) for folder in folders for f in sorted(folder.rglob("*.py"))]
     if not folders and spec.origin is not None:
         files = [(Path(spec.origin), Path(spec.origin).parent)]
     for file, folder in files:
         name = file.relative_to(folder).as_posix()
-        # The `__init__` of a folder is a sentence.
-        if package == "prunekit" and (file.stem == "__init__" or not is_listed(name, DECIDING)):
+        # An `__init__` of the core holds only a docstring.
+        if package == "prunekit" and (file.stem == "__init__" or not name.startswith(DECIDING)):
             continue
         digest.update(name.encode() + b"\0" + file.read_bytes() + b"\0")
     return digest.hexdigest()
 
 
 def find_imports(file: Path) -> list[Path]:
-    """A Python file, and what it imports from its own folder, at any depth; nothing is run.
+    """A Python file and the files it imports from its own folder, at any depth; nothing is run.
 
-    A file that is no Python is alone; whoever runs it says so. One that is missing gives nothing.
+    A file that is not valid Python is returned alone, a missing one not at all.
     """
     if not file.is_file():
         return []
@@ -127,7 +88,7 @@ def find_imports(file: Path) -> list[Path]:
         finder.run_script(str(file))
     except (SyntaxError, ValueError):
         return [file]
-    except ImportError:  # from a package that it is not part of: then it may be any of them
+    except ImportError:  # a relative import outside a package: it may be any file beside it
         return [file, *sorted(set(file.parent.glob("*.py")) - {file})]
     files = (getattr(module, "__file__", None) for module in finder.modules.values())
     found = {Path(name) for name in files if name}
@@ -142,7 +103,7 @@ def hash_file(path: Path) -> str:
 
 @cache
 def version_of(name: str) -> str:
-    """Installed version of the distribution that has this import name."""
+    """Installed version of the distribution with this import name; "unknown" if there is none."""
     for distribution in importlib.metadata.packages_distributions().get(name, [name]):
         try:
             return importlib.metadata.version(distribution)
@@ -152,11 +113,7 @@ def version_of(name: str) -> str:
 
 
 def find_versions() -> dict[str, str]:
-    """Versions worth recording with a result."""
+    """Versions of Python and of the main packages, to be recorded with a result."""
     names = ("prunekit", "torch", "torchvision", "timm", "numpy")
-    versions = {name: importlib.metadata.version(name) for name in names if _has(name)}
+    versions = {name: importlib.metadata.version(name) for name in names}
     return {"python": platform.python_version(), **versions}
-
-
-def _has(name: str) -> bool:
-    return importlib.util.find_spec(name) is not None

@@ -1,4 +1,4 @@
-"""What is known of a stored network: its file, its header, and the run folder it lies in."""
+"""What is known of a stored network: its file, its header, and the folder of its run."""
 
 from __future__ import annotations
 
@@ -19,18 +19,19 @@ class Network:
 
     file: Path
     run: Path | None
-    """The run folder it belongs to."""
+    """The folder of its run."""
     header: Mapping[str, Any]
     sections: dict[str, Any]
-    """[dataset], [architecture] and [threat] of a recipe for it."""
+    """[dataset], [architecture] and [threat] of its recipe, as far as they are known."""
 
     @property
     def evaluations(self) -> Path:
+        """The folder for results of `prunekit eval`."""
         return (self.run or self.file.parent) / EVALUATIONS
 
     @property
     def store(self) -> Path:
-        """Of the run, or for a lone file one of its own."""
+        """The store of its run; a file without a run has one among its evaluations."""
         if self.run is None:
             return self.evaluations / STORE
         above = [self.run.parent / STORE, self.run.parent.parent / STORE]
@@ -38,13 +39,13 @@ class Network:
 
 
 def find_model(path: Path) -> Path:
-    """The model file of a run folder, or the file itself. Raises `UserError` without one."""
+    """The model file of a run folder, or the file itself. Raises `UserError` if there is none."""
     if path.is_dir():
         file = path / MODEL
         if not file.is_file():
             runs = sorted(p.parent for p in path.glob(f"*/{MODEL}"))
-            way = f"; choose one of its runs, such as {relative(runs[0])}" if runs else ""
-            raise UserError(f"there is no {MODEL} in {relative(path)}{way}")
+            advice = f"; choose one of its runs, such as {relative(runs[0])}" if runs else ""
+            raise UserError(f"there is no {MODEL} in {relative(path)}{advice}")
         return file
     if not path.exists():
         raise UserError(f"there is no run folder or file {relative(path)}")
@@ -52,18 +53,20 @@ def find_model(path: Path) -> Path:
 
 
 def read_network(path: Path) -> Network:
-    """Read what is known of a run folder's network, or of a file's; raises `UserError`."""
+    """What is known of the network in a run folder or file.
+
+    Raises `UserError` if there is none, or if prunekit cannot read it.
+    """
     file = find_model(path).absolute()
     if file.suffix != ".safetensors":
         raise UserError(
-            f"{relative(file)} is no model file of prunekit; make a run of it: prunekit import"
+            f"{relative(file)} is not a model file of prunekit; make a run of it with: "
+            "prunekit import"
         )
     header = read_checkpoint(file)[1]
-    run = file.parent if file.name == MODEL and (file.parent / RUN).is_file() else None
-    sections: dict[str, Any] = {key: header[key] for key in ("dataset", "architecture", "threat")
-                                if header.get(key)}  # fmt: skip
-    if run is not None:
-        recipe = tomllib.loads((run / RECIPE).read_text(encoding="utf-8"))
-        sections |= {key: recipe[key] for key in ("dataset", "architecture", "threat")
-                     if key in recipe}  # fmt: skip
+    known, run = header, None
+    if file.name == MODEL and (file.parent / RUN).is_file():
+        run = file.parent
+        known = {**header, **tomllib.loads((run / RECIPE).read_text(encoding="utf-8"))}
+    sections = {k: known[k] for k in ("dataset", "architecture", "threat") if known.get(k)}
     return Network(file, run, header, sections)

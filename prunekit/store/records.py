@@ -1,8 +1,7 @@
-"""What `run.json` says of a run."""
+"""What the `run.json` of a run says."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from prunekit.errors import UserError, relative
+from prunekit.store.files import read_json
 from prunekit.store.layout import RUN, RUN_FORMAT
 
 
@@ -25,7 +25,7 @@ class StageRecord:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What `run.json` says of a run; `settings` maps addresses ("prune.sparsity") to values."""
+    """A run; `settings` maps addresses such as "prune.sparsity" to values."""
 
     folder: Path
     name: str
@@ -36,44 +36,32 @@ class RunRecord:
     stages: tuple[StageRecord, ...]
     error: str = ""
     number: int = 0
-    """Its place in the recipe's sweep."""
+    """Its position in the recipe's sweep."""
     keys: tuple[str, ...] = ()
-    """Of all its stages, those to come too."""
+    """Keys of all its stages, also of those that have not been computed."""
     layers: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     """Weight -> how many are "kept" of its "weights"."""
 
 
 def find_runs(folder: Path) -> list[RunRecord]:
-    """Read all runs in the folder and below, hidden folders apart; those of a sweep in its order.
+    """All runs in a folder and below, without hidden folders; those of a sweep in its order.
 
-    Raises `UserError` for a folder that is not there and for a `run.json` that cannot be read.
+    Raises `UserError` if there is no such folder, or if a `run.json` cannot be read.
     """
     if not folder.is_dir():
-        raise UserError(f"{relative(folder)}: there is no such folder")
-    found = []
+        raise UserError(f"there is no folder {relative(folder)}")
+    runs = []
     for parent, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         if RUN in files:
-            found.append(Path(parent))
-    runs = [read_run(path) for path in found]
+            runs.append(read_run(Path(parent)))
     return sorted(runs, key=lambda run: (run.folder.parent, run.number, run.folder))
 
 
 def read_run(folder: Path) -> RunRecord:
-    """Read the `run.json` of a run's folder; `UserError` names a file that is not one."""
-    path = folder / RUN
-    where = relative(path)
-    try:
-        told = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{where}: cannot be read ({error}); run the recipe again") from error
-    if not isinstance(told, dict) or "format" not in told:
-        raise UserError(f"{where}: not the record of a run; prunekit's have a 'format'")
-    if told["format"] != RUN_FORMAT:
-        raise UserError(
-            f"{where}: has format {told['format']!r}, this prunekit reads {RUN_FORMAT}; use the "
-            "version that wrote it"
-        )
+    """The run of a folder. Raises `UserError` if its `run.json` cannot be read."""
+    advice = "run the recipe again"
+    told = read_record(folder / RUN, advice)
     try:
         return RunRecord(
             folder=folder,
@@ -91,7 +79,22 @@ def read_run(folder: Path) -> RunRecord:
             keys=tuple(told.get("keys", ())),
             layers=dict((told.get("sparsity") or {}).get("layers", {})),
         )
-    except KeyError as error:
-        raise UserError(f"{where}: lacks {error}; run the recipe again") from error
-    except (AttributeError, TypeError, ValueError) as error:
-        raise UserError(f"{where}: is damaged ({error}); run the recipe again") from error
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        reason = f"lacks {error}" if isinstance(error, KeyError) else f"is damaged ({error})"
+        raise UserError(f"{relative(folder / RUN)} {reason}; {advice}") from error
+
+
+def read_record(path: Path, advice: str) -> dict[str, Any]:
+    """The content of a `run.json` or `plan.json`.
+
+    Raises `UserError`, which ends with the advice, if it is missing, damaged or of another format.
+    """
+    told = read_json(path, advice)
+    if not isinstance(told, dict) or "format" not in told:
+        raise UserError(f"{relative(path)} was not written by prunekit; {advice}")
+    if told["format"] != RUN_FORMAT:
+        raise UserError(
+            f"{relative(path)} has format {told['format']!r}, and this prunekit reads "
+            f"{RUN_FORMAT}; use the version that wrote it"
+        )
+    return told

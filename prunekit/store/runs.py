@@ -1,9 +1,10 @@
-"""The folder of a run: everything a reader needs, and nothing half-written."""
+"""The folders that a plan writes to: one for each run, and for a sweep one around them."""
 
 from __future__ import annotations
 
 import datetime
 import hashlib
+import itertools
 import json
 import shutil
 import subprocess
@@ -17,17 +18,21 @@ import filelock
 import tomli_w
 
 from prunekit.errors import UserError, relative
-from prunekit.recipe.plan import Plan, Run, Stage
+from prunekit.recipe.plan import Plan, Run
+from prunekit.recipe.stages import Stage
 from prunekit.report import Tell
-from prunekit.store.files import copy, make_folder, read_json, write_json, write_npz, write_text
+from prunekit.store.files import copy, make_folder, read_npz, write_json, write_npz, write_text
 from prunekit.store.keys import find_versions
 from prunekit.store.layout import MODEL, PLAN, RECIPE, RECORDS, RUN, RUN_FORMAT, RUN_LOCK
+from prunekit.store.records import read_record
 from prunekit.store.stages import StageFolder, StageResult
+
+OTHER_FOLDER = "choose another folder with --out"
 
 
 @dataclass
 class RunFolder:
-    """`recipe.toml`, `run.json`, `model.safetensors`, `records.npz`; reporters add theirs."""
+    """The folder of a run: its recipe, its record, its model and its records of images."""
 
     path: Path
     plan: Plan
@@ -38,11 +43,19 @@ class RunFolder:
     cause: BaseException | None = None
     """The exception that stopped the run, for `--debug`."""
     _record: dict[str, Any] = field(default_factory=dict)
-    _records: dict[str, Path] = field(default_factory=dict)
+    _arrays: dict[str, Any] = field(default_factory=dict)
+    """What evaluators recorded of each image, as "stage/evaluator.record"."""
 
     def start(self, device: Any) -> None:
+        """Make the folder, and write the recipe and a first record.
+
+        The stages that an earlier process recorded stay listed until `expect` is called.
+        """
         make_folder(self.path)
         write_text(self.path / RECIPE, tomli_w.dumps(self.plan.describe(self.run)))
+        known: dict[str, Any] = {"keys": [], "stages": [], "sparsity": None}
+        with suppress(UserError):
+            known |= {k: v for k, v in read_record(self.path / RUN, "").items() if k in known}
         self._record = {
             "format": RUN_FORMAT,
             "name": self.plan.name,
@@ -56,28 +69,20 @@ class RunFolder:
             "device": str(device),
             "versions": find_versions(),
             "git": _find_commit(self.plan.path.parent),
-            **self._known(),
+            **known,
             "error": None,
         }
         self._write()
 
-    def _known(self) -> dict[str, Any]:
-        """What an earlier process found here; it stays until the stages are told again."""
-        empty: dict[str, Any] = {"keys": [], "stages": [], "sparsity": None}
-        with suppress(OSError, UserError):
-            known = read_json(self.path / RUN)
-            return {key: known.get(key, value) for key, value in empty.items()}
-        return empty
-
     def expect(self, keys: Sequence[str]) -> None:
-        """Note the stages to come: `clean` spares their checkpoints when the run is stopped."""
+        """Record the keys of all stages, so that `clean` keeps the checkpoints of a stopped run."""
         self._record |= {"keys": list(keys), "stages": [], "sparsity": None}
         self._write()
 
     def add(
         self, stage: Stage, key: str, result: StageResult, stored: StageFolder, reused: bool
     ) -> None:
-        """Take over a finished stage: its metrics, and its model or records."""
+        """Record a finished stage, and copy its model or its records of images."""
         metrics = {k: v for k, v in result.metrics.items() if k != "counts"}
         self._record["sparsity"] = result.metrics["counts"]
         self._record["stages"].append(
@@ -94,32 +99,22 @@ class RunFolder:
         )
         self.metrics[stage.name] = metrics
         if stage.kind == "evaluate":
-            self._records[stage.name] = stored.records
-            self._write_records()
+            self._arrays |= {f"{stage.name}/{k}": v for k, v in read_npz(stored.records).items()}
+            write_npz(self.path / RECORDS, self._arrays)
         else:
             copy(stored.model, self.path / MODEL)
         self._write()
 
     def close(self, status: str, error: str | None = None) -> None:
+        """Record how the run ended: "done", "interrupted" or "failed"."""
         self.status, self.error = status, error or ""
         self._record |= {"status": status, "error": error, "finished": _now()}
-        self._record["seconds"] = sum(
-            s["seconds"] for s in self._record["stages"] if not s["reused"]
-        )
+        computed = [stage for stage in self._record["stages"] if not stage["reused"]]
+        self._record["seconds"] = sum(stage["seconds"] for stage in computed)
         self._write()
 
     def _write(self) -> None:
         write_json(self.path / RUN, self._record)
-
-    def _write_records(self) -> None:
-        """Arrays of all evaluate stages, named "stage/evaluator.record"."""
-        import numpy as np
-
-        arrays: dict[str, Any] = {}
-        for name, path in self._records.items():
-            with np.load(path, allow_pickle=False) as stored:
-                arrays |= {f"{name}/{key}": stored[key] for key in stored.files}
-        write_npz(self.path / RECORDS, arrays)
 
 
 @dataclass(frozen=True)
@@ -132,44 +127,29 @@ class OutFolder:
     path: Path
     plan: Plan
 
-    @property
-    def _marker(self) -> Path:
-        return self.path / PLAN
-
     def prepare(self, tell: Tell, *, force: bool) -> list[str] | None:
-        """Make the folder ours. The inputs of this very plan where it is done there already.
+        """Claim the folder for the plan. If the plan is done in it already, returns its inputs.
 
-        With `force`, what is there is moved aside, and told. Raises `UserError` where another
-        plan's runs, or files of somebody else, are in the way.
+        With `force`, a folder that exists is moved aside first. Raises `UserError` if runs of
+        another plan, or files that prunekit did not write, are in the way.
         """
+        where, marker = relative(self.path), self.path / PLAN
         if self.path.is_file():
-            raise UserError(f"{relative(self.path)} is a file; choose another --out")
-        here = self.path.resolve()
-        if force and here in (Path.cwd(), *self.plan.path.resolve().parents):
-            raise UserError(
-                f"{relative(self.path) or '.'} holds the recipe or is the present folder, and is "
-                "not moved aside; name a folder for the results with --out"
-            )
+            raise UserError(f"{where} is a file; {OTHER_FOLDER}")
         if force and self.path.exists():
-            if (self.path / RUN_LOCK).exists():
-                with self.alone():
-                    pass
             self._move_aside(tell)
-        if self._marker.is_file():
-            content = read_json(self._marker)
-            if not isinstance(content, dict) or content.get("format") != RUN_FORMAT:
-                raise UserError(f"{relative(self._marker)} is none of ours; choose another --out")
+        if marker.is_file():
+            content = read_record(marker, OTHER_FOLDER)
             if content.get("plan") != digest(self.plan):
                 raise UserError(
-                    f"{relative(self.path)} holds the runs of another recipe "
-                    f"({content.get('recipe', '?')}); choose another folder with --out, or move it "
-                    "aside with --force"
+                    f"{where} holds the runs of another recipe ({content.get('recipe', '?')}); "
+                    f"{OTHER_FOLDER}, or move it aside with --force"
                 )
             return content.get("inputs", []) if content.get("done") else None
         if self.path.is_dir() and any(p for p in self.path.iterdir() if p.name != RUN_LOCK):
             raise UserError(
-                f"{relative(self.path)} holds files that are no run of prunekit; choose another "
-                "folder with --out, or move it aside with --force"
+                f"{where} holds files that are not runs of prunekit; {OTHER_FOLDER}, or move it "
+                "aside with --force"
             )
         make_folder(self.path)
         self.mark(done=False)
@@ -179,47 +159,50 @@ class OutFolder:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """No other process runs in this folder meanwhile; `UserError` where one does already."""
-        lock = filelock.FileLock(self.path / RUN_LOCK)
+        """Lock the folder. Raises `UserError` if another process is running in it."""
         try:
-            lock.acquire(timeout=0)
+            held = filelock.FileLock(self.path / RUN_LOCK).acquire(timeout=0)
         except filelock.Timeout:
             raise UserError(
-                f"another process is running in {relative(self.path)}; wait for it, or choose "
-                "another --out"
+                f"another process is running in {relative(self.path)}; wait for it, or "
+                f"{OTHER_FOLDER}"
             ) from None
-        try:
+        with held:
             yield
-        finally:
-            lock.release()
 
     def mark(self, *, done: bool, inputs: Sequence[str] = ()) -> None:
-        """Say whose folder it is, and with `done` what was read for its results."""
-        write_json(
-            self._marker,
-            {
-                "format": RUN_FORMAT,
-                "recipe": relative(self.plan.path),
-                "plan": digest(self.plan),
-                "runs": [run.label for run in self.plan.runs],
-                "done": done,
-                "inputs": list(inputs),
-            },
-        )
+        """Record which plan the folder belongs to and, if it is done, what its results read."""
+        content = {
+            "format": RUN_FORMAT,
+            "recipe": relative(self.plan.path),
+            "plan": digest(self.plan),
+            "runs": [run.label for run in self.plan.runs],
+            "done": done,
+            "inputs": list(inputs),
+        }
+        write_json(self.path / PLAN, content)
 
     def _move_aside(self, tell: Tell) -> None:
-        number = 1
-        while (aside := self.path.with_name(f"{self.path.name}.old{number}")).exists():
-            number += 1
+        where = relative(self.path)
+        if self.path.resolve() in (Path.cwd(), *self.plan.path.resolve().parents):
+            raise UserError(
+                f"{where} is the current folder or holds the recipe, and is not moved aside; name "
+                "a folder for the results with --out"
+            )
+        if (self.path / RUN_LOCK).exists():
+            with self.alone():
+                pass
+        names = (self.path.with_name(f"{self.path.name}.old{n}") for n in itertools.count(1))
+        aside = next(path for path in names if not path.exists())
         try:
             shutil.move(self.path, aside)
-            tell(f"{relative(self.path)} is moved to {relative(aside)}")
         except OSError as error:
-            raise UserError(f"cannot move {relative(self.path)} aside: {error.strerror}") from None
+            raise UserError(f"cannot move {where} aside: {error.strerror}") from None
+        tell(f"moved {where} to {relative(aside)}")
 
 
 def digest(plan: Plan) -> str:
-    """What makes a plan this plan: its runs as resolved, reduced or not."""
+    """SHA-256 of what a plan computes: its name and its resolved runs."""
     content = [plan.name, plan.smoke, [[run.label, run.describe()] for run in plan.runs]]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -229,10 +212,10 @@ def _now() -> str:
 
 
 def _find_commit(folder: Path) -> str | None:
-    """The git commit of the recipe's folder.
+    """The git commit of a folder.
 
-    Not whether files differ from it: to find that out git runs programs that a foreign
-    repository's configuration names.
+    Whether files differ from it is not asked: git would run programs that the configuration of
+    somebody else's repository names.
     """
     command = ["git", "-c", "core.fsmonitor=false", "rev-parse", "HEAD"]
     try:

@@ -1,4 +1,4 @@
-"""Stage results on disk, by the hash of everything that decides them."""
+"""Results of stages on disk, each under its key."""
 
 from __future__ import annotations
 
@@ -29,62 +29,60 @@ from prunekit.store.layout import (
 
 @dataclass(frozen=True)
 class StageResult:
-    """What a stage found: metrics, a row for each epoch, and how long it took."""
+    """What a stage found: metrics, a row of history for each epoch, and how long it took."""
 
     metrics: Mapping[str, Any]
     history: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
     notes: list[str] = field(default_factory=list)
     versions: Mapping[str, str] = field(default_factory=dict)
-    """Of what the stage's components need."""
+    """Versions of the packages that the stage's components need."""
 
 
 @dataclass(frozen=True)
 class StageFolder:
-    """The folder of one stage in the store. `result.json` is written last and says it is done."""
+    """The folder of one stage in the store. Its result is written last, and marks it as done."""
 
     path: Path
 
     @property
     def model(self) -> Path:
+        """The file of the network after the stage."""
         return self.path / MODEL
 
     @property
     def records(self) -> Path:
+        """The file of what evaluators record of each image."""
         return self.path / RECORDS
 
     @property
     def progress(self) -> Path:
+        """The checkpoint of a stage that is being computed."""
         return self.path / PROGRESS
 
     def scratch(self, name: str) -> Path:
-        """A folder for one evaluator; it goes when the stage is done."""
+        """A folder for one evaluator, deleted when the stage is done."""
         folder = self.path / SCRATCH / name
         make_folder(folder)
         return folder
 
     @property
     def done(self) -> bool:
-        return self._content() is not None
+        """Whether the result, and all files that belong to it, are complete."""
+        with suppress(OSError, UserError):
+            self.read()
+            return True
+        return False
 
     def read(self) -> StageResult:
-        content = self._content()
-        if content is None:
+        """The result. Raises `UserError` if it, or a file that belongs to it, is incomplete."""
+        content = read_json(self.path / RESULT)
+        names = [field.name for field in dataclasses.fields(StageResult)]
+        if not isinstance(content, dict) or not content.keys() >= {*names, "sizes"}:
             raise UserError(f"{relative(self.path)} holds no result")
-        return StageResult(**{f.name: content[f.name] for f in dataclasses.fields(StageResult)})
-
-    def _content(self) -> dict[str, Any] | None:
-        """Of `result.json`; None where it or a file beside it is missing or cut off.
-
-        The stage is then not done.
-        """
-        with suppress(OSError, UserError):
-            content = read_json(self.path / RESULT)
-            if isinstance(content, dict) and all(
-                f.name in content for f in dataclasses.fields(StageResult)
-            ):
-                return content if content.get("sizes") == self._measure() else None
-        return None
+        if content["sizes"] != self._measure():
+            raise UserError(f"{relative(self.path)} holds files that are cut off")
+        return StageResult(**{name: content[name] for name in names})
 
     def _measure(self) -> dict[str, int]:
         """Bytes of the files that belong to the result."""
@@ -92,14 +90,14 @@ class StageFolder:
         return {file.name: file.stat().st_size for file in files if file.is_file()}
 
     def finish(self, result: StageResult, description: Mapping[str, Any]) -> None:
-        """Mark the stage as done; its checkpoint has served."""
+        """Write the result, which marks the stage as done, and delete its checkpoint."""
         content = {**vars(result), "stage": description, "sizes": self._measure()}
         write_json(self.path / RESULT, content)
         self.progress.unlink(missing_ok=True)
         shutil.rmtree(self.path / SCRATCH, ignore_errors=True)
 
     def write_records(self, records: Mapping[str, Any]) -> None:
-        """Per-image records as npz."""
+        """Write what evaluators record of each image: arrays by name."""
         write_npz(self.records, records)
 
 
@@ -111,11 +109,11 @@ class Store:
 
     @property
     def stages(self) -> Path:
-        """Where stages of this format lie."""
+        """The folder of the stages of this format."""
         return self.root / f"v{STORE_FORMAT}"
 
     def prepare(self, tell: Tell) -> None:
-        """Make the folders; says once that there are stages of an older format."""
+        """Make the folders; tells once if there are stages of an older format."""
         if (old := self._find_old()) and not self.stages.exists():
             stages = "1 stored stage" if len(old) == 1 else f"{len(old)} stored stages"
             tell(
@@ -125,18 +123,20 @@ class Store:
         make_folder(self.stages)
 
     def folder(self, key: str) -> StageFolder:
+        """The folder of the stage with this key, whether it exists or not."""
         return StageFolder(self.stages / key)
 
     def is_done(self, key: str) -> bool:
+        """Whether the stage with this key has a complete result."""
         return self.folder(key).done
 
     @contextmanager
     def locked(
         self, key: str, tell: Callable[[], None], stop: Stop | None = None
     ) -> Iterator[StageFolder]:
-        """The stage's folder, this process alone in it; `tell()` is called before waiting for it.
+        """Lock the folder of a stage; `tell` is called if that means waiting for another process.
 
-        Raises `Interrupted` where a stop is asked for meanwhile.
+        Raises `Interrupted` if a stop is requested meanwhile.
         """
         folder = self.folder(key)
         make_folder(folder.path)
@@ -151,17 +151,17 @@ class Store:
             with suppress(filelock.Timeout):
                 lock.acquire(timeout=1)
         try:
-            for half in folder.path.glob(".*.*"):  # what a killed process was writing
-                half.unlink()
+            for partial in folder.path.glob(".*.*"):  # what a killed process was writing
+                partial.unlink()
             yield folder
         finally:
             lock.release()
 
     def remove_unused(self, used: set[str], *, keep: bool = False) -> list[tuple[str, int]]:
-        """Delete the stages that are not in `used`; (key, bytes) of each. `keep` only looks.
+        """Delete the stages whose keys are not in `used`; returns (key, bytes) of each.
 
-        Stages of an older format go whoever refers to them. What a process is computing just now
-        stays.
+        Stages of an older format are deleted in any case, and stages that a process is computing
+        are kept. With `keep`, nothing is deleted.
         """
         freed = []
         unused = [path for path in _list_folders(self.stages) if path.name not in used]
@@ -174,14 +174,10 @@ class Store:
         return freed
 
     def _find_old(self) -> list[Path]:
-        """Folders of stages of older formats; the first one had them at the top."""
-        found = _list_folders(self.root)
-        old = [path for path in found if re.fullmatch(r"[0-9a-f]{32}", path.name)]
-        for path in found:
-            version = re.fullmatch(r"v(\d+)", path.name)
-            if version and int(version[1]) < STORE_FORMAT:
-                old += _list_folders(path)
-        return old
+        """Folders of stages of older formats; the first format kept them in the root."""
+        older = (self.root, *(self.root / f"v{n}" for n in range(1, STORE_FORMAT)))
+        found = [path for folder in older for path in _list_folders(folder)]
+        return [path for path in found if re.fullmatch(r"[0-9a-f]{32}", path.name)]
 
 
 def _list_folders(path: Path) -> list[Path]:

@@ -93,13 +93,14 @@ def test_files_of_somebody_else_are_left_alone(here, call):
     for arguments in ([], ["--smoke"]):
         _, err = call("run", "r.toml", "--out", "mine", "--device", "cpu", *arguments, code=2)
         assert err == (
-            "prunekit: mine holds files that are no run of prunekit; choose another folder with "
+            "prunekit: mine holds files that are not runs of prunekit; choose another folder with "
             "--out, or move it aside with --force\n"
         )
     assert [p.name for p in (here / "mine").iterdir()] == ["thesis.tex"]
     (here / "mine/plan.json").write_text("[]")
     _, err = call("run", "r.toml", "--out", "mine", "--device", "cpu", code=2)
-    assert err == "prunekit: mine/plan.json is none of ours; choose another --out\n"
+    way = "choose another folder with --out"
+    assert err == f"prunekit: mine/plan.json was not written by prunekit; {way}\n"
 
 
 def test_an_output_folder_that_cannot_be(here, call, recipe):
@@ -112,7 +113,7 @@ def test_an_output_folder_that_cannot_be(here, call, recipe):
 @pytest.mark.parametrize("force", [[], ["--force"]])
 def test_the_recipe_is_never_moved_out_of_the_way(here, force, call, recipe):
     _, err = call("run", "r.toml", "--out", "r.toml", "--device", "cpu", *force, code=2)
-    assert err == "prunekit: r.toml is a file; choose another --out\n"
+    assert err == "prunekit: r.toml is a file; choose another folder with --out\n"
     _, err = call("run", "r.toml", "--out", ".", "--device", "cpu", *force, code=2)
     assert "--out" in err
     assert (here / "r.toml").read_text() == recipe
@@ -139,7 +140,8 @@ def test_a_folder_in_which_another_process_runs(ran, force, call):
         arguments = ["--force"] if force else []
         _, err = call("run", "r.toml", "--device", "cpu", *arguments, code=2)
     assert err == (
-        "prunekit: another process is running in runs/tiny; wait for it, or choose another --out\n"
+        "prunekit: another process is running in runs/tiny; wait for it, or choose another "
+        "folder with --out\n"
     )
     assert not (ran / "runs/tiny.old1").exists()
 

@@ -98,7 +98,7 @@ def test_results_in_three_forms(ran, call, read):
 
 
 def test_results_of_nothing(call):
-    assert call("results", "gone", code=2)[1] == "prunekit: gone: there is no such folder\n"
+    assert call("results", "gone", code=2)[1] == "prunekit: there is no folder gone\n"
 
 
 def test_clean_frees_what_no_run_refers_to(ran, call):

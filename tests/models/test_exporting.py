@@ -119,7 +119,7 @@ def test_what_a_hydra_file_cannot_say_is_refused():
     assert not Path("h.pth").exists()
     write(make_net(), "lin-2", lambda n: n // 2)
     Path("h.pth").write_text("mine")
-    assert "there already" in refuse()
+    assert "exists already" in refuse()
     assert Path("h.pth").read_text() == "mine"
     missing = call("export", "runs/none", "--format", "hydra", "--out", "h.pth", code=2)[1]
     assert "there is no run folder or file runs/none" in missing

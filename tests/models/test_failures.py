@@ -301,7 +301,7 @@ def test_a_function_with_other_arguments_is_traced_to_the_plugins_in_use(package
 
 def test_options_that_raise_name_the_plugin(package):
     done = run("--set", 'objective={use="signs", size=13}', code=2)
-    assert f"objective 'signs' of plugin {OWNER} refuses its options: KeyError: 'thirteen'" in (
+    assert f"objective 'signs' of plugin {OWNER} rejects its options: KeyError: 'thirteen'" in (
         done.stderr
     )
 

@@ -410,7 +410,7 @@ def test_export_is_what_timm_reads(options, here):
         # And back.
         again = build(f"local-dir:{here / 'theirs/net'}", pretrained=True).eval()
         assert torch.equal(again(x), ours(x))
-    assert "is there already" in call(
+    assert "exists already" in call(
         "export", "out", "--format", "timm", "--out", "theirs/net", code=2
     )[1]  # fmt: skip
 

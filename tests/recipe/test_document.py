@@ -51,23 +51,27 @@ def test_files_that_are_no_recipe(here):
     write("folder/recipe.toml", "")
     assert refuse(here / "folder") == ["folder is a folder, not a recipe; write folder/recipe.toml"]
     (here / "latin.toml").write_bytes('name = "x"\n# caf\xe9\n'.encode("latin-1"))
-    assert refuse(here / "latin.toml") == ["latin.toml:2: is not UTF-8; save the file as such"]
+    assert refuse(here / "latin.toml") == ["latin.toml:2: is not UTF-8; save the file as UTF-8"]
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("use = digits\n", '2: is not TOML: Invalid value; texts need quotes: use = "trades"'),
+        ("use = digits\n", '2: is not TOML: Invalid value; strings need quotes: use = "trades"'),
         ("b\n", "2: is not TOML: Expected '=' after a key in a key/value pair"),
-        ("b = [1,\n\n", "2: is not TOML: it ends in the middle; close the bracket or the quote"),
+        (
+            "b = [1,\n\n",
+            "2: is not TOML: the file ends in the middle of a value; close the "
+            "bracket or the quote",
+        ),
         (
             "b = 1\nb = 2\n",
-            "3: is not TOML: Cannot overwrite a value; this key is there already; remove one of "
+            "3: is not TOML: Cannot overwrite a value; this key exists already; remove one of "
             "the two",
         ),
         (
             "[a]\n[a]\n",
-            "3: is not TOML: Cannot declare ('a',) twice; this table is there already; remove one "
+            "3: is not TOML: Cannot declare ('a',) twice; this table exists already; remove one "
             "of the two",
         ),
     ],
@@ -226,9 +230,9 @@ THERE = "there are: architecture, dataset, dense, objective, pretrain, pruned, s
         ("pretrian.epochs=1", f"'pretrian.epochs' {NOTHING}; did you mean 'pretrain'?"),
         ("evaluate.images=1", f"'evaluate.images' {NOTHING}; {THERE}"),
         ("x=1", f"'x' {NOTHING}; {THERE}"),
-        ("pretrain=1", "'pretrain' names a stage; say which option, such as pretrain.epochs"),
-        ("dense.with.0.steps=1", "'dense.with.0.steps': 'with' is a list; set all of it"),
-        ("objective.beta.x=1", "'objective.beta.x': 'beta' is no table"),
+        ("pretrain=1", "'pretrain' is a stage; name one of its options, such as pretrain.epochs"),
+        ("dense.with.0.steps=1", "'dense.with.0.steps': 'with' is a list; set the whole list"),
+        ("objective.beta.x=1", "'objective.beta.x': 'beta' is not a table"),
     ],
 )
 def test_a_setting_that_names_nothing(setting, message):

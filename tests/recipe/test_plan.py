@@ -111,10 +111,10 @@ def test_mistakes_cite_the_file_or_the_option_that_makes_them(refuse, here):
     assert refuse(text, "pretrain.optimizer.lr=x", "dataset.bach_size=3") == [
         "--set dataset.bach_size=3: unknown option 'bach_size' of dataset 'digits'; did you mean "
         "'batch_size'?",
-        "--set pretrain.optimizer.lr=x: lr of optimizer 'sgd' is a number, got 'x'",
+        "--set pretrain.optimizer.lr=x: lr of optimizer 'sgd' must be a number, got 'x'",
         "base.toml:7: clip_norm of stage 'pretrain' must be above 0, got 0",
-        "r.toml:2: seed is a whole number from 0 on, got -1",
-        "r.toml:3: select of stage 'pretrain' is a text, got 3",
+        "r.toml:2: seed must be a whole number, at least 0, got -1",
+        "r.toml:3: select of stage 'pretrain' must be a string, got 3",
     ]
 
 
@@ -136,38 +136,41 @@ MISTAKES = [
     ),
     (
         TOP + PRUNE.replace("score", "lwm"),
-        "8: pruner 'lwm' is one-shot: epochs does nothing; remove it",
+        "8: pruner 'lwm' is one-shot: epochs has no effect; remove it",
     ),
     (SMALL + "image = 3\n",
      "15: unknown option 'image' of stage 'evaluate'; did you mean 'images'?"),
-    (SMALL + "images = 2.5\n", "15: images of stage 'evaluate' is a whole number, got 2.5"),
+    (SMALL + "images = 2.5\n", "15: images of stage 'evaluate' must be a whole number, got 2.5"),
     (SMALL.replace('["clean"]', '"clean"'),
-     "14: with of stage 'evaluate' is a list; write ['clean'], got 'clean'"),
+     "14: with of stage 'evaluate' must be a list, got 'clean'; write ['clean']"),
     (SMALL.replace('["clean"]', "[]"),
      "14: stage 'evaluate': name at least one evaluator, such as with = [\"clean\"]"),
     (SMALL.replace('["clean"]', '["clean", "clean"]'),
-     "14: stage 'evaluate': 'clean' is there twice; give each a name = \"...\""),
+     "14: stage 'evaluate': 'clean' is listed twice; give each a name = \"...\""),
     (SMALL + EVALUATE, "15: there are two stages 'evaluate'; give each a name = \"...\""),
     (TOP + PRUNE + PRUNE.replace("0.9", '0.8\nname = "again"'),
-     "11: sparsity is of the dense network: 0.8 after 0.9 removes nothing; write more than that"),
+     "11: sparsity counts all weights of the dense network: 0.8 after 0.9 removes nothing; "
+"write a larger one"),
     (TOP + PRETRAIN.replace("pretrain", "pretrian"),
-     "5: a stage's kind cannot be 'pretrian'; did you mean 'pretrain'?"),
+     "5: the kind of a stage cannot be 'pretrian'; did you mean 'pretrain'?"),
     (TOP + "[[stage]]\nepochs = 3\n",
      '4: stage without a kind; write kind = "pretrain" (or: pretrain, prune, finetune, evaluate)'),
     (TOP + PRETRAIN + 'name = "a b"\n',
-     "7: name of a stage is letters, digits, '-', '_' and '+', got 'a b'"),
+     "7: the name of a stage must consist of letters, digits, '-', '_' and '+', got 'a b'"),
     (TOP + PRETRAIN.replace("[[stage]]", "[stage]"),
-     "4: a recipe has several stages; write [[stage]], two brackets"),
+     "4: stages are a list; write [[stage]], with two brackets"),
     ('stage = ["pretrain"]\n' + TOP,
-     "1: a stage is a table, got 'pretrain'; write [[stage]] and kind = ..."),
+     "1: a stage must be a table, got 'pretrain'; write [[stage]] and kind = ..."),
     ("stage = 3\n" + TOP, '1: a recipe needs stages; write [[stage]] and kind = "pretrain"'),
-    ("format = 2\n" + SMALL, "1: format 2 is not known to this prunekit; write 1"),
+    ("format = 2\n" + SMALL, "1: this prunekit does not read format 2; write 1"),
     ("sed = 2\n" + SMALL, "1: unknown key 'sed'; did you mean 'seed'?"),
     ('extend = "x"\n' + SMALL, "1: unknown key 'extend'; did you mean 'extends'?"),
-    ("seed = true\n" + SMALL, "1: seed is a whole number from 0 on, got True"),
-    ('name = ".."\n' + SMALL, "1: name is that of a folder: a word without '/', got '..'"),
-    ('name = "a/b"\n' + SMALL, "1: name is that of a folder: a word without '/', got 'a/b'"),
-    ('report = "console"\n' + SMALL, '1: report is a list, such as ["console", "jsonl"]'),
+    ("seed = true\n" + SMALL, "1: seed must be a whole number, at least 0, got True"),
+    ('name = ".."\n' + SMALL, "1: name becomes the name of a folder: write a word without '/', "
+ "got '..'"),
+    ('name = "a/b"\n' + SMALL, "1: name becomes the name of a folder: write a word without '/', "
+ "got 'a/b'"),
+    ('report = "console"\n' + SMALL, '1: report must be a list, such as ["console", "jsonl"]'),
     ('report = ["consle"]\n' + SMALL, "1: unknown reporter 'consle'; did you mean 'console'?"),
     ('threat = "linf"\n' + SMALL, '1: write [threat] with norm = "linf" and eps = "8/255"'),
     ('threat = { norm = "l1", eps = 0.1 }\n' + SMALL,
@@ -196,7 +199,7 @@ def test_a_mistake_is_told_alone_with_its_line(refuse, text, message):
 def test_a_missing_file_is_told_with_the_place_it_was_looked_for(refuse, here):
     text = SMALL.replace('"digits"', '{ use = "npz", file = "my.npz" }')
     text = text.replace('"small-cnn"', '{ use = "small-cnn", init = "w.safetensors" }')
-    end = "a relative path starts at its recipe's folder"
+    end = "relative paths start at the folder of the recipe"
     assert refuse(text) == [
         f"r.toml:1: file of dataset 'npz': there is no {here}/my.npz; {end}",
         f"r.toml:2: init of [architecture]: there is no {here}/w.safetensors; {end}",
@@ -206,14 +209,17 @@ def test_a_missing_file_is_told_with_the_place_it_was_looked_for(refuse, here):
 def test_a_missing_threat_is_asked_for_wherever_it_is_needed(refuse):
     way = 'write [threat] with norm = "linf" and eps = "8/255"'
     assert refuse(SMALL.replace("benign", "trades").replace('"clean"', '"clean", "pgd"')) == [
-        f"r.toml:3: objective 'trades' needs a threat; {way}",
-        f"r.toml:14: evaluator 'pgd' needs a threat; {way}",
+        f"r.toml:3: objective 'trades' needs a threat model; {way}",
+        f"r.toml:14: evaluator 'pgd' needs a threat model; {way}",
     ]
 
 
 def test_without_validation_the_best_epoch_cannot_be_chosen(refuse, plan):
     text = SMALL.replace('"digits"', '{ use = "digits", validation = 0 }')
-    way = 'has no images to choose its best epoch with, as validation is 0; write select = "last"'
+    way = (
+        "has no images to choose its best epoch with, because validation is 0; write select = "
+        '"last"'
+    )
     assert refuse(text) == [
         f"r.toml:4: stage 'pretrain' {way} in it",
         f"r.toml:7: stage 'prune' {way} in it",
@@ -225,7 +231,7 @@ def test_without_validation_the_best_epoch_cannot_be_chosen(refuse, plan):
 
 def test_a_misspelt_prune_does_not_make_a_mistake_of_finetune(refuse):
     text = TOP + PRUNE.replace('"prune"', '"prun"') + '[[stage]]\nkind = "finetune"\nepochs = 1\n'
-    assert refuse(text) == ["r.toml:5: a stage's kind cannot be 'prun'; did you mean 'prune'?"]
+    assert refuse(text) == ["r.toml:5: the kind of a stage cannot be 'prun'; did you mean 'prune'?"]
 
 
 def test_a_mistake_in_a_sweep_is_told_once_with_the_line_of_the_value(refuse):

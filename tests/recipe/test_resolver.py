@@ -36,7 +36,7 @@ def test_every_mistake_is_told_at_once(resolve):
         "optimizer.lr: lr of optimizer 'adam' must be above 0, got 0",
         "optimizer.schedule.warmup: warmup of schedule 'step' must be at least 0, got -1",
         "pair.1: pair[1] of thing 'x' must be at least 0 and below 1, got 1",
-        "whole: whole of thing 'x' is a whole number, got 1.5",
+        "whole: whole of thing 'x' must be a whole number, got 1.5",
         "with.0.use: unknown evaluator 'clen'; did you mean 'clean'?",
         "with.1.esp: unknown option 'esp' of evaluator 'pgd'; did you mean 'eps'?",
         'with.2: with[2] needs a name; write use = "clean" (prunekit list evaluators)',
@@ -48,7 +48,7 @@ def test_what_the_options_refuse_themselves(resolve):
         "low: thing 'x': low cannot be 7; write 8"
     ]
     assert resolve({"low": 3}, Checked)[1] == [
-        ": thing 'x' refuses its options: ValueError: low above high"
+        ": thing 'x' rejects its options: ValueError: low above high"
     ]
 
 
@@ -78,7 +78,8 @@ def test_evaluators_may_have_names_of_their_own(resolve):
     options, _ = resolve({"with": [{"use": "pgd", "name": "weak", "eps": 0.1}, "clean"]})
     assert [use.name for use in options.with_] == ["weak", "clean"]
     assert resolve({"with": [{"use": "clean", "name": 3}]})[1] == [
-        "with.0.name: name of evaluator 'clean' is letters, digits, '-', '_' and '+', got 3"
+        "with.0.name: name of evaluator 'clean' must consist of letters, digits, '-', '_' and "
+        "'+', got 3"
     ]
     (problem,) = resolve({"with": [{"use": "clean", "name": "../up"}]})[1]
     assert problem.endswith("got '../up'")
@@ -99,8 +100,8 @@ def test_a_component_inherits_the_threat_and_may_override_parts_of_it(resolve):
 
 def test_a_missing_threat_is_asked_for(resolve):
     assert resolve({"with": ["pgd"]})[1] == [
-        "with.0: evaluator 'pgd' needs a threat; write [threat] with norm = \"linf\" and eps = "
-        '"8/255"'
+        "with.0: evaluator 'pgd' needs a threat model; write [threat] with norm = \"linf\" and "
+        'eps = "8/255"'
     ]
     assert resolve({"with": [{"use": "pgd", "eps": 0.1}]})[1] == []
 

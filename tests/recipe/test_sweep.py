@@ -107,11 +107,14 @@ NOTHING = "'prun.x' names no stage and no section; did you mean 'prune'?"
 @pytest.mark.parametrize(
     ("sweep", "problem"),
     [
-        ("[sweep]", '10: [sweep] lists nothing to try; write "prune.sparsity" = [0.9, 0.95]'),
-        ("[sweep]\nseed = 3", "11: seed is no list of values to try; write [3, ...]"),
-        ("[sweep]\nseed = []", "11: seed lists no values to try; write some, or remove it"),
-        ("[sweep.prune]\nbn = 1", "11: prune.bn is no list of values to try; write [1, ...]"),
-        ("[sweep.case]\nseed = 3", "10: a case is a table of its own; write [[sweep.case]]"),
+        ("[sweep]", '10: [sweep] lists no values; write "prune.sparsity" = [0.9, 0.95]'),
+        ("[sweep]\nseed = 3", "11: seed must be a list of values to try; write [3, ...]"),
+        ("[sweep]\nseed = []", "11: seed lists no values to try; add some, or remove it"),
+        ("[sweep.prune]\nbn = 1", "11: prune.bn must be a list of values to try; write [1, ...]"),
+        (
+            "[sweep.case]\nseed = 3",
+            "10: each case of a sweep is a table of its own; write [[sweep.case]]",
+        ),
         ('[sweep]\n"prun.x" = [1, 2]', f"11: {NOTHING}"),
         ("[[sweep.case]]\nseed = 1\n[[sweep.case]]\nprun.x = 1", f"13: {NOTHING}"),
     ],

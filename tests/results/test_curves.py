@@ -100,7 +100,7 @@ def test_runs_without_radii_say_what_to_do(tmp_path):
     (tmp_path / "run/records.npz").unlink()
     with pytest.raises(UserError, match="--with certify"):
         find_curves([tmp_path])
-    with pytest.raises(UserError, match="no such folder"):
+    with pytest.raises(UserError, match="there is no folder"):
         find_curves([tmp_path / "other"])
 
 

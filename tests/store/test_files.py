@@ -41,8 +41,8 @@ def test_without_space_the_old_content_is_kept(here, monkeypatch, where):
         write_text(here / "a.txt", "new")
     assert caught.value.code == 1
     assert str(caught.value) == (
-        "no space left on the disk for a.txt; what was there before is kept: free some and run the "
-        "same command again"
+        "no space left on the disk for a.txt; what was there before is kept: free some space and "
+        "run the same command again"
     )
     assert (here / "a.txt").read_text() == "old"
     assert [p.name for p in here.iterdir()] == ["a.txt"]
@@ -100,7 +100,7 @@ def test_json_comes_back_and_has_no_word_for_nan(here):
 @pytest.mark.parametrize("content", [b"{", b"\xff", b""])
 def test_damaged_json_is_a_message(here, content):
     (here / "a.json").write_bytes(content)
-    with pytest.raises(UserError, match=r"^a\.json is damaged \(.*\); remove it$"):
+    with pytest.raises(UserError, match=r"^a\.json cannot be read \(.*\); remove it$"):
         read_json(here / "a.json")
 
 

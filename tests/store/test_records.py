@@ -14,8 +14,8 @@ from prunekit.store.records import find_runs
     ("text", "message"),
     [
         ("{", "cannot be read"),
-        ("[]", "not the record of a run"),
-        ('{"format": 2}', "has format 2, this prunekit reads 1"),
+        ("[]", "was not written by prunekit"),
+        ('{"format": 2}', "has format 2, and this prunekit reads 1"),
         ('{"format": 1, "name": "a"}', "lacks 'status'"),
         (
             '{"format": 1, "name": "a", "status": "done", "smoke": false, "seed": 0,'
@@ -28,7 +28,7 @@ def test_a_broken_record_is_named(text: str, message: str, tmp_path: Path) -> No
     (tmp_path / "run.json").write_text(text)
     with pytest.raises(UserError, match=message) as caught:
         find_runs(tmp_path)
-    assert "run.json: " in str(caught.value)
+    assert "run.json " in str(caught.value)
 
 
 def test_runs_are_found_everywhere_but_in_hidden_folders(tmp_path: Path, write_run) -> None:
@@ -37,5 +37,5 @@ def test_runs_are_found_everywhere_but_in_hidden_folders(tmp_path: Path, write_r
     write_run(tmp_path / "runs" / ".moved" / "old", {"a": 3})
     found = find_runs(tmp_path / "runs")
     assert [run.folder for run in found] == [tmp_path / "runs", tmp_path / "runs" / "deep" / "er"]
-    with pytest.raises(UserError, match="no such folder"):
+    with pytest.raises(UserError, match="there is no folder"):
         find_runs(tmp_path / "none")
