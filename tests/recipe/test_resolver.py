@@ -122,8 +122,8 @@ def test_paths_start_at_the_file_that_says_them_or_where_the_command_is_given(
     assert find("a.npz", Place("base/r.toml", 3)) == (tmp_path / "base/a.npz", [])
     assert find("c.npz", Place("--set dataset.file=c.npz")) == (tmp_path / "c.npz", [])
     assert find("d.npz", Place("--set dataset.file=d.npz"))[1] == [
-        f"--set dataset.file=d.npz: file of thing 'x': there is no {tmp_path}/d.npz; a relative "
-        "path starts at the folder you are in"
+        f"--set dataset.file=d.npz: file of thing 'x': there is no {tmp_path}/d.npz; relative "
+        "paths start at the current folder"
     ]
 
 
