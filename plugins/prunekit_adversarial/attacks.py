@@ -98,7 +98,7 @@ def check_threat(threat: Threat | None) -> Threat:
     """Return the threat; raises `UserError` if there is none."""
     if threat is None:
         raise UserError(
-            'an attack needs a radius; add [threat] with norm = "linf" and eps = "8/255"'
+            'an attack needs a radius; write [threat] with norm = "linf", eps = "8/255"'
         )
     return threat
 

@@ -56,7 +56,7 @@ def prunekit_datasets() -> Iterable[Component]:
     )
     yield Component(
         name="extra-images",
-        summary="More training images from a file, for the key extra of another data set",
+        summary="Extra training images from a file, added to another data set by its key extra",
         build="prunekit_arrays.extra:build",
         options=ExtraOptions,
         details=EXTRA_DETAILS,

@@ -39,9 +39,7 @@ def check_threat(threat: Threat | None, owner: str) -> float:
     component in the message.
     """
     if threat is None:
-        raise UserError(
-            f'{owner} needs a radius; add [threat] with norm = "linf" and eps = "2/255"'
-        )
+        raise UserError(f'{owner} needs a radius; write [threat] with norm = "linf", eps = "2/255"')
     if threat.norm != "linf":
         raise UserError(
             f'{owner} supports norm "linf", not "{threat.norm}"; write norm = "linf" and an eps '

@@ -37,7 +37,9 @@ class StepOptions:
     milestones: tuple[float, ...] = option(
         (0.5, 0.75), help="fractions of the stage at which the rate drops"
     )
-    factor: float = option(0.1, help="factor applied to the rate at each milestone", above=0, high=1)
+    factor: float = option(
+        0.1, help="what the rate is multiplied by at each milestone", above=0, high=1
+    )
     warmup: float = _warmup()
 
     def __post_init__(self) -> None:
@@ -61,10 +63,6 @@ def _betas() -> Any:
     return option((0.9, 0.999), help="decay rates of the two moments", low=0, below=1)
 
 
-def _schedule() -> Any:
-    return option("cosine", help="learning-rate schedule")
-
-
 @dataclass(frozen=True)
 class SgdOptions:
     """Options of the optimizer `sgd`."""
@@ -73,7 +71,7 @@ class SgdOptions:
     momentum: float = option(0.9, help="momentum", low=0, below=1)
     weight_decay: float = _decay()
     nesterov: bool = option(False, help="use Nesterov momentum")
-    schedule: Use[Schedule] = _schedule()
+    schedule: Use[Schedule] = option("cosine", help="learning-rate schedule")
 
     def __post_init__(self) -> None:
         if self.nesterov and not self.momentum:
@@ -87,7 +85,7 @@ class AdamOptions:
     lr: float = _rate(1e-3)
     betas: tuple[float, float] = _betas()
     weight_decay: float = _decay()
-    schedule: Use[Schedule] = _schedule()
+    schedule: Use[Schedule] = option("cosine", help="learning-rate schedule")
 
 
 @dataclass(frozen=True)
@@ -97,7 +95,7 @@ class AdamWOptions:
     lr: float = _rate(1e-3)
     betas: tuple[float, float] = _betas()
     weight_decay: float = option(1e-2, help="decoupled weight decay", low=0)
-    schedule: Use[Schedule] = _schedule()
+    schedule: Use[Schedule] = option("cosine", help="learning-rate schedule")
 
 
 def _declare(name: str, summary: str, options: type, function: str = "") -> Component:

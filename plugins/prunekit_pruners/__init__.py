@@ -30,7 +30,7 @@ def prunekit_pruners() -> Iterator[Component]:
     """Declare the pruners."""
     yield Component(
         name="score",
-        summary="Scores learned on the stage's objective, straight through the mask (HYDRA)",
+        summary="Scores learned on the stage's objective, with straight-through gradients (HYDRA)",
         build="prunekit_pruners.scores:build_score",
         options=ScoreOptions,
         learns=True,
@@ -44,7 +44,7 @@ def prunekit_pruners() -> Iterator[Component]:
     )
     yield Component(
         name="snip",
-        summary="Sensitivity |dL/dw * w| of the clean loss on one batch, one-shot",
+        summary="Sensitivity of the clean loss to each weight, on one batch, one-shot",
         build="prunekit_pruners.scores:build_snip",
         paper="Lee et al., SNIP, ICLR 2019, arXiv 1810.02340",
     )
