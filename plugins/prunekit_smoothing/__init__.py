@@ -106,7 +106,7 @@ def name_radius(radius: float) -> str:
 def plan_looks(options: CertifyOptions) -> tuple[int, ...]:
     """Increasing numbers of samples after which the bound is computed; only n if not sequential.
 
-    >>> plan_looks(CertifyOptions(n=1000, sequential=True))
+    >>> plan_looks(CertifyOptions(radii=(0.25,), n=1000, sequential=True))
     (100, 200, 300, 500, 1000)
     """
     looks = []
