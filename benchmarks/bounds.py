@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 from prunekit_lirpa import versions
-from prunekit_lirpa.bounds import Bounds, compare_classes, robust_cross_entropy, surround
+from prunekit_lirpa.bounds import Bounds
+from prunekit_lirpa.margins import compare_classes, robust_cross_entropy, surround
 from torch import Tensor, nn
 
 from prunekit.catalog.registry import load_registry

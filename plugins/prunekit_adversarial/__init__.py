@@ -13,83 +13,100 @@ from prunekit.errors import OptionError
 ATTACKS = ("apgd-ce", "apgd-t", "fab-t", "square")
 """The attacks of standard AutoAttack, in its order."""
 FEW_CLASSES = ("apgd-ce", "fab", "square")
-"""Those of them, or their kin, that a network of 2 or 3 classes can be attacked with."""
+"""The attacks used instead on a network with 2 or 3 classes."""
 TARGETS = 9
-"""Target classes of standard AutoAttack's targeted attacks, where there are that many."""
+"""Target classes of standard AutoAttack's targeted attacks, if there are that many."""
 
 
 @dataclass(frozen=True)
-class Threatened:
-    """What an attack may do; the core makes `context.threat` of it and the recipe's [threat]."""
+class ThreatOptions:
+    """The threat model of one component; unset options come from the recipe's [threat]."""
 
-    eps: Radius | None = option(None, help="radius of the attack; default that of [threat]")
-    norm: Norm | None = option(None, help="norm of the attack; default that of [threat]")
+    eps: Radius | None = option(None, help="radius of the attack; default: eps of [threat]")
+    norm: Norm | None = option(None, help="norm of the attack; default: norm of [threat]")
 
 
 @dataclass(frozen=True)
-class Attacked(Threatened):
-    """The options of everything that attacks in steps of one size."""
+class AttackOptions(ThreatOptions):
+    """Options of every component that attacks with a fixed step size."""
 
     step_size: Radius | None = option(
-        None, help="size of an attack step; default eps / 4 (trades in l2: 2 eps / steps)", above=0
+        None, help="size of an attack step; default: eps / 4 (trades in l2: 2 eps / steps)", above=0
     )
 
 
 @dataclass(frozen=True)
-class PgdAtOptions(Attacked):
+class PgdAtOptions(AttackOptions):
+    """Options of `pgd-at`."""
+
     steps: int = option(10, help="steps of the attack", low=1, smoke=2)
     validation_steps: int = option(10, help="PGD steps in validation", low=1, smoke=2)
 
 
 @dataclass(frozen=True)
 class TradesOptions(PgdAtOptions):
+    """Options of `trades`."""
+
     beta: float = option(6.0, help="weight of the robust term", low=0)
 
 
 @dataclass(frozen=True)
 class MartOptions(PgdAtOptions):
+    """Options of `mart`."""
+
     beta: float = option(5.0, help="weight of the consistency term", low=0)
 
 
 @dataclass(frozen=True)
-class FreeAdvOptions(Threatened):
+class FreeAdvOptions(ThreatOptions):
+    """Options of `free-adv`."""
+
     replays: int = option(
-        4, help="optimiser steps on each batch; epochs / replays passes are made", low=1, smoke=2
+        4,
+        help="optimizer steps on each batch; the data is passed over epochs / replays times",
+        low=1,
+        smoke=2,
     )
     reset: Literal["never", "epoch"] = option(
-        "never", help="when the noise starts again at zero; HYDRA's code did it each epoch"
+        "never", help="when the noise is reset to zero; HYDRA's code resets it every epoch"
     )
     validation_steps: int = option(10, help="PGD steps in validation", low=1, smoke=2)
 
 
 @dataclass(frozen=True)
-class PgdOptions(Attacked):
+class PgdOptions(AttackOptions):
+    """Options of the evaluator `pgd`."""
+
     steps: int = option(50, help="steps of each restart", low=1, smoke=2)
     restarts: int = option(
-        10, help="random starts, of which the worst counts", low=1, high=1000, smoke=1
+        10, help="random starts; the worst one counts", low=1, high=1000, smoke=1
     )
     iterate: Literal["last", "any"] = option(
-        "last", help="what has to fool the network: the last iterate, or any (stronger, faster)"
+        "last", help="which iterate has to fool the network: the last, or any (stronger, faster)"
     )
 
 
 @dataclass(frozen=True)
-class AutoAttackOptions(Threatened):
+class AutoAttackOptions(ThreatOptions):
+    """Options of the evaluator `autoattack`."""
+
     attacks: (
         tuple[Literal["apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square"], ...] | None
-    ) = option(None, help="attacks, one after the other; default: those of standard AutoAttack")
+    ) = option(None, help="attacks, run in this order; default: those of standard AutoAttack")
     steps: int = option(100, help="steps of APGD and FAB", low=1, smoke=2)
     queries: int = option(5000, help="queries of Square", low=1, smoke=5)
-    restarts: int = option(1, help="starts of the attacks without a target", low=1, smoke=1)
+    restarts: int = option(1, help="random starts of the untargeted attacks", low=1, smoke=1)
     seed: int = option(0, help="seed of every attack on every batch", low=0)
 
     def __post_init__(self) -> None:
         if self.attacks == ():
-            raise OptionError("attacks", "name an attack, or leave it out for the standard ones")
+            raise OptionError(
+                "attacks", "attacks is empty; name an attack, or leave it out for the standard ones"
+            )
 
 
 def count_autoattack(options: AutoAttackOptions) -> int:
-    """Forward passes of an image that withstands every attack, of a network of 10 classes."""
+    """Forward passes for an image that withstands every attack, for a network with 10 classes."""
     single = options.restarts * (options.steps + 1)
     passes = {
         "apgd-ce": single,
@@ -104,6 +121,7 @@ def count_autoattack(options: AutoAttackOptions) -> int:
 
 @hookimpl
 def prunekit_objectives() -> Iterable[Component]:
+    """Declare the objectives: clean training and four kinds of adversarial training."""
     yield Component(
         name="benign",
         summary="Cross-entropy on clean images",
@@ -111,7 +129,7 @@ def prunekit_objectives() -> Iterable[Component]:
     )
     yield Component(
         name="pgd-at",
-        summary="Adversarial training: cross-entropy on PGD images",
+        summary="Adversarial training: cross-entropy on images attacked by PGD",
         build="prunekit_adversarial.objectives:build_pgd_at",
         options=PgdAtOptions,
         paper="Madry et al., ICLR 2018, arXiv 1706.06083",
@@ -129,7 +147,7 @@ def prunekit_objectives() -> Iterable[Component]:
     )
     yield Component(
         name="mart",
-        summary="Boosted cross-entropy on attacked images + beta * KL, most where x is misjudged",
+        summary="Boosted cross-entropy on attacked images + beta * KL, weighted by 1 - p(label)",
         build="prunekit_adversarial.objectives:build_mart",
         options=MartOptions,
         paper="Wang et al., ICLR 2020, openreview rklOg6EFwS",
@@ -138,7 +156,7 @@ def prunekit_objectives() -> Iterable[Component]:
     )
     yield Component(
         name="free-adv",
-        summary="Free adversarial training: the backward that trains the weights moves the noise",
+        summary="Free adversarial training: one backward pass updates both weights and noise",
         build="prunekit_adversarial.objectives:build_free_adv",
         options=FreeAdvOptions,
         paper="Shafahi et al., NeurIPS 2019, arXiv 1904.12843",
@@ -149,6 +167,7 @@ def prunekit_objectives() -> Iterable[Component]:
 
 @hookimpl
 def prunekit_evaluators() -> Iterable[Component]:
+    """Declare the evaluators: clean accuracy, PGD and AutoAttack."""
     yield Component(
         name="clean",
         summary="Accuracy on clean images",
@@ -165,7 +184,7 @@ def prunekit_evaluators() -> Iterable[Component]:
     )
     yield Component(
         name="autoattack",
-        summary="Accuracy under AutoAttack: standard, or attacks of your choice",
+        summary="Accuracy under AutoAttack: the standard version, or attacks of your choice",
         build="prunekit_adversarial.autoattack:build_autoattack",
         options=AutoAttackOptions,
         needs=("pyautoattack",),

@@ -1,4 +1,4 @@
-"""AutoAttack by pyautoattack, the reference implementation's maths, for any number of classes."""
+"""AutoAttack, run with pyautoattack (a port of the reference code), for any number of classes."""
 
 from __future__ import annotations
 
@@ -24,29 +24,33 @@ from prunekit_adversarial import ATTACKS, FEW_CLASSES, TARGETS, AutoAttackOption
 from prunekit_adversarial.attacks import check_threat, is_correct, predict
 
 ROBUST, MISCLASSIFIED = "robust", "misclassified"
-"""What the record `attack` says of images that nothing fooled, and that needed no attack."""
+"""Values of the record `attack` for images that no attack fooled, and that needed no attack."""
 
 DLR = {"apgd-dlr", "apgd-t"}
-"""The attacks whose loss compares the 4 largest logits (untargeted, 3)."""
+"""Attacks whose loss compares the 4 largest logits (3 if untargeted)."""
 
 SQUARE_GAIN = 0.002
-"""Where Square, which sees no gradient, finds more than this part, gradients may mislead."""
+"""If Square, which uses no gradients, fools more than this fraction, gradients may mislead."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Accuracy under attacks that follow each other; a fooled image leaves the batch.
+    """Accuracy under several attacks in turn; an image that was fooled is not attacked again.
 
-    By default the attacks are those of standard AutoAttack (Croce and Hein, ICML 2020), with
-    min(9, K - 1) targets, and for less than 4 classes APGD-CE, FAB and Square. The metric
-    `standard` is 1 where attacks and budgets are standard AutoAttack's, else 0. Records: `correct`
-    (N,) bool, `attack` (N,), the name of the attack that fooled the image, or `ROBUST`, or
-    `MISCLASSIFIED`. What AutoAttack doubts about its own verdict is warned of, with `warnings`.
+    By default the attacks are those of standard AutoAttack (Croce and Hein, ICML 2020),
+    with min(9, K - 1) targets; for fewer than 4 classes they are APGD-CE, FAB and Square.
 
-    Every attack starts from `seed` on every batch, so that batches do not depend on each other.
-    With a folder `scratch`, each is kept there when it is done and an evaluation that was cut off
-    goes on after the last one, to the same result. (pyautoattack's own `state_path` cannot be read
-    back in 0.2.0, and begins the attack that was cut off once more with the images that are left.)
+    Metrics: `accuracy` with its interval, `seed`, and `standard`, which is 1 if attacks and budgets
+    are those of standard AutoAttack, else 0. Records: `correct` (N,) bool; `attack` (N,), the name
+    of the attack that fooled the image, or `ROBUST`, or `MISCLASSIFIED`. AutoAttack's own doubts
+    about a result are issued as warnings.
+
+    Every attack is seeded with `seed` on every batch, so batches do not depend on each other. With
+    a folder `scratch`, finished batches are stored there, and an interrupted evaluation resumes
+    after the last one with the same result. (pyautoattack 0.2.0 has a `state_path` for this, but
+    cannot read it back, and would restart the interrupted attack with the remaining images.)
+
+    Raises `UserError` if an attack named in the recipe needs more classes.
     """
 
     threat: Threat
@@ -79,25 +83,29 @@ class Evaluation:
 
     @torch.no_grad()
     def count_classes(self, model: nn.Module, x: Tensor) -> int:
-        """K; raises `UserError` where an attack that the recipe names wants more."""
+        """The number of classes K, read off the logits of one image of x (B, C, H, W).
+
+        Raises `UserError` if an attack named in the recipe needs more classes.
+        """
         classes = predict(model, x[:1]).shape[1]
         if classes < 4 and (wrong := DLR.intersection(self.options.attacks or ())):
             raise UserError(
-                f"autoattack: {min(wrong)} takes 4 classes at least, this network has {classes}; "
-                f"leave attacks out, or write attacks = {json.dumps(FEW_CLASSES)}"
+                f"autoattack: {min(wrong)} needs at least 4 classes, but this network has "
+                f"{classes}; leave out attacks, or write attacks = {json.dumps(FEW_CLASSES)}"
             )
         return classes
 
     def choose(self, classes: int) -> Sequence[str]:
-        """The attacks, in their order."""
+        """The names of the attacks for this number of classes, in order."""
         return self.options.attacks or (ATTACKS if classes >= 4 else FEW_CLASSES)
 
     def is_standard(self, classes: int) -> bool:
+        """Whether attacks and budgets are those of standard AutoAttack."""
         budgets = (self.options.steps, self.options.queries, self.options.restarts)
         return tuple(self.choose(classes)) == ATTACKS and budgets == (100, 5000, 1)
 
     def attack_batch(self, model: nn.Module, x: Tensor, y: Tensor, classes: int) -> list[str]:
-        """The record `attack` of each image."""
+        """The record `attack` of each image of x (B, C, H, W) in [0, 1], with labels y (B,)."""
         with torch.no_grad():
             correct = is_correct(predict(model, x), y).cpu().numpy()
         found = np.where(correct, ROBUST, MISCLASSIFIED).astype(object)
@@ -115,14 +123,15 @@ class Evaluation:
     def make_suite(
         self, logits: Callable[[Tensor], Tensor], device: torch.device, classes: int
     ) -> AutoAttack:
-        """All attacks, with standard AutoAttack's settings but for what the options say."""
+        """AutoAttack with its standard settings, except for those in the options."""
         norm = {"linf": "Linf", "l2": "L2"}[self.threat.norm]
         suite = AutoAttack(
             logits, norm=norm, eps=self.threat.eps, seed=self.options.seed, device=device
         )
         steps, targets = self.options.steps, min(TARGETS, classes - 1)
         for apgd in (suite.apgd, suite.apgd_targeted):
-            # Where its step size is looked at again: parts of the steps, fixed when it was made.
+            # The checkpoints of its step size are fractions of the number of steps; the constructor
+            # computed them for its default number.
             apgd.n_iter = steps
             apgd.n_iter_2 = max(int(0.22 * steps), 1)
             apgd.n_iter_min = max(int(0.06 * steps), 1)
@@ -134,12 +143,17 @@ class Evaluation:
         return suite
 
     def warn(self, attack: np.ndarray, chosen: Sequence[str], doubts: dict[str, str]) -> None:
+        """Warn of AutoAttack's `doubts`, and if Square fooled many images (`SQUARE_GAIN`).
+
+        `attack` (N,) is the record; `chosen` are the attacks that ran.
+        """
         texts = list(doubts.values())
         square = float((attack == "square").mean())
         if "square" in chosen[1:] and square > SQUARE_GAIN:
             texts.append(
-                f"Square, which uses no gradients, fooled {square:.1%} of the images after attacks "
-                "by gradient could not: gradients may mislead here, and the accuracy be too high"
+                f"Square, which uses no gradients, fooled {square:.1%} of the images after the "
+                "gradient attacks had failed; gradients may be masked here, and the accuracy "
+                "overestimated"
             )
         for text in texts:
             warnings.warn(f"autoattack: {text}", stacklevel=3)
@@ -147,7 +161,7 @@ class Evaluation:
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter takes gradients inside: FAB calls `backward()`, and would leave some behind."""
+    """Inside, no parameter collects gradients: FAB calls `backward()`, which would leave some."""
     trained = [p for p in model.parameters() if p.requires_grad]
     for p in trained:
         p.requires_grad_(False)
@@ -160,7 +174,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def listening(doubts: dict[str, str]) -> Iterator[None]:
-    """Collects AutoAttack's warnings, the first of those that differ in numbers alone."""
+    """Collects AutoAttack's log warnings in `doubts`; of those that differ only in numbers, one."""
 
     class Listener(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
@@ -176,4 +190,5 @@ def listening(doubts: dict[str, str]) -> Iterator[None]:
 
 
 def build_autoattack(options: AutoAttackOptions, context: Context) -> Evaluation:
+    """Build the evaluator `autoattack`; raises `UserError` if there is no threat."""
     return Evaluation(check_threat(context.threat), options, context.scratch)

@@ -1,4 +1,4 @@
-"""Judgements by attack: clean accuracy, and accuracy under PGD with restarts."""
+"""Evaluators: clean accuracy, and accuracy under PGD with restarts."""
 
 from __future__ import annotations
 
@@ -20,12 +20,15 @@ from prunekit_adversarial.attacks import Attack, climb, is_correct, plan_attack,
 
 ROBUST = -1
 MISCLASSIFIED = -2
-"""What the record `restart` says of images that no restart fooled, and that needed none."""
+"""Values of the record `restart` for images that no restart fooled, and that needed none."""
 
 
 @torch.no_grad()
 def evaluate_clean(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Result:
-    """Accuracy. Records: `prediction` (N,) int64 and `correct` (N,) bool."""
+    """Accuracy on batches of images x (B, C, H, W) in [0, 1] with labels y (B,).
+
+    Metrics: `accuracy` with its interval. Records: `prediction` (N,) int64, `correct` (N,) bool.
+    """
     predictions, verdicts = [], []
     for x, y in batches:
         logits = predict(model, x)
@@ -42,12 +45,14 @@ def evaluate_clean(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -
 class Pgd:
     """Accuracy under PGD on the cross-entropy, worst case over restarts from uniform starts.
 
-    An image that is misclassified as it is counts as fooled; a fooled image leaves the batch. With
-    `iterate` "last" the last iterate of a restart decides, with "any" the first that fools.
+    An image that is misclassified without an attack counts as fooled; an image that was fooled is
+    not attacked again. With `iterate` "last", the last iterate of a restart decides; with "any",
+    one iterate that fools the network is enough. Source: Madry et al., ICLR 2018, section 2.1.
 
-    The metric `zero_gradient` counts the images whose input gradient was exactly zero at their
-    first start: attacks by gradient say little about those. Records: `correct` (N,) bool, `restart`
-    (N,) int16, the restart that fooled the image, or `ROBUST`, or `MISCLASSIFIED`.
+    Metrics: `accuracy` with its interval, and `zero_gradient`, the number of images whose input
+    gradient was exactly zero at their first start, about which gradient attacks say little.
+    Records: `correct` (N,) bool; `restart` (N,) int16, the number of the restart that fooled the
+    image, or `ROBUST`, or `MISCLASSIFIED`.
     """
 
     attack: Attack
@@ -66,7 +71,10 @@ class Pgd:
         return Result(metrics, {"correct": correct, "restart": restart})
 
     def attack_batch(self, model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, int]:
-        """The record `restart` (B,) and the number of images without a gradient."""
+        """The record `restart` (B,) of a batch, and its number of images with zero gradient.
+
+        x is (B, C, H, W) in [0, 1], y is (B,).
+        """
         with torch.no_grad():
             correct = is_correct(predict(model, x), y)
         restart = torch.where(correct, ROBUST, MISCLASSIFIED).to(torch.int16)
@@ -82,7 +90,11 @@ class Pgd:
         return restart, zeros
 
     def climb_once(self, model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """One restart: (B,) booleans, whether it fooled, and whether its first gradient was 0."""
+        """One restart on x (B, C, H, W) with labels y (B,).
+
+        Returns booleans (B,) for each image: whether it was fooled, and whether its first gradient
+        was zero.
+        """
         fooled = flat = torch.zeros_like(y, dtype=torch.bool)
         left = torch.arange(len(y), device=y.device)
         adversarial = self.attack.ball.start(x)
@@ -104,9 +116,11 @@ class Pgd:
 
 
 def build_clean(options: NoOptions, context: Context) -> Evaluator:
+    """Build the evaluator `clean`."""
     return evaluate_clean
 
 
 def build_pgd(options: PgdOptions, context: Context) -> Pgd:
+    """Build the evaluator `pgd`; raises `UserError` if there is no threat."""
     attack = plan_attack(context.threat, options.steps, options.step_size)
     return Pgd(attack, options.restarts, options.iterate)

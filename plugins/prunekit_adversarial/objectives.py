@@ -1,4 +1,4 @@
-"""Training losses: benign, PGD training, TRADES, MART, free. Attacks run in eval mode."""
+"""Training objectives: benign, PGD, TRADES, MART, free. All attacks run in eval mode."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from prunekit_adversarial.attacks import (
 
 @dataclass(frozen=True)
 class Benign:
-    """CE(f(x), y)."""
+    """Cross-entropy on clean images: CE(f(x), y)."""
 
     model: nn.Module
 
@@ -41,64 +41,62 @@ class Benign:
 
 
 @dataclass(frozen=True)
-class PgdAt:
-    """CE(f(x'), y) with x' by PGD (Madry et al., ICLR 2018, equation 2.1); logits are those at x'.
-
-    `validation` is the attack of the robust accuracy that chooses the best epoch.
-    """
+class Adversarial:
+    """What the objectives below share: the network, and the attacks of training and validation."""
 
     model: nn.Module
     attack: Attack
     validation: Attack
+
+    def validate(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        """Accuracy and robust accuracy of each image; see `judge`."""
+        return judge(self.model, x, y, self.validation)
+
+
+@dataclass(frozen=True)
+class PgdAt(Adversarial):
+    """CE(f(x'), y) with x' found by PGD (Madry et al., ICLR 2018, equation 2.1).
+
+    The logits of the loss are those at x'.
+    """
 
     def __call__(self, x: Tensor, y: Tensor, clock: Clock) -> Loss:
         logits = predict(self.model, pgd(self.model, x, y, self.attack))
         return Loss(F.cross_entropy(logits, y), logits.detach())
 
-    def validate(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-        return judge(self.model, x, y, self.validation)
-
 
 @dataclass(frozen=True)
-class Trades:
+class Trades(Adversarial):
     """CE(f(x), y) + beta * KL(p(x) || p(x')) (Zhang et al., ICML 2019, equation 5).
 
-    x' maximises that KL; gradients flow through both of its arguments. The terms that are logged
-    are `natural` and, before beta, `robust`.
+    x' maximizes that KL; gradients flow through both of its arguments. The logged terms are
+    `natural` and `robust` (the KL, without beta); the logits are those at x.
     """
 
-    model: nn.Module
     beta: float
-    attack: Attack
-    validation: Attack
 
     def __call__(self, x: Tensor, y: Tensor, clock: Clock) -> Loss:
         adversarial = maximize_kl(self.model, x, self.attack)
-        # Two forward passes, not one of both: batch statistics of clean and attacked images differ.
+        # Two forward passes rather than one over both: clean and attacked images have different
+        # batch statistics.
         logits = predict(self.model, x)
         natural = F.cross_entropy(logits, y)
         robust = kl_divergence(logits, predict(self.model, adversarial)) / len(x)
         terms = {"natural": natural.detach(), "robust": robust.detach()}
         return Loss(natural + self.beta * robust, logits.detach(), terms)
 
-    def validate(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-        return judge(self.model, x, y, self.validation)
-
 
 @dataclass(frozen=True)
-class Mart:
-    """Boosted CE at x' + beta * KL weighted by doubt (Wang et al., ICLR 2020, equation 11).
+class Mart(Adversarial):
+    """Boosted CE at x' + beta * KL weighted by 1 - p_y (Wang et al., ICLR 2020, equation 11).
 
     With p = softmax f(x) and p' = softmax f(x'), the mean over the batch of
     -log p'_y - log(1.0001 - max_{j != y} p'_j + 1e-12) + beta * KL(p || p') * (1.0000001 - p_y);
-    nothing is detached. x' climbs the cross-entropy from x + 0.001 * N(0, 1). The terms that are
-    logged are `boosted` and, before beta, `robust`; logits are those at x.
+    nothing is detached. x' is found by PGD from x + 0.001 * N(0, 1). The logged terms are `boosted`
+    and `robust` (without beta); the logits are those at x.
     """
 
-    model: nn.Module
     beta: float
-    attack: Attack
-    validation: Attack
 
     def __call__(self, x: Tensor, y: Tensor, clock: Clock) -> Loss:
         adversarial = pgd(self.model, x, y, self.attack, near(x))
@@ -112,18 +110,16 @@ class Mart:
         terms = {"boosted": boosted.detach(), "robust": robust.detach()}
         return Loss(boosted + self.beta * robust, logits.detach(), terms)
 
-    def validate(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-        return judge(self.model, x, y, self.validation)
-
 
 @dataclass
 class FreeAdv:
-    """CE(f(clamp(x + noise, 0, 1)), y), every batch `replays` times, an optimiser step each.
+    """CE(f(clamp(x + noise, 0, 1)), y), with `replays` optimizer steps on every batch.
 
-    After each, noise += eps * sign(gradient), clamped to [-eps, eps], with the gradient at the
-    noise of the backward that trained the weights (Shafahi et al., NeurIPS 2019, algorithm 1). The
-    noise (B, C, H, W) starts at zero and passes from batch to batch; a shorter batch uses, and
-    moves, its first part. With `reset` "epoch" every epoch starts at zero, as in HYDRA's code.
+    After each step, noise += eps * sign(gradient), clamped to [-eps, eps]; the gradient with
+    respect to the noise comes from the backward pass that trained the weights (Shafahi et al.,
+    NeurIPS 2019, algorithm 1). The noise (B, C, H, W) in pixel units starts at zero and is passed
+    on from batch to batch; a shorter batch uses and updates its first images only. With `reset`
+    "epoch" it starts at zero in every epoch, as in HYDRA's code.
     """
 
     model: nn.Module
@@ -132,7 +128,7 @@ class FreeAdv:
     validation: Attack
     noise: Tensor | None = None
     _used: Tensor | None = None
-    """The noise of the present step; the backward gives it a gradient."""
+    """The noise of the current step; `backward()` leaves its gradient here."""
 
     def __call__(self, x: Tensor, y: Tensor, clock: Clock) -> Loss:
         if self.reset == "epoch" and clock.step % (clock.steps // clock.epochs) == 0:
@@ -142,17 +138,17 @@ class FreeAdv:
             self._used[: len(self.noise)] = self.noise[: len(x)]
         self._used.requires_grad_()
         moved = x + self._used
-        # clamp(0, 1), but pixels at 0 and 1 must have a gradient: since torch 2.15 clamp gives
-        # them none, and black and white pixels would never leave their noise of zero.
+        # clamp(0, 1), but with a gradient for pixels at exactly 0 and 1: clamp itself gives them
+        # none since torch 2.15, and the noise of black and white pixels would stay zero forever.
         inside = (moved >= 0) & (moved <= 1)
         logits = predict(self.model, torch.where(inside, moved, moved.detach().clamp(0, 1)))
         return Loss(F.cross_entropy(logits, y), logits.detach())
 
     def after_step(self) -> None:
-        """Move the noise by the gradient that the step's backward left at it."""
+        """Update the noise with the gradient that the step's backward pass computed for it."""
         used, self._used = self._used, None
         if used is None or used.grad is None:
-            raise RuntimeError("free-adv: after_step() without a step and its backward()")
+            raise RuntimeError("free-adv: after_step() called without a step and its backward()")
         moved = (used.detach() + self.eps * used.grad.sign()).clamp_(-self.eps, self.eps)
         if self.noise is None or len(self.noise) < len(moved):
             self.noise = moved
@@ -160,17 +156,24 @@ class FreeAdv:
             self.noise[: len(moved)] = moved
 
     def state_dict(self) -> dict[str, Tensor]:
+        """What a resumed run has to restore: `noise`, if there is any yet."""
         return {} if self.noise is None else {"noise": self.noise}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore what `state_dict` returned."""
         self.noise = state["noise"].clone() if "noise" in state else None
 
     def validate(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        """Accuracy and robust accuracy of each image; see `judge`."""
         return judge(self.model, x, y, self.validation)
 
 
 def judge(model: nn.Module, x: Tensor, y: Tensor, attack: Attack) -> dict[str, Tensor]:
-    """Accuracy and robust accuracy, (B,) zeros and ones; robust = correct at x and after PGD."""
+    """`accuracy` and `robust_accuracy` of each image, (B,) zeros and ones.
+
+    Images x are (B, C, H, W) in [0, 1], labels y (B,). Robust means correct both at x and after the
+    PGD attack.
+    """
     adversarial = pgd(model, x, y, attack)
     with torch.no_grad():
         correct = is_correct(predict(model, x), y)
@@ -178,36 +181,43 @@ def judge(model: nn.Module, x: Tensor, y: Tensor, attack: Attack) -> dict[str, T
     return {"accuracy": correct.float(), "robust_accuracy": robust.float()}
 
 
+def _plan(options: PgdAtOptions, context: Context) -> tuple[nn.Module, Attack, Attack]:
+    """The fields of `Adversarial`; raises `UserError` if there is no threat."""
+    attack = plan_attack(context.threat, options.steps, options.step_size)
+    return context.model, attack, plan_attack(context.threat, options.validation_steps)
+
+
 def build_benign(options: NoOptions, context: Context) -> Benign:
+    """Build the objective `benign`."""
     return Benign(context.model)
 
 
 def build_pgd_at(options: PgdAtOptions, context: Context) -> PgdAt:
-    attack = plan_attack(context.threat, options.steps, options.step_size)
-    return PgdAt(context.model, attack, plan_attack(context.threat, options.validation_steps))
+    """Build the objective `pgd-at`; raises `UserError` if there is no threat."""
+    return PgdAt(*_plan(options, context))
 
 
 def build_trades(options: TradesOptions, context: Context) -> Trades:
-    attack = plan_attack(context.threat, options.steps, options.step_size)
+    """Build the objective `trades`; raises `UserError` if there is no threat."""
+    model, attack, validation = _plan(options, context)
     if options.step_size is None and isinstance(attack.ball, L2):
-        # The authors' rule: from next to x, the steps reach twice as far as the ball's edge.
+        # As in the authors' code: all steps together are twice as long as the radius.
         attack = replace(attack, step_size=2 * attack.ball.eps / options.steps)
-    validation = plan_attack(context.threat, options.validation_steps)
-    return Trades(context.model, options.beta, attack, validation)
+    return Trades(model, attack, validation, options.beta)
 
 
 def build_mart(options: MartOptions, context: Context) -> Mart:
-    attack = plan_attack(context.threat, options.steps, options.step_size)
-    validation = plan_attack(context.threat, options.validation_steps)
-    return Mart(context.model, options.beta, attack, validation)
+    """Build the objective `mart`; raises `UserError` if there is no threat."""
+    return Mart(*_plan(options, context), options.beta)
 
 
 def build_free_adv(options: FreeAdvOptions, context: Context) -> FreeAdv:
+    """Build the objective `free-adv`; raises `UserError` unless there is an L-infinity threat."""
     threat = check_threat(context.threat)
     if threat.norm != "linf":
         raise UserError(
-            f'free-adv moves its noise by signs, which norm = "{threat.norm}" does not allow; '
-            'write norm = "linf" and an eps for it, or use pgd-at'
+            "free-adv updates its noise by the sign of the gradient, which does not suit norm = "
+            f'"{threat.norm}"; write norm = "linf" and an eps for it, or use pgd-at'
         )
     validation = plan_attack(threat, options.validation_steps)
     return FreeAdv(context.model, threat.eps, options.reset, validation)

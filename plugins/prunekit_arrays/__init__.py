@@ -1,4 +1,4 @@
-"""Data sets that are arrays: the digits that come with prunekit, and anybody's `.npz` file."""
+"""Data sets made of arrays: the digits that ship with prunekit, and your own `.npz` files."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from prunekit import Component, Facts, NoOptions, hookimpl, option
 
 @dataclass(frozen=True)
 class NpzOptions:
-    """A file with the arrays x_train, y_train, x_test, y_test."""
+    """Options of `npz`: a file with the arrays x_train, y_train, x_test, y_test."""
 
     file: Path = option(help="the .npz file: x_train, y_train, x_test, y_test", exists=True)
     classes: int | None = option(None, help="number of classes; default: largest label + 1", low=2)
     channels: Literal["last", "first"] = option(
-        "last", help="whether colour images are (N, H, W, C) or (N, C, H, W)"
+        "last", help="layout of color images: last is (N, H, W, C), first is (N, C, H, W)"
     )
 
 
 @dataclass(frozen=True)
 class ExtraOptions:
-    """A file of images to train on beside those of a data set."""
+    """Options of `extra-images`: a file with images to train on, besides those of a data set."""
 
-    file: Path = option(help=".npz, or the pickle of pseudo-labelled TinyImages", exists=True)
+    file: Path = option(help=".npz, or the pickle of pseudo-labeled TinyImages", exists=True)
 
 
 EXTRA_DETAILS = """\
-Named by a data set, `extra = { use = "extra-images", file = "..." }` in [dataset]. An .npz file has
-the arrays x_extra and y_extra, or image and label, as files of generated images do. The pickle of
-pseudo-labelled TinyImages is read without executing anything that it says."""
+A data set names them: `extra = { use = "extra-images", file = "..." }` in [dataset]. An .npz file
+has the arrays x_extra and y_extra, or image and label, as files of generated images do. The pickle
+of pseudo-labeled TinyImages is read without executing any code in it."""
 
 
 def _describe_digits(options: NoOptions) -> Facts:
@@ -40,6 +40,7 @@ def _describe_digits(options: NoOptions) -> Facts:
 
 @hookimpl
 def prunekit_datasets() -> Iterable[Component]:
+    """Declare the data sets: the digits, `.npz` files, and extra training images."""
     yield Component(
         name="digits",
         summary="1,797 real handwritten digits, 8x8, no download",
@@ -49,15 +50,15 @@ def prunekit_datasets() -> Iterable[Component]:
     )
     yield Component(
         name="npz",
-        summary="Your own arrays, in an .npz file with Keras' keys",
+        summary="Your own arrays, in an .npz file with the keys that Keras uses",
         build="prunekit_arrays.npz:build",
         options=NpzOptions,
     )
     yield Component(
         name="extra-images",
-        summary="More images to train on, from a file: the extra of another data set",
+        summary="Extra training images from a file, added to another data set by its key extra",
         build="prunekit_arrays.extra:build",
         options=ExtraOptions,
         details=EXTRA_DETAILS,
-        paper="pseudo-labelled TinyImages: Carmon et al., NeurIPS 2019, arXiv 1905.13736",
+        paper="pseudo-labeled TinyImages: Carmon et al., NeurIPS 2019, arXiv 1905.13736",
     )

@@ -1,4 +1,4 @@
-"""The digits that come with prunekit: real ones, small enough to prune with in seconds."""
+"""The data set `digits`, which ships with prunekit and is small enough to prune in seconds."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ TEST_IMAGES_PER_CLASS = 36
 
 
 def build(options: NoOptions, context: Context) -> Data:
-    """1,437 training and 360 test images, the counts 0 to 16 of the file spread over 0 to 255.
+    """1,437 training and 360 test images; the file's counts 0 to 16 are scaled to 0 to 255.
 
-    The test images are the last 36 of each class. The file goes from writer to writer, so a random
-    choice would test on the handwriting that was trained on (the nearest training image is of the
-    right class for 98 % of random test images, for 96 % of these).
+    The test images are the last 36 of each class. The file is ordered by writer, so a random split
+    would test on handwriting that was trained on (the nearest training image has the right class
+    for 98 % of random test images, but for 96 % of these).
     """
     with np.load(Path(__file__).with_name("digits.npz"), allow_pickle=False) as archive:
         counts, labels = archive["images"], archive["labels"]

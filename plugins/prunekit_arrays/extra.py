@@ -1,8 +1,8 @@
-"""Extra training images: a second source of labelled or pseudo-labelled ones, from a file.
+"""Extra training images with labels or pseudo-labels, from a file.
 
-An `.npz` file has them as `x_extra` and `y_extra`, or as `image` and `label`, as files of generated
-images do. A pickle has them as `data` and `extrapolated_targets`, as the 500,000 pseudo-labelled
-TinyImages of Carmon et al. (NeurIPS 2019, arXiv 1905.13736) do.
+In an `.npz` file they are called `x_extra` and `y_extra`, or `image` and `label` (the names in
+files of generated images). In a pickle they are called `data` and `extrapolated_targets`, the names
+in the 500,000 pseudo-labeled TinyImages of Carmon et al. (NeurIPS 2019, arXiv 1905.13736).
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ CONVERT = "numpy.savez_compressed(file, x_extra=..., y_extra=...)"
 
 
 def build(options: ExtraOptions, context: Context) -> Data:
-    """Images and labels to train on beside a data set's own; there are none to test on.
+    """Extra images and labels to train on; the test part is empty.
 
-    A pickle is never executed: see `read_pickle`. `context.shape` is that of the data set, where
-    it is known. Raises `UserError` with what is wrong.
+    Code in a pickle is never executed: see `read_pickle`. `context.shape` is (C, H, W) of the data
+    set that these images extend, if known. Raises `UserError` if the file cannot be used.
     """
     path = options.file
     name = relative(path)
@@ -42,7 +42,7 @@ def build(options: ExtraOptions, context: Context) -> Data:
     found = [keys for keys in choices if arrays.keys() >= set(keys)]
     if not found:
         needed = " or ".join(" and ".join(keys) for keys in choices)
-        raise UserError(f"{name} has no {needed}; write extra images with {CONVERT}")
+        raise UserError(f"{name} has no arrays {needed}; save extra images with {CONVERT}")
     images = arrays[found[0][0]]
     first = images.ndim == 4 and images.shape[1:] == context.shape
     split = to_split(arrays, found[0], name, "first" if first else "last")
@@ -53,7 +53,7 @@ def build(options: ExtraOptions, context: Context) -> Data:
 
 @dataclass(eq=False)
 class _Call:
-    """What a pickle would have built: nothing but a record of what it asked for."""
+    """Stands for an object that a pickle would have built: only a record of what it asked for."""
 
     name: str
     args: tuple[Any, ...]
@@ -65,7 +65,7 @@ class _Call:
 
 @dataclass(frozen=True, eq=False)
 class _Function:
-    """What a pickle would have called."""
+    """Stands for a function that a pickle would have called."""
 
     name: str
 
@@ -74,16 +74,20 @@ class _Function:
 
 
 class _Refused(Exception):
-    """The pickle asks for something that no array of numbers needs."""
+    """The pickle uses something that arrays of numbers do not need."""
 
 
 class _Inspector(pickle.Unpickler):
     """Reads a pickle without importing or calling anything that it names."""
 
     ARRAYS = (
-        "numpy.core.multiarray._reconstruct", "numpy.core.multiarray.scalar",
-        "numpy.core.numeric._frombuffer", "numpy.ndarray", "numpy.dtype", "_codecs.encode",
-    )  # fmt: skip
+        "numpy.core.multiarray._reconstruct",
+        "numpy.core.multiarray.scalar",
+        "numpy.core.numeric._frombuffer",
+        "numpy.ndarray",
+        "numpy.dtype",
+        "_codecs.encode",
+    )
 
     def find_class(self, module: str, name: str) -> Any:
         full = f"{module}.{name}".replace("numpy._core.", "numpy.core.")
@@ -93,29 +97,29 @@ class _Inspector(pickle.Unpickler):
 
 
 def read_pickle(path: Path, keys: list[str]) -> dict[str, np.ndarray]:
-    """Those arrays of numbers that a pickled dictionary has under these keys.
+    """The arrays of numbers that a pickled dictionary has under these keys, if it has them.
 
-    Nothing of the pickle is executed, NumPy's own reconstruction neither (a made-up dtype makes
-    numbers into pointers): the arrays are put together here from their bytes, type and shape.
+    Nothing in the pickle is executed, not even NumPy's own reconstruction of arrays (a forged dtype
+    could turn numbers into pointers): the arrays are rebuilt here from their bytes, type and shape.
 
-    Raises `UserError` where the pickle asks for anything but arrays of numbers, or is damaged.
+    Raises `UserError` if the pickle needs anything but arrays of numbers, or is damaged.
     """
     name = relative(path)
-    convert = f"save the images where you trust the file, with {CONVERT}"
+    convert = f"if you trust the file, load it yourself and save the images with {CONVERT}"
     try:
         with path.open("rb") as file:
             found = _Inspector(file, encoding="latin1").load()
         if not isinstance(found, dict):
-            raise ValueError("it is no dictionary")
+            raise ValueError("it is not a dictionary")
         return {key: _to_array(found[key], key) for key in keys if key in found}
     except _Refused as error:
         raise UserError(
-            f"{name} is a pickle that asks for {error}, and only arrays of numbers are taken from "
+            f"{name} is a pickle that uses {error}, but prunekit reads only arrays of numbers from "
             f"pickles; {convert}"
         ) from error
     except OSError as error:
         raise UserError(f"{name} cannot be read ({error.strerror})") from error
-    # The pickle module raises whatever a wrong byte leads to.
+    # A damaged pickle may raise anything.
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
@@ -131,7 +135,7 @@ def _to_array(value: Any, key: str) -> np.ndarray:
             return _from_bytes(content, dtype, shape, order)
         case list() if all(type(number) is int for number in value):
             return np.asarray(value)
-    raise ValueError(f"its {key} is no array of numbers")
+    raise ValueError(f"its {key} is not an array of numbers")
 
 
 def _from_bytes(content: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray:
@@ -141,7 +145,7 @@ def _from_bytes(content: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray:
         ):
             numbers = np.dtype(endian + kind)
         case _:
-            raise ValueError("its arrays are not of plain numbers")
+            raise ValueError("its arrays do not hold plain numbers")
     match content:
         case _Call("_codecs.encode", (str(text), "latin1")) | str(text):  # protocol 2, Python 2
             content = text.encode("latin1")

@@ -1,4 +1,4 @@
-"""Anybody's arrays."""
+"""The data set `npz`: arrays in a file of the user's."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ from prunekit_arrays.reading import read_npz
 
 
 def build(options: NpzOptions, context: Context) -> Data:
-    """Read the file; raises `UserError` with what is wrong with it."""
+    """Read the file; raises `UserError` if the file or its arrays cannot be used."""
     return read_npz(options.file, classes=options.classes, channels=options.channels)

@@ -4,134 +4,148 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from prunekit import Component, Radius, hookimpl, option
 from prunekit.errors import OptionError
 
-NEEDS = ("auto_LiRPA",)
-INSTALL = "pip install --no-deps auto_LiRPA==0.3 appdirs"
-"""Its own requirements name a torch of long ago; the only one it needs besides is appdirs."""
-LOADS = "prunekit_lirpa.versions:load"
+# --no-deps: its own requirements name an old torch; of the others it only needs appdirs.
+_component = partial(
+    Component,
+    needs=("auto_LiRPA",),
+    install="pip install --no-deps auto_LiRPA==0.3 appdirs",
+    loads="prunekit_lirpa.versions:load",
+)
 
 
 @dataclass(frozen=True)
-class Threatened:
-    """The box around an image; the core makes `context.threat` of it and the recipe's [threat]."""
+class ThreatOptions:
+    """The box around an image; unset options come from the recipe's [threat]."""
 
-    eps: Radius | None = option(None, help="radius of the box; default that of [threat]")
-    norm: Literal["linf"] | None = option(None, help="norm; default that of [threat]")
+    eps: Radius | None = option(None, help="radius of the box; default: eps of [threat]")
+    norm: Literal["linf"] | None = option(None, help="norm; default: norm of [threat]")
 
 
 @dataclass(frozen=True)
-class IbpOptions(Threatened):
+class IbpOptions(ThreatOptions):
+    """Options of `ibp`."""
+
     ramp: float = option(
-        0.6, help="part of pretraining over which eps grows from 0, step by step", low=0, below=1
+        0.6,
+        help="fraction of pretraining over which eps grows from 0, step by step",
+        low=0,
+        below=1,
     )
     ramp_epochs: float | None = option(
-        None, help="the same in epochs; takes the place of ramp", unit="epochs", low=0, smoke=0.5
+        None, help="length of the ramp in epochs; overrides ramp", unit="epochs", low=0, smoke=0.5
     )
     kappa_start: float = option(
         1.0, help="weight of the clean loss at the start of the ramp", low=0, high=1
     )
     kappa_end: float = option(
-        0.5, help="and at its end; the bounds' loss has the rest", low=0, high=1
+        0.5, help="weight of the clean loss from the end of the ramp on", low=0, high=1
     )
 
 
 @dataclass(frozen=True)
 class CrownIbpOptions(IbpOptions):
+    """Options of `crown-ibp`."""
+
     kappa_start: float = option(
         0.0, help="weight of the clean loss at the start of the ramp", low=0, high=1
     )
     kappa_end: float = option(
-        0.0, help="and at its end; the bounds' loss has the rest", low=0, high=1
+        0.0, help="weight of the clean loss from the end of the ramp on", low=0, high=1
     )
     mix_start: float = option(
-        1.0, help="part of CROWN-IBP in the bound at the start of the ramp", low=0, high=1
+        1.0, help="weight of CROWN-IBP in the bound at the start of the ramp", low=0, high=1
     )
     mix_end: float = option(
-        0.0, help="and from its end on; the rest is IBP, which is cheaper", low=0, high=1
+        0.0, help="its weight from the end of the ramp on; the rest is IBP", low=0, high=1
     )
 
 
 @dataclass(frozen=True)
-class MixTrainOptions(Threatened):
+class MixTrainOptions(ThreatOptions):
+    """Options of `mixtrain`."""
+
     ramp: float = option(
-        0.25, help="part of pretraining over which eps grows from 0, epoch by epoch", low=0, below=1
+        0.25,
+        help="fraction of pretraining over which eps grows from 0, epoch by epoch",
+        low=0,
+        below=1,
     )
     ramp_epochs: int | None = option(
-        None, help="the same in epochs; takes the place of ramp", unit="epochs", low=0, smoke=0
+        None, help="length of the ramp in epochs; overrides ramp", unit="epochs", low=0, smoke=0
     )
-    images: int = option(5, help="images of a batch that are bounded", low=1, smoke=1)
+    images: int = option(5, help="images of a batch that get bounds", low=1, smoke=1)
     probability: float = option(
-        0.8, help="how often a batch has any images bounded", above=0, high=1
+        0.8, help="probability that a batch has images that get bounds", above=0, high=1
     )
-    weight: float = option(0.1, help="weight of their loss, up to the end of the ramp", above=0)
-    growth: float = option(2.5, help="what it is multiplied with then, again and again", low=1)
-    every: int = option(5, help="epochs from one multiplication to the next", low=1)
-    most: float = option(50.0, help="largest weight", above=0)
+    weight: float = option(0.1, help="weight of the robust loss until the ramp ends", above=0)
+    growth: float = option(2.5, help="factor by which the weight grows after the ramp", low=1)
+    every: int = option(5, help="epochs between two increases of the weight", low=1)
+    most: float = option(50.0, help="upper limit of the weight", above=0)
 
 
 Method = Literal["ibp", "crown-ibp", "crown", "alpha-crown"]
 
 
 @dataclass(frozen=True)
-class VerifiedOptions(Threatened):
+class VerifiedOptions(ThreatOptions):
+    """Options of `verified`."""
+
     methods: tuple[Method, ...] = option(
         ("ibp", "crown-ibp", "crown"),
-        help="bounds, cheap to dear; each gets the images that those before left open",
+        help="bounds, cheapest first; each is tried on the images not yet verified",
     )
-    iterations: int = option(20, help="steps in which alpha-crown optimises", low=1, smoke=2)
+    iterations: int = option(20, help="optimization steps of alpha-crown", low=1, smoke=2)
     batch: int | None = option(
         None, help="images bounded at once; default: the recipe's batch_size", low=1
     )
     seconds: float | None = option(
-        None, help="time for so many images; what is open then is a timeout", unit="s", above=0
+        None, help="time limit for each batch; images left then are timeouts", unit="s", above=0
     )
-    precision: Literal["fp32", "fp64"] = option("fp32", help="of the bounds and the network's sums")
+    precision: Literal["fp32", "fp64"] = option(
+        "fp32", help="precision of the bounds and of the network while it is verified"
+    )
 
     def __post_init__(self) -> None:
         if not self.methods:
-            raise OptionError("methods", 'name a bound, such as "crown", or leave methods out')
+            raise OptionError(
+                "methods", 'methods is empty; name a bound, such as "crown", or leave methods out'
+            )
         if len(set(self.methods)) < len(self.methods):
-            raise OptionError("methods", "methods names a bound twice; once is enough")
+            raise OptionError("methods", "methods names a bound twice; remove one")
 
 
 @hookimpl
 def prunekit_objectives() -> Iterable[Component]:
-    yield Component(
+    """Declare the objectives of certified training."""
+    yield _component(
         name="ibp",
         summary="Certified training: the loss at the worst logits that interval bounds allow",
         build="prunekit_lirpa.objectives:build_ibp",
         options=IbpOptions,
-        needs=NEEDS,
-        install=INSTALL,
-        loads=LOADS,
         paper="Gowal et al., ICCV 2019, arXiv 1810.12715",
         forward_passes=lambda options: 3,
         select="verified_accuracy",
     )
-    yield Component(
+    yield _component(
         name="crown-ibp",
-        summary="Certified training: interval bounds, helped by CROWN while eps grows",
+        summary="Certified training: interval bounds, tightened by CROWN while eps grows",
         build="prunekit_lirpa.objectives:build_crown_ibp",
         options=CrownIbpOptions,
-        needs=NEEDS,
-        install=INSTALL,
-        loads=LOADS,
         paper="Zhang et al., ICLR 2020, arXiv 1906.06316",
         forward_passes=lambda options: 3,
         select="verified_accuracy",
     )
-    yield Component(
+    yield _component(
         name="mixtrain",
-        summary="Certified training: symbolic bounds of a few images of each batch",
+        summary="Certified training: symbolic bounds for a few images of each batch",
         build="prunekit_lirpa.objectives:build_mixtrain",
         options=MixTrainOptions,
-        needs=NEEDS,
-        install=INSTALL,
-        loads=LOADS,
         paper="Wang et al., 2018, arXiv 1811.02625",
         forward_passes=lambda options: 1 + options.images,
         select="verified_accuracy",
@@ -139,25 +153,26 @@ def prunekit_objectives() -> Iterable[Component]:
 
 
 PASSES = {"ibp": 2, "crown-ibp": 12, "crown": 200, "alpha-crown": 200}
-"""Roughly, what a bound of an image costs; alpha-crown on top of that 10 for each iteration."""
+"""Approximate cost of bounding an image, in forward passes; see `count_verified`."""
 
 
 def count_verified(options: VerifiedOptions) -> int:
-    """Forward passes, roughly, of an image that every method but the last leaves open."""
-    optimised = 10 * options.iterations if "alpha-crown" in options.methods else 0
-    return 1 + sum(PASSES[method] for method in options.methods) + optimised
+    """Approximate forward passes for an image that only the last method verifies.
+
+    Each iteration of alpha-crown costs another 10.
+    """
+    iterations = 10 * options.iterations if "alpha-crown" in options.methods else 0
+    return 1 + sum(PASSES[method] for method in options.methods) + iterations
 
 
 @hookimpl
 def prunekit_evaluators() -> Iterable[Component]:
-    yield Component(
+    """Declare the evaluator of certified accuracy."""
+    yield _component(
         name="verified",
-        summary="Accuracy with a proof that no image of the box around is misjudged",
+        summary="Verified accuracy: a proof that no image within the box is misclassified",
         build="prunekit_lirpa.evaluators:build_verified",
         options=VerifiedOptions,
-        needs=NEEDS,
-        install=INSTALL,
-        loads=LOADS,
         paper="Xu et al., NeurIPS 2020, arXiv 2002.12920",
         forward_passes=count_verified,
         judges="proof",

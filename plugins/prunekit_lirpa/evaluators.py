@@ -1,4 +1,4 @@
-"""Verification: for each image a proof, by the cheapest bound that has one."""
+"""Verification: a proof for each image, by the cheapest bound that finds one."""
 
 from __future__ import annotations
 
@@ -19,25 +19,27 @@ from prunekit.contracts import Context, Result
 from prunekit.errors import UserError
 from prunekit.evaluation import proportion
 from prunekit_lirpa import VerifiedOptions
-from prunekit_lirpa.bounds import Bounds, check_threat, is_certain, surround
+from prunekit_lirpa.bounds import Bounds
+from prunekit_lirpa.margins import check_threat, is_certain, surround
 
 OPEN, MISCLASSIFIED, FAILED, LATE = "open", "misclassified", "error", "timeout"
-"""What the record `method` says of images that no method proves."""
+"""Values of the record `method` for images that no method verified."""
 
 
 @dataclass(frozen=True)
 class Verified:
-    """Verified accuracy: the images whose every margin is proved positive over the box.
+    """Verified accuracy: the fraction of images whose margins are all proved positive over the box.
 
-    Methods run in their order, each on the correctly classified images that are still open; the
-    best lower bound of each margin counts. Metrics, each with its interval: `verified`, for each
-    method what it and those before verify (`crown_verified`), and `accuracy`; and the numbers
-    `errors` and `timeouts` of images that are neither verified nor open, because a method failed on
-    them or the time was up.
+    The methods run in order, each on the correctly classified images that are still open; the best
+    lower bound of each margin counts (Xu et al., NeurIPS 2020). `eps` is in pixel units.
 
-    Records: `verified` (N,) bool; `method` (N,), the name of the one that proved it, or `OPEN`,
-    `MISCLASSIFIED`, `FAILED`, `LATE`; `margin` (N,), the best lower bound of the worst margin, NaN
-    where nothing was computed.
+    Metrics, each with its interval: `verified`; for each method the fraction that it and the
+    methods before it verified, such as `crown_verified`; and `accuracy`. `errors` and `timeouts`
+    count images that were not verified because a method failed or the time was up.
+
+    Records: `verified` (N,) bool; `method` (N,), the name of the method that verified the image, or
+    `OPEN`, `MISCLASSIFIED`, `FAILED`, `LATE`; `margin` (N,), the best lower bound of the smallest
+    margin, NaN if none was computed.
     """
 
     eps: float
@@ -55,10 +57,13 @@ class Verified:
                 methods.append(found)
                 margins.append(margin)
         method = np.concatenate(methods)
-        return self.summarise(method, np.concatenate(margins))
+        return self.summarize(method, np.concatenate(margins))
 
     def make_bounds(self, model: nn.Module, x: Tensor) -> Bounds:
-        """Raises `UserError` for a network that auto_LiRPA cannot trace."""
+        """The bounds of the network, for images like x (B, C, H, W).
+
+        Raises `UserError` if auto_LiRPA cannot trace the network.
+        """
         channels, height, width = x.shape[1:]
         bounds = Bounds(
             model,
@@ -71,7 +76,7 @@ class Verified:
         return bounds
 
     def verify(self, bounds: Bounds, x: Tensor, y: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """The records `method` and `margin` of some images."""
+        """The records `method` and `margin`, (B,) each, of images x (B, C, H, W), labels y (B,)."""
         with torch.no_grad():
             logits = bounds.model(x)
             correct = ((logits.argmax(1) == y) & ~logits.isnan().any(1)).cpu().numpy()
@@ -92,12 +97,12 @@ class Verified:
                 bounds.forget()
                 method[left] = LATE
                 break
-            # Whatever a verifier raises says nothing about the network.
+            # An exception of the verifier, whatever it is, says nothing about the network.
             except Exception as error:
                 bounds.forget()
                 method[left] = FAILED
                 warnings.warn(
-                    f"{name} failed on some images, which count as errors: {describe(error)}",
+                    f"{name} failed on some images, which are counted as errors: {describe(error)}",
                     stacklevel=4,
                 )
                 continue
@@ -109,7 +114,8 @@ class Verified:
             method[left[proved]] = name
         return method, margin
 
-    def summarise(self, method: np.ndarray, margin: np.ndarray) -> Result:
+    def summarize(self, method: np.ndarray, margin: np.ndarray) -> Result:
+        """Metrics and records, from the records `method` and `margin`, (N,) each."""
         verified = np.isin(method, self.options.methods)
         metrics = proportion("verified", verified)
         for number, name in enumerate(self.options.methods, 1):
@@ -125,7 +131,7 @@ class Verified:
 
 
 def describe(error: Exception) -> str:
-    """One line; where the error says nothing itself, the function that raised it."""
+    """The error in one line; if it has no message, the function that raised it."""
     text = str(error).partition("\n")[0]
     if isinstance(error, UserError):
         return text
@@ -134,11 +140,11 @@ def describe(error: Exception) -> str:
 
 
 class OutOfTimeError(BaseException):
-    """The time for some images is up; no `Exception`, so that nothing takes it for a failure."""
+    """The time limit is reached; not an `Exception`, so that no handler takes it for a failure."""
 
 
 class Deadline(TorchFunctionMode):
-    """Raises `OutOfTimeError` before the first operation after `end`, by the monotonic clock."""
+    """Raises `OutOfTimeError` at the first torch operation after `end` (monotonic clock)."""
 
     def __init__(self, end: float) -> None:
         super().__init__()
@@ -154,6 +160,7 @@ class Deadline(TorchFunctionMode):
 
 @contextmanager
 def deadline(end: float | None) -> Iterator[None]:
+    """Inside, torch operations raise `OutOfTimeError` after `end` (monotonic); None: no limit."""
     if end is None:
         yield
     else:
@@ -162,4 +169,5 @@ def deadline(end: float | None) -> Iterator[None]:
 
 
 def build_verified(options: VerifiedOptions, context: Context) -> Verified:
+    """Build the evaluator `verified`; raises `UserError` unless there is an L-infinity threat."""
     return Verified(check_threat(context.threat, "verified"), options)

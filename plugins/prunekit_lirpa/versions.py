@@ -1,8 +1,9 @@
-"""auto_LiRPA as it is installed: all that depends on its version is here.
+"""Everything that depends on the installed version of auto_LiRPA.
 
-0.3 is the last release on the package index, made for a torch before 2.0; 0.7 and its like come
-from the project's repository. What 0.3 needs of torch and numpy that is no longer there is lent to
-it while it is imported and traces, never over anything that exists, and taken back after.
+0.3 is the last release on the package index and was made for torch 1; newer versions such as 0.7
+come from the project's repository. 0.3 needs parts of torch and numpy that no longer exist. These
+are added while it is imported and while it traces, and removed afterwards; nothing that exists is
+ever replaced.
 """
 
 from __future__ import annotations
@@ -25,36 +26,38 @@ from torch import nn
 
 @cache
 def load() -> ModuleType:
-    """The package `auto_LiRPA`, able to run; imported when first called."""
+    """Import the package `auto_LiRPA` on first call, with its fixes applied, and return it."""
     with _lent(), _unchanged_process():
-        import auto_LiRPA
-    _accept_duplicates(auto_LiRPA.BoundedModule)
-    if auto_LiRPA.__version__ == "0.3":
-        _make_contiguous(auto_LiRPA.bound_ops.BoundAveragePool)
-        auto_LiRPA.bound_ops.BoundRelu._relu_mask_alpha = staticmethod(_mask_alpha)
-    return auto_LiRPA
+        package: ModuleType = importlib.import_module("auto_LiRPA")
+    _accept_duplicates(package.BoundedModule)
+    if package.__version__ == "0.3":
+        _make_contiguous(package.bound_ops.BoundAveragePool)
+        package.bound_ops.BoundRelu._relu_mask_alpha = staticmethod(_mask_alpha)
+    return package
 
 
 def trace(model: nn.Module, example: torch.Tensor, relu: str) -> Any:
-    """The `BoundedModule` of a network in eval mode, which is changed: give it a copy.
+    """The `BoundedModule` of a network in eval mode, which is changed in place: pass a copy.
 
-    `relu` is the lower slope of an unstable ReLU: "adaptive", or "same-slope" as the upper one.
+    `example` (B, C, H, W) is what the network is traced on. `relu` is the lower slope of an
+    unstable ReLU: "adaptive", or "same-slope" for that of the upper bound.
     """
-    # The option of the slope is called "relu" up to 0.3, and by its long name since.
+    # The option for the slope is called "relu" up to 0.3, and has a long name since.
     options: dict[str, Any] = {"relu": relu, "activation_bound_option": relu}
     if is_old():
-        # 0.3 mixes up its own indices where nearly all neurons of a layer are unstable.
+        # 0.3 mixes up its own indices if nearly all neurons of a layer are unstable.
         options |= {"sparse_features_alpha": False, "sparse_spec_alpha": False}
     make = load().BoundedModule
-    # Warnings: whatever tracing makes constant shows when the trace is compared with the network.
+    # Tracing warns of values that become constants; ignored here, because the caller compares the
+    # trace with the network.
     with _lent(), warnings.catch_warnings(record=True):
         bounded = make(model, example, bound_opts=options, device=example.device)
     for node in bounded._modules.values():
         if type(node).__name__ == "BoundReshape" and node.output_shape[0] == len(example):
-            # The number of images that it was traced with is in its shape as a constant.
+            # The traced shape has the number of example images as a constant.
             node.forward = partial(_reshape, node.forward, [-1, *node.output_shape[1:]])
         if is_old() and type(node).__name__ == "BoundConstant" and node.value.dim() > 1:
-            # 0.3 mistakes the first of the dimensions (1, C, 1, 1) for channels.
+            # 0.3 takes the first dimension of (1, C, 1, 1) for the channels.
             node.value = node.value.squeeze(0)
     return bounded
 
@@ -64,24 +67,27 @@ def _reshape(forward: Any, shape: list[int], x: torch.Tensor, traced: torch.Tens
 
 
 def is_old() -> bool:
-    """Whether this is the release of the package index, with its flaws."""
+    """Whether 0.3 is installed, the release on the package index that needs workarounds."""
     version: str = load().__version__
     return version == "0.3"
 
 
 def limit_iterations(bounded: Any, iterations: int) -> None:
-    """Optimise alpha in so many steps."""
+    """Set the number of optimization steps of alpha-CROWN for a `BoundedModule`."""
     bounded.set_bound_opts({"optimize_bound_args": {"iteration": iterations}})
 
 
 @contextmanager
 def unsupported() -> Iterator[list[tuple[str, str]]]:
-    """Collects (operator, node) of what cannot be converted, which is logged and not raised."""
+    """Collects the (operator, node) pairs that cannot be converted.
+
+    auto_LiRPA logs them as errors; inside, these log messages are not shown.
+    """
     found: list[tuple[str, str]] = []
 
     class Listener(logging.Filter):
         def filter(self, record: logging.LogRecord) -> bool:
-            # The arguments of the message: one of auto_LiRPA's named tuples.
+            # The arguments of the log message are auto_LiRPA's named tuples.
             arguments: Any = record.args
             found.extend((node.op, node.name) for node in arguments or () if hasattr(node, "op"))
             return record.levelno < logging.ERROR
@@ -97,6 +103,7 @@ def unsupported() -> Iterator[list[tuple[str, str]]]:
 
 @contextmanager
 def _lent() -> Iterator[None]:
+    """Inside, the parts of torch and numpy that 0.3 needs exist."""
     with ExitStack() as returns:
         if importlib.util.find_spec("numpy.lib.arraysetops") is None:
             module = ModuleType("numpy.lib.arraysetops")
@@ -119,22 +126,25 @@ def _lent() -> Iterator[None]:
 
 
 def _exporter_settings() -> Any:
-    """The settings of torch's exporter; they have moved, its function knows where to."""
+    """The settings of torch's ONNX exporter, in the module that defines its `_optimize_graph`.
+
+    That module has moved between versions of torch.
+    """
     utils = importlib.import_module("torch.onnx.utils")
     return importlib.import_module(utils._optimize_graph.__module__).GLOBALS
 
 
 def _read_attribute(node: Any, name: str) -> Any:
-    """An attribute of a traced node, by the getter of its kind: `i` for an integer, and so on."""
+    """An attribute of a traced node, read with the getter of its kind, such as `i` for integers."""
     return getattr(node, node.kindOf(name))(name)
 
 
 @contextmanager
 def _unchanged_process() -> Iterator[None]:
-    """auto_LiRPA's import sends logging to stdout and changes the warning filters: undone here."""
+    """Undoes what importing auto_LiRPA changes: logging to stdout, and warning filters."""
     root, compiler = logging.getLogger(), logging.getLogger("torch.utils.cpp_extension")
     handlers, level = root.handlers[:], compiler.level
-    compiler.setLevel(logging.ERROR)  # it looks for CUDA's compiler, which nothing here uses
+    compiler.setLevel(logging.ERROR)  # it warns without a CUDA compiler, which is not needed here
     with warnings.catch_warnings(record=True):
         try:
             yield
@@ -144,7 +154,7 @@ def _unchanged_process() -> Iterator[None]:
 
 
 def _accept_duplicates(bounded: Any) -> None:
-    """torch 2 passes `remove_duplicate` to a method that 0.3 overrides without it."""
+    """Add the parameter `remove_duplicate`, which torch 2 passes, to a method of 0.3."""
     original = bounded._named_members
     if "remove_duplicate" in inspect.signature(original).parameters:
         return
@@ -167,10 +177,11 @@ def _mask_alpha(
     lower_alpha: torch.Tensor | None,
     upper_alpha: torch.Tensor | None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
-    """Slopes below unstable neurons from alpha, 1 below active ones, 0 below dead ones.
+    """Lower slopes of neurons: alpha where unstable, 1 where active, 0 where dead.
 
-    In place of a function of 0.3 that clamps alpha to [0, 1]: since torch 2.15 clamp has no
-    gradient at 0 and 1, where alpha starts, and it would never move.
+    `lower` and `upper` are the bounds of the neurons. This replaces a function of 0.3 that clamps
+    alpha to [0, 1]: since torch 2.15, clamp has no gradient at 0 and 1, where alpha starts, so that
+    alpha would never change.
     """
     active = (lower >= 0).to(lower.dtype)
     dead = upper <= 0
@@ -186,12 +197,13 @@ def _mask_alpha(
 
 
 def _make_contiguous(pool: Any) -> None:
-    """0.3 takes a view of coefficients that may be expanded, which torch refuses."""
+    """Make coefficients contiguous: 0.3 calls `view` on expanded ones, which torch refuses."""
     original = pool.bound_backward
 
     def bound_backward(self: Any, last_lower: Any, last_upper: Any, *x: Any) -> Any:
-        sides = (a.contiguous() if isinstance(a, torch.Tensor) else a
-                 for a in (last_lower, last_upper))  # fmt: skip
-        return original(self, *sides, *x)
+        last_lower, last_upper = (
+            a.contiguous() if isinstance(a, torch.Tensor) else a for a in (last_lower, last_upper)
+        )
+        return original(self, last_lower, last_upper, *x)
 
     pool.bound_backward = bound_backward

@@ -1,4 +1,4 @@
-"""Networks for small images: VGG, ResNets, linear ones, and the CNNs of verified training."""
+"""Networks for small images: VGG, ResNets, linear networks, and the CNNs of verified training."""
 
 from __future__ import annotations
 
@@ -23,23 +23,26 @@ Initialization = Literal["kaiming-normal", "kaiming-uniform", "signed-constant"]
 
 @dataclass(frozen=True)
 class NetOptions:
-    """What every network of this plugin can be told."""
+    """Options of every network in this plugin."""
 
     initialize: Initialization = option(
-        "kaiming-normal", help="how weights start; signed-constant: one size, random signs"
+        "kaiming-normal",
+        help="initial weights; signed-constant: equal magnitude, random signs",
     )
     keep_ratio: float | None = option(
-        None, help="divide the starting weights by its root: a sparse network from scratch",
-        above=0, high=1,
-    )  # fmt: skip
+        None,
+        help="divide initial weights by its square root: to train a sparse network from scratch",
+        above=0,
+        high=1,
+    )
 
 
 @dataclass(frozen=True)
 class CnnOptions(NetOptions):
-    """What the small CNNs can be told besides."""
+    """Options of the small CNNs."""
 
     batch_norm: bool = option(
-        False, help="batch normalisation behind every convolution; the papers' have none"
+        False, help="batch normalization after every convolution; the papers use none"
     )
 
 
@@ -53,45 +56,32 @@ def _declare(
 
 @hookimpl
 def prunekit_architectures() -> Iterable[Component]:
-    yield _declare(
-        "small-cnn", "3 convolutions, 2 linear layers; fast", "small_cnns:small_cnn",
-        options=CnnOptions,
-    )  # fmt: skip
+    """Declare the networks."""
+    summary = "3 convolutions, 2 linear layers; fast"
+    yield _declare("small-cnn", summary, "small_cnns:small_cnn", options=CnnOptions)
     for layers in range(1, 5):
         summary = "One linear layer" if layers == 1 else f"{layers} linear layers, no ReLU"
         yield _declare(f"lin-{layers}", summary, f"linear:lin_{layers}")
     for data in ("cifar", "mnist"):
-        yield _declare(
-            f"{data}-small", "The small verified CNN, 2 convolutions", f"small_cnns:{data}_small",
-            VERIFIED_PAPER, CnnOptions,
-        )  # fmt: skip
-        yield _declare(
-            f"{data}-large", "The large verified CNN, 4 convolutions", f"small_cnns:{data}_large",
-            VERIFIED_PAPER, CnnOptions,
-        )  # fmt: skip
-    yield _declare(
-        "cifar-resnet-verified", "The residual verified CNN, 16 blocks, no normalisation",
-        "verified_resnet:cifar_resnet_verified", SCALED_PAPER,
-    )  # fmt: skip
-    yield _declare(
-        "vgg4-without-maxpool", "VGG with 4 convolutions, strides for poolings; for bounds",
-        "small_cnns:vgg4_without_maxpool", VGG_PAPER,
-    )  # fmt: skip
+        for size, convolutions in (("small", 2), ("large", 4)):
+            summary = f"The {size} CNN of verified training, {convolutions} convolutions"
+            build = f"small_cnns:{data}_{size}"
+            yield _declare(f"{data}-{size}", summary, build, VERIFIED_PAPER, CnnOptions)
+    summary = "The residual CNN of verified training, 16 blocks, no normalization"
+    build = "verified_resnet:cifar_resnet_verified"
+    yield _declare("cifar-resnet-verified", summary, build, SCALED_PAPER)
+    summary = "VGG with 4 convolutions, with strides in place of pooling; for certified bounds"
+    build = "small_cnns:vgg4_without_maxpool"
+    yield _declare("vgg4-without-maxpool", summary, build, VGG_PAPER)
     for depth in VGG_DEPTHS:
-        summary, build = f"VGG with {depth} convolutions", f"vgg:vgg{depth}"
-        if depth > 8:
-            summary = f"VGG-{depth} for small images"
-        yield _declare(f"vgg{depth}", summary, build, VGG_PAPER)
-        yield _declare(
-            f"vgg{depth}-bn", f"{summary}, batch normalisation", f"{build}_bn", VGG_PAPER
-        )
+        summary = f"VGG-{depth} for small images" if depth > 8 else f"VGG with {depth} convolutions"
+        name, build = f"vgg{depth}", f"vgg:vgg{depth}"
+        yield _declare(name, summary, build, VGG_PAPER)
+        yield _declare(f"{name}-bn", f"{summary}, batch normalization", f"{build}_bn", VGG_PAPER)
     for depth in RESNET_DEPTHS:
-        yield _declare(
-            f"cifar-resnet{depth}", f"ResNet-{depth} for small images",
-            f"resnet:cifar_resnet{depth}", RESNET_PAPER,
-        )  # fmt: skip
+        summary, build = f"ResNet-{depth} for small images", f"resnet:cifar_resnet{depth}"
+        yield _declare(f"cifar-resnet{depth}", summary, build, RESNET_PAPER)
     for depth, width in WIDE_RESNETS:
-        yield _declare(
-            f"wrn-{depth}-{width}", f"Wide ResNet, {depth} layers, {width} times as wide",
-            f"wide_resnet:wrn_{depth}_{width}", WIDE_RESNET_PAPER,
-        )  # fmt: skip
+        summary = f"Wide ResNet, {depth} layers, {width} times as wide"
+        build = f"wide_resnet:wrn_{depth}_{width}"
+        yield _declare(f"wrn-{depth}-{width}", summary, build, WIDE_RESNET_PAPER)

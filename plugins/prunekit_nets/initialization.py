@@ -1,4 +1,4 @@
-"""How the weights of a new network start."""
+"""The initial weights of a new network."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from prunekit_nets import NetOptions
 
 
 def initialize(network: nn.Module, options: NetOptions) -> None:
-    """Draw new weights for the convolutions and linear layers, in place; their biases are 0.
+    """Draw new weights for the convolutions and linear layers, in place; biases become 0.
 
-    Each weight has the variance 2 / fan_in (He et al., ICCV 2015, arXiv 1502.01852, eq. 10):
-    normal, uniform, or of the one size sqrt(2 / fan_in) with the sign of a normal draw (Ramanujan
-    et al., CVPR 2020, arXiv 1911.13299). Batch normalisation starts as torch has it: scale 1,
-    shift 0. Draws come from torch's global generator, which the core seeds.
+    Each weight has the variance 2 / fan_in (He et al., ICCV 2015, arXiv 1502.01852, equation 10):
+    normal, uniform, or of magnitude sqrt(2 / fan_in) with the sign of a normal draw (Ramanujan et
+    al., CVPR 2020, arXiv 1911.13299). Batch normalization keeps torch's initial scale 1 and shift
+    0. Draws come from torch's global generator, which the core seeds.
 
-    With a `keep_ratio` k, weights are divided by sqrt(k) (the "scaled" start of arXiv 1911.13299,
-    section 3.2): fan_in * k of them are left in a sparse network, and their variance is
-    2 / (k * fan_in).
+    With a `keep_ratio` k, weights are divided by sqrt(k) (the "scaled" initialization of arXiv
+    1911.13299, section 3.2): a sparse network keeps fan_in * k inputs per unit, so its weights
+    should have the variance 2 / (k * fan_in).
     """
     how = options.initialize
     for module in network.modules():

@@ -1,4 +1,4 @@
-"""What a network can take in."""
+"""Checks of the image size that a network needs."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from prunekit.errors import UserError
 
 
 def require_size(network: str, context: Context, smallest: int) -> None:
-    """Raise `UserError` where images are lower or narrower than `smallest` pixels."""
+    """Raise `UserError` if the images' height or width is below `smallest` pixels."""
     _, height, width = context.shape
     if min(height, width) < smallest:
         raise UserError(
-            f"{network} needs images of at least {smallest} x {smallest} pixels, these are "
+            f"{network} needs images of at least {smallest} x {smallest} pixels, but these are "
             f'{height} x {width}; choose another architecture, such as "small-cnn"'
         )

@@ -1,4 +1,4 @@
-"""Linear networks: what a network can do without a single non-linearity."""
+"""Linear networks, as baselines without any nonlinearity."""
 
 from __future__ import annotations
 
@@ -16,15 +16,13 @@ HIDDEN = 100
 
 
 def build_linear(layers: int, options: NetOptions, context: Context) -> nn.Sequential:
-    """Linear layers one after the other, all but the last with 100 outputs; keys `1`, `2`, ...
+    """A sequence of linear layers, all but the last with 100 outputs.
 
-    HYDRA's `lin_4` has three layers, as its `lin_3` has: load its weights into `lin-3`.
+    State-dict keys `1.weight`, `1.bias`, `2.weight`, ... HYDRA's `lin_4` has three layers, like
+    its `lin_3`: load its weights into `lin-3`.
     """
     widths = [prod(context.shape), *[HIDDEN] * (layers - 1), context.classes]
-    network = nn.Sequential(
-        nn.Flatten(),
-        *(nn.Linear(i, o) for i, o in pairwise(widths)),
-    )
+    network = nn.Sequential(nn.Flatten(), *(nn.Linear(i, o) for i, o in pairwise(widths)))
     initialize(network, options)
     return network
 

@@ -1,6 +1,6 @@
-"""ResNets for small images, with the state-dict keys of the usual CIFAR ones and of HYDRA's.
+"""ResNets for small images, with the state-dict keys of common CIFAR ResNets and of HYDRA's.
 
-The first convolution is 3x3 with stride 1, and no pooling follows it.
+The first convolution is 3x3 with stride 1, and no pooling follows it (He et al., CVPR 2016).
 """
 
 from __future__ import annotations
@@ -14,14 +14,20 @@ from prunekit.contracts import Context
 from prunekit_nets import NetOptions
 from prunekit_nets.initialization import initialize
 
-# Blocks of the four stages, with 64, 128, 256 and 512 channels; the deep ones have bottlenecks.
-BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3),
-          152: (3, 8, 36, 3)}  # fmt: skip
+BLOCKS = {
+    18: (2, 2, 2, 2),
+    34: (3, 4, 6, 3),
+    50: (3, 4, 6, 3),
+    101: (3, 4, 23, 3),
+    152: (3, 8, 36, 3),
+}
+"""Depth -> numbers of blocks in the four stages, which have 64, 128, 256 and 512 channels."""
 BOTTLENECKS = (50, 101, 152)
+"""Depths whose blocks are bottlenecks."""
 
 
 def _shortcut(inputs: int, outputs: int, stride: int) -> nn.Sequential:
-    """Nothing where the shape stays, else a 1x1 convolution."""
+    """The identity if the shape stays the same, otherwise a 1x1 convolution."""
     if stride == 1 and inputs == outputs:
         return nn.Sequential()
     return nn.Sequential(
@@ -30,7 +36,7 @@ def _shortcut(inputs: int, outputs: int, stride: int) -> nn.Sequential:
 
 
 class Basic(nn.Module):
-    """Two 3x3 convolutions and a shortcut."""
+    """The basic block: two 3x3 convolutions and a shortcut."""
 
     widening = 1
 
@@ -45,12 +51,17 @@ class Basic(nn.Module):
         self.relu2 = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
+        """Features (B, C, H, W) to (B, width, H / stride, W / stride)."""
         inner = self.relu1(self.bn1(self.conv1(x)))
-        return self.relu2(self.bn2(self.conv2(inner)) + self.shortcut(x))
+        out: Tensor = self.relu2(self.bn2(self.conv2(inner)) + self.shortcut(x))
+        return out
 
 
 class Bottleneck(nn.Module):
-    """A 1x1, a 3x3 and a 1x1 convolution to four times the width, and a shortcut."""
+    """The bottleneck block: 1x1, 3x3 and 1x1 convolutions and a shortcut.
+
+    The last convolution has four times as many channels as the others.
+    """
 
     widening = 4
 
@@ -69,13 +80,15 @@ class Bottleneck(nn.Module):
         self.relu3 = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
+        """Features (B, C, H, W) to (B, 4 * width, H / stride, W / stride)."""
         inner = self.relu1(self.bn1(self.conv1(x)))
         inner = self.relu2(self.bn2(self.conv2(inner)))
-        return self.relu3(self.bn3(self.conv3(inner)) + self.shortcut(x))
+        out: Tensor = self.relu3(self.bn3(self.conv3(inner)) + self.shortcut(x))
+        return out
 
 
 def build_resnet(depth: int, options: NetOptions, context: Context) -> nn.Sequential:
-    """The ResNet of this depth for images of any size (averaged over what is left).
+    """The ResNet of this depth, for images of any size (global average pooling before `linear`).
 
     State-dict keys `conv1`, `bn1`, `layer1.0.conv1`, `layer2.0.shortcut.0`, ..., `linear`.
     """

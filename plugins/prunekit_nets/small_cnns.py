@@ -1,4 +1,4 @@
-"""Small convolutional networks, plain as bound propagation likes them, or normalised."""
+"""Small convolutional networks with layers that bound propagation supports well."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from prunekit_nets.inputs import require_size
 
 
 def finish(network: nn.Sequential, options: CnnOptions) -> nn.Sequential:
-    """The network with its starting weights, batch normalisation put in where it is wanted."""
+    """Return the network with initial weights, and with batch normalization if the options say so.
+
+    Batch normalization is inserted after every convolution.
+    """
     layers: list[nn.Module] = []
     for layer in network:
         layers.append(layer)
@@ -27,8 +30,9 @@ def finish(network: nn.Sequential, options: CnnOptions) -> nn.Sequential:
 def small_cnn(options: CnnOptions, context: Context) -> nn.Sequential:
     """3x3 convolutions with 16, 32 and 32 channels, linear layers with 32 and K outputs.
 
-    The second and third convolution halve the size, rounding up: 8x8 images make 18,506
-    parameters, 28x28 images 64,586 (10 classes, one channel). Images of any size will do.
+    The second and third convolution halve the size, rounding up: with 10 classes and one channel,
+    there are 18,506 parameters for 8x8 images and 64,586 for 28x28 images. Images may have any
+    size.
     """
     channels, height, width = context.shape
     for _ in range(2):
@@ -51,7 +55,8 @@ def small_cnn(options: CnnOptions, context: Context) -> nn.Sequential:
 def build_small(name: str, options: CnnOptions, context: Context) -> nn.Sequential:
     """4x4 convolutions of stride 2 with 16 and 32 channels, linear layers with 100 and K outputs.
 
-    Raises `UserError` below 4x4 pixels.
+    Raises `UserError` for images below 4x4 pixels; `name` is
+    that of the component in the message.
     """
     require_size(name, context, 4)
     channels, height, width = context.shape
@@ -72,9 +77,10 @@ cifar_small, mnist_small = partial(build_small, "cifar-small"), partial(build_sm
 
 
 def build_large(name: str, options: CnnOptions, context: Context) -> nn.Sequential:
-    """3x3 convolutions and 4x4 ones of stride 2 in turn, with 32, 32, 64 and 64 channels.
+    """3x3 convolutions alternating with 4x4 ones of stride 2, with 32, 32, 64 and 64 channels.
 
-    Linear layers with 512, 512 and K outputs. Raises `UserError` below 4x4 pixels.
+    Linear layers with 512, 512 and K outputs follow. Raises `UserError`
+    for images below 4x4 pixels; `name` is that of the component in the message.
     """
     require_size(name, context, 4)
     channels, height, width = context.shape
@@ -103,7 +109,8 @@ cifar_large, mnist_large = partial(build_large, "cifar-large"), partial(build_la
 def vgg4_without_maxpool(options: NetOptions, context: Context) -> nn.Sequential:
     """3x3 convolutions with 64, 64, 128 and 128 channels; every second one has stride 2.
 
-    Linear layers with 256, 256 and K outputs. Unlike those of `vgg4`, the convolutions have biases.
+    Linear layers with 256, 256 and K outputs follow. Unlike in `vgg4`, the convolutions have
+    biases. Images may have any size.
     """
     channels, height, width = context.shape
     for _ in range(2):

@@ -1,4 +1,7 @@
-"""The residual network of verified training: no normalisation, so that bounds stay tight."""
+"""The residual network of verified training (Wong et al., NeurIPS 2018).
+
+It has no normalization layers, so that bounds stay tight.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from prunekit_nets.initialization import initialize
 from prunekit_nets.inputs import require_size
 
 BLOCKS = (6, 5, 5)
-"""Blocks with 16, 32 and 64 channels: HYDRA's net with N = 5 and factor = 1."""
+"""Numbers of blocks with 16, 32 and 64 channels: HYDRA's network with N = 5 and factor = 1."""
 
 
 class Join(nn.Module):
@@ -20,17 +23,20 @@ class Join(nn.Module):
 
     def __init__(self, shortcut: nn.Conv2d, convolution: nn.Conv2d) -> None:
         super().__init__()
-        # Named after how far back their inputs lie in the original's list of layers.
+        # The original code has these keys, the positions of the two inputs in its list of results.
         self.Ws = nn.ModuleDict({"0": shortcut, "2": convolution})
 
     def forward(self, before: Tensor, x: Tensor) -> Tensor:
-        return self.Ws["0"](before) + self.Ws["2"](x)
+        """The shortcut applied to `before` plus the convolution applied to x; (B, C, H, W)."""
+        out: Tensor = self.Ws["0"](before) + self.Ws["2"](x)
+        return out
 
 
 class Residual(nn.Sequential):
-    """Layers one after the other; a `Join` also gets what was there three results ago."""
+    """A sequence of layers in which a `Join` also receives the input of its block."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """Images (B, C, H, W) in [0, 1] to logits (B, K)."""
         results = [x]
         for layer in self:
             inputs = (results[-3], results[-1]) if isinstance(layer, Join) else results[-1:]
@@ -57,7 +63,7 @@ def cifar_resnet_verified(options: NetOptions, context: Context) -> Residual:
     """A convolution, 16 residual blocks, and linear layers with 1000 and K outputs.
 
     Every layer has a bias; every shortcut is a convolution. State-dict keys `0`, `2.Ws.0`,
-    `4.Ws.0`, `4.Ws.2`, ... Raises `UserError` below 4x4 pixels.
+    `4.Ws.0`, `4.Ws.2`, ... Raises `UserError` for images below 4x4 pixels.
     """
     require_size("cifar-resnet-verified", context, 4)
     channels, height, width = context.shape

@@ -1,7 +1,7 @@
 """VGG for small images, with the layers and state-dict keys of HYDRA's networks.
 
-Convolutions never have a bias, not even without batch normalisation; features are averaged to 2x2
-and go through three linear layers.
+Convolutions have no bias, even without batch normalization; features are averaged to 2x2 and passed
+to three linear layers.
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ from prunekit_nets import NetOptions
 from prunekit_nets.initialization import initialize
 from prunekit_nets.inputs import require_size
 
-# Channels of the 3x3 convolutions, stage by stage; a pooling halves the size after each stage.
-# The networks of 11 layers and more leave their last stage unpooled.
 STAGES: dict[int, tuple[tuple[int, ...], ...]] = {
     2: ((64,), (64,), ()),
     4: ((64,) * 2, (128,) * 2, ()),
@@ -27,6 +25,7 @@ STAGES: dict[int, tuple[tuple[int, ...], ...]] = {
     13: ((64,) * 2, (128,) * 2, (256,) * 2, (512,) * 2, (512,) * 2),
     16: ((64,) * 2, (128,) * 2, (256,) * 3, (512,) * 3, (512,) * 3),
 }
+"""Depth -> channels of the 3x3 convolutions in each stage; max pooling between the stages."""
 
 
 def build_vgg(
@@ -34,7 +33,7 @@ def build_vgg(
 ) -> nn.Sequential:
     """The VGG of this depth; state-dict keys `features.N`, `classifier.N`.
 
-    Raises `UserError` where the poolings would leave nothing of the image.
+    Raises `UserError` if pooling would leave nothing of the image.
     """
     stages = STAGES[depth]
     name = f"vgg{depth}-bn" if batch_norm else f"vgg{depth}"

@@ -15,7 +15,7 @@ from prunekit_nets.initialization import initialize
 class Block(nn.Module):
     """Two 3x3 convolutions, each after batch normalisation and ReLU, and a shortcut.
 
-    Where the number of channels changes, the shortcut is a 1x1 convolution of the activated input.
+    If the number of channels changes, the shortcut is a 1x1 convolution of the activated input.
     """
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
@@ -31,9 +31,11 @@ class Block(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        """Features (B, C, H, W) to (B, outputs, H / stride, W / stride)."""
         active = self.relu1(self.bn1(x))
         shortcut = x if self.convShortcut is None else self.convShortcut(active)
-        return shortcut + self.conv2(self.relu2(self.bn2(self.conv1(active))))
+        out: Tensor = shortcut + self.conv2(self.relu2(self.bn2(self.conv1(active))))
+        return out
 
 
 def _stack(blocks: int, inputs: int, outputs: int, stride: int) -> nn.Sequential:
@@ -45,10 +47,11 @@ def _stack(blocks: int, inputs: int, outputs: int, stride: int) -> nn.Sequential
 def build_wide_resnet(
     depth: int, width: int, options: NetOptions, context: Context
 ) -> nn.Sequential:
-    """WRN-depth-width, without dropout, for images of any size (averaged over what is left).
+    """WRN-depth-width without dropout, for images of any size (global average pooling before `fc`).
 
-    Three stacks of (depth - 4) / 6 blocks with 16, 32 and 64 times `width` channels; state-dict
-    keys `conv1`, `block1.layer.0.conv1`, ..., `bn1`, `fc`.
+    Three stacks of (depth - 4) / 6 blocks with 16, 32 and 64 times `width` channels (Zagoruyko and
+    Komodakis, BMVC 2016, table 1); state-dict keys `conv1`, `block1.layer.0.conv1`, ..., `bn1`,
+    `fc`.
     """
     blocks = (depth - 4) // 6
     network = nn.Sequential(

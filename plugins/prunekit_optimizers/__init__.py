@@ -1,54 +1,77 @@
-"""Optimizers, and schedules of their learning rates."""
+"""Optimizers and learning-rate schedules: declarations."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from prunekit import Component, OptionError, Use, hookimpl, option
 from prunekit.contracts import Schedule
 
 
+def _warmup() -> Any:
+    return option(0.0, help="epochs of linear warmup from 0", unit="epochs", low=0)
+
+
 @dataclass(frozen=True)
 class ConstantOptions:
-    warmup: float = option(0.0, help="epochs of linear warm-up from 0", unit="epochs", low=0)
+    """Options of the schedule `constant`."""
+
+    warmup: float = _warmup()
 
 
 @dataclass(frozen=True)
 class CosineOptions:
-    warmup: float = option(0.0, help="epochs of linear warm-up from 0", unit="epochs", low=0)
-    final: float = option(0.0, help="fraction of the rate that is left at the end", low=0, high=1)
-    every: Literal["step", "epoch"] = option("step", help="when the rate changes")
+    """Options of the schedule `cosine`."""
+
+    warmup: float = _warmup()
+    final: float = option(0.0, help="fraction of the rate left at the end", low=0, high=1)
+    every: Literal["step", "epoch"] = option("step", help="how often the rate changes")
 
 
 @dataclass(frozen=True)
 class StepOptions:
+    """Options of the schedule `step`."""
+
     milestones: tuple[float, ...] = option(
-        (0.5, 0.75), help="parts of the stage after which the rate drops"
+        (0.5, 0.75), help="fractions of the stage at which the rate drops"
     )
-    factor: float = option(0.1, help="what the rate is multiplied with at each", above=0, high=1)
-    warmup: float = option(0.0, help="epochs of linear warm-up from 0", unit="epochs", low=0)
+    factor: float = option(
+        0.1, help="what the rate is multiplied by at each milestone", above=0, high=1
+    )
+    warmup: float = _warmup()
 
     def __post_init__(self) -> None:
         if not all(0 < m < 1 for m in self.milestones):
             raise OptionError(
-                "milestones", f"milestones are parts of the stage, between 0 and 1, such as "
-                f"[0.5, 0.75]; got {list(self.milestones)}"
-            )  # fmt: skip
+                "milestones",
+                "milestones are fractions of the stage between 0 and 1, such as [0.5, 0.75]; got "
+                f"{list(self.milestones)}",
+            )
 
 
-def _rate(default: float) -> float:
+def _rate(default: float) -> Any:
     return option(default, help="learning rate", above=0)
+
+
+def _decay() -> Any:
+    return option(1e-4, help="L2 penalty on every trained parameter", low=0)
+
+
+def _betas() -> Any:
+    return option((0.9, 0.999), help="decay rates of the two moments", low=0, below=1)
 
 
 @dataclass(frozen=True)
 class SgdOptions:
+    """Options of the optimizer `sgd`."""
+
     lr: float = _rate(0.1)
     momentum: float = option(0.9, help="momentum", low=0, below=1)
-    weight_decay: float = option(1e-4, help="L2 penalty, on every trained parameter", low=0)
-    nesterov: bool = option(False, help="Nesterov's momentum")
-    schedule: Use[Schedule] = option("cosine", help="how the rate changes")
+    weight_decay: float = _decay()
+    nesterov: bool = option(False, help="use Nesterov momentum")
+    schedule: Use[Schedule] = option("cosine", help="learning-rate schedule")
 
     def __post_init__(self) -> None:
         if self.nesterov and not self.momentum:
@@ -57,22 +80,22 @@ class SgdOptions:
 
 @dataclass(frozen=True)
 class AdamOptions:
+    """Options of the optimizer `adam`."""
+
     lr: float = _rate(1e-3)
-    betas: tuple[float, float] = option(
-        (0.9, 0.999), help="decay of the two moments", low=0, below=1
-    )
-    weight_decay: float = option(1e-4, help="L2 penalty, on every trained parameter", low=0)
-    schedule: Use[Schedule] = option("cosine", help="how the rate changes")
+    betas: tuple[float, float] = _betas()
+    weight_decay: float = _decay()
+    schedule: Use[Schedule] = option("cosine", help="learning-rate schedule")
 
 
 @dataclass(frozen=True)
 class AdamWOptions:
+    """Options of the optimizer `adamw`."""
+
     lr: float = _rate(1e-3)
-    betas: tuple[float, float] = option(
-        (0.9, 0.999), help="decay of the two moments", low=0, below=1
-    )
+    betas: tuple[float, float] = _betas()
     weight_decay: float = option(1e-2, help="decoupled weight decay", low=0)
-    schedule: Use[Schedule] = option("cosine", help="how the rate changes")
+    schedule: Use[Schedule] = option("cosine", help="learning-rate schedule")
 
 
 def _declare(name: str, summary: str, options: type, function: str = "") -> Component:
@@ -82,6 +105,7 @@ def _declare(name: str, summary: str, options: type, function: str = "") -> Comp
 
 @hookimpl
 def prunekit_optimizers() -> Iterable[Component]:
+    """Declare the optimizers."""
     yield _declare("sgd", "Stochastic gradient descent with momentum", SgdOptions)
     yield _declare("adam", "Adam (Kingma 2015)", AdamOptions)
     yield _declare("adamw", "Adam with decoupled weight decay", AdamWOptions)
@@ -89,6 +113,7 @@ def prunekit_optimizers() -> Iterable[Component]:
 
 @hookimpl
 def prunekit_schedules() -> Iterable[Component]:
+    """Declare the learning-rate schedules."""
     yield _declare("constant", "The same rate throughout", ConstantOptions)
-    yield _declare("cosine", "Half a cosine from the rate to its end", CosineOptions)
-    yield _declare("step", "Drops at milestones", StepOptions, "step_decay")
+    yield _declare("cosine", "Decays along half a cosine to a final rate", CosineOptions)
+    yield _declare("step", "Drops by a factor at milestones", StepOptions, "step_decay")

@@ -20,14 +20,15 @@ from prunekit_optimizers import (
 
 
 def constant(options: ConstantOptions, context: Context) -> Schedule:
-    """Factor 1."""
+    """The factor 1, after the warmup."""
     return _warmed(options.warmup, lambda clock: 1.0)
 
 
 def cosine(options: CosineOptions, context: Context) -> Schedule:
-    """final + (1 - final) (1 + cos(pi t)) / 2, t the part of the stage that is done.
+    """final + (1 - final) (1 + cos(pi t)) / 2, where t is the fraction of the stage that is done.
 
-    t counts optimizer steps, or whole epochs with `every = "epoch"`.
+    t counts optimizer steps, or whole epochs with `every = "epoch"` (Loshchilov and Hutter, ICLR
+    2017, equation 5, without restarts).
     """
 
     def factor(clock: Clock) -> float:
@@ -38,7 +39,7 @@ def cosine(options: CosineOptions, context: Context) -> Schedule:
 
 
 def step_decay(options: StepOptions, context: Context) -> Schedule:
-    """factor to the power of the milestones that are passed."""
+    """`factor` to the power of the number of milestones that have passed."""
     return _warmed(
         options.warmup,
         lambda clock: options.factor ** sum(clock.fraction >= m for m in options.milestones),
@@ -46,6 +47,8 @@ def step_decay(options: StepOptions, context: Context) -> Schedule:
 
 
 def _warmed(epochs: float, factor: Schedule) -> Schedule:
+    """The schedule, multiplied by a factor that grows linearly to 1 over the first epochs."""
+
     def warm(clock: Clock) -> float:
         steps = epochs * clock.steps / clock.epochs
         return factor(clock) * min(1.0, (clock.step + 1) / steps if steps else 1.0)
@@ -62,6 +65,7 @@ def _choice(
 
 
 def sgd(options: SgdOptions, context: Context) -> OptimizerChoice:
+    """`torch.optim.SGD` with these options and their schedule."""
     return _choice(
         lambda parameters: torch.optim.SGD(
             parameters,
@@ -76,6 +80,7 @@ def sgd(options: SgdOptions, context: Context) -> OptimizerChoice:
 
 
 def adam(options: AdamOptions, context: Context) -> OptimizerChoice:
+    """`torch.optim.Adam` with these options and their schedule (Kingma and Ba, ICLR 2015)."""
     return _choice(
         lambda parameters: torch.optim.Adam(
             parameters, lr=options.lr, betas=options.betas, weight_decay=options.weight_decay
@@ -86,6 +91,7 @@ def adam(options: AdamOptions, context: Context) -> OptimizerChoice:
 
 
 def adamw(options: AdamWOptions, context: Context) -> OptimizerChoice:
+    """`torch.optim.AdamW` with these options and their schedule (Loshchilov and Hutter, 2019)."""
     return _choice(
         lambda parameters: torch.optim.AdamW(
             parameters, lr=options.lr, betas=options.betas, weight_decay=options.weight_decay

@@ -1,4 +1,4 @@
-"""Scores of weights: learned (HYDRA), by magnitude, by sensitivity, at random."""
+"""Pruners: weights scored by learning (HYDRA), magnitude, sensitivity, or at random."""
 
 from __future__ import annotations
 
@@ -17,17 +17,20 @@ _HYDRA = "Sehwag et al., HYDRA, NeurIPS 2020, arXiv 2002.10509"
 
 @dataclass(frozen=True)
 class ScoreOptions:
+    """Options of `score`."""
+
     start: Start = option(
         "scaled",
-        help="where scores start: the weights' own order, a random draw, or SNIP's sensitivities",
+        help="initial scores: scaled weights, a random draw, or sensitivities as in SNIP",
     )
 
 
 @hookimpl
 def prunekit_pruners() -> Iterator[Component]:
+    """Declare the pruners."""
     yield Component(
         name="score",
-        summary="Scores learned against the stage's objective, straight through the mask (HYDRA)",
+        summary="Scores learned on the stage's objective, with straight-through gradients (HYDRA)",
         build="prunekit_pruners.scores:build_score",
         options=ScoreOptions,
         learns=True,
@@ -35,18 +38,18 @@ def prunekit_pruners() -> Iterator[Component]:
     )
     yield Component(
         name="lwm",
-        summary="Least weight magnitude: the largest weights are kept, one shot",
+        summary="Least weight magnitude: keeps the largest weights, one-shot",
         build="prunekit_pruners.scores:build_lwm",
         paper="Han et al., NeurIPS 2015, arXiv 1506.02626; HYDRA's baseline",
     )
     yield Component(
         name="snip",
-        summary="What the clean loss is most sensitive to on one batch, |dL/dw * w|, one shot",
+        summary="Sensitivity of the clean loss to each weight, on one batch, one-shot",
         build="prunekit_pruners.scores:build_snip",
         paper="Lee et al., SNIP, ICLR 2019, arXiv 1810.02340",
     )
     yield Component(
         name="random",
-        summary="Uniformly random scores, one shot: the baseline of baselines",
+        summary="Uniformly random scores, one-shot: the simplest baseline",
         build="prunekit_pruners.scores:build_random",
     )

@@ -1,4 +1,4 @@
-"""The pruners: each says how much every weight matters."""
+"""The pruners: each gives every prunable weight a score, and larger scores are kept."""
 
 from __future__ import annotations
 
@@ -12,24 +12,27 @@ from prunekit_pruners.starts import start_scores
 
 
 def build_score(options: ScoreOptions, context: Context) -> Pruner:
-    """Scores trained on the stage's objective from the start that the recipe chose."""
+    """Scores trained on the stage's objective, from the start in the options (HYDRA, section 3)."""
     return lambda context: context.learn(
         Scores(start_scores(options.start, context), layerwise=True)
     )
 
 
 def build_lwm(options: NoOptions, context: Context) -> Pruner:
-    """|w|."""
+    """The magnitudes |w| (Han et al., NeurIPS 2015)."""
     return lambda context: Scores({n: w.detach().abs() for n, w in context.weights.items()})
 
 
 def build_snip(options: NoOptions, context: Context) -> Pruner:
-    """|dL/dw * w| on one batch; layers compare, so that a global budget takes it as it is."""
+    """|dL/dw * w| on one batch (Lee et al., ICLR 2019, equation 4).
+
+    The scores can be compared across layers, so a global budget uses them unscaled.
+    """
     return lambda context: Scores(measure_sensitivity(context))
 
 
 def build_random(options: NoOptions, context: Context) -> Pruner:
-    """Uniform on [0, 1)."""
+    """Random scores, uniform on [0, 1), drawn on the CPU from the context's generator."""
 
     def score(context: Context) -> Scores:
         return Scores(

@@ -1,4 +1,4 @@
-"""How much the loss feels a weight that is taken away (SNIP)."""
+"""The sensitivity of the loss to removing a weight (SNIP)."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from prunekit.contracts import Context
 
 
 def measure_sensitivity(context: Context) -> dict[str, Tensor]:
-    """|dL/dw * w| of every prunable weight, L the cross-entropy of one clean training batch.
+    """|dL/dw * w| of every prunable weight, where L is the cross-entropy of one training batch.
 
-    Lee et al., ICLR 2019, equation 4, at the dense mask: the derivative by a weight's mask, before
-    their division by the sum. The network is in the mode that it is found in, in a prune stage
-    train mode; it is computed with copies, so that its weights, gradients and running statistics
-    stay as they are.
+    This is the derivative with respect to a weight's mask at the dense network (Lee et al., ICLR
+    2019, equation 4), without the paper's division by the sum. The result has the keys and shapes
+    of `context.weights`. The network keeps its mode (train mode in a prune stage); the computation
+    uses copies, so its weights, gradients and running statistics do not change.
     """
     x, y = next(iter(context.batches()))
     model = context.model
@@ -28,7 +28,7 @@ def measure_sensitivity(context: Context) -> dict[str, Tensor]:
     }
     with torch.enable_grad():
         loss = F.cross_entropy(functional_call(model, {**others, **weights}, (x,)), y)
-    # A layer that the loss does not reach has a gradient of zeros.
+    # materialize_grads: layers that do not influence the loss get gradients of zero.
     gradients = torch.autograd.grad(loss, list(weights.values()), materialize_grads=True)
     return {
         name: (gradient * weight.detach()).abs()

@@ -1,4 +1,4 @@
-"""Where learned scores start."""
+"""The initial values of learned scores."""
 
 from __future__ import annotations
 
@@ -21,11 +21,14 @@ DRAWS: dict[str, Draw] = {
     "xavier-normal": partial(nn.init.xavier_normal_, gain=sqrt(2)),
     "xavier-uniform": partial(nn.init.xavier_uniform_, gain=sqrt(2)),
 }
-"""Random starts, each in place; variances 2 / fan_in, and 4 / (fan_in + fan_out) of Xavier's."""
+"""Random starts, drawn in place, with variance 2 / fan_in (Xavier: 4 / (fan_in + fan_out))."""
 
 
 def start_scores(start: Start, context: Context) -> dict[str, Tensor]:
-    """The first score of every prunable weight; random ones come from the context's generator."""
+    """Initial scores with the keys and shapes of `context.weights`.
+
+    Random scores are drawn from the context's generator.
+    """
     if start == "scaled":
         return {name: scale(weight) for name, weight in context.weights.items()}
     if start == "snip":
@@ -37,10 +40,10 @@ def start_scores(start: Start, context: Context) -> dict[str, Tensor]:
 
 
 def scale(values: Tensor) -> Tensor:
-    """sqrt(6 / fan_in) v / max|v|: scores that start in the order of the values.
+    """sqrt(6 / fan_in) v / max|v|: scores in the order of the values v, which have any shape.
 
-    HYDRA, section 3 ("scaled initialisation"), where the values are the weights; fan_in is the
-    number of inputs of an output unit. A layer of zeros starts at zero.
+    This is HYDRA's "scaled initialization" (section 3) if v are weights; fan_in is the number of
+    inputs of an output unit. A layer of zeros gets scores of zero.
     """
     fan_in = prod(values.shape[1:])
     largest = values.detach().abs().max()
@@ -48,5 +51,5 @@ def scale(values: Tensor) -> Tensor:
 
 
 def draw(how: Draw, weight: Tensor, generator: torch.Generator) -> Tensor:
-    """Random scores for a weight, drawn on the CPU, so that they are the same on every device."""
+    """Random scores for a weight, drawn on the CPU so that they are the same on every device."""
     return how(torch.empty(weight.shape, dtype=weight.dtype), generator=generator).to(weight.device)

@@ -1,4 +1,4 @@
-"""Networks and data of one's own: from a Python file, or handed over by a Python program."""
+"""Networks and data of the user's: from a Python file, or passed in by a Python program."""
 
 from __future__ import annotations
 
@@ -10,41 +10,44 @@ from typing import Any
 from prunekit import Component, find_imports, hookimpl, option
 
 DETAILS = """\
-This is the only place where a recipe runs code: that of the file. `build` names a function, or a
-class, in it; it is called with the arguments among these that it takes,
+This is the only component with which a recipe runs code: the code in the file. `build` names a
+function or class in it. It is called with those of the following arguments that it accepts,
   shape     (C, H, W) of an image
   classes   the number of classes
-and with all of kwargs, and gives an nn.Module from pixels (B, C, H, W) in [0, 1] to logits (B, K).
-A normalisation belongs inside. An attribute `leave_dense` of the module lists names of weights
-that prune stages leave dense.
+and with all of kwargs. It returns an nn.Module from pixels (B, C, H, W) in [0, 1] to logits (B, K);
+any normalization belongs inside the module. The module may have an attribute `leave_dense`, a list
+of names of weights that prune stages leave dense.
 
-Part of a stage's hash are the file and what it imports from its own folder, modules and packages,
-at any depth; of what is installed elsewhere nothing is."""
+A stage's hash includes the file and all modules and packages that it imports from its own folder,
+directly or indirectly. It does not include packages installed elsewhere."""
 
 
 @dataclass(frozen=True)
 class PythonOptions:
+    """Options of the architecture `python`."""
+
     file: Path = option(help="the Python file", exists=True)
-    build: str = option("make", help="the function or class in it that makes the network")
-    kwargs: dict[str, Any] = option({}, help="more arguments for it")
+    build: str = option("make", help="function or class in the file that makes the network")
+    kwargs: dict[str, Any] = option({}, help="further arguments of this function or class")
 
 
 @dataclass(frozen=True)
 class GivenModelOptions:
-    """Written by `prunekit.run`, not by hand."""
+    """Options of the architecture `given`, which `prunekit.run` writes, not the user."""
 
-    name: str = option("", help="its class")
-    content: str = option("", help="hash of its weights, source and values")
-    unique: str | None = option(None, help="why the hash cannot be that of another call")
+    name: str = option("", help="class of the network")
+    content: str = option("", help="hash of the network's weights, source and values")
+    unique: str | None = option(None, help="reason why no other call can have the same hash")
 
 
 def find_files(options: PythonOptions) -> list[Path]:
-    """The file and what it imports from its folder."""
+    """The file, and the files that it imports from its folder."""
     return find_imports(options.file)
 
 
 @hookimpl
 def prunekit_architectures() -> Iterable[Component]:
+    """Declare the architectures `python` and `given`."""
     yield Component(
         name="python",
         summary="A network of your own: a function or class in a Python file",
@@ -55,7 +58,7 @@ def prunekit_architectures() -> Iterable[Component]:
     )
     yield Component(
         name="given",
-        summary="What Python gives to prunekit.run(model=)",
+        summary="The network passed to prunekit.run(model=...) in Python",
         build="prunekit_python.handed_over:build_model",
         sources=("prunekit_arrays",),
         options=GivenModelOptions,
@@ -64,9 +67,10 @@ def prunekit_architectures() -> Iterable[Component]:
 
 @hookimpl
 def prunekit_datasets() -> Iterable[Component]:
+    """Declare the data set `given`."""
     yield Component(
         name="given",
-        summary="What Python gives to prunekit.run(data=)",
+        summary="The images and labels passed to prunekit.run(data=...) in Python",
         build="prunekit_python.handed_over:build_data",
         sources=("prunekit_arrays",),
     )

@@ -1,4 +1,4 @@
-"""Networks and data that a Python program hands over, in place of components that it names."""
+"""Networks and data that a Python program passes in, instead of naming components."""
 
 from __future__ import annotations
 
@@ -16,38 +16,38 @@ from prunekit_python import GivenModelOptions
 
 
 def build_model(options: GivenModelOptions, context: Context) -> Any:
-    """A copy of the network; raises `UserError` where none was handed over."""
+    """A copy of the network; raises `UserError` if none was passed in."""
     if context.value is None:
         raise UserError(
             f"the network ({options.name}) came from a Python program; call prunekit.run or "
-            "prunekit.load there with model=..., or name another architecture"
+            "prunekit.load there with model=..., or choose another architecture"
         )
     return copy.deepcopy(context.value)
 
 
 def build_data(options: NoOptions, context: Context) -> Data:
-    """A data set of arrays: (x_train, y_train, x_test, y_test), or (x, y) to be looked at alone.
+    """A data set made from (x_train, y_train, x_test, y_test), or from (x, y) for evaluation only.
 
-    Images are (N, C, H, W) where they are tensors, (N, H, W) or (N, H, W, C) where they are numpy
-    arrays; pixels are integers 0 to 255 or floats in [0, 1] that are multiples of 1/255. A `Data`
-    stays as it is.
+    Images are (N, C, H, W) if they are tensors, (N, H, W) or (N, H, W, C) if they are numpy arrays;
+    pixels are integers from 0 to 255, or floats in [0, 1] that are multiples of 1/255. A `Data` is
+    returned unchanged.
 
-    Raises `UserError` for anything else, `DataMissingError` where nothing was handed over.
+    Raises `UserError` for anything else, `DataMissingError` if nothing was passed in.
     """
     data = context.value
     if data is None:
         raise DataMissingError(
-            "the images came from a Python program; call prunekit.run there with data=..., or name "
-            "another data set"
+            "the images came from a Python program; call prunekit.run there with data=..., or "
+            "choose another data set"
         )
     if isinstance(data, Data):
         return data
-    # Where nothing is trained, some images to look at are enough.
+    # Without training, (x, y) is enough.
     sizes, wanted = ((2, 4), "(x, y), or ") if context.stage else ((4,), "")
     if not isinstance(data, Sequence) or len(data) not in sizes:
         size = f" of {len(data)}" if isinstance(data, Sequence) else ""
         raise UserError(
-            f"data is {wanted}({', '.join(KEYS)}), or a prunekit.contracts.Data; got: "
+            f"data has to be {wanted}({', '.join(KEYS)}), or a prunekit.contracts.Data; got "
             f"{type(data).__name__}{size}"
         )
     channels: Channels = "first" if isinstance(data[0], Tensor) else "last"

@@ -1,4 +1,4 @@
-"""Runs a Python file and calls what makes the network in it; errors name the file and the line."""
+"""Runs a Python file and calls its function that makes the network; errors name file and line."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from prunekit_python import PythonOptions, find_files
 
 
 def build_python(options: PythonOptions, context: Context) -> nn.Module:
-    """The network that the file makes, tried on two images.
+    """The network that the file makes, tested on two black images.
 
-    Raises `UserError` that names file and line where it cannot be made, is no module, or does not
-    give logits (2, K).
+    Raises `UserError` with file and line if it cannot be made, is not a module, or does not return
+    logits (2, K).
     """
     with _importing(options), _explaining(options.file):
         make = find_function(run_file(options.file), options)
@@ -37,38 +37,42 @@ def build_python(options: PythonOptions, context: Context) -> nn.Module:
         try:
             inspect.signature(make).bind(**known, **options.kwargs)
         except TypeError as error:
+            arguments = ", ".join({**known, **options.kwargs}) or "no arguments"
             raise UserError(
-                f"{_locate(options)}: {options.build} is called with "
-                f"{', '.join({**known, **options.kwargs}) or 'nothing'}: {error}"
+                f"{_locate(options)}: {options.build} is called with {arguments}: {error}"
             ) from None
         model = make(**known, **options.kwargs)
         if not isinstance(model, nn.Module):
             raise UserError(
-                f"{_locate(options)}: {options.build} gives a {type(model).__name__}, no nn.Module"
+                f"{_locate(options)}: {options.build} has to return an nn.Module, but it returns a "
+                f"value of type {type(model).__name__}"
             )
         with eval_mode(model), torch.no_grad():
             logits = model(torch.zeros(2, *context.shape))
     found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
     if found != (2, context.classes):
         raise UserError(
-            f"{_locate(options)}: the network of {options.build} gives {found} for 2 "
-            f"images and {context.classes} classes, not (2, {context.classes})"
+            f"{_locate(options)}: the network of {options.build} returns {found} for 2 images and "
+            f"{context.classes} classes; it has to return logits (2, {context.classes})"
         )
     return model
 
 
 def run_file(file: Path) -> ModuleType:
-    """The file as a module, run afresh. Its name is nobody else's, whatever the file is called."""
+    """Run the file again, as a module whose name cannot clash with that of another module."""
     module = ModuleType(f"prunekit_python_file_{file.stem}")
     module.__file__ = str(file)
-    sys.modules[module.__name__] = module  # where classes look for what their annotations name
+    sys.modules[module.__name__] = module  # dataclasses look up their annotations there
     exec(compile(file.read_bytes(), str(file), "exec"), vars(module))
     return module
 
 
 def find_function(module: ModuleType, options: PythonOptions) -> Callable[..., Any]:
-    """What `build` names. Raises `UserError` with what there is."""
-    made = getattr(module, options.build, None)
+    """The function or class that `build` names.
+
+    Raises `UserError` with the names that exist if it is not there.
+    """
+    made: Callable[..., Any] | None = getattr(module, options.build, None)
     if callable(made):
         return made
     own = [
@@ -84,18 +88,17 @@ def find_function(module: ModuleType, options: PythonOptions) -> Callable[..., A
 
 
 def _takes(function: Callable[..., Any], name: str) -> bool:
-    parameters = inspect.signature(function).parameters
-    return name in parameters and parameters[name].kind in (
-        inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY,
-    )  # fmt: skip
+    """Whether the function accepts a keyword argument of this name, other than by `**kwargs`."""
+    parameter = inspect.signature(function).parameters.get(name)
+    allowed = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return parameter is not None and parameter.kind in allowed
 
 
 @contextmanager
 def _importing(options: PythonOptions) -> Iterator[None]:
-    """Inside, modules in the file's folder can be imported, and are run afresh.
+    """Inside, modules in the file's folder can be imported, and are run again when they are.
 
-    They are not kept from an earlier import: they may have changed since, or belong to the file of
-    another folder.
+    An earlier import is not reused: the modules may have changed, or belong to another folder.
     """
     folder = options.file.parent
     own = {f.relative_to(folder).parts[0].removesuffix(".py") for f in find_files(options)[1:]}
@@ -105,7 +108,7 @@ def _importing(options: PythonOptions) -> Iterator[None]:
     written, sys.dont_write_bytecode = sys.dont_write_bytecode, True
     sys.path.insert(0, str(folder))
     try:
-        # What the file prints must not end up in a result.
+        # What the file prints must not end up among prunekit's results on stdout.
         with contextlib.redirect_stdout(sys.stderr):
             yield
     finally:
@@ -115,6 +118,7 @@ def _importing(options: PythonOptions) -> Iterator[None]:
 
 @contextmanager
 def _explaining(file: Path) -> Iterator[None]:
+    """Turns exceptions of the file's code into `UserError`, with file and line."""
     try:
         yield
     except UserError:
@@ -129,7 +133,7 @@ def _explaining(file: Path) -> Iterator[None]:
 
 
 def _find_line(error: BaseException, folder: Path) -> str:
-    """ "FILE:LINE" of the innermost frame in the folder."""
+    """The innermost frame in the folder as "FILE:LINE", or "" if there is none."""
     places = [
         f"{relative(Path(frame.f_code.co_filename))}:{line}"
         for frame, line in traceback.walk_tb(error.__traceback__)
@@ -139,7 +143,7 @@ def _find_line(error: BaseException, folder: Path) -> str:
 
 
 def _locate(options: PythonOptions) -> str:
-    """ "FILE:LINE" of what `build` names."""
+    """The place of the function or class that `build` names, as "FILE:LINE"."""
     for node in ast.parse(options.file.read_bytes()).body:
         imported = [alias.asname or alias.name for alias in getattr(node, "names", [])]
         assigned = [getattr(target, "id", "") for target in getattr(node, "targets", [])]

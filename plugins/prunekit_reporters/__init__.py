@@ -1,4 +1,4 @@
-"""Reporters: progress for people, a log for programs."""
+"""Reporters: progress for users, and a log for programs."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from prunekit import Component, hookimpl
 
 @hookimpl
 def prunekit_reporters() -> Iterable[Component]:
+    """Declare the reporters."""
     yield Component(
         name="console",
-        summary="Live progress on a terminal, one plain line an epoch elsewhere (stderr)",
+        summary="Live progress on a terminal, otherwise one plain line per epoch (stderr)",
         build="prunekit_reporters.console:build",
     )
     yield Component(
         name="jsonl",
-        summary="Every epoch, stage and note as a line of JSON in the run's metrics.jsonl",
+        summary="One line of JSON for every epoch, stage and note, in the run's metrics.jsonl",
         build="prunekit_reporters.jsonl:build",
     )

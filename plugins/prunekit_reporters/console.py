@@ -1,4 +1,4 @@
-"""Progress for people, on stderr: animated on a terminal, one line an epoch elsewhere."""
+"""Progress for users, on stderr: animated on a terminal, otherwise one line per epoch."""
 
 from __future__ import annotations
 
@@ -32,33 +32,33 @@ from prunekit.report import (
 )
 
 INTERVAL = 0.2
-"""Seconds between two drawings; drawing takes milliseconds that training could use."""
+"""Seconds between two updates of the display; each takes milliseconds away from training."""
 
 
 def build(options: NoOptions, context: Context) -> Reporter:
-    """The reporter; NO_COLOR and terminals that cannot move the cursor get plain lines."""
+    """Build the reporter `console`; plain lines with NO_COLOR or without cursor control."""
     live = context.live and not os.environ.get("NO_COLOR")
-    # Nothing but `live` decides on control characters, FORCE_COLOR neither.
+    # `live` alone decides whether control characters are written, whatever FORCE_COLOR says.
     console = Console(stderr=True, force_terminal=live, markup=False, highlight=False, emoji=False)
     return Screen(console, live=live and not console.is_dumb_terminal)
 
 
 @dataclass(frozen=True)
 class Part:
-    """What is counted at the moment: an epoch-wise stage, or one evaluator's batches."""
+    """What the progress bar shows: a stage that counts epochs, or the batches of one evaluator."""
 
     stage: StageStarted
     began: float
-    """Seconds on the monotonic clock, with `first` of the part done then."""
+    """When counting began (seconds, monotonic clock); the fraction `first` was done by then."""
     now: Progress | None = None
     first: float = 0.0
     fraction: float = 0.0
 
     def advance(self, event: Progress, clock: float) -> Part:
-        """The part after an event; where no epochs are counted, a new label begins a new one."""
+        """The part after an event; without epochs, a new label starts a new part."""
         done = event.done / max(event.total, 1)
         if event.epochs:
-            # Validation counts from nothing again: the bar never goes back.
+            # Validation counts from zero again, but the bar must not move back.
             fraction = max(self.fraction, (event.epoch + done) / event.epochs)
             return replace(self, now=event, fraction=fraction)
         if self.now and self.now.label != event.label:
@@ -66,13 +66,13 @@ class Part:
         return replace(self, now=event, fraction=done)
 
     def estimate(self, clock: float) -> float | None:
-        """Seconds left, from what this process has done; None before it did anything."""
+        """Seconds left, extrapolated from what this process did; None if it did nothing yet."""
         did = self.fraction - self.first
         return (clock - self.began) * (1 - self.fraction) / did if did > 0 else None
 
 
 class Screen:
-    """Prints a line for what is over; on a live terminal draws what goes on below the lines."""
+    """Prints a line for everything finished; on a live terminal, shows current progress below."""
 
     def __init__(self, console: Console, *, live: bool) -> None:
         self.console = console
@@ -112,18 +112,18 @@ class Screen:
             self.draw(clock)
 
     def close(self) -> None:
-        """Remove the live display and give the terminal its cursor back; may be called twice."""
+        """Remove the live display and restore the terminal's cursor; may be called twice."""
         if self.display:
             self.display.stop()
         self.display = self.part = None
 
     def draw(self, clock: float) -> None:
-        """Show where the run is now."""
+        """Update the live display at the time `clock` (seconds, monotonic)."""
         if self.run is None:
             return
         if self.display is None:
-            # What is printed to the same terminal goes above the display; results that are sent
-            # elsewhere are left alone.
+            # Output to the same terminal is printed above the display; output redirected to a file
+            # or pipe is left alone.
             same = sys.stdout.isatty()
             self.display = Live(
                 console=self.console, auto_refresh=False, transient=True, redirect_stdout=same
@@ -133,7 +133,7 @@ class Screen:
         self.drawn = clock
 
     def describe(self, event: Event) -> Text | None:
-        """The line that remains of an event."""
+        """The line to print for an event, if it gets one."""
         match event:
             case RunStarted():
                 return name_run(event).append(f": {' > '.join(event.stages)}")
@@ -143,7 +143,7 @@ class Screen:
                     where.append(f"epoch {event.epoch + 1}/{event.epochs}")
                 if event.batch:
                     where.append(f"batch {event.batch + 1}/{event.batches}")
-                return Text(f"{event.stage}  goes on at {', '.join(where) or 'its end'}")
+                return Text(f"{event.stage}  resumes at {', '.join(where) or 'its end'}")
             case EpochDone(stored=False):
                 number = f"epoch {event.epoch:>{len(str(event.epochs))}}/{event.epochs}"
                 best = "best" if event.best else "    "
@@ -151,7 +151,7 @@ class Screen:
                 return Text("  ".join([event.stage, number, best, *numbers]))
             case StageDone():
                 how = "stored already" if event.reused else f"done in {format_time(event.seconds)}"
-                # The losses of a stage that trained are in the lines of its epochs.
+                # The losses of a training stage are in the lines of its epochs.
                 metrics = {
                     name: value
                     for name, value in event.metrics.items()
@@ -170,14 +170,14 @@ class Screen:
 
 
 def name_run(run: RunStarted) -> Text:
-    """SMOKE where it is one, which run of how many, and the settings that make it this one."""
+    """The run's title: SMOKE for a smoke run, its number, and the settings that identify it."""
     settings = " ".join(f"{address}={format_setting(v)}" for address, v in run.settings.items())
     what = f"run {run.number}/{run.runs} {settings or run.run}"
     return Text.assemble(("SMOKE " if run.smoke else "", "bold yellow reverse"), (what, "bold"))
 
 
 def make_display(run: RunStarted, part: Part | None, clock: float) -> Group:
-    """Up to three lines: the run; where its stage is, with a bar and the time left; numbers."""
+    """Up to three lines: the run; its stage with progress bar and time left; current metrics."""
     lines: list[Text | Table] = [name_run(run)]
     if part:
         where, numbers = [part.stage.stage], []
@@ -208,7 +208,7 @@ def make_display(run: RunStarted, part: Part | None, clock: float) -> Group:
 
 
 def format_metrics(metrics: Mapping[str, Any]) -> list[str]:
-    """ "name value" for every number that is a result by itself, accuracies before losses."""
+    """The main metrics as texts "name value", fractions (accuracies) before losses."""
     return [
         f"{name} {format_metric(name, value)}"
         for name, value in sorted(metrics.items(), key=lambda item: not is_fraction(item[0]))

@@ -1,4 +1,4 @@
-"""The log of a run for programs: `metrics.jsonl`, one strict JSON object a line."""
+"""The log of a run for programs: `metrics.jsonl`, with one strict JSON object per line."""
 
 from __future__ import annotations
 
@@ -37,14 +37,15 @@ NAMES: Mapping[type, str] = {
 
 
 def build(options: NoOptions, context: Context) -> Reporter:
+    """Build the reporter `jsonl`."""
     return Log()
 
 
 class Log:
-    """Writes each run's `metrics.jsonl` into the run's folder, afresh when the run starts.
+    """Writes `metrics.jsonl` into each run's folder, from scratch whenever the run starts.
 
-    A line has the event's fields and, beside them, its metrics. The core retells stored epochs
-    when a run goes on, so the file is always complete and in order.
+    A line has the event's fields and its metrics. When a run is resumed, the core reports its
+    stored epochs again, so the file is always complete and in order.
     """
 
     def __init__(self) -> None:
@@ -64,11 +65,12 @@ class Log:
 
 
 def get_path(run: RunStarted) -> Path:
+    """The file of a run."""
     return run.folder / "metrics.jsonl"
 
 
 def describe(event: Event, run: RunStarted) -> dict[str, Any]:
-    """What a line says, in types that JSON has."""
+    """The content of an event's line, in JSON types."""
     told = {field.name: getattr(event, field.name) for field in fields(event)}
     metrics = told.pop("metrics", {})
     told.pop("folder", None)
@@ -76,13 +78,13 @@ def describe(event: Event, run: RunStarted) -> dict[str, Any]:
     if run.smoke:
         head["smoke"] = True
     head["time"] = datetime.now(UTC).isoformat(timespec="milliseconds")
-    # Fields come first, and win over a metric of the same name.
+    # Fields come first, and take precedence over metrics of the same name.
     line: dict[str, Any] = make_strict({**head, **metrics, **head})
     return line
 
 
 def make_strict(value: Any) -> Any:
-    """The value in types that JSON has; numbers that are not finite become null."""
+    """The value in JSON types; NaN and infinity become null."""
     if isinstance(value, Mapping):
         return {str(key): make_strict(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -91,5 +93,5 @@ def make_strict(value: Any) -> Any:
         return float(value) if math.isfinite(value) else None
     if value is None or isinstance(value, str | int):
         return value
-    # Scalars of numpy and torch know their Python value.
+    # numpy and torch scalars convert themselves with `item`.
     return make_strict(value.item()) if getattr(value, "shape", None) == () else str(value)

@@ -13,22 +13,25 @@ from prunekit.errors import OptionError
 CHUNK = 100
 """Samples of an image that are drawn together, from one seed."""
 SMOKE_SAMPLES = 10
+"""The most samples that a smoke run draws."""
 GROWTH = 1.5
-"""Sequential sampling: the next look comes when there are so many times more samples."""
+"""Sequential sampling: factor by which the number of samples grows from one look to the next."""
 
 
 @dataclass(frozen=True)
 class SmoothingOptions:
+    """Options of the objective `smoothing`."""
+
     sigma: float = option(
         0.25, help="standard deviation of the noise", unit="pixels in [0, 1]", above=0
     )
     loss: Literal["stability", "noise"] = option(
         "stability",
         help="stability: clean cross-entropy + beta * KL to the noisy prediction (Carmon 2019); "
-        "noise: cross-entropy on the noisy image alone (Cohen 2019)",
+        "noise: cross-entropy on noisy images only (Cohen 2019)",
     )
     beta: float | None = option(
-        None, help="weight of the KL; default 6 (stability; noise has none)", low=0
+        None, help="weight of the KL in the stability loss; default: 6", low=0
     )
     validation_draws: int = option(4, help="noisy copies of each validation image", low=1, smoke=1)
 
@@ -36,57 +39,63 @@ class SmoothingOptions:
         if self.loss == "stability" and self.beta is None:
             object.__setattr__(self, "beta", 6.0)
         if self.loss == "noise" and self.beta is not None:
-            raise OptionError("beta", 'loss = "noise" has no KL to weigh; remove beta')
+            raise OptionError("beta", 'loss = "noise" has no KL to weight; remove beta')
 
 
 @dataclass(frozen=True)
 class CertifyOptions:
+    """Options of the evaluator `certify`."""
+
     sigma: float = option(
         0.25,
-        help="standard deviation of the noise; best that of training",
+        help="standard deviation of the noise; best the same as in training",
         unit="pixels in [0, 1]",
         above=0,
     )
     radii: tuple[Radius, ...] = option(
         (Radius(0.25), Radius(110 / 255), Radius(0.5), Radius(0.75)),
-        help="radii to give the certified accuracy at",
+        help="radii at which the certified accuracy is reported",
         unit="L2, pixels in [0, 1]",
         norm="l2",
         above=0,
     )
-    n0: int = option(100, help="samples that choose the class", low=1, smoke=SMOKE_SAMPLES)
+    n0: int = option(100, help="samples that select the class", low=1, smoke=SMOKE_SAMPLES)
     n: int = option(
-        10_000, help="fresh samples that bound its probability; sequential: at most", low=1,
+        10_000,
+        help="further samples that bound its probability (the most, with sequential)",
+        low=1,
         smoke=SMOKE_SAMPLES,
-    )  # fmt: skip
+    )
     alpha: float = option(
         0.001, help="probability that the certificate of an image is wrong", above=0, below=0.5
     )
     sequential: bool = option(
-        False, help="stop sampling an image once the given radii are decided; no acr then"
+        False, help="stop sampling an image once the radii are decided; the metric acr is left out"
     )
     batch: int | None = option(
-        None, help="noisy images in a forward pass; default 50 on a CPU, 1000 elsewhere", low=1
+        None, help="noisy images in a forward pass; default: 50 on a CPU, otherwise 1000", low=1
     )
 
     def __post_init__(self) -> None:
         if not self.radii:
-            raise OptionError("radii", "name a radius at least, such as radii = [0.25]")
+            raise OptionError("radii", "radii is empty; name a radius, such as radii = [0.25]")
         names = [name_radius(radius) for radius in self.radii]
         if twice := {name for name in names if names.count(name) > 1}:
-            raise OptionError("radii", f"{min(twice)} is there twice in four digits; remove one")
-        # A smoke run certifies nothing, and need not.
+            raise OptionError(
+                "radii", f"two radii are {min(twice)} when rounded to four digits; remove one"
+            )
+        # A smoke run has too few samples to certify anything, which is fine.
         if max(self.radii) > reach(self) and self.n > SMOKE_SAMPLES:
             raise OptionError(
                 "radii",
-                f"sigma = {self.sigma:g} with n = {self.n} and alpha = {self.alpha:g} certifies "
-                f"nothing beyond {reach(self):.4g}, so not {name_radius(max(self.radii))}; raise n "
-                "or sigma, or write smaller radii",
+                f"sigma = {self.sigma:g} with n = {self.n} and alpha = {self.alpha:g} can certify "
+                f"radii up to {reach(self):.4g}, but not {name_radius(max(self.radii))}; increase "
+                "n or sigma, or write smaller radii",
             )
 
 
 def name_radius(radius: float) -> str:
-    """As it stands in the names of metrics.
+    """The radius (pixel units) as it is written in names of metrics.
 
     >>> name_radius(0.25), name_radius(110 / 255)
     ('0.25', '0.4314')
@@ -95,9 +104,9 @@ def name_radius(radius: float) -> str:
 
 
 def plan_looks(options: CertifyOptions) -> tuple[int, ...]:
-    """Numbers of samples after which the bound is computed, ascending: n alone, unless sequential.
+    """Increasing numbers of samples after which the bound is computed; only n if not sequential.
 
-    >>> plan_looks(CertifyOptions(n=1000, sequential=True))
+    >>> plan_looks(CertifyOptions(radii=(0.25,), n=1000, sequential=True))
     (100, 200, 300, 500, 1000)
     """
     looks = []
@@ -109,7 +118,7 @@ def plan_looks(options: CertifyOptions) -> tuple[int, ...]:
 
 
 def reach(options: CertifyOptions) -> float:
-    """The largest radius that can come out: that of an image whose n samples all agree.
+    """The largest radius (pixel units) that can be certified: all n samples of an image agree.
 
     >>> round(reach(CertifyOptions()), 4)
     0.7996
@@ -120,9 +129,10 @@ def reach(options: CertifyOptions) -> float:
 
 @hookimpl
 def prunekit_objectives() -> Iterable[Component]:
+    """Declare the objective `smoothing`."""
     yield Component(
         name="smoothing",
-        summary="Training for randomized smoothing: stability under Gaussian noise, or noise alone",
+        summary="Training for randomized smoothing: stability under noise, or noise augmentation",
         build="prunekit_smoothing.objectives:build_smoothing",
         options=SmoothingOptions,
         paper="Carmon et al., NeurIPS 2019, arXiv 1905.13736; "
@@ -134,6 +144,7 @@ def prunekit_objectives() -> Iterable[Component]:
 
 @hookimpl
 def prunekit_evaluators() -> Iterable[Component]:
+    """Declare the evaluator `certify`."""
     yield Component(
         name="certify",
         summary="Certified L2 radii of the smoothed classifier, by sampling (Cohen 2019)",

@@ -1,6 +1,6 @@
-"""From counts to certificates: exact binomial bounds, and the radius that a probability is worth.
+"""From counts to certificates: exact binomial bounds, and the radius that follows from them.
 
-Of `n` independent samples `hits` gave the class; `p` is the probability that one does.
+`hits` of `n` independent samples had the class; `p` is the probability that a sample has it.
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ from scipy.special import betaincinv, ndtri
 
 
 def lower_bound(hits: int, n: int, alpha: float) -> float:
-    """Exact lower bound on p, above it with probability alpha at most (Clopper and Pearson 1934).
+    """Exact lower bound on p, wrong with probability at most alpha (Clopper and Pearson 1934).
 
-    The p at which so many hits or more have probability alpha, BetaInv(alpha; hits, n - hits + 1).
+    It is the p for which `hits` or more hits have probability alpha, BetaInv(alpha; hits, n - hits
+    + 1).
 
     >>> lower_bound(0, 10, 0.05), round(lower_bound(10, 10, 0.05), 4)  # the latter 0.05 ** (1 / 10)
     (0.0, 0.7411)
@@ -20,7 +21,7 @@ def lower_bound(hits: int, n: int, alpha: float) -> float:
 
 
 def upper_bound(hits: int, n: int, alpha: float) -> float:
-    """Exact upper bound on p, below it with probability alpha at most.
+    """Exact upper bound on p, wrong with probability at most alpha.
 
     >>> upper_bound(10, 10, 0.05), round(upper_bound(0, 10, 0.05), 4)
     (1.0, 0.2589)
@@ -29,7 +30,9 @@ def upper_bound(hits: int, n: int, alpha: float) -> float:
 
 
 def certified_radius(p: float, sigma: float) -> float:
-    """sigma * Phi^-1(p) (Cohen et al., ICML 2019, theorem 1 with pB = 1 - pA); negative below 1/2.
+    """The certified L2 radius sigma * Phi^-1(p) in pixel units; negative for p < 1/2.
+
+    Source: Cohen et al., ICML 2019, theorem 1 with pB = 1 - pA.
 
     >>> round(certified_radius(0.975, 0.25), 4)
     0.49

@@ -1,4 +1,4 @@
-"""Certified radii of the smoothed classifier, from a fixed number of samples or from fewer."""
+"""Certified radii of the smoothed classifier, from a fixed or sequential number of samples."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from prunekit_smoothing.bounds import certified_radius, lower_bound, upper_bound
 from prunekit_smoothing.sampling import NO_CLASS, Chunk, Sampler
 
 SAVE_SECONDS = 5.0
-"""So much sampling a kill may cost."""
+"""Seconds between two saves; the most sampling that is lost when the process is killed."""
 
 
 @dataclass
 class Tally:
-    """What is known of an image: of `samples` noisy copies, `hits` were of the class `prediction`.
+    """The counts of an image: `hits` of `samples` noisy copies were assigned to `prediction`.
 
-    Other copies chose the class. `lower` bounds its probability; `decided` images are sampled no
-    more.
+    The class `prediction` was selected with other copies. `lower` bounds its probability from
+    below; `decided` images are not sampled any further.
     """
 
     prediction: int
@@ -40,22 +40,23 @@ class Tally:
 
 @dataclass
 class Work:
-    """How far an evaluation is: images that are done, and those that are sampled together now."""
+    """The progress of an evaluation: finished images, and the group that is being sampled now."""
 
     done: list[Tally] = field(default_factory=list)
     group: list[Tally] = field(default_factory=list)
     look: int = 0
-    """The number of the look that `group` is sampled for."""
+    """Index of the look that `group` is being sampled for."""
 
 
 @dataclass
 class Keeper:
-    """Keeps the work in a file, now and then; without one, it does nothing."""
+    """Saves the work to a file every few seconds; does nothing if there is no file."""
 
     file: Path | None
     saved: float = field(default_factory=time.monotonic)
 
     def read(self) -> Work:
+        """The saved work, or new work if there is none."""
         if self.file is None or not self.file.exists():
             return Work()
         kept = read_json(self.file)
@@ -63,6 +64,7 @@ class Keeper:
         return Work(done, group, kept["look"])
 
     def save(self, work: Work) -> None:
+        """Save the work, if the last time is at least `SAVE_SECONDS` ago."""
         if self.file is not None and time.monotonic() - self.saved >= SAVE_SECONDS:
             write_json(self.file, asdict(work))
             self.saved = time.monotonic()
@@ -72,25 +74,27 @@ class Keeper:
 class Certify:
     """Certified L2 radii of the smoothed classifier (Cohen et al., ICML 2019, section 3.2.2).
 
-    The class of an image is the mode of `n0` noisy copies. Fresh ones bound its probability p from
-    below, and the class is certified within sigma * Phi^-1(p): for each image this is wrong with
-    probability `alpha` at most. Below p = 1/2 the classifier abstains.
+    The class of an image is the most frequent one among `n0` noisy copies. Further copies bound its
+    probability p from below, and the class is certified within sigma * Phi^-1(p), in L2 and pixel
+    units; for each image this is wrong with probability at most `alpha`. If p cannot be bounded
+    above 1/2, the classifier abstains.
 
-    With `sequential`, p is bounded at several looks that share `alpha`, so that all bounds hold
-    together and the largest counts. Sampling stops where each of the given radii is certified, or
-    futile: not certified at the last look either, even if the remaining samples hit as often as
-    they plausibly can (as the upper bound at level `alpha` says). Futility costs no alpha, and says
-    "not certified", no more. The radius of an image is then the largest of the given ones that is
-    certified, or 0.
+    With `sequential`, p is bounded at several looks that share `alpha`: all bounds hold together,
+    so the largest one counts. Sampling of an image stops once each of the given radii is either
+    certified or futile. Futile means that the last look would not certify it either, even if the
+    remaining samples hit as often as the upper bound at level `alpha` allows. Stopping for futility
+    uses up no alpha, because its only consequence is "not certified". The radius of an image is
+    then the largest of the given radii that is certified, or 0.
 
-    Metrics: `accuracy` (right, not abstained), `abstained`, `certified@R`, and `acr`, the mean over
-    all images of radius * [correct], or if sequential `passes`, the forward passes an image took;
-    and what it was measured with, `sigma`, `alpha`, `n0`, `samples` (n) and `sequential` (1 or 0).
-    Records, (N,) each: `prediction`, `count` of `samples`, `radius` (0 if abstained), `abstained`,
-    `correct`, `precision` (of the network that was sampled: the certificate is its).
+    Metrics: `accuracy` (correct and not abstained), `abstained`, `certified@R`, and `acr`, the mean
+    of radius * [correct] over all images; if sequential, instead of `acr`, `passes`, the mean
+    number of forward passes per image; and the settings `sigma`, `alpha`, `n0`, `samples` (n) and
+    `sequential` (1 or 0). Records, (N,) each: `prediction`, `count` (hits) of `samples`, `radius`
+    (0 if abstained), `abstained`, `correct`, and `precision` of the network, because the
+    certificate holds for the network in this precision.
 
-    With a folder `scratch`, counts are kept there, and an evaluation that was cut off goes on from
-    them to the same result. `pause` is called after each forward pass, and may raise.
+    With a folder `scratch`, counts are saved there, and an interrupted evaluation resumes with the
+    same result. `pause` is called after each forward pass and may raise.
     """
 
     options: CertifyOptions
@@ -100,11 +104,12 @@ class Certify:
 
     @property
     def looks(self) -> tuple[int, ...]:
+        """The numbers of samples at which p is bounded."""
         return plan_looks(self.options)
 
     @property
     def alpha(self) -> float:
-        """Of a look: by Bonferroni, the bounds of all looks hold with 1 - `options.alpha`."""
+        """The alpha of one look: by Bonferroni, all looks together have `options.alpha`."""
         return self.options.alpha / len(self.looks)
 
     @torch.no_grad()
@@ -118,15 +123,15 @@ class Certify:
             precision = name_precision(model, x)
             batch = self.options.batch or (50 if x.device.type == "cpu" else 1000)
             sampler = Sampler(model, self.options.sigma, self.seed, batch)
-            # So many images that the first chunks of all make one forward pass.
-            for part in x.split(sampler.together):
+            # As many images at once as fill a forward pass with one chunk each.
+            for part in torch.split(x, sampler.together):
                 if seen >= len(work.done):
                     self.judge(sampler, part, work, keeper)
                 seen += len(part)
         return self.conclude(work.done, torch.cat(labels).numpy(), precision)
 
     def judge(self, sampler: Sampler, x: Tensor, work: Work, keeper: Keeper) -> None:
-        """Add the tallies of the images x (B, C, H, W), the next of the evaluation, to the work."""
+        """Sample the evaluation's next images x (B, C, H, W) and add their tallies to `work`."""
         first = len(work.done)
         if not work.group:
             work.group, work.look = self.choose(sampler, x, first), 0
@@ -152,12 +157,18 @@ class Certify:
         work.group = []
 
     def plan(self, row: int, image: int, start: int, stop: int) -> list[Chunk]:
-        """The chunks of samples `start` to `stop`; a start within a chunk is the end of all."""
+        """The chunks with the samples `start` to `stop` of an image.
+
+        A `start` within a chunk can only be the end of all samples, which leaves no chunks.
+        """
         numbers = range(ceil(start / CHUNK), ceil(stop / CHUNK))
         return [Chunk(row, image, k, min(CHUNK, stop - k * CHUNK)) for k in numbers]
 
     def choose(self, sampler: Sampler, x: Tensor, first: int) -> list[Tally]:
-        """Tallies with the most frequent class of `n0` samples, the smallest of several."""
+        """Tallies with the most frequent class among `n0` samples; of several, the smallest.
+
+        `first` is the number of the first image of x (B, C, H, W) in the evaluation.
+        """
         votes: list[list[Tensor]] = [[] for _ in x]
         chunks = [
             c for row in range(len(x)) for c in self.plan(row, first + row, 0, self.options.n0)
@@ -165,11 +176,11 @@ class Certify:
         for found in sampler.sample(x, chunks, "choose"):
             for chunk, classes in found:
                 votes[chunk.row].append(classes[classes != NO_CLASS])
-        # Where no output is a number, class 0 serves: it gets no hits either.
+        # If all outputs of an image are NaN, class 0 will do: it will not get any hits.
         return [Tally(int(torch.cat(v).bincount(minlength=1).argmax())) for v in votes]
 
     def decide(self, tally: Tally) -> None:
-        """Look at the samples so far."""
+        """Update the bound of a tally with its samples so far, and whether it is decided."""
         n = self.options.n
         bound = lower_bound(tally.hits, tally.samples, self.alpha)
         tally.lower = max(tally.lower, bound)
@@ -180,12 +191,12 @@ class Certify:
         tally.decided = tally.samples == n or reached == self.count_reached(best)
 
     def count_reached(self, p: float) -> int:
-        """How many of 0 and the given radii such a bound certifies."""
+        """How many of the radii 0 and `options.radii` a lower bound p certifies."""
         radius = certified_radius(p, self.options.sigma)
         return sum(radius >= r for r in (0.0, *self.options.radii))
 
     def conclude(self, tallies: Sequence[Tally], y: np.ndarray, precision: str) -> Result:
-        """Metrics and records; labels y are (N,)."""
+        """Metrics and records of all images, with labels y (N,)."""
         options = self.options
         radius = np.array([certified_radius(t.lower, options.sigma) for t in tallies])
         abstained = radius < 0
@@ -204,9 +215,12 @@ class Certify:
         else:
             metrics["acr"] = float((radius * correct).mean())
         metrics |= {
-            "sigma": options.sigma, "alpha": options.alpha, "n0": options.n0, "samples": options.n,
+            "sigma": options.sigma,
+            "alpha": options.alpha,
+            "n0": options.n0,
+            "samples": options.n,
             "sequential": float(options.sequential),
-        }  # fmt: skip
+        }
         records = {
             "prediction": prediction,
             "count": np.array([t.hits for t in tallies]),
@@ -220,7 +234,7 @@ class Certify:
 
 
 def name_precision(model: nn.Module, x: Tensor) -> str:
-    """The type of number that the network computes with, such as "float32"."""
+    """The dtype in which the network computes on x, such as "float32"."""
     device = x.device.type
     dtype = next((p.dtype for p in model.parameters()), x.dtype)
     if torch.is_autocast_enabled(device):
@@ -229,4 +243,5 @@ def name_precision(model: nn.Module, x: Tensor) -> str:
 
 
 def build_certify(options: CertifyOptions, context: Context) -> Certify:
+    """Build the evaluator `certify`."""
     return Certify(options, context.seed, context.scratch, context.pause)

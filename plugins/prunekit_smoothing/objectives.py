@@ -1,4 +1,4 @@
-"""Training for randomized smoothing."""
+"""Training objectives for randomized smoothing."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from prunekit_smoothing import SmoothingOptions
 
 @dataclass(frozen=True)
 class Smoothing:
-    """Validation of both losses; noise is added in pixel units, and noisy images are not clamped.
+    """What both losses share: the noise, and the validation.
 
-    The validation metric `noisy_accuracy` of an image is the part of `draws` noisy copies that the
-    network gets right.
+    `sigma` is in pixel units; noisy images are not clamped. `draws` is the number of noisy copies
+    of each validation image.
     """
 
     model: nn.Module
@@ -25,16 +25,23 @@ class Smoothing:
     draws: int
 
     def add_noise(self, x: Tensor) -> Tensor:
-        """x + N(0, sigma^2)."""
+        """x + N(0, sigma^2), both (B, C, H, W)."""
         return x + self.sigma * torch.randn_like(x)
 
     def predict(self, x: Tensor) -> Tensor:
-        """Logits (B, K), in float32 at least: in bfloat16 a softmax loses small differences."""
+        """Logits (B, K) of images (B, C, H, W), in float32 or wider.
+
+        In bfloat16, a softmax would lose small differences.
+        """
         logits: Tensor = self.model(x)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     @torch.no_grad()
     def validate(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        """`accuracy`, and `noisy_accuracy`, the fraction of correct noisy copies; (B,) each.
+
+        Images x are (B, C, H, W), labels y (B,).
+        """
         noisy = torch.stack(
             [self.predict(self.add_noise(x)).argmax(1) == y for _ in range(self.draws)]
         )
@@ -46,14 +53,15 @@ class Smoothing:
 class Stability(Smoothing):
     """CE(f(x), y) + beta * KL(p(x) || p(x + noise)) (Carmon et al., NeurIPS 2019, section 3.2).
 
-    Gradients flow through both arguments of the KL. The terms that are logged are `natural` and,
-    before beta, `stability`; logits are those at x.
+    Gradients flow through both arguments of the KL. The logged terms are `natural` and `stability`
+    (the KL, without beta); the logits are those at x.
     """
 
     beta: float
 
     def __call__(self, x: Tensor, y: Tensor, clock: Clock) -> Loss:
-        # Two forward passes, not one of both: batch statistics of clean and noisy images differ.
+        # Two forward passes rather than one over both: clean and noisy images have different batch
+        # statistics.
         logits = self.predict(x)
         noisy = self.predict(self.add_noise(x))
         natural = F.cross_entropy(logits, y)
@@ -74,6 +82,7 @@ class NoiseTraining(Smoothing):
 
 
 def build_smoothing(options: SmoothingOptions, context: Context) -> Smoothing:
+    """Build the objective `smoothing`, with the loss in the options."""
     common = (context.model, options.sigma, options.validation_draws)
     if options.beta is None:
         return NoiseTraining(*common)

@@ -1,4 +1,4 @@
-"""timm's image classifiers, of any family: declarations."""
+"""All image classifiers of timm: declarations."""
 
 from __future__ import annotations
 
@@ -11,61 +11,66 @@ from prunekit import Component, hookimpl, option
 from prunekit.errors import OptionError
 
 LOCAL = "local-dir:"
-"""How timm calls a model in a folder of this machine."""
+"""timm's prefix for a model in a local folder."""
 TAKEN = {
     "num_classes": "it comes from the data set",
     "in_chans": "it comes from the data set",
-    "pretrained": "write it beside kwargs",
-    "checkpoint_path": 'write init = "FILE" beside kwargs',
-    "features_only": "features are no logits",
+    "pretrained": "write it outside kwargs",
+    "checkpoint_path": 'write init = "FILE" outside kwargs',
+    "features_only": "a classifier has to return logits, not features",
 }
-"""Arguments of timm's that are not for `kwargs`."""
+"""Arguments of timm's models that `kwargs` cannot hold, with the reason."""
 
 DETAILS = """\
-Any classifier of timm's (prunekit list architectures --match 'convnext*'). Tests train and prune
+Any classifier of timm (prunekit list architectures --match 'convnext*'). Tests train and prune
 ResNet, ConvNeXt, ViT, EfficientNet and MobileNet.
 
-The number of classes and of channels, and the image size where the model has one, come from the
-data set. The model's own mean and deviation are applied inside, so that attacks stay in pixels of
-[0, 1]; for grey images they are averaged.
+The numbers of classes and channels, and the image size if the model needs one, come from the data
+set. Images are normalized inside with the model's own mean and standard deviation, so attacks work
+on pixels in [0, 1]; for grayscale images, mean and deviation are averaged over the channels.
 
-Pruned are all Conv2d and Linear layers and packed attention projections; never vectors, position
-tables, or weight-standardised convolutions. Left dense unless a prune stage says exclude:
-  plain convolutional networks (ResNet, VGG, RegNet, DenseNet, ...)   nothing
-  those with depthwise convolutions (EfficientNet, MobileNet, ...)    these, the first convolution
-  those of patches (ViT, DeiT, Swin, Mixer, ConvNeXt, ...)            and the classifier too
-exclude = [] prunes everything, exclude = ["head.*", "*.attn.*"] leaves these layers dense.
-prunekit check --deep RECIPE says what it comes to.
+All Conv2d and Linear layers and packed attention projections can be pruned; vectors, position
+tables and weight-standardized convolutions cannot. Unless a prune stage sets exclude, these layers
+are left dense:
+  ResNet, VGG, RegNet, DenseNet, ... (plain convolutions)     none
+  EfficientNet, MobileNet, ... (depthwise convolutions)       depthwise and first convolutions
+  ViT, DeiT, Swin, Mixer, ConvNeXt, ... (patches)             the same, and the classifier
+exclude = [] prunes everything; exclude = ["head.*", "*.attn.*"] leaves those layers dense.
+prunekit check --deep RECIPE shows the layers of a recipe.
 
-prunekit export RUN --format timm --out FOLDER writes what timm.create_model("local-dir:FOLDER",
-pretrained=True) reads. That model takes normalised pixels; mean and std are in its config.json."""
+prunekit export RUN --format timm --out FOLDER writes a folder that
+timm.create_model("local-dir:FOLDER", pretrained=True) reads. That model expects normalized pixels;
+mean and std are in its config.json."""
 
 
 @dataclass(frozen=True)
 class TimmOptions:
+    """Options of the architecture `timm`."""
+
     model: str = option(
         help='timm\'s name, such as "resnet18" or "vit_tiny_patch16_224.augreg_in21k", '
         '"hf-hub:OWNER/NAME", or "local-dir:/FOLDER"'
     )
-    pretrained: bool = option(False, help="start from the published weights, or the folder's")
-    normalize: bool = option(True, help="work on (x - mean) / deviation of the model's own")
+    pretrained: bool = option(False, help="start from the published weights or those in the folder")
+    normalize: bool = option(True, help="normalize images with the model's own mean and deviation")
     kwargs: dict[str, Any] = option(
-        {}, help="more arguments of the model, such as { drop_path_rate = 0.1 }"
+        {}, help="further arguments of the model, such as { drop_path_rate = 0.1 }"
     )
 
     def __post_init__(self) -> None:
         folder = self.model.removeprefix(LOCAL)
         if folder != self.model and not Path(folder).expanduser().is_absolute():
             raise OptionError(
-                "model", f"a local-dir is a whole path, got {folder!r}; write it from / on, or the "
-                f'model\'s name and init = "{folder}/model.safetensors"'
-            )  # fmt: skip
+                "model",
+                f"a local-dir has to be an absolute path, got {folder!r}; write the whole path, or "
+                f'the model\'s name and init = "{folder}/model.safetensors"',
+            )
         for name in self.kwargs.keys() & TAKEN.keys():
             raise OptionError("kwargs", f"kwargs cannot hold {name}: {TAKEN[name]}")
 
 
 def find_files(options: TimmOptions) -> list[Path]:
-    """What a local folder holds of a model."""
+    """The files of a model in a local folder; none for other models."""
     if not options.model.startswith(LOCAL):
         return []
     folder = Path(options.model.removeprefix(LOCAL)).expanduser()
@@ -75,9 +80,10 @@ def find_files(options: TimmOptions) -> list[Path]:
 
 @hookimpl
 def prunekit_architectures() -> Iterable[Component]:
+    """Declare the architecture `timm`."""
     yield Component(
         name="timm",
-        summary="Any image classifier of timm: ResNet, ConvNeXt, ViT, EfficientNet, ...",
+        summary="Any image classifier in timm: ResNet, ConvNeXt, ViT, EfficientNet, ...",
         build="prunekit_timm.models:build_timm",
         options=TimmOptions,
         needs=("timm",),

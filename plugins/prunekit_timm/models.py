@@ -1,4 +1,4 @@
-"""timm's models for the images at hand: classes, channels, size, normalised inside."""
+"""Builds timm's models for the data set's classes, channels and size, with normalization inside."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from prunekit.contracts import Context
 from prunekit.errors import UserError
 from prunekit_timm import LOCAL, TimmOptions
 
-SEARCH = "see: prunekit list architectures --match 'resnet*'"
+SEARCH = "search with: prunekit list architectures --match 'resnet*'"
 HUB = ("hf-hub:", "hf_hub:")
 
 
 def list_names() -> list[str]:
-    """Names that `model` takes, those of pretrained weights apart."""
+    """Names for the option `model`, without those of pretrained weights."""
     return timm.list_models()
 
 
 def build_timm(options: TimmOptions, context: Context) -> Any:
-    """The model for images of `context.shape`; its state-dict keys are timm's.
+    """The model for images of `context.shape` (C, H, W); its state-dict keys are those of timm.
 
-    Raises `UserError` where there is no such model, where it does not take what `kwargs` holds, and
-    where published weights cannot be had.
+    Raises `UserError` if there is no such model, if it does not accept `kwargs`, or if its
+    published weights cannot be fetched.
     """
     channels, height, width = context.shape
-    # Weights that others are loaded over are not fetched.
+    # Do not fetch weights that others will be loaded over.
     pretrained = options.pretrained and context.fresh
     with _explaining(options):
         arguments: dict[str, Any] = {"num_classes": context.classes, "in_chans": channels}
@@ -55,7 +55,9 @@ def build_timm(options: TimmOptions, context: Context) -> Any:
 
 
 def adapt(values: Sequence[float], channels: int) -> list[float]:
-    """A value for each channel: the average for a single one, else over again, as timm's weights.
+    """One value per channel: the average for one channel, otherwise the values repeated cyclically.
+
+    timm adapts the weights of the first convolution in the same way.
 
     >>> adapt((1.0, 2.0, 3.0), 1), adapt((1.0, 2.0, 3.0), 4)
     ([2.0], [1.0, 2.0, 3.0, 1.0])
@@ -66,10 +68,11 @@ def adapt(values: Sequence[float], channels: int) -> list[float]:
 
 
 def save(model: Any, options: TimmOptions, header: Mapping[str, Any], out: Path) -> None:
-    """Write the folder that `timm.create_model("local-dir:OUT", pretrained=True)` builds from.
+    """Write a folder that `timm.create_model("local-dir:OUT", pretrained=True)` reads.
 
-    timm's models take normalised pixels: its `config.json` has the mean and deviation that the
-    network here has inside (0 and 1 for one without).
+    timm's models expect normalized pixels: the folder's `config.json` has the mean and deviation
+    with which the network here normalizes inside (0 and 1 if it does not). `header` is that of the
+    model file.
     """
     shape = list(header["shape"])
     mean, deviation = [0.0] * shape[0], [1.0] * shape[0]
@@ -77,14 +80,20 @@ def save(model: Any, options: TimmOptions, header: Mapping[str, Any], out: Path)
         mean, deviation = (t.flatten().tolist() for t in (model.input_mean, model.input_deviation))
     threat = header.get("threat")
     about = f"pruned by prunekit to sparsity {header['sparsity']:.4g} of its layers"
-    about += f", trained for {threat['norm']} {threat['eps']:.4g} in pixels" if threat else ""
+    if threat:
+        about += f", trained for {threat['norm']} {threat['eps']:.4g} in pixel units"
     arguments = {"num_classes": header["classes"], "in_chans": shape[0], **options.kwargs}
     if _has_size(options):
         arguments.setdefault("img_size", shape[1:])
     config = {
-        "input_size": shape, "mean": mean, "std": deviation, "num_classes": header["classes"],
-        "crop_pct": 1.0, "tag": "prunekit", "description": about,
-    }  # fmt: skip
+        "input_size": shape,
+        "mean": mean,
+        "std": deviation,
+        "num_classes": header["classes"],
+        "crop_pct": 1.0,
+        "tag": "prunekit",
+        "description": about,
+    }
     save_for_hf(
         model, str(out), {"pretrained_cfg": config}, model_args=arguments, safe_serialization=True
     )
@@ -95,7 +104,7 @@ def _find_folder(options: TimmOptions) -> Path:
 
 
 def _has_size(options: TimmOptions) -> bool:
-    """Whether the model is built for images of one size, which its argument img_size says."""
+    """Whether the model is built for images of one size, given by its argument `img_size`."""
     name = options.model
     config: Mapping[str, Any]
     arguments: Mapping[str, Any]
@@ -106,18 +115,18 @@ def _has_size(options: TimmOptions) -> bool:
         config, _, arguments = load_model_config_from_hf(name.partition(":")[2])
     else:
         bare = name.partition(".")[0]
-        if not timm.is_model(bare) and "/" not in name:  # of a path timm itself says what to write
+        if not timm.is_model(bare) and "/" not in name:  # timm's own message for paths is clear
             close = difflib.get_close_matches(bare, timm.list_models(), n=3)
             way = f"did you mean {' or '.join(map(repr, close))}?" if close else SEARCH
             raise UserError(f"timm has no model {name!r}; {way}")
         known = timm.get_pretrained_cfg(name)
-        config, arguments = known.to_dict() if known else {}, {}
+        config, arguments = vars(known) if known else {}, {}
     return bool(config.get("fixed_input_size") or "img_size" in arguments)
 
 
 @contextmanager
 def _explaining(options: TimmOptions) -> Iterator[None]:
-    """Turns what timm and the hub raise into one message; the hub's warnings are not shown."""
+    """Turns exceptions of timm and the hub into one-line messages, and hides the hub's warnings."""
     hub = logging.getLogger("huggingface_hub")
     level = hub.level
     hub.setLevel(logging.ERROR)
@@ -134,7 +143,7 @@ def _explaining(options: TimmOptions) -> Iterator[None]:
             f'({type(error).__name__}); go online once, or write model = "{LOCAL}/FOLDER" with a '
             "folder that timm saved, or pretrained = false"
         ) from error
-    except Exception as error:  # a constructor of timm's may raise anything
+    except Exception as error:  # timm's constructors may raise anything
         told = f" with kwargs {options.kwargs}" if options.kwargs else ""
         raise UserError(f"timm's {name!r} cannot be built{told}: {_first_line(error)}") from error
     finally:

@@ -1,11 +1,12 @@
-"""The usual data sets and ImageNet's networks, by way of torchvision.
+"""Common data sets and ImageNet networks, from torchvision: declarations.
 
-Small sets are read from an `.npz` file, from torchvision's files, or downloaded; large ones are
+Small data sets are read from an `.npz` file or torchvision's files, or downloaded; large ones are
 folders of images, decoded by worker processes.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,48 +16,54 @@ from prunekit import Component, Facts, hookimpl, option
 from prunekit.errors import OptionError
 
 
+def find_root() -> Path:
+    """The folder of all data sets: $PRUNEKIT_DATA if set, otherwise `.data`."""
+    return Path(os.environ.get("PRUNEKIT_DATA") or ".data").expanduser()
+
+
 @dataclass(frozen=True)
 class VisionOptions:
-    """Where the files are."""
+    """Options of torchvision's small data sets: where the files are."""
 
     root: Path | None = option(
-        None, help="folder of the files; default: $PRUNEKIT_DATA, else .data where you are"
+        None, help="folder with the files; default: $PRUNEKIT_DATA if set, otherwise .data"
     )
-    download: bool = option(True, help="fetch the files into the folder if they are not there")
+    download: bool = option(True, help="download the files into the folder if they are missing")
 
 
 @dataclass(frozen=True, kw_only=True)
 class StreamOptions:
-    """How images are decoded."""
+    """Options of data sets that decode image files: how they do it."""
 
     size: int = option(224, help="height and width of the images", unit="pixels", low=8, smoke=32)
     workers: int = option(
-        8, help="processes that decode images; never more than there are processors", low=0, smoke=0
+        8, help="processes that decode images; at most one per processor is used", low=0, smoke=0
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageNetOptions(StreamOptions):
-    """Where the folders are."""
+    """Options of `imagenet`."""
 
     root: Path | None = option(
-        None, help="folder of train and val; default: imagenet in $PRUNEKIT_DATA, else in .data"
+        None,
+        help="folder with train and val; default: imagenet in $PRUNEKIT_DATA if set, else in .data",
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class FolderOptions(StreamOptions):
-    """Where the folders are."""
+    """Options of `image-folder`."""
 
-    root: Path = option(help="folder of train and val (or test), each with a folder a class")
+    root: Path = option(help="folder with train and val (or test), with a folder for each class")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class VisionSet:
     """One of torchvision's data sets.
 
-    `torchvision` is its class there, `files` the folder that class keeps its files in, or the files
-    that it keeps in no folder.
+    `torchvision` is the name of its class there. `files` is the folder in which that class keeps
+    its files, or the files themselves if they are in no folder.
     """
 
     name: str
@@ -70,39 +77,53 @@ class VisionSet:
 
 _CIFAR_PAPER = "Krizhevsky, technical report, University of Toronto 2009"
 _CIFAR_AUGMENT = ("crop", "flip")
+_SVHN_PAPER = "Netzer et al., NIPS Workshop on Deep Learning and Unsupervised Feature Learning 2011"
 
 VISION_SETS = (
     VisionSet(
-        "cifar10", "60,000 colour photographs of 10 things, 32x32",
-        Facts((3, 32, 32), 10, train=50_000, test=10_000, augment=_CIFAR_AUGMENT),
-        "CIFAR10", ("cifar-10-batches-py",), _CIFAR_PAPER,
+        name="cifar10",
+        summary="60,000 color photographs in 10 classes, 32x32",
+        facts=Facts((3, 32, 32), 10, train=50_000, test=10_000, augment=_CIFAR_AUGMENT),
+        torchvision="CIFAR10",
+        files=("cifar-10-batches-py",),
+        paper=_CIFAR_PAPER,
     ),
     VisionSet(
-        "cifar100", "60,000 colour photographs of 100 things, 32x32",
-        Facts((3, 32, 32), 100, train=50_000, test=10_000, augment=_CIFAR_AUGMENT),
-        "CIFAR100", ("cifar-100-python",), _CIFAR_PAPER,
+        name="cifar100",
+        summary="60,000 color photographs in 100 classes, 32x32",
+        facts=Facts((3, 32, 32), 100, train=50_000, test=10_000, augment=_CIFAR_AUGMENT),
+        torchvision="CIFAR100",
+        files=("cifar-100-python",),
+        paper=_CIFAR_PAPER,
     ),
-    # Without the half million images of `extra`. Not flipped: a mirrored digit is none.
+    # Without the half million images of its part "extra". Not flipped: digits are not symmetric.
     VisionSet(
-        "svhn", "99,289 colour photographs of house numbers, 32x32",
-        Facts((3, 32, 32), 10, train=73_257, test=26_032, augment=("crop",)),
-        "SVHN", ("train_32x32.mat", "test_32x32.mat"),
-        "Netzer et al., NIPS Workshop on Deep Learning and Unsupervised Feature Learning 2011",
+        name="svhn",
+        summary="99,289 color photographs of house numbers, 32x32",
+        facts=Facts((3, 32, 32), 10, train=73_257, test=26_032, augment=("crop",)),
+        torchvision="SVHN",
+        files=("train_32x32.mat", "test_32x32.mat"),
+        paper=_SVHN_PAPER,
         needs=("scipy",),
     ),
-    # Not augmented: a mirrored digit is none, and the shoes of Fashion-MNIST all point one way.
+    # Not flipped: digits are not symmetric, and all shoes in Fashion-MNIST point the same way.
     VisionSet(
-        "mnist", "70,000 handwritten digits, 28x28",
-        Facts((1, 28, 28), 10, train=60_000, test=10_000),
-        "MNIST", ("MNIST",), "LeCun et al., Proceedings of the IEEE 1998",
+        name="mnist",
+        summary="70,000 handwritten digits, 28x28",
+        facts=Facts((1, 28, 28), 10, train=60_000, test=10_000),
+        torchvision="MNIST",
+        files=("MNIST",),
+        paper="LeCun et al., Proceedings of the IEEE 1998",
     ),
     VisionSet(
-        "fashion-mnist", "70,000 pictures of clothes and shoes, 28x28",
-        Facts((1, 28, 28), 10, train=60_000, test=10_000),
-        "FashionMNIST", ("FashionMNIST",), "Xiao et al. 2017, arXiv 1708.07747",
+        name="fashion-mnist",
+        summary="70,000 pictures of clothes and shoes, 28x28",
+        facts=Facts((1, 28, 28), 10, train=60_000, test=10_000),
+        torchvision="FashionMNIST",
+        files=("FashionMNIST",),
+        paper="Xiao et al. 2017, arXiv 1708.07747",
     ),
-)  # fmt: skip
-
+)
 
 IMAGENET_PAPER = "Russakovsky et al., IJCV 2015, arXiv 1409.0575"
 IMAGENET_CLASSES = 1000
@@ -110,29 +131,33 @@ RESNET_PAPER = "He et al., CVPR 2016, arXiv 1512.03385"
 RESNET_DEPTHS = (18, 34, 50)
 
 MODEL_DETAILS = """\
-Any classifier of torchvision's (prunekit list architectures --match 'vit_*'). The number of
-classes comes from the data set: where published weights have another one, the last layer starts
-anew. Images have three colours; their size is told to ViT and MaxViT. They are normalised inside,
-as ImageNet's. GoogLeNet and Inception want kwargs = { aux_logits = false }.
+Any classifier of torchvision (prunekit list architectures --match 'vit_*'). The number of classes
+comes from the data set; if published weights have a different number, the last layer keeps its
+random initial weights. Images need three channels; ViT and MaxViT are built for the images' size.
+Images are normalized inside, with the mean and deviation of ImageNet. GoogLeNet and Inception need
+kwargs = { aux_logits = false }.
 
-What is left dense unless a prune stage says exclude is as of timm's models: see prunekit show timm.
+Unless a prune stage sets exclude, the same layers are left dense as in timm's models: see
+prunekit show timm.
 """
 MODEL_TAKEN = {
     "num_classes": "it comes from the data set",
-    "weights": "write it beside kwargs",
-    "progress": "it changes nothing",
+    "weights": "write it outside kwargs",
+    "progress": "it has no effect",
 }
-"""Arguments of torchvision's that are not for `kwargs`."""
+"""Arguments of torchvision's models that `kwargs` cannot hold, with the reason."""
 
 
 @dataclass(frozen=True)
 class ModelOptions:
+    """Options of the architecture `torchvision`."""
+
     model: str = option(help='torchvision\'s name, such as "resnet18" or "vit_b_16"')
     weights: str | None = option(
         None, help='start from published weights, "DEFAULT" or by name ("IMAGENET1K_V1")'
     )
-    normalize: bool = option(True, help="work on (x - mean) / deviation of ImageNet's pixels")
-    kwargs: dict[str, Any] = option({}, help="more arguments of the model")
+    normalize: bool = option(True, help="normalize images with ImageNet's mean and deviation")
+    kwargs: dict[str, Any] = option({}, help="further arguments of the model")
 
     def __post_init__(self) -> None:
         for name in self.kwargs.keys() & MODEL_TAKEN.keys():
@@ -153,6 +178,7 @@ def _tell(facts: Facts) -> Callable[[VisionOptions], Facts]:
 
 @hookimpl
 def prunekit_datasets() -> Iterable[Component]:
+    """Declare torchvision's data sets and those in folders of images."""
     for known in VISION_SETS:
         yield Component(
             name=known.name,
@@ -166,7 +192,7 @@ def prunekit_datasets() -> Iterable[Component]:
         )
     yield Component(
         name="imagenet",
-        summary="1.3 million photographs of 1000 things, from the folders train and val",
+        summary="1.3 million photographs in 1000 classes, from the folders train and val",
         build="prunekit_vision.folders:imagenet",
         options=ImageNetOptions,
         needs=("torchvision", "PIL"),
@@ -184,9 +210,10 @@ def prunekit_datasets() -> Iterable[Component]:
 
 @hookimpl
 def prunekit_architectures() -> Iterable[Component]:
+    """Declare torchvision's classifiers."""
     yield Component(
         name="torchvision",
-        summary="Any image classifier of torchvision: ResNet, ConvNeXt, ViT, EfficientNet, ...",
+        summary="Any image classifier in torchvision: ResNet, ConvNeXt, ViT, EfficientNet, ...",
         build="prunekit_vision.models:build_model",
         options=ModelOptions,
         needs=("torchvision",),
@@ -196,7 +223,7 @@ def prunekit_architectures() -> Iterable[Component]:
     for depth in RESNET_DEPTHS:
         yield Component(
             name=f"imagenet-resnet{depth}",
-            summary=f"torchvision's ResNet-{depth}, for colour images, normalised as ImageNet's",
+            summary=f"torchvision's ResNet-{depth} for color images, with ImageNet's normalization",
             build=f"prunekit_vision.resnet:imagenet_resnet{depth}",
             needs=("torchvision",),
             paper=RESNET_PAPER,

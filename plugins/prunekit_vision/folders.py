@@ -1,4 +1,4 @@
-"""Images in a folder for each class, decoded by worker processes while the network is at work."""
+"""Data sets with a folder of images for each class, decoded by worker processes during training."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from prunekit_vision import (
     FolderOptions,
     ImageNetOptions,
     StreamOptions,
+    find_root,
 )
 
 ENDINGS = frozenset(
@@ -33,21 +34,22 @@ ENDINGS = frozenset(
 )
 
 Key = tuple[int, int | None]
-"""An image's place in the split, and the seed of its augmentation; None where there is none."""
+"""An image's number in the split, and the seed of its augmentation; None without augmentation."""
 
 
 @dataclass(frozen=True, eq=False)
 class Decoder:
-    """Makes square uint8 images (3, size, size) of the files, for torch's `DataLoader`.
+    """Decodes files to square uint8 images (3, size, size), for torch's `DataLoader`.
 
-    Without augmentation the shorter side becomes 8/7 of `size` and the middle is cut out, for 224
-    pixels the usual 256 and 224. "resized-crop" cuts out 8 to 100 % of the area at a ratio of 3:4
-    to 4:3 and resizes that; "flip" mirrors left and right with probability 1/2. A file that cannot
-    be read becomes an error, raised where it is waited for: a worker's exception is many lines.
+    Without augmentation, the shorter side is resized to 8/7 of `size` and the center is cropped;
+    for 224 pixels these are the usual 256 and 224. "resized-crop" crops 8 to 100 % of the area at
+    an aspect ratio from 3:4 to 4:3 and resizes it; "flip" flips horizontally with probability 1/2.
+    For a file that cannot be read, an error is returned, which the main process raises: an
+    exception raised in a worker would have many lines.
     """
 
     root: Path
-    # Bytes in one array: worker processes would each copy a list of a million strings.
+    # An array of bytes, because each worker process would copy a list of a million strings.
     paths: np.ndarray
     size: int
     augment: tuple[str, ...] = ()
@@ -58,16 +60,17 @@ class Decoder:
         try:
             with Image.open(path) as file:
                 image = file.convert("RGB")
-        # PIL raises whatever a wrong byte leads to.
+        # For damaged files, PIL may raise anything.
         except Exception as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             return RunError(
                 f"{relative(path)} cannot be read as an image ({reason}); delete or replace it"
             )
-        return functional.pil_to_tensor(self._cut(image, seed))
+        pixels: Tensor = functional.pil_to_tensor(self._cut(image, seed))
+        return pixels
 
     def _cut(self, image: Image.Image, seed: int | None) -> Image.Image:
-        # torchvision draws from the global generator, which is the training step's.
+        # torchvision draws from the global generator, which belongs to the training step.
         with torch.random.fork_rng(devices=(), enabled=seed is not None):
             if seed is not None:
                 torch.default_generator.manual_seed(seed)
@@ -83,7 +86,7 @@ class Decoder:
 
 @dataclass(frozen=True, eq=False)
 class Folder:
-    """A split that is read from disk: files below `root`, labels (N,)."""
+    """A split that is read from disk: the files `paths` below `root`, with labels (N,)."""
 
     root: Path
     paths: np.ndarray
@@ -92,14 +95,21 @@ class Folder:
     workers: int
 
     def batches(self, indices: Sequence[Tensor]) -> Iterator[Tensor]:
-        """uint8 images (B, 3, size, size), resized and cut out of the middle."""
+        """For each index tensor (B,), uint8 images (B, 3, size, size), resized and center-cropped.
+
+        Raises `RunError` if a file cannot be read.
+        """
         keys = ([(number, None) for number in index.tolist()] for index in indices)
         return self._decode(Decoder(self.root, self.paths, self.size), keys)
 
     def augmented_batches(
         self, indices: Sequence[Tensor], augment: Sequence[str], batch_seeds: Sequence[int]
     ) -> Iterator[Tensor]:
-        """The same images, each augmented in its own way, which the seed of its batch decides."""
+        """The same images, augmented; the seed of a batch and an image's number decide how.
+
+        `augment` names the augmentations (see `Decoder`). Raises `RunError` if a file cannot be
+        read.
+        """
         keys = (
             [(number, derive_seed(seed, number)) for number in index.tolist()]
             for index, seed in zip(indices, batch_seeds, strict=True)
@@ -108,13 +118,13 @@ class Folder:
 
     def _decode(self, decoder: Decoder, keys: Iterable[Sequence[Key]]) -> Iterator[Tensor]:
         loader: DataLoader[Tensor | RunError] = DataLoader(
-            decoder,  # type: ignore[arg-type]  # anything with items by key will do
-            batch_sampler=keys,  # type: ignore[arg-type]  # as any iterable over keys
+            decoder,  # type: ignore[arg-type]  # any object with __getitem__ works
+            batch_sampler=keys,  # type: ignore[arg-type]  # any iterable of keys works
             num_workers=min(self.workers, _count_processors()),
             collate_fn=_stack,
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=_ignore_interrupts,
-            # Else it would draw a number from the training step's generator.
+            # Otherwise the loader would draw a number from the training step's generator.
             generator=torch.Generator(),
         )
         for batch in loader:
@@ -124,14 +134,15 @@ class Folder:
 
 
 def _stack(images: Sequence[Tensor | RunError]) -> Tensor | RunError:
+    """The batch (B, 3, size, size) of the images, or the first error among them."""
     for image in images:
         if isinstance(image, RunError):
             return image
-    return torch.stack(images)  # type: ignore[arg-type]  # none is an error
+    return torch.stack(images)  # type: ignore[arg-type]  # there are no errors among them
 
 
 def _ignore_interrupts(worker: int) -> None:
-    """Ctrl-C is for the main process, which ends its workers itself."""
+    """Leave Ctrl-C to the main process, which ends its workers itself."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
@@ -143,7 +154,7 @@ def _count_processors() -> int:
 
 @dataclass(frozen=True)
 class Listing:
-    """The files of one part: paths relative to its folder, in order, and their classes' numbers."""
+    """The files of one split: sorted paths relative to its folder, with class numbers and sizes."""
 
     folder: Path
     classes: tuple[str, ...]
@@ -153,15 +164,15 @@ class Listing:
 
 
 def list_images(folder: Path) -> Listing:
-    """All images in the folders of `folder`, however deep; a class is a folder's name.
+    """All images in the subfolders of `folder`, at any depth; their names are the classes.
 
-    Raises `UserError` where there are fewer than two classes, or one without images.
+    Raises `UserError` if there are fewer than two classes, or a class without images.
     """
     classes = tuple(sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()))
     if len(classes) < 2:
         raise UserError(
-            f"{relative(folder)} has {len(classes)} folders; put the images of each class in a "
-            "folder of its own in there, with the class's name"
+            f"{relative(folder)} has {len(classes)} folders; put the images of each class in its "
+            "own folder there, named after the class"
         )
     listing = Listing(folder, classes)
     for label, name in enumerate(classes):
@@ -172,8 +183,8 @@ def list_images(folder: Path) -> Listing:
             listing.sizes.append(size)
         if len(listing.paths) == before:
             raise UserError(
-                f"{relative(folder / name)} has no images ({', '.join(sorted(ENDINGS))}); put some "
-                "there, or delete the folder"
+                f"{relative(folder / name)} has no images ({', '.join(sorted(ENDINGS))}); add "
+                "some, or delete the folder"
             )
     return listing
 
@@ -188,25 +199,26 @@ def _walk(folder: Path) -> Iterator[tuple[str, int]]:
 
 
 def load_folders(name: str, root: Path, options: StreamOptions) -> Data:
-    """The data set in `root`: `train` is learned from, `val` (or else `test`) is only judged on.
+    """The data set in `root`: `train` for training, and `val` (or `test`) for testing only.
 
-    The fingerprint is that of the paths and sizes of all files: to read them all takes hours.
+    The fingerprint is computed from the paths and sizes of all files, because reading them would
+    take hours. `name` is that of the component in messages.
 
-    Raises `DataMissingError` where one of the folders is not there, `UserError` where they do not
-    have the same classes.
+    Raises `DataMissingError` if a folder is missing, and `UserError` if the two folders do not have
+    the same classes.
     """
     tests = [root / part for part in ("val", "test") if (root / part).is_dir()]
     if not (root / "train").is_dir() or not tests:
         raise DataMissingError(
-            f"{name} is not here: {relative(root)} has to have the folders train and val (or "
-            "test), each with a folder for each class; say where it is with root"
+            f"{name} was not found: {relative(root)} needs the folders train and val (or test), "
+            "each with a folder for each class; if the data is elsewhere, set root"
         )
     train, test = list_images(root / "train"), list_images(tests[0])
     if train.classes != test.classes:
         odd = sorted(set(train.classes) ^ set(test.classes))
         raise UserError(
-            f"{relative(train.folder)} and {relative(test.folder)} have not the same classes: "
-            f"{odd[0]!r} is only in one of them ({len(odd)} such); give both the same folders"
+            f"{relative(train.folder)} and {relative(test.folder)} have different classes: "
+            f"{odd[0]!r} is only in one of them ({len(odd)} such); both need the same folders"
         )
     digest = hashlib.sha256()
     for part in (train, test):
@@ -229,18 +241,21 @@ def _to_split(listing: Listing, options: StreamOptions) -> Folder:
 
 
 def image_folder(options: FolderOptions, context: Context) -> Data:
-    """Anybody's images; see `load_folders`."""
+    """The user's own images; see `load_folders` for the folders and errors."""
     return load_folders("image-folder", options.root, options)
 
 
 def imagenet(options: ImageNetOptions, context: Context) -> Data:
-    """ImageNet's 1000 classes; see `load_folders`. It has to be fetched by hand."""
-    below = Path(os.environ.get("PRUNEKIT_DATA") or ".data").expanduser()
-    root = options.root or below / "imagenet"
+    """ImageNet with its 1000 classes, which the user has to download.
+
+    See `load_folders` for the folders and errors. Also raises `UserError` if the number of classes
+    is not 1000.
+    """
+    root = options.root or find_root() / "imagenet"
     data = load_folders("imagenet", root, options)
     if data.classes != IMAGENET_CLASSES:
         raise UserError(
-            f"{relative(root)} has {data.classes} classes, imagenet has {IMAGENET_CLASSES}; for "
-            'images of your own write use = "image-folder"'
+            f"{relative(root)} has {data.classes} classes, but imagenet has {IMAGENET_CLASSES}; "
+            'for your own images, write use = "image-folder"'
         )
     return data

@@ -1,4 +1,4 @@
-"""Looks for a data set's files in the places where they may be, and fetches them at last."""
+"""Finds the files of torchvision's data sets, or downloads them."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from prunekit_arrays.reading import read_npz, to_data
 
 from prunekit.contracts import Context, Data
 from prunekit.errors import DataMissingError, UserError, relative
-from prunekit_vision import VISION_SETS, VisionOptions, VisionSet
+from prunekit_vision import VISION_SETS, VisionOptions, VisionSet, find_root
 
 SILENCE_SECONDS = 20
-"""How long a server may say nothing."""
+"""How long to wait for a server that does not answer."""
 
 
 def load(known: VisionSet, options: VisionOptions, context: Context) -> Data:
-    """Read `<root>/<name>.npz`, else torchvision's files in `<root>` or `<root>/torchvision`.
+    """Read `<root>/<name>.npz`, or torchvision's files in `<root>` or `<root>/torchvision`.
 
-    Raises `DataMissingError` where there is neither and nothing can be fetched, `UserError` where
-    there is something else than the data set.
+    Raises `DataMissingError` if there is neither and the files cannot be downloaded, and
+    `UserError` if the files are damaged or hold another data set.
     """
-    root = options.root or Path(os.environ.get("PRUNEKIT_DATA") or ".data").expanduser()
+    root = options.root or find_root()
     file = root / f"{known.name}.npz"
     folders = [
         folder
@@ -44,8 +44,8 @@ def load(known: VisionSet, options: VisionOptions, context: Context) -> Data:
         data = _fetch(known, options, root, file)
     if data.shape != known.facts.shape:
         raise UserError(
-            f"{relative(file)} holds images {data.shape}, {known.name} has {known.facts.shape} "
-            '(channels, height, width); for arrays of your own write use = "npz"'
+            f"{relative(file)} has images {data.shape}, but {known.name} has {known.facts.shape} "
+            '(channels, height, width); for your own arrays, write use = "npz"'
         )
     return replace(data, augment=known.facts.augment)
 
@@ -55,23 +55,23 @@ def _fetch(known: VisionSet, options: VisionOptions, root: Path, file: Path) -> 
     if options.download:
         try:
             return _download(known, root)
-        # urllib, zipfile, tarfile and torchvision each have their own errors for a bad network.
+        # urllib, zipfile, tarfile and torchvision each raise their own errors if a download fails.
         except Exception as error:
             reason = f"the download failed: {' '.join(str(error).split()) or type(error).__name__}"
     raise DataMissingError(
-        f"{known.name} is not here: no {relative(file)}, no {known.files[0]} in {relative(root)} "
-        f"or its folder torchvision, and {reason}; put one of them there, or say where it is with "
-        "root or PRUNEKIT_DATA"
+        f"{known.name} was not found: there is no {relative(file)}, no {known.files[0]} in "
+        f"{relative(root)} or its folder torchvision, and {reason}; put one of them there, or set "
+        "root or PRUNEKIT_DATA to the folder that has it"
     )
 
 
 def _download(known: VisionSet, root: Path) -> Data:
     root.mkdir(parents=True, exist_ok=True)
-    # Beside, then renamed: nobody else, and no later run, sees a part of the files.
+    # Download to a folder beside the final place, then rename: no other run sees incomplete files.
     with tempfile.TemporaryDirectory(dir=root, prefix=f".{known.name}-") as folder:
         with _patience(SILENCE_SECONDS), _quiet():
             arrays = _call_torchvision(known, Path(folder), download=True)
-        # Fails where another process was faster, whose files are the same.
+        # Fails if another process was faster; its files are the same.
         with contextlib.suppress(OSError):
             for name in known.files:
                 (Path(folder) / name).rename(root / name)
@@ -82,25 +82,25 @@ def _read_files(known: VisionSet, folder: Path) -> Data:
     names = " and ".join(relative(folder / name) for name in known.files)
     try:
         arrays = _call_torchvision(known, folder, download=False)
-    # torchvision raises whatever a wrong byte leads to, AssertionError included.
+    # For damaged files, torchvision may raise anything, including AssertionError.
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
-            f"{names}: incomplete or damaged (torchvision: {reason}); delete what is there, and "
-            "the next run downloads it"
+            f"{names}: incomplete or damaged (torchvision: {reason}); delete it, and the next run "
+            "downloads it again"
         ) from error
     return to_data(arrays, names, classes=known.facts.classes)
 
 
 def _call_torchvision(known: VisionSet, folder: Path, *, download: bool) -> dict[str, np.ndarray]:
-    """The four arrays; CIFAR's pickles are opened only after torchvision has compared their MD5."""
+    """The arrays for `to_data`; torchvision checks the MD5 of CIFAR's pickles before opening."""
     from torchvision import datasets
 
     arrays = {}
     for part in ("train", "test"):
         if known.name == "svhn":
             found = datasets.SVHN(str(folder), split=part, download=download)
-            # Channels come first there.
+            # SVHN is stored as (N, C, H, W).
             images, labels = found.data.transpose(0, 2, 3, 1), found.labels
         else:
             found = getattr(datasets, known.torchvision)(
@@ -113,7 +113,7 @@ def _call_torchvision(known: VisionSet, folder: Path, *, download: bool) -> dict
 
 @contextlib.contextmanager
 def _patience(seconds: float) -> Iterator[None]:
-    """Let sockets made here give up, as torchvision sets no time limit of its own."""
+    """Inside, new sockets have a time limit, because torchvision does not set one."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(seconds)
     try:
@@ -124,7 +124,7 @@ def _patience(seconds: float) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep torchvision's prints off stdout, and its progress bar off everything but a terminal."""
+    """Inside, torchvision's messages go to stderr, and its progress bar only to a terminal."""
     with contextlib.ExitStack() as stack:
         if not sys.stderr.isatty():
             sink = stack.enter_context(open(os.devnull, "w"))

@@ -1,4 +1,4 @@
-"""torchvision's classifiers for the images at hand: classes, size, normalised inside."""
+"""Builds torchvision's classifiers for the data set's classes and size, normalization inside."""
 
 from __future__ import annotations
 
@@ -16,32 +16,33 @@ from prunekit_vision import ModelOptions
 from prunekit_vision.resnet import DEVIATION, MEAN
 
 SIZES = {"vit_": "image_size", "maxvit_": "input_size"}
-"""Beginnings of names of models that are built for one size, and how they call it."""
+"""Name prefixes of models that are built for one image size -> their argument for it."""
 AUXILIARY = ("aux", "AuxLogits")
-"""Beginnings of the keys of what classifies from the middle of a network, in training."""
+"""Key prefixes of auxiliary classifiers, which some networks have for training."""
 
 
 def list_names() -> list[str]:
-    """Names of all classifiers."""
-    return models.list_models(module=models)
+    """Names for the option `model`: all classifiers."""
+    names: list[str] = models.list_models(module=models)
+    return names
 
 
 def build_model(options: ModelOptions, context: Context) -> Any:
-    """The model for images of `context.shape`; its state-dict keys are torchvision's.
+    """The model for images of `context.shape` (C, H, W); its state-dict keys are torchvision's.
 
-    Raises `UserError` where there is no such model or weights, where it does not take the images or
-    what `kwargs` holds, and where published weights cannot be had.
+    Raises `UserError` if there is no such model or weights, if the model does not accept the images
+    or `kwargs`, or if its published weights cannot be fetched.
     """
     name, (channels, height, width) = options.model, context.shape
     if name not in list_names():
         close = difflib.get_close_matches(name, list_names(), n=1)
-        way = "see: prunekit list architectures --match 'resnet*'"
+        way = "search with: prunekit list architectures --match 'resnet*'"
         way = f"did you mean {close[0]!r}?" if close else way
         raise UserError(f"torchvision has no classifier {name!r}; {way}")
     if channels != 3:
         raise UserError(
-            f"torchvision's models take images with 3 channels, these are {channels} x {height} x "
-            f'{width}; those of timm take any: write use = "timm"'
+            f"torchvision's models need images with 3 channels, but these are {channels} x "
+            f'{height} x {width}; write use = "timm", whose models accept any number'
         )
     chosen = _choose_weights(options)
     arguments: dict[str, Any] = {"num_classes": context.classes}
@@ -51,7 +52,7 @@ def build_model(options: ModelOptions, context: Context) -> Any:
     arguments |= options.kwargs
     try:
         model: Any = models.get_model(name, weights=None, **arguments)
-    except Exception as error:  # a constructor of torchvision's may raise anything
+    except Exception as error:  # torchvision's constructors may raise anything
         told = f" with kwargs {options.kwargs}" if options.kwargs else ""
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"torchvision's {name!r} cannot be built{told}: {reason}") from error
@@ -72,6 +73,7 @@ def build_model(options: ModelOptions, context: Context) -> Any:
 
 
 def _choose_weights(options: ModelOptions) -> models.WeightsEnum | None:
+    """The published weights that the options name; raises `UserError` if there are none."""
     if options.weights is None:
         return None
     known = models.get_model_weights(options.model)
@@ -86,23 +88,23 @@ def _choose_weights(options: ModelOptions) -> models.WeightsEnum | None:
 
 
 def load_published(model: Any, chosen: models.WeightsEnum, name: str, classes: int) -> None:
-    """Load published weights; the last layer stays as it is where the classes are not theirs.
+    """Load published weights; the last layer is skipped if its number of classes is different.
 
-    Raises `UserError` where they cannot be fetched or do not fit.
+    Raises `UserError` if the weights cannot be fetched or do not fit.
     """
     try:
-        # Tensors alone; what is in the cache is not fetched again.
+        # weights_only: never unpickle code. Files in the cache are not fetched again.
         state = chosen.get_state_dict(progress=False, check_hash=True, weights_only=True)
-    except Exception as error:  # whatever a download may raise
+    except Exception as error:  # a download may raise anything
         raise UserError(
             f"the weights {chosen.name} of torchvision's {name!r} are not in the cache and cannot "
             f"be fetched ({type(error).__name__}); go online once, or leave out weights, or write "
-            'init = "FILE" with a file of theirs'
+            'init = "FILE" with a file of these weights'
         ) from error
     published = len(chosen.meta["categories"])
     state = {_rename(k): v for k, v in state.items() if not k.startswith(AUXILIARY)}
     own: dict[str, Tensor] = model.state_dict()
-    # Counters that the oldest files lack.
+    # The oldest files lack these counters.
     state |= {k: v for k, v in own.items() if k.endswith("num_batches_tracked") and k not in state}
     for key, value in own.items():
         first, *others = value.shape or (0,)
@@ -113,12 +115,12 @@ def load_published(model: Any, chosen: models.WeightsEnum, name: str, classes: i
     wrong += [k for k in own if k in state and own[k].shape != state[k].shape]
     if wrong:
         raise UserError(
-            f"the weights {chosen.name} of torchvision's {name!r} do not fit it at this size or "
-            f"with these kwargs: {', '.join(wrong[:4])}"
+            f"the weights {chosen.name} of torchvision's {name!r} do not fit the model at this "
+            f"image size or with these kwargs; different: {', '.join(wrong[:4])}"
         )
     model.load_state_dict(state)
 
 
 def _rename(key: str) -> str:
-    """DenseNet's files are older than its keys: "denselayer1.norm.1.weight"."""
+    """The current name of a key: DenseNet's files have old ones ("denselayer1.norm.1.weight")."""
     return re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12])\.", r"\1\2.", key)

@@ -1,4 +1,4 @@
-"""torchvision's ResNets, which take pixels in [0, 1] and normalise them themselves."""
+"""torchvision's ResNets for pixels in [0, 1], with ImageNet's normalization inside."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from prunekit import NoOptions, normalize_inputs
 from prunekit.contracts import Context
 from prunekit.errors import UserError
 
-# Of the pixels of ImageNet's training images; every published ImageNet network has these.
 MEAN = (0.485, 0.456, 0.406)
 DEVIATION = (0.229, 0.224, 0.225)
+"""ImageNet's means and standard deviations per channel, as used by all published networks."""
 
 
 def build_resnet(depth: int, options: NoOptions, context: Context) -> nn.Module:
-    """The ResNet of this depth, with torchvision's start (normal, variance 2 / fan_out).
+    """The ResNet of this depth, with torchvision's initial weights (normal, variance 2 / fan_out).
 
-    Raises `UserError` where images have not three colours.
+    Source: He et al., CVPR 2016. Raises `UserError` if images do not have three channels.
     """
     channels, height, width = context.shape
     if channels != 3:
         raise UserError(
-            f"imagenet-resnet{depth} takes images with 3 channels, these are {channels} x {height} "
-            f'x {width}; choose another architecture, such as "cifar-resnet{depth}"'
+            f"imagenet-resnet{depth} needs images with 3 channels, but these are {channels} x "
+            f'{height} x {width}; choose another architecture, such as "cifar-resnet{depth}"'
         )
     network: nn.Module = models.get_model(f"resnet{depth}", num_classes=context.classes)
     return normalize_inputs(network, MEAN, DEVIATION)

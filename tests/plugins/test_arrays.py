@@ -145,7 +145,7 @@ def test_wide_integers_within_a_byte_are_read(write: Callable[..., Path]) -> Non
 
 GREY = np.full((6, 4, 5), 100, dtype=np.uint8)
 BAD_ARRAYS: dict[str, tuple[dict[str, Any], str]] = {
-    "one key missing": ({"x_test": None}, "has no x_test; the arrays have to be called x_train, "),
+    "one key missing": ({"x_test": None}, "has no x_test; name the arrays x_train, "),
     "two keys missing": ({"x_test": None, "y_test": None}, "has no x_test and no y_test"),
     "flat images": (
         {"x_train": np.ones((6, 20), np.uint8)},
@@ -153,43 +153,49 @@ BAD_ARRAYS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "five axes": ({"x_train": np.ones((6, 1, 4, 5, 1), np.uint8)}, "the shape 6 x 1 x 4 x 5 x 1"),
     "no images": ({"x_test": np.ones((0, 4, 5), np.uint8)}, "x_test has the shape 0 x 4 x 5"),
-    "a number": ({"x_train": np.uint8(3)}, "x_train has the shape of one number"),
+    "a number": ({"x_train": np.uint8(3)}, "x_train has the shape of a single number"),
     "a label too few": (
         {"y_train": np.array([0, 1, 2, 0, 1])},
-        "x_train has 6 images, y_train 5 labels",
+        "x_train has 6 images, but y_train has 5 labels",
     ),
-    "no labels": ({"y_test": np.array([], np.int64)}, "x_test has 3 images, y_test 0 labels"),
+    "no labels": (
+        {"y_test": np.array([], np.int64)},
+        "but y_test has 0 labels",
+    ),
     "two sizes": (
         {"x_test": np.full((3, 5, 4), 9, np.uint8)},
-        "training images are 1 x 4 x 5, test images 1 x 5 x 4 (channels x height x width)",
+        "training images are 1 x 4 x 5, but test images are 1 x 5 x 4 (channels x height x width)",
     ),
     "grey and colour": (
         {"x_test": np.full((3, 4, 5, 3), 9, np.uint8)},
-        "training images are 1 x 4 x 5, test images 3 x 4 x 5",
+        "training images are 1 x 4 x 5, but test images are 3 x 4 x 5",
     ),
     "channels first": (
         {"x_train": np.full((6, 3, 8, 8), 9, np.uint8)},
-        "x_train is 6 x 3 x 8 x 8, which would be 8 channels; if there are 3, save it as "
+        "x_train is 6 x 3 x 8 x 8, which means 8 channels; if it has 3, save it as "
         '(N, H, W, C), or with use = "npz" write channels = "first"',
     ),
-    "NaN": ({"x_train": np.where(GREY > 0, np.nan, 0)}, "x_train holds NaN or infinite pixels"),
+    "NaN": ({"x_train": np.where(GREY > 0, np.nan, 0)}, "x_train has NaN or infinite pixels"),
     "infinity": ({"x_train": np.where(GREY > 0, np.inf, 0)}, "NaN or infinite pixels"),
     "floats to 255": (
         {"x_train": GREY.astype(np.float32)},
-        "x_train holds floats from 100 to 100, which are no pixels in [0, 1]; save uint8 images",
+        "x_train has floats from 100 to 100, but pixels are in [0, 1]; save uint8 images",
     ),
     "normalised floats": ({"x_train": GREY / 255 - 0.5}, "floats from -0.1078 to -0.1078"),
     "floats between levels": (
         {"x_train": np.full((6, 4, 5), 0.1234, np.float32)},
-        "floats that are no multiples of 1/255, such as 0.1234; save uint8 images",
+        "floats that are not multiples of 1/255, such as 0.1234; save uint8 images",
     ),
-    "negative pixels": ({"x_train": -GREY.astype(int)}, "x_train holds pixels from -100 to -100"),
-    "16 bit": ({"x_train": np.full((6, 4, 5), 4095)}, "holds pixels from 4095 to 4095"),
-    "booleans": ({"x_train": GREY > 0}, "x_train is of type bool; save uint8 images, 0 to 255"),
+    "negative pixels": ({"x_train": -GREY.astype(int)}, "x_train has pixels from -100 to -100"),
+    "16 bit": ({"x_train": np.full((6, 4, 5), 4095)}, "has pixels from 4095 to 4095"),
+    "booleans": (
+        {"x_train": GREY > 0},
+        "x_train is of type bool; save uint8 images with",
+    ),
     "texts": ({"x_train": GREY.astype(str)}, "x_train is of type <U3"),
     "bits": (
         {"x_train": GREY // 100},
-        "x_train holds nothing brighter than 1 of 255; if 1 stands for white",
+        "x_train has no pixel brighter than 1 of 255; if 1 means white",
     ),
     "negative labels": ({"y_train": np.array([0, 1, 2, 0, 1, -1])}, "y_train has a label -1"),
     "huge labels": (
@@ -198,13 +204,13 @@ BAD_ARRAYS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "one-hot labels": (
         {"y_train": np.eye(6, dtype=int)},
-        "y_train has the shape 6 x 6; save one class number for each image (one-hot rows: "
+        "y_train has the shape 6 x 6; save one class number for each image (for one-hot rows, "
         "numpy.argmax(y, axis=1))",
     ),
-    "a single label": ({"y_train": np.int64(1)}, "y_train has the shape of one number"),
+    "a single label": ({"y_train": np.int64(1)}, "y_train has the shape of a single number"),
     "float labels": (
         {"y_train": np.array([0.0, 1, 2, 0, 1, 2])},
-        "y_train is of type float64; save class numbers 0 to K - 1 as integers",
+        "y_train is of type float64; save class numbers from 0 to K - 1 as integers",
     ),
     "text labels": ({"y_train": np.array(list("abcabc"))}, "y_train is of type <U1"),
     "one class": (
@@ -233,7 +239,7 @@ def test_bad_arrays_are_told_in_one_line(
 
 def test_channels_last_although_first_was_said(write: Callable[..., Path]) -> None:
     file = write(x_train=np.full((6, 8, 8, 3), 9, np.uint8))
-    with pytest.raises(UserError, match='8 channels; if there are 3, write channels = "last"'):
+    with pytest.raises(UserError, match='8 channels; if it has 3, write channels = "last"'):
         build("npz", NpzOptions(file, channels="first"))
 
 
@@ -310,7 +316,7 @@ def test_damaged_files_are_told_in_one_line(
 
 def test_arrays_of_objects_are_never_unpickled(write: Callable[..., Path]) -> None:
     file = write(y_train=np.array([Bomb() for _ in range(6)], dtype=object))
-    with pytest.raises(UserError, match="y_train is an array of Python objects, which are never"):
+    with pytest.raises(UserError, match="is an array of Python objects, which prunekit never"):
         read_npz(file)
 
 

@@ -14,9 +14,8 @@ import pytest
 import torch
 from prunekit_adversarial.attacks import Linf
 from prunekit_lirpa import versions
-from prunekit_lirpa.bounds import (
-    METHODS,
-    Bounds,
+from prunekit_lirpa.bounds import METHODS, Bounds
+from prunekit_lirpa.margins import (
     Box,
     compare_classes,
     is_certain,
@@ -315,7 +314,7 @@ class Branching(nn.Module):
 
 def test_a_branch_on_the_images_is_refused() -> None:
     torch.manual_seed(0)
-    with pytest.raises(UserError, match=r"reads this network wrongly: .* Python's if on images"):
+    with pytest.raises(UserError, match=r"misreads this network: .* a Python if on the images"):
         Bounds(Branching(), (3, 8, 8)).prepare()
 
 
@@ -454,10 +453,10 @@ def conv(*layers: nn.Module, out: int) -> nn.Module:
             r"auto_LiRPA .* of layer",
         ),
         # Silently wrong in auto_LiRPA 0.3, were they not tried.
-        (conv(nn.ReLU(), nn.AvgPool2d(3, 2, 1), out=18), "crown-ibp", "gets crown-ibp wrong"),
+        (conv(nn.ReLU(), nn.AvgPool2d(3, 2, 1), out=18), "crown-ibp", "wrong crown-ibp bounds"),
         (
             conv(nn.AvgPool2d(3, 2, 1, count_include_pad=False), out=18), "ibp",
-            "reads this network wrongly",
+            "misreads this network",
         ),
         (Normalizing(), "crown", "cannot bound Div"),
     ],

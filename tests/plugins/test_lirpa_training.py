@@ -8,7 +8,8 @@ from typing import Any
 import prunekit_lirpa
 import pytest
 import torch
-from prunekit_lirpa.bounds import Bounds, robust_cross_entropy, surround
+from prunekit_lirpa.bounds import Bounds
+from prunekit_lirpa.margins import robust_cross_entropy, surround
 from torch import Tensor, nn
 from torch.nn import functional as F
 

@@ -10,8 +10,9 @@ import prunekit_lirpa
 import pytest
 import torch
 from prunekit_lirpa import VerifiedOptions, evaluators
-from prunekit_lirpa.bounds import Bounds, surround
+from prunekit_lirpa.bounds import Bounds
 from prunekit_lirpa.evaluators import FAILED, LATE, MISCLASSIFIED, OPEN
+from prunekit_lirpa.margins import surround
 from torch import Tensor, nn
 
 from prunekit import Use, UserError
@@ -167,7 +168,7 @@ def test_outputs_that_are_no_numbers_are_told() -> None:
     batch = make_batch(net, 4)
     with torch.no_grad():
         net[5].bias.fill_(float("nan"))
-    with pytest.raises(UserError, match="outputs are no numbers"):
+    with pytest.raises(UserError, match="outputs are not finite"):
         verify(net, batch)
 
 

@@ -245,15 +245,17 @@ def test_imports_are_found_at_any_depth(here):
         ("def build():\n    pass\n", {"build": "buld"},
          "mine/net.py has no function or class 'buld'; did you mean 'build'?"),
         ("x = 1\n", {}, "mine/net.py has no function or class 'make'; it defines none"),
-        ("\n\ndef make():\n    return 3\n", {}, "mine/net.py:3: make gives a int, no nn.Module"),
+        ("\n\ndef make():\n    return 3\n", {},
+         "mine/net.py:3: make has to return an nn.Module, but it returns a value of type int"),
         ("def make():\n    raise ValueError('no\\nway')\n", {}, "mine/net.py:2: ValueError: no"),
         ("\ndef make(shape):\n    pass\n", {"kwargs": {"depth": 1}},
          "mine/net.py:2: make is called with shape, depth: got an unexpected keyword argument "
          "'depth'"),
         ("def make(width):\n    pass\n", {},
-         "mine/net.py:1: make is called with nothing: missing a required argument: 'width'"),
+         "mine/net.py:1: make is called with no arguments: missing a required argument: 'width'"),
         ("from torch import nn\nmake = nn.Flatten\n", {},
-         "mine/net.py:2: the network of make gives (2, 64) for 2 images and 3 classes, not (2, 3)"),
+         "mine/net.py:2: the network of make returns (2, 64) for 2 images and 3 classes; it has "
+         "to return logits (2, 3)"),
         ("from torch import nn\nclass make(nn.Module):\n    def forward(self, x):\n"
          "        return x @ x[0, 0, :3]\n", {},
          "mine/net.py:4: RuntimeError: "),

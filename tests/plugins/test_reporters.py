@@ -55,7 +55,7 @@ run 2/6 prune.pruner=snip(batches=2) prune.sparsity=0.9: pretrain > prune > eval
 pretrain  stored already  accuracy 91.0%
 note: runs on a CPU
 warning: 3 layers left dense
-prune  goes on at epoch 9/10, batch 5/20
+prune  resumes at epoch 9/10, batch 5/20
 prune  epoch  9/10        12s  accuracy 81.2%  loss 0.5679
 prune  epoch 10/10  best  9.0s  accuracy 87.5%  loss 0.5
 prune  done in 1m15s  sparsity 90.00%
@@ -163,8 +163,8 @@ def test_validation_after_an_epoch_moves_no_bar() -> None:
 @pytest.mark.parametrize(
     ("started", "line"),
     [
-        (StageStarted("e", "evaluate", "k", batches=9, batch=3), "e  goes on at batch 4/9\n"),
-        (StageStarted("p", "prune", "k", epochs=2, epoch=2), "p  goes on at its end\n"),
+        (StageStarted("e", "evaluate", "k", batches=9, batch=3), "e  resumes at batch 4/9\n"),
+        (StageStarted("p", "prune", "k", epochs=2, epoch=2), "p  resumes at its end\n"),
         (StageStarted("p", "prune", "k", epochs=2), ""),
     ],
 )

@@ -481,10 +481,10 @@ def test_counts_are_not_written_at_every_step(tmp_path: Any) -> None:
     ("options", "words"),
     [
         ({"radii": ()}, "name a radius"),
-        ({"radii": (0.25, 0.25)}, "0.25 is there twice"),
-        ({"radii": (0.25, 1.0)}, "nothing beyond 0.7996, so not 1;"),
-        ({"radii": (0.25,), "n": 11}, "raise n"),
-        ({"radii": (0.79,), "sequential": True}, "nothing beyond 0.7779"),
+        ({"radii": (0.25, 0.25)}, "two radii are 0.25"),
+        ({"radii": (0.25, 1.0)}, "up to 0.7996, but not 1;"),
+        ({"radii": (0.25,), "n": 11}, "increase n"),
+        ({"radii": (0.79,), "sequential": True}, "up to 0.7779"),
     ],
 )
 def test_radii_that_cannot_be(options: dict[str, Any], words: str) -> None:

@@ -277,7 +277,7 @@ def test_what_cannot_be_built_is_told_in_a_line(options, words):
 
 
 def test_options_that_cannot_be():
-    with pytest.raises(OptionError, match="a local-dir is a whole path, got 'mine'"):
+    with pytest.raises(OptionError, match="a local-dir has to be an absolute path, got 'mine'"):
         TimmOptions("local-dir:mine")
     with pytest.raises(OptionError, match="kwargs cannot hold num_classes: it comes from the data"):
         TimmOptions("resnet18", kwargs={"num_classes": 3})

@@ -260,8 +260,8 @@ def test_npz_of_another_set_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(UserError) as error:
         build("cifar10", tmp_path)
     assert str(error.value) == (
-        "cifar10.npz holds images (1, 28, 28), cifar10 has (3, 32, 32) (channels, height, width); "
-        'for arrays of your own write use = "npz"'
+        "cifar10.npz has images (1, 28, 28), but cifar10 has (3, 32, 32) (channels, height, "
+        'width); for your own arrays, write use = "npz"'
     )
     arrays = make_arrays(28, 28)
     arrays["y_test"] = arrays["y_test"] + 1
@@ -297,7 +297,7 @@ def test_pickles_of_another_checksum_are_never_opened(
         assert not isinstance(error.value, DataMissingError)
         text = str(error.value)
         assert text.startswith(f"{name}/cifar-10-batches-py: incomplete or damaged (torchvision:")
-        assert text.endswith("; delete what is there, and the next run downloads it")
+        assert text.endswith("; delete it, and the next run downloads it again")
 
 
 @pytest.mark.parametrize("keep", [0, 4, 700, 15_000])
@@ -322,9 +322,9 @@ def test_nothing_there_and_no_download(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(DataMissingError) as error:
         build("cifar10", tmp_path / "data")
     assert str(error.value) == (
-        "cifar10 is not here: no data/cifar10.npz, no cifar-10-batches-py in data or its folder "
-        "torchvision, and download = false; put one of them there, or say where it is with root "
-        "or PRUNEKIT_DATA"
+        "cifar10 was not found: there is no data/cifar10.npz, no cifar-10-batches-py in data or "
+        "its folder torchvision, and download = false; put one of them there, or set root or "
+        "PRUNEKIT_DATA to the folder that has it"
     )
     assert not (tmp_path / "data").exists()
 
@@ -349,7 +349,7 @@ def test_failed_download_is_told_in_one_line(
     with pytest.raises(DataMissingError) as error:
         build(name, tmp_path / "data", download=True)
     text = str(error.value)
-    assert text.startswith(f"{name} is not here: no ")
+    assert text.startswith(f"{name} was not found: there is no ")
     assert "the download failed: " in text
     assert "<urlopen error no network at all>" in text
     assert "\n" not in text

@@ -182,8 +182,8 @@ def test_missing_folders_and_other_classes(root: Path, monkeypatch: pytest.Monke
     with pytest.raises(UserError) as error:
         build("image-folder", options)
     assert str(error.value) == (
-        "data/train and data/test have not the same classes: 'cat' is only in one of them "
-        "(2 such); give both the same folders"
+        "data/train and data/test have different classes: 'cat' is only in one of them "
+        "(2 such); both need the same folders"
     )
     for file in (root / "test" / "cow").iterdir():
         file.unlink()
@@ -193,8 +193,8 @@ def test_missing_folders_and_other_classes(root: Path, monkeypatch: pytest.Monke
     with pytest.raises(DataMissingError) as missing:
         build("image-folder", options)
     assert str(missing.value) == (
-        "image-folder is not here: data has to have the folders train and val (or test), each "
-        "with a folder for each class; say where it is with root"
+        "image-folder was not found: data needs the folders train and val (or test), each "
+        "with a folder for each class; if the data is elsewhere, set root"
     )
     # As ImageNet's validation images are handed out.
     (root / "val").mkdir()
@@ -210,8 +210,8 @@ def test_imagenet(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (facts.shape, facts.classes) == ((3, 224, 224), 1000)
     assert (facts.train, facts.test) == (1_281_167, 50_000)
     monkeypatch.setenv("PRUNEKIT_DATA", str(root.parent))
-    with pytest.raises(DataMissingError, match="imagenet is not here: "):
+    with pytest.raises(DataMissingError, match="imagenet was not found: "):
         build("imagenet", ImageNetOptions())
     root.rename(root.with_name("imagenet"))
-    with pytest.raises(UserError, match="has 3 classes, imagenet has 1000; for images of your own"):
+    with pytest.raises(UserError, match="but imagenet has 1000; for your own images"):
         build("imagenet", ImageNetOptions())

@@ -73,7 +73,7 @@ def test_contract_and_grey_images() -> None:
     with pytest.raises(UserError) as error:
         build("imagenet-resnet18", (1, 28, 28))
     assert str(error.value) == (
-        "imagenet-resnet18 takes images with 3 channels, these are 1 x 28 x 28; choose another "
+        "imagenet-resnet18 needs images with 3 channels, but these are 1 x 28 x 28; choose another "
         'architecture, such as "cifar-resnet18"'
     )
 
@@ -183,7 +183,7 @@ def test_without_network_one_message(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert str(error.value) == (
         "the weights IMAGENET1K_V1 of torchvision's 'resnet18' are not in the cache and cannot be "
         'fetched (URLError); go online once, or leave out weights, or write init = "FILE" with a '
-        "file of theirs"
+        "file of these weights"
     )
     # What others are loaded over is not fetched.
     assert build_any("resnet18", weights="DEFAULT", fresh=False)
@@ -200,7 +200,7 @@ def refuse(*arguments: Any, **options: Any) -> None:
         ("fcn_resnet50", {}, "no classifier 'fcn_resnet50'"),
         ("resnet18", {"weights": "V7"}, "no weights 'V7'; there are: IMAGENET1K_V1, DEFAULT"),
         ("resnet18", {"kwargs": {"depth": 3}}, r"with kwargs {'depth': 3}: .*'depth'"),
-        ("resnet18", {"shape": (1, 28, 28)}, "3 channels, these are 1 x 28 x 28; those of timm"),
+        ("resnet18", {"shape": (1, 28, 28)}, "but these are 1 x 28 x 28; write use = .timm"),
         ("googlenet", {"kwargs": {"init_weights": False}}, "kwargs = { aux_logits = false }"),
     ],
 )
@@ -211,7 +211,7 @@ def test_mistakes(model: str, options: dict[str, Any], words: str) -> None:
 
 
 def test_options_that_cannot_be() -> None:
-    with pytest.raises(OptionError, match="kwargs cannot hold weights: write it beside kwargs"):
+    with pytest.raises(OptionError, match="kwargs cannot hold weights: write it outside kwargs"):
         ModelOptions("resnet18", kwargs={"weights": "DEFAULT"})
 
 
