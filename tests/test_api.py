@@ -244,7 +244,7 @@ def test_what_is_wrong_is_said(here):
     with pytest.raises(UserError, match=r"model is an nn\.Module, got a function"):
         prunekit.run("r.toml", model=make_net, data=DATA)
     with pytest.raises(
-        UserError, match=r"data is \(x_train, y_train, x_test, y_test\).*tuple of 3"
+        UserError, match=r"data has to be \(x_train, y_train, x_test, y_test\).*tuple of 3"
     ):
         prunekit.run("r.toml", model=net, data=DATA[:3])
     with pytest.raises(UserError, match=r"prune\.sparsty: .* mean 'sparsity'"):
@@ -336,7 +336,7 @@ def test_images_that_a_network_does_not_suit():
         prunekit.evaluate(make_net(), (X[:, :4, :4], Y))
     with pytest.raises(UserError, match="there is a label 3, and the network has 3 classes"):
         prunekit.evaluate(make_net(), (X, Y + 1))
-    with pytest.raises(UserError, match=r"data is \(x, y\), or \(x_train, .*; got: int"):
+    with pytest.raises(UserError, match=r"data has to be \(x, y\), or \(x_train, .*; got int"):
         prunekit.evaluate(make_net(), 3)
     with pytest.raises(UserError, match="data: x holds floats from -1 to"):
         prunekit.evaluate(make_net(), (X / 127.5 - 1, Y))

@@ -50,7 +50,8 @@ class AugmentingSubset(Subset):
     ) -> Iterator[Tensor]:
         inner: Any = self.split
         chosen = [self.index[index] for index in indices]
-        return inner.augmented_batches(chosen, names, batch_seeds)
+        streamed: Iterator[Tensor] = inner.augmented_batches(chosen, names, batch_seeds)
+        return streamed
 
 
 def subset(split: Split, index: Tensor) -> Split:

@@ -13,8 +13,9 @@ from prunekit.catalog.registry import load_registry
 from prunekit.contracts import Threat
 from prunekit.engine.running import run_plan
 from prunekit.errors import RecipeError, RunError, UserError, relative
-from prunekit.recipe.document import DATA_KEYS, Recipe, locate_options, override, parse_value
+from prunekit.recipe.document import Recipe, locate_options, override, parse_value
 from prunekit.recipe.plan import Plan, make_plan
+from prunekit.recipe.sections import DATA_KEYS
 from prunekit.report import Tell
 from prunekit.store.layout import RECIPE
 from prunekit.store.networks import Network

@@ -46,7 +46,8 @@ class ScoredWeight(nn.Module):
         self.register_buffer("mask", torch.ones_like(start, dtype=torch.bool))
 
     def forward(self, weight: Tensor) -> Tensor:
-        return StraightThrough.apply(weight, self.score, self.mask)
+        masked: Tensor = StraightThrough.apply(weight, self.score, self.mask)
+        return masked
 
 
 LEAK = 1e-6
