@@ -102,6 +102,7 @@ def environment(tmp_path_factory):
     here = Path(torch.__file__).parent.parent
     (site,) = (folder / "env/lib").glob("python*/site-packages")
     (site / "dependencies.pth").write_text(str(here))
+    (folder / "r.toml").write_text(RECIPE)
     return folder
 
 
@@ -145,7 +146,6 @@ def test_the_third_party_is_listed_beside_ours(environment):
 
 
 def test_the_third_party_runs_in_a_recipe(environment):
-    (environment / "r.toml").write_text(RECIPE)
     done = prunekit(environment, "run", "r.toml", "--smoke", "--json")
     assert done.returncode == 0, done.stderr
     content = json.loads(done.stdout)

@@ -73,7 +73,15 @@ def test_it_is_packaged_as_a_plugin(made, name):
     assert f"\nPRUNEKIT_API = {API_VERSION}\n" in declaration
 
 
-def test_it_runs_in_a_recipe_once_its_entry_point_is_there(made, monkeypatch, tmp_path):
+@pytest.fixture
+def forget():
+    """Afterwards the name of the plugin that was imported is free again."""
+    yield
+    for name in [n for n in sys.modules if n.partition(".")[0] == "acme_all"]:
+        del sys.modules[name]
+
+
+def test_it_runs_in_a_recipe_once_its_entry_point_is_there(made, monkeypatch, tmp_path, forget):
     info = tmp_path / "acme_all-0.1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: acme-all\nVersion: 0.1.0\n")

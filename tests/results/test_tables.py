@@ -89,6 +89,10 @@ def test_csv_has_mean_deviation_and_number_of_seeds(tmp_path: Path, write_run, w
 
 
 def test_reading_results_imports_neither_torch_nor_rich() -> None:
-    code = "import sys, prunekit.results; print([m for m in ('rich', 'torch') if m in sys.modules])"
+    code = (
+        "import sys\n"
+        "from prunekit.results import choosing, comparison, tables\n"
+        "print([m for m in ('rich', 'torch') if m in sys.modules])\n"
+    )
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert told.stdout == "[]\n"
