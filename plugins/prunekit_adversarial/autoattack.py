@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -116,7 +117,10 @@ class Evaluation:
                 break
             suite.attacks_to_run = [name]
             index = torch.from_numpy(left).to(x.device)
+            # Its checks switch off whatever traces the process: a debugger, coverage.
+            tracer = sys.gettrace()
             _, prediction = suite.run_standard_evaluation(x[index], y[index], batch_size=len(left))
+            sys.settrace(tracer)
             found[left[(prediction != y[index]).cpu().numpy()]] = name
         return list(found)
 

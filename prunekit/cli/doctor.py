@@ -7,22 +7,18 @@ import importlib.metadata
 import json
 import os
 import platform
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from prunekit.catalog.registry import Registry, load_registry
-from prunekit.cli.group import PATH, as_json, count, print_json
-from prunekit.errors import explain_briefly, relative
-from prunekit.store.layout import STORE
+from prunekit.cli.group import as_json, count, print_json
+from prunekit.errors import explain_briefly
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
@@ -42,14 +38,13 @@ class Finding:
 
 
 @click.command()
-@click.argument("runs", type=PATH, default="runs")
 @as_json
-def doctor(runs: Path, as_json: bool) -> None:
+def doctor(as_json: bool) -> None:
     """Check this installation: versions, devices, plugins; show how to fix what is broken.
 
     The exit code is 1 if something is broken.
     """
-    findings = diagnose(load_registry(), runs)
+    findings = diagnose(load_registry())
     broken = sum(finding.broken for finding in findings)
     if as_json:
         shown = [{k: v for k, v in vars(f).items() if k != "trial"} for f in findings]
@@ -60,9 +55,9 @@ def doctor(runs: Path, as_json: bool) -> None:
         sys.exit(1)
 
 
-def diagnose(registry: Registry, runs: Path) -> list[Finding]:
+def diagnose(registry: Registry) -> list[Finding]:
     """Check everything. Nothing that is broken raises an exception or crashes this process."""
-    found = [*_check_versions(), *_check_plugins(registry), *_check_folders(runs)]
+    found = [*_check_versions(), *_check_plugins(registry)]
     answers = try_out([f.trial for f in found if f.trial])
     reported: set[str] = set()
     findings = []
@@ -93,15 +88,11 @@ def _check_versions() -> Iterator[Finding]:
             told, way = "not installed", f"pip install {name}"
         elif not wanted.specifier.contains(version, prereleases=True):
             told, way = f"{version}, prunekit needs {wanted}", f'pip install "{wanted}"'
-        for other in _read_requirements(name) if version else ():
-            installed = _version_of(other.name)
-            if other.name in required and not other.specifier.contains(installed, prereleases=True):
-                told = f"{version} needs {other}, but {installed} is installed"
-                way = f"pip install --upgrade {name} {other.name}"
         if told != version:
             yield Finding("versions", name, told, True, way)
         elif name in ("torch", "torchvision", "timm"):  # their compiled code can crash
-            yield Finding("versions", name, told, mend=way, trial=name)
+            together = "pip install --upgrade torch torchvision timm"
+            yield Finding("versions", name, told, mend=together, trial=name)
         else:
             yield Finding("versions", name, told)
     way, trial = "update the driver, or use --device cpu", f"{__spec__.name}:describe_devices"
@@ -160,20 +151,6 @@ def _upgrade(distribution: str) -> str:
     name = distribution.partition(" ")[0]
     way = f"pip install --upgrade {name}"
     return way if name == "prunekit" else f"{way}, or pip uninstall {name}"
-
-
-def _check_folders(runs: Path) -> Iterator[Finding]:
-    for name, folder in (("runs", runs), ("store", runs / STORE)):
-        existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
-        where = f"{name} ({relative(folder)})"
-        try:
-            with tempfile.TemporaryFile(dir=existing):
-                free = shutil.disk_usage(existing).free
-            yield Finding("folders", where, f"writable; {free / 1e9:,.0f} GB free")
-        except OSError as error:
-            told = f"cannot be written: {relative(existing)}: {error.strerror or error}"
-            way = "choose another folder with --out and --store, or change its permissions"
-            yield Finding("folders", where, told, True, way)
 
 
 def try_out(trials: Sequence[str]) -> dict[str, tuple[str, bool]]:
