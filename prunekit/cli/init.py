@@ -67,14 +67,15 @@ def write_recipe(file: Path, dataset: str, model: str | None, objective: str) ->
     proofs = [f'"{PROOFS[objective]}"'] if objective in PROOFS else []
     eps = "0.1" if height < 32 else '"2/255"' if certified else '"8/255"'
     if certified:
-        rates, rate = (1e-3, 1e-3, 5e-4), 'optimizer = {{ use = "adam", lr = {} }}'
+        rates, rate, comment = (1e-3, 1e-3, 5e-4), 'optimizer = {{ use = "adam", lr = {} }}', ""
     else:
-        rates = (0.1, 0.1, 0.05)
-        rate = "optimizer = {{ lr = {} }}       # the rest is the stage's default: sgd, cosine"
+        rates, rate = (0.1, 0.1, 0.05), "optimizer = {{ lr = {} }}"
+        comment = "# the rest is the stage's default: sgd, cosine"
     words: dict[str, str] = {}
     epochs = (15, 8, 10) if small else (100, 20, 100)
     for stage, n, lr in zip(("pretrain", "prune", "finetune"), epochs, rates, strict=True):
-        words |= {f"{stage}_epochs": str(n), f"{stage}_rate": rate.format(lr)}
+        optimizer = f"{rate.format(lr):<32}{comment}".rstrip()
+        words |= {f"{stage}_epochs": str(n), f"{stage}_rate": optimizer}
     return Template((HERE / "templates/recipe.txt").read_text("utf-8")).substitute(
         words,
         file=file,

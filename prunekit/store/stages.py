@@ -23,6 +23,7 @@ from prunekit.store.layout import (
     RESULT,
     SCRATCH,
     STAGE_LOCK,
+    STORE,
     STORE_FORMAT,
 )
 
@@ -115,10 +116,11 @@ class Store:
     def prepare(self, tell: Tell) -> None:
         """Make the folders; tells once if there are stages of an older format."""
         if (old := self._find_old()) and not self.stages.exists():
-            stages = "1 stored stage" if len(old) == 1 else f"{len(old)} stored stages"
+            where = relative(self.root)
+            way = relative(self.root.parent) if self.root.name == STORE else f"--store {where}"
             tell(
-                f"{stages} in {relative(self.root)} were written by an older prunekit and cannot "
-                "be used again; runs and model files stay readable; free the space: prunekit clean"
+                f"stages stored by an older prunekit ({len(old)} in {where}) cannot be used again; "
+                f"runs and model files stay readable; free the space: prunekit clean {way}"
             )
         make_folder(self.stages)
 
