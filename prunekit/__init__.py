@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from prunekit.recipe.values import suggest
     from prunekit.results.metrics import format_metric, format_setting, is_fraction, is_main
     from prunekit.store.files import read_json, write_json
-    from prunekit.store.keys import find_imports
+    from prunekit.store.keys import hash_file, version_of
 
 __all__ = [
     "API_VERSION",
@@ -51,9 +51,9 @@ __all__ = [
     "effective_parameters",
     "evaluate",
     "find_fragile",
-    "find_imports",
     "format_metric",
     "format_setting",
+    "hash_file",
     "hookimpl",
     "is_fraction",
     "is_main",
@@ -65,6 +65,7 @@ __all__ = [
     "run",
     "run_sweep",
     "suggest",
+    "version_of",
     "write_json",
 ]
 __version__ = "0.1.0"
@@ -82,7 +83,7 @@ _HOMES = {
     "prunekit.data.batches": ("Arrays",),
     "prunekit.data.seeds": ("derive_seed",),
     "prunekit.models.building": ("find_fragile", "normalize_inputs"),
-    "prunekit.store.keys": ("find_imports",),
+    "prunekit.store.keys": ("hash_file", "version_of"),
     "prunekit.pruning.learning": ("copy_plain", "effective_parameters"),
     "prunekit.pruning.masks": ("apply_masks",),
     "prunekit.recipe.values": ("suggest",),

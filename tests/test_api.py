@@ -15,6 +15,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from prunekit_arrays.reading import KEYS
+from prunekit_python.identity import identify
 from torch import nn
 from torchvision.models import VisionTransformer
 
@@ -24,7 +25,6 @@ from prunekit.cli.group import main
 from prunekit.contracts import Data, Threat
 from prunekit.data.batches import Arrays
 from prunekit.errors import RunError, UserError
-from prunekit.models.identity import identify
 
 
 def test_examples_in_the_docstrings():
@@ -411,7 +411,7 @@ def content(net):
 
 @pytest.mark.slow
 def test_a_network_is_known_again_in_another_process(here, monkeypatch):
-    code = "import net; from prunekit.models import identity; print(identity.identify(net.make()))"
+    code = "import net; from prunekit_python import identity; print(identity.identify(net.make()))"
     there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=here)
     monkeypatch.syspath_prepend(here)
     monkeypatch.delitem(sys.modules, "net", raising=False)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from modulefinder import ModuleFinder
 from pathlib import Path
 from typing import Any
 
-from prunekit import Component, find_imports, hookimpl, option
+from prunekit import Component, hookimpl, option
 
 DETAILS = """\
 This is the only component with which a recipe runs code: the code in the file. `build` names a
@@ -40,6 +41,25 @@ class GivenModelOptions:
     unique: str | None = option(None, help="reason why no other call can have the same hash")
 
 
+def find_imports(file: Path) -> list[Path]:
+    """A Python file and the files it imports from its own folder, at any depth; nothing is run.
+
+    A file that is not valid Python is returned alone, a missing one not at all.
+    """
+    if not file.is_file():
+        return []
+    finder = ModuleFinder(path=[str(file.parent)])
+    try:
+        finder.run_script(str(file))
+    except (SyntaxError, ValueError):
+        return [file]
+    except ImportError:  # a relative import outside a package: it may be any file beside it
+        return [file, *sorted(set(file.parent.glob("*.py")) - {file})]
+    files = (getattr(module, "__file__", None) for module in finder.modules.values())
+    found = {Path(name) for name in files if name}
+    return [file, *sorted(found - {file})]
+
+
 def find_files(options: PythonOptions) -> list[Path]:
     """The file, and the files that it imports from its folder."""
     return find_imports(options.file)
@@ -60,6 +80,7 @@ def prunekit_architectures() -> Iterable[Component]:
         name="given",
         summary="The network passed to prunekit.run(model=...) in Python",
         build="prunekit_python.handed_over:build_model",
+        identify="prunekit_python.identity:identify",
         sources=("prunekit_arrays",),
         options=GivenModelOptions,
     )

@@ -96,6 +96,8 @@ class Component:
     files: Callable[[Any], Iterable[Path]] = lambda options: ()
     """options -> files that results depend on besides those that are options: what a file imports,
     the files of a folder. Their content is part of a stage's hash."""
+    identify: str = ""
+    """"module:function" -> options that identify what a Python program hands over in its place."""
     catalog: str = ""
     """"module:function" -> names that the option `model` takes, for `prunekit list --match`."""
     exports: Mapping[str, str] = field(default_factory=dict)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib
 import random
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,7 +24,6 @@ from prunekit.engine.stages import STAGES
 from prunekit.engine.work import Loaded, Outcome, Work
 from prunekit.errors import Place, UserError
 from prunekit.evaluation import eval_mode
-from prunekit.models.identity import identify
 from prunekit.pruning.masks import State
 from prunekit.recipe.document import Recipe, Setting, apply, load_recipe
 from prunekit.recipe.plan import Plan, make_plan
@@ -46,7 +46,9 @@ def plan_recipe(
     unique = None
     if model is not None:
         check_model(model)
-        known = identify(model)
+        given = load_registry().find("architecture", "given").component
+        module, _, function = given.identify.partition(":")
+        known = getattr(importlib.import_module(module), function)(model)
         unique = known.get("unique")
         chosen.append(Setting("architecture", {"use": "given", **known}, Place("model")))
         handed["architecture"] = model

@@ -9,7 +9,6 @@ import json
 import platform
 from collections.abc import Mapping
 from functools import cache
-from modulefinder import ModuleFinder
 from pathlib import Path
 from typing import Any
 
@@ -74,25 +73,6 @@ def hash_source(package: str) -> str:
             continue
         digest.update(name.encode() + b"\0" + file.read_bytes() + b"\0")
     return digest.hexdigest()
-
-
-def find_imports(file: Path) -> list[Path]:
-    """A Python file and the files it imports from its own folder, at any depth; nothing is run.
-
-    A file that is not valid Python is returned alone, a missing one not at all.
-    """
-    if not file.is_file():
-        return []
-    finder = ModuleFinder(path=[str(file.parent)])
-    try:
-        finder.run_script(str(file))
-    except (SyntaxError, ValueError):
-        return [file]
-    except ImportError:  # a relative import outside a package: it may be any file beside it
-        return [file, *sorted(set(file.parent.glob("*.py")) - {file})]
-    files = (getattr(module, "__file__", None) for module in finder.modules.values())
-    found = {Path(name) for name in files if name}
-    return [file, *sorted(found - {file})]
 
 
 def hash_file(path: Path) -> str:

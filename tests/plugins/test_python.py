@@ -7,14 +7,13 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from prunekit_python import PythonOptions, find_files, prunekit_architectures
+from prunekit_python import PythonOptions, find_files, find_imports, prunekit_architectures
 from prunekit_python.loading import build_python
 from safetensors.torch import load_file, save_file
 
 from prunekit.cli.group import main
 from prunekit.contracts import Context
 from prunekit.errors import UserError
-from prunekit.store.keys import find_imports
 from prunekit.testing import check_component
 
 COMPONENT, _ = prunekit_architectures()

@@ -89,7 +89,6 @@ SHOWING = (
     "errors.py",
     "models/exporting.py",
     "models/failures.py",
-    "models/identity.py",
     "models/importing.py",
     "models/stored.py",
     "recipe/document.py",

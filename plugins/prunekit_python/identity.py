@@ -15,7 +15,8 @@ from typing import Any
 
 from torch import Tensor, nn, uint8
 
-from prunekit.store.keys import find_imports, hash_file, version_of
+from prunekit import hash_file, version_of
+from prunekit_python import find_imports
 
 
 def identify(model: nn.Module) -> dict[str, Any]:
