@@ -9,8 +9,9 @@ import pickle
 import sys
 import sysconfig
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
-from types import BuiltinFunctionType, FunctionType, MethodType
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 from torch import Tensor, nn, uint8
@@ -49,7 +50,8 @@ class _Describer(pickle.Pickler):
 
     def persistent_id(self, value: Any) -> Any:
         """What represents a value that pickle would write by name or more than once."""
-        if isinstance(value, Tensor | nn.Module):
+        # A class or function that its own closure names ends here too.
+        if isinstance(value, Tensor | nn.Module | type | FunctionType):
             if value in self._seen:
                 return self._seen[value]
             self._seen[value] = len(self._seen)
@@ -59,14 +61,16 @@ class _Describer(pickle.Pickler):
         if isinstance(value, set | frozenset):
             return "set", sorted(value, key=repr)
         if isinstance(value, MethodType):
-            return "method", value.__func__, type(value.__self__)
+            return "method", value.__func__, value.__self__
         if isinstance(value, FunctionType):
             bound = zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)
             held = [cell.cell_contents for name, cell in bound if name != "__class__"]
-            line = value.__code__.co_firstlineno  # tells lambdas apart
-            return (*_describe(value), line, value.__defaults__, value.__kwdefaults__, held)
+            # They tell lambdas apart that stand on one line.
+            code = value.__code__.co_code, list(value.__code__.co_positions())
+            return (*_describe(value), code, value.__defaults__, value.__kwdefaults__, held)
         if isinstance(value, BuiltinFunctionType):
-            return _describe(value)
+            owner = value.__self__
+            return (*_describe(value), None if isinstance(owner, ModuleType) else owner)
         if isinstance(value, type):
             bases = [base for base in value.__mro__ if not _is_installed(base.__module__)]
             return (*map(_describe, value.__mro__), *map(_list_attributes, bases))
@@ -75,9 +79,17 @@ class _Describer(pickle.Pickler):
     def reducer_override(self, value: Any) -> Any:
         """The values of a module, without its mode, and without the counters that key hooks."""
         if not isinstance(value, nn.Module):
+            custom = {"__getstate__", "__reduce__", "__reduce_ex__", "__getnewargs_ex__"}
+            for base in type(value).__mro__:
+                if custom & vars(base).keys() and not _is_installed(base.__module__):
+                    raise ValueError(f"a {type(value).__name__} hides its state from pickle")
+            if callable(value) and isinstance(value.__reduce_ex__(5), str):
+                return object, _describe(value)  # one that pickle would write by name
             return NotImplemented
         held = {k: v for k, v in vars(value).items() if k != "training"}
-        held |= {k: list(v.values()) for k, v in held.items() if "_hooks" in k and v is not None}
+        for name, hooks in held.items():
+            if "_hooks" in name and isinstance(hooks, Mapping):
+                held[name] = list(hooks.values())
         return object, (type(value), held)
 
 
@@ -87,7 +99,7 @@ def _describe(code: Any) -> tuple[str, ...]:
     if _is_installed(module):
         return module, code.__qualname__, version_of(module.partition(".")[0]), sys.version
     try:
-        file = Path(inspect.getfile(code))
+        file = Path(inspect.getfile(inspect.unwrap(code)))
     except (TypeError, OSError):
         file = Path()
     if not file.is_file():
@@ -108,6 +120,8 @@ def _is_installed(module: str) -> bool:
     name = module.partition(".")[0]
     if name in sys.stdlib_module_names:
         return name != "__main__"
-    file = getattr(sys.modules.get(module), "__file__", None)
+    # Modules inside an extension (torch._C._nn) have no file of their own.
+    files = [getattr(sys.modules.get(known), "__file__", None) for known in (module, name)]
+    file = files[0] or files[1]
     folders = (sysconfig.get_path(name) for name in ("purelib", "platlib"))
     return file is not None and any(Path(file).is_relative_to(folder) for folder in folders)

@@ -128,7 +128,7 @@ def _check_plugins(registry: Registry) -> Iterator[Finding]:
             yield Finding("optional parts", name, f"not installed; for {users}", mend=way)
         else:
             yield Finding("optional parts", name, f"installed; for {users}", mend=way, trial=trial)
-    version, way = _version_of("matplotlib"), 'pip install "prunekit[plots]"'
+    version, way = _version_of("matplotlib"), "pip install matplotlib"
     told = f"{version or 'not installed'}; for prunekit curve"
     yield Finding("optional parts", "matplotlib", told, mend="" if version else way)
     for owner in dict.fromkeys(e.owner for e in registry.entries):

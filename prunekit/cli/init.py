@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+import shlex
 from pathlib import Path
 from string import Template
 
@@ -30,6 +30,10 @@ eps = {}
 """
 
 
+PLACEHOLDERS = ("my-file", "...")
+"""What stands in a recipe for values that only its user knows."""
+
+
 @click.command()
 @click.argument("name", default="recipe")
 @component_option("--dataset", "dataset", default="digits", show_default=True, help="Data set.")
@@ -43,20 +47,32 @@ eps = {}
 def init(name: str, dataset: str, model: str | None, objective: str, like: str | None) -> None:
     """Write a commented recipe, NAME.toml, to start from."""
     file = Path(name if name.endswith(".toml") else f"{name}.toml")
-    if like:
-        texts = copy_recipe(like, file)
-    else:
-        texts = {file: write_recipe(file, dataset, model, objective)}
-    _refuse_existing(texts)
+    if like and (dataset, model, objective) != ("digits", None, "trades"):
+        raise click.UsageError("--like copies a recipe as it is; leave out the other options")
+    if file.exists():
+        raise UserError(f"{relative(file)} exists already; choose another name")
+    texts = copy_recipe(like, file) if like else {}
+    texts = texts or {file: write_recipe(file, dataset, model, objective)}
+    # What a copied recipe extends may be there from another one.
+    texts = {p: t for p, t in texts.items() if not p.exists() or p.read_text("utf-8") != t}
+    for path in texts:
+        if path.exists():
+            raise UserError(f"{relative(path)} exists already; choose a NAME in another folder")
     for path, text in texts.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
         click.echo(relative(path))
-    warn(f"run it: prunekit run {relative(file)}")
+    command = shlex.join(["prunekit", "run", relative(file)])
+    if any(f'"{word}"' in texts[file] for word in PLACEHOLDERS):
+        warn(f"replace {' and '.join(PLACEHOLDERS)} in {relative(file)}, then run it: {command}")
+    else:
+        warn(f"run it: {command}")
 
 
 def write_recipe(file: Path, dataset: str, model: str | None, objective: str) -> str:
     """The text of a recipe of these components. Raises `UserError` if one does not exist."""
+    for named in {dataset, model} & {"given", "extra-images"}:
+        raise UserError(f"{named!r} cannot stand alone in a recipe; choose another component")
     registry = load_registry()
     data, loss = registry.find("dataset", dataset), registry.find("objective", objective)
     facts = data.component.facts and data.component.facts(data.component.options())
@@ -78,7 +94,7 @@ def write_recipe(file: Path, dataset: str, model: str | None, objective: str) ->
         words |= {f"{stage}_epochs": str(n), f"{stage}_rate": optimizer}
     return Template((HERE / "templates/recipe.txt").read_text("utf-8")).substitute(
         words,
-        file=file,
+        file=shlex.quote(str(file)),
         name=file.stem,
         about="\n".join(f"# {e.kind}: {e.component.summary}" for e in (data, network, loss)),
         dataset=fragment(data, example=False),
@@ -113,14 +129,10 @@ def copy_recipe(name: str, file: Path) -> dict[Path, str]:
         text = source.read_text("utf-8")
         # Its first line is the command that runs it.
         _, end, rest = text.partition("\n")
-        texts[target] = f"# prunekit run {target}{end}{rest}"
+        if target == file:
+            rest = re.sub(r'^name = ".*"', f'name = "{file.stem}"', rest, count=1, flags=re.M)
+        texts[target] = f"# {shlex.join(['prunekit', 'run', str(target)])}{end}{rest}"
         extended = re.search(r'^extends = "(.+)"', text, re.MULTILINE)
         if not extended:
             return texts
         source, target = source.parent / extended[1], target.parent / extended[1]
-
-
-def _refuse_existing(files: Collection[Path]) -> None:
-    for file in files:
-        if file.exists():
-            raise UserError(f"{relative(file)} exists already; choose another name")

@@ -7,6 +7,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from prunekit.errors import UserError
@@ -46,20 +47,23 @@ def choose(
             raise UserError(f"--choose {address}: no run has this setting; there are: {there}")
     groups: dict[str, dict[str, list[RunRecord]]] = {}
     for run in runs:
-        if all(address in run.settings for address in addresses):
+        # What `prunekit eval` found of a network follows the run that the network is of.
+        judged = run.stages and all(stage.kind == "evaluate" for stage in run.stages)
+        if not judged and all(address in run.settings for address in addresses):
             tried = freeze({address: run.settings[address] for address in addresses})
             rest = {k: v for k, v in run.settings.items() if k not in (*addresses, "seed")}
             group = groups.setdefault(freeze({"name": run.name, **rest}), {})
             group.setdefault(tried, []).append(run)
-    dropped: set[int] = set()
+    dropped: set[Path] = set()
     choices = []
     for others, by_value in groups.items():
         metric, scores = _score_values(by_value)
         best = max(scores, key=lambda value: scores[value])
-        dropped |= {id(run) for value, own in by_value.items() if value != best for run in own}
+        dropped |= {run.folder for value, own in by_value.items() if value != best for run in own}
         compared = tuple((json.loads(value), score) for value, score in scores.items())
         choices.append(Choice(json.loads(others), json.loads(best), metric, compared))
-    return [run for run in runs if id(run) not in dropped], choices
+    kept = [run for run in runs if not dropped & {run.folder, *run.folder.parents}]
+    return kept, choices
 
 
 def _score_values(by_value: Mapping[str, Sequence[RunRecord]]) -> tuple[str, dict[str, float]]:

@@ -98,7 +98,7 @@ def draw(curves: Sequence[Curve], file: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise UserError(
-            'figures need matplotlib, which is not installed; run: pip install "prunekit[plots]"'
+            "figures need matplotlib, which is not installed; run: pip install matplotlib"
         ) from error
 
     figure = Figure(figsize=(6.4, 4), layout="constrained")

@@ -337,7 +337,7 @@ def broken(package, declaration):
 
 
 def test_a_plugin_for_another_version_of_the_api(package):
-    for version, way in ((3, "update prunekit"), (1, "update it")):
+    for version, way in ((3, "update prunekit"), (1, "update the plugin")):
         text = DECLARATION.replace("PRUNEKIT_API = 2", f"PRUNEKIT_API = {version}")
         reason = f"written for plugin API {version}, this prunekit has 2; {way}"
         assert broken(package, text) == reason
