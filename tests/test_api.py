@@ -241,7 +241,7 @@ def test_a_sweep_gives_a_result_each(here):
 
 def test_what_is_wrong_is_said(here):
     net = make_net()
-    with pytest.raises(UserError, match=r"model is an nn\.Module, got a function"):
+    with pytest.raises(UserError, match=r"model must be an nn\.Module, got function"):
         prunekit.run("r.toml", model=make_net, data=DATA)
     with pytest.raises(
         UserError, match=r"data has to be \(x_train, y_train, x_test, y_test\).*tuple of 3"

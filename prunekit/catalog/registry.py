@@ -188,7 +188,7 @@ def _check_api(module: str) -> None:
     if not version.isdigit():
         raise ApiError(f"PRUNEKIT_API is {version}; write PRUNEKIT_API = {API_VERSION}")
     if int(version) != API_VERSION:
-        way = "update prunekit" if int(version) > API_VERSION else "update it"
+        way = "update prunekit" if int(version) > API_VERSION else "update the plugin"
         raise ApiError(f"written for plugin API {version}, this prunekit has {API_VERSION}; {way}")
 
 

@@ -16,7 +16,9 @@ from prunekit.cli.group import warn
 from prunekit.errors import UserError, relative
 
 HERE = Path(__file__).parent
-SHIPPED = next(p for p in (HERE.parent / "_recipes", HERE.parents[1] / "recipes") if p.is_dir())
+SHIPPED = HERE.parent / "_recipes"
+if not SHIPPED.is_dir():
+    SHIPPED = HERE.parents[1] / "recipes"
 """The recipes that come with prunekit: in an installed package, or in a clone of the repository."""
 
 CERTIFIED = ("ibp", "crown-ibp", "mixtrain")
@@ -78,10 +80,10 @@ def write_recipe(file: Path, dataset: str, model: str | None, objective: str) ->
     facts = data.component.facts and data.component.facts(data.component.options())
     height = facts.shape[1] if facts else 0
     network = registry.find("architecture", model or _choose_model(height, dataset, objective))
-    certified, small = objective in CERTIFIED, height <= 8
+    certified, small = objective in CERTIFIED, 0 < height <= 8
     attacks = [] if objective == "smoothing" else ['{ use = "pgd", steps = 50 }']
     proofs = [f'"{PROOFS[objective]}"'] if objective in PROOFS else []
-    eps = "0.1" if height < 32 else '"2/255"' if certified else '"8/255"'
+    eps = "0.1" if 0 < height < 32 else '"2/255"' if certified else '"8/255"'
     if certified:
         rates, rate, comment = (1e-3, 1e-3, 5e-4), 'optimizer = {{ use = "adam", lr = {} }}', ""
     else:

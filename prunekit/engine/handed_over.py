@@ -78,7 +78,7 @@ def read_recipe(source: str | Path | Mapping[str, Any]) -> Recipe:
 def check_model(model: Any) -> None:
     """Raise `UserError` for anything but an `nn.Module`."""
     if not isinstance(model, nn.Module):
-        raise UserError(f"model is an nn.Module, got a {type(model).__name__}")
+        raise UserError(f"model must be an nn.Module, got {type(model).__name__}")
 
 
 def read_images(data: Any, model: nn.Module | None = None) -> Data:

@@ -74,7 +74,7 @@ class Inputs:
         )
         name = str([describe(value) for value in shared])
         if name not in self._loaded:
-            data = self._build(run.dataset, run)
+            data = self._build(run.dataset, run, Context(folder=run.folder))
             if not len(data.test.labels):
                 way = "use it as the extra of another data set"
                 raise UserError(f"{run.dataset.name} has no test images; {way}")
@@ -94,12 +94,12 @@ class Inputs:
             self._loaded[name] = Loaded(data, validation, more, tuple(prints))
         return self._loaded[name]
 
-    def _build(self, use: Use[Data], run: Run) -> Data:
+    def _build(self, use: Use[Data], run: Run, context: Context) -> Data:
         if self.preview and hasattr(use.options, "download"):
             use = replace(use, options=replace(use.options, download=False))
         try:
             # Without the run's seed: runs of all seeds share the data.
-            return use.build(Context(folder=run.folder))
+            return use.build(context)
         except DataMissingError:
             facts = use.component.facts and use.component.facts(use.options)
             if not facts or not (self.smoke or self.preview):
@@ -114,7 +114,10 @@ class Inputs:
             return Data(train, test, facts.shape, facts.classes, facts.augment, "missing")
 
     def _load_extra(self, use: Use[Data], run: Run, data: Data) -> Data:
-        found = use.build(Context(folder=run.folder, shape=data.shape, classes=data.classes))
+        context = Context(folder=run.folder, shape=data.shape, classes=data.classes)
+        found = self._build(use, run, context)
+        if not len(found.train.labels):
+            raise UserError(f"extra {use.name} has no training images")
         if found.shape != data.shape:
             raise UserError(
                 f"extra {use.name} holds images {found.shape}, the data set has {data.shape} "

@@ -75,6 +75,31 @@ def test_every_shipped_recipe_can_be_copied(here, recipe):
     assert len(runs) == len(make_plan(load_recipe(recipe), load_registry()).runs)
 
 
+def test_recipes_that_share_what_they_extend_can_stand_together(here):
+    call("init", "a", "--like", "hydra/svhn-vgg16")
+    assert call("init", "b", "--like", "hydra/cifar10-wrn-28-4").stdout == "b.toml\n"
+    assert 'name = "b"' in Path("b.toml").read_text()
+    Path("cifar10-vgg16.toml").write_text("mine")
+    error = call("init", "c", "--like", "hydra/svhn-vgg16", code=2).stderr
+    assert "cifar10-vgg16.toml exists already; choose a NAME in another folder" in error
+    assert not Path("c.toml").exists()
+    assert (
+        "leave out the other options"
+        in call("init", "d", "--like", "quickstart", "--objective", "mart", code=2).stderr
+    )
+
+
+@pytest.mark.parametrize("options", [["--dataset", "given"], ["--model", "given"]])
+def test_what_cannot_stand_alone_is_refused(here, options):
+    assert "'given' cannot stand alone in a recipe" in call("init", *options, code=2).stderr
+
+
+def test_an_unknown_size_is_not_a_small_one(here):
+    done = call("init", "--dataset", "image-folder", "--model", "imagenet-resnet50")
+    assert 'eps = "8/255"' in Path("recipe.toml").read_text()
+    assert "replace my-file" in done.stderr
+
+
 def test_a_recipe_that_is_not_shipped(here):
     error = call("init", "--like", "quickstrat", code=2).stderr
     assert "no recipe 'quickstrat' comes with prunekit; there are: certified/" in error

@@ -119,6 +119,15 @@ def test_the_recipe_is_never_moved_out_of_the_way(here, force, call, recipe):
     assert (here / "r.toml").read_text() == recipe
 
 
+def test_missing_extra_images_are_not_downloaded_either(here, monkeypatch, call, recipe):
+    monkeypatch.setenv("PRUNEKIT_DATA", str(here / "nothing"))
+    (here / "m.toml").write_text(recipe.replace('"digits"', '"mnist"'))
+    command = ["run", "m.toml", "--set", "dataset.extra=mnist", "--device", "cpu"]
+    out, _ = call(*command, "--dry-run", "--json")
+    assert any("mnist is not here" in note for note in json.loads(out)["notes"])
+    call(*command, "--smoke")
+
+
 def test_a_dry_run_downloads_nothing_and_knows_the_sizes(here, monkeypatch, call, recipe):
     monkeypatch.setenv("PRUNEKIT_DATA", str(here / "nothing"))
     recipe = recipe.replace('"digits"', '"mnist"')

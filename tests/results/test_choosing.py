@@ -48,6 +48,16 @@ def runs(tmp_path):
     return tmp_path
 
 
+def test_evaluations_of_a_run_follow_it(runs):
+    judged = [{"name": "pgd", "kind": "evaluate", "key": "x", "metrics": {"pgd.accuracy": 0.1}}]
+    for lr in (0.1, 0.01):
+        folder = runs / f"score-{lr}-0"
+        write(folder / "evaluations", "score", lr, 0, 0, 0, stages=judged)
+    kept, choices = choose(find_runs(runs), [LR])
+    assert len(choices) == 2
+    assert {r.folder.name for r in kept if "evaluations" in r.folder.parts} == {"score-0.01-0"}
+
+
 def test_the_mean_over_seeds_of_the_last_training_decides(runs):
     kept, choices = choose(find_runs(runs), [LR])
     # score: (0.50 + 0.60) / 2 = 0.55 < (0.58 + 0.54) / 2 = 0.56; lwm: 0.41 > 0.25.
