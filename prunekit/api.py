@@ -209,9 +209,8 @@ def evaluate(
     """Judge a network on (x, y), or the test part of a data set, as `prunekit eval` does.
 
     `evaluators` are names or tables, such as ["clean", {"use": "pgd", "steps": 10}], or one of
-    them. `threat` is a
-    radius ("8/255", of L-inf) or a table {"norm": "l2", "eps": 0.5}. The numbers are those of the
-    command for the same images, `batch_size` and `seed`.
+    them. `threat` is a radius ("8/255", of L-inf) or a table {"norm": "l2", "eps": 0.5}. The
+    numbers are those of the command for the same images, `batch_size` and `seed`.
 
     >>> attack = {"use": "pgd", "steps": 2}
     >>> found = prunekit.evaluate(net, (x, y), ["clean", attack], threat="2/255")

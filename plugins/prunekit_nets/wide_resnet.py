@@ -13,7 +13,7 @@ from prunekit_nets.initialization import initialize
 
 
 class Block(nn.Module):
-    """Two 3x3 convolutions, each after batch normalisation and ReLU, and a shortcut.
+    """Two 3x3 convolutions, each after batch normalization and ReLU, and a shortcut.
 
     If the number of channels changes, the shortcut is a 1x1 convolution of the activated input.
     """

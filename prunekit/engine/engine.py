@@ -65,12 +65,9 @@ class Engine:
             self.stop.check()
             folder = RunFolder(out / run.label if plan.swept else out, plan, run)
             folder.start(self.device)
-            self.report(
-                RunStarted(
-                    run.label, folder.path, tuple(s.name for s in run.stages), run.settings,
-                    number, len(plan.runs), plan.smoke,
-                )
-            )  # fmt: skip
+            names, total = tuple(s.name for s in run.stages), len(plan.runs)
+            told = (run.label, folder.path, names, run.settings, number, total, plan.smoke)
+            self.report(RunStarted(*told))
             started = time.monotonic()
             try:
                 if run.label in broken:

@@ -45,10 +45,8 @@ def plan_evaluation(network: Network, request: EvalRequest) -> Plan:
     that made the network: `prunekit results` then tells and groups evaluations as it does runs.
     """
     names = [name.rpartition(":")[2] for name in request.evaluators]
-    stage: dict[str, Any] = {
-        "kind": "evaluate", "name": "+".join(names),
-        "with": [{"use": use} for use in request.evaluators],
-    }  # fmt: skip
+    uses = [{"use": use} for use in request.evaluators]
+    stage: dict[str, Any] = {"kind": "evaluate", "name": "+".join(names), "with": uses}
     given: dict[str, Any] = {}
     sections = _choose_sections(network, request)
     if request.eps is not None:
@@ -67,9 +65,7 @@ def plan_evaluation(network: Network, request: EvalRequest) -> Plan:
             stage["with"][names.index(first)][option] = parse_value(value)
         else:
             others.append(text)
-    data = {
-        "name": label, "seed": seed, **sections, "stage": [stage], "report": ["console"],
-    }  # fmt: skip
+    data = {"name": label, "seed": seed, **sections, "stage": [stage], "report": ["console"]}
     options = {
         ("stage",): ("--with", ",".join(request.evaluators)),
         ("stage", 0, "images"): ("--images", request.images),
@@ -106,9 +102,8 @@ def _note_training(network: Network, threat: Threat | None) -> Iterator[str]:
 def _choose_sections(network: Network, request: EvalRequest) -> dict[str, Any]:
     sections = dict(network.sections)
     where = relative(network.file)
-    for key, chosen, flag in (
-        ("dataset", request.dataset, "--dataset"), ("architecture", request.model, "--model"),
-    ):  # fmt: skip
+    asked = {"dataset": (request.dataset, "--dataset"), "architecture": (request.model, "--model")}
+    for key, (chosen, flag) in asked.items():
         if chosen is None and key not in sections:
             raise UserError(f"{where} does not say its {key}; give {flag} NAME")
         old: Any = sections.get(key)

@@ -204,8 +204,10 @@ def _selecting_metric(stage: Stage) -> str:
 def _check_scores(scores: Scores, weights: Mapping[str, Tensor], pruner: str) -> None:
     if scores.values.keys() != weights.keys():
         wrong = sorted(scores.values.keys() ^ weights.keys())
-        raise RunError(f"pruner {pruner!r} must score every weight it is given, and no other; "
-                       f"wrong: {', '.join(wrong)}")  # fmt: skip
+        raise RunError(
+            f"pruner {pruner!r} must score every weight it is given, and no other; wrong: "
+            f"{', '.join(wrong)}"
+        )
     for name, value in scores.values.items():
         if value.shape != weights[name].shape:
             raise RunError(

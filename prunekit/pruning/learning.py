@@ -210,9 +210,9 @@ NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 class LearnedScores:
     """Trains scores of frozen weights; masks follow the scores, once an optimizer step.
 
-    Biases are frozen too. Normalisation layers train, affine parameters and running statistics,
+    Biases are frozen too. Normalization layers train, affine parameters and running statistics,
     unless `bn` is "freeze". Channels are closed at the output of the last of a weight's
-    `followers` (`budgets.find_followers`), single weights where they are.
+    `followers` (`structures.find_followers`), single weights where they are.
     """
 
     def __init__(

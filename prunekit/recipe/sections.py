@@ -41,7 +41,7 @@ class DataOptions:
         None, help="augmentations in training; default: those that suit the data set"
     )
     extra: Use[Data] | None = option(None, help="data set whose training images are added")
-    extra_ratio: float = option(1.0, help="extra images for each labelled one in a batch", above=0)
+    extra_ratio: float = option(1.0, help="extra images for each labeled one in a batch", above=0)
 
 
 @dataclass(frozen=True, kw_only=True)
