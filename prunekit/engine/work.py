@@ -276,5 +276,6 @@ class Outcome:
 
 
 def describe_masks(state: State) -> dict[str, Any]:
+    """Metrics of a stage about its masks: the sparsity of the network, and their hash."""
     counts = count_weights(state.model, state.masks)
     return {"sparsity": measure_sparsity(counts), "masks": hash_masks(state.masks)}

@@ -39,6 +39,7 @@ def reduce_run(run: Run, batches: int, batch_size: int | None = None) -> Run:
 
 
 def reduce_options(value: Any) -> Any:
+    """Options, and those of the components they name, cut to what `option(smoke=)` says."""
     if isinstance(value, Use):
         return dataclasses.replace(value, options=reduce_options(value.options))
     if isinstance(value, tuple):
