@@ -248,7 +248,7 @@ def _is_best(job: Fit, at: Position, row: Mapping[str, Any]) -> bool:
     if not settled(end) or worse or not math.isfinite(value):
         # There must be a best epoch at the end, even if nothing ever settles.
         return at.epoch + 1 == job.epochs and at.best_value is None
-    at.best_value, at.best_epoch = value, at.epoch + 1
+    at.best_value = value
     return True
 
 

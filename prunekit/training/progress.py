@@ -23,7 +23,6 @@ class Position:
     sums: dict[str, float] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     best_value: float | None = None
-    best_epoch: int = 0
 
 
 def save(
