@@ -9,11 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from prunekit.catalog.component import (
     API_VERSION,
+    BudgetComponent,
     Component,
     Facts,
     NoOptions,
     Radius,
+    RewirerComponent,
+    SparsityScheduleComponent,
     Use,
+    WrapperComponent,
     hookimpl,
     option,
 )
@@ -24,29 +28,38 @@ if TYPE_CHECKING:
     from prunekit.data.batches import Arrays
     from prunekit.data.seeds import derive_seed
     from prunekit.models.building import find_fragile, normalize_inputs
-    from prunekit.pruning.learning import copy_plain, effective_parameters
+    from prunekit.pruning.budgets import count_kept, share_out, uniform
+    from prunekit.pruning.learning import copy_plain, effective_parameters, straight_through
     from prunekit.pruning.masks import apply_masks
+    from prunekit.pruning.selection import select_masks
     from prunekit.recipe.values import suggest
     from prunekit.results.metrics import format_metric, format_setting, is_fraction, is_main
     from prunekit.store.files import read_json, write_json
     from prunekit.store.keys import hash_file, version_of
+    from prunekit.training.masking import LearnedScores
 
 __all__ = [
     "API_VERSION",
     "Arrays",
+    "BudgetComponent",
     "Component",
     "DataMissingError",
     "Facts",
     "Judgement",
+    "LearnedScores",
     "NoOptions",
     "OptionError",
     "Radius",
+    "RewirerComponent",
     "RunError",
     "RunResult",
+    "SparsityScheduleComponent",
     "Use",
     "UserError",
+    "WrapperComponent",
     "apply_masks",
     "copy_plain",
+    "count_kept",
     "derive_seed",
     "effective_parameters",
     "evaluate",
@@ -64,7 +77,11 @@ __all__ = [
     "read_json",
     "run",
     "run_sweep",
+    "select_masks",
+    "share_out",
+    "straight_through",
     "suggest",
+    "uniform",
     "version_of",
     "write_json",
 ]
@@ -84,8 +101,11 @@ _HOMES = {
     "prunekit.data.seeds": ("derive_seed",),
     "prunekit.models.building": ("find_fragile", "normalize_inputs"),
     "prunekit.store.keys": ("hash_file", "version_of"),
-    "prunekit.pruning.learning": ("copy_plain", "effective_parameters"),
+    "prunekit.pruning.budgets": ("count_kept", "share_out", "uniform"),
+    "prunekit.pruning.learning": ("copy_plain", "effective_parameters", "straight_through"),
     "prunekit.pruning.masks": ("apply_masks",),
+    "prunekit.pruning.selection": ("select_masks",),
+    "prunekit.training.masking": ("LearnedScores",),
     "prunekit.recipe.values": ("suggest",),
     "prunekit.results.metrics": ("format_metric", "format_setting", "is_fraction", "is_main"),
     "prunekit.store.files": ("read_json", "write_json"),

@@ -11,12 +11,14 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
     from torch import Tensor, nn
+
+    from prunekit.steps import Masking
 
 Masks: TypeAlias = "dict[str, Tensor]"
 """Bool, True = kept; keyed and shaped like the prunable weights (and what goes with them)."""
@@ -88,22 +90,74 @@ class Objective(Protocol):
     def __call__(self, x: Tensor, y: Tensor, clock: Clock) -> Loss: ...
 
 
+@runtime_checkable
+class Attacking(Protocol):
+    """An objective whose loss is at attacked images: calling it does `prepare`, then `loss`."""
+
+    def prepare(self, x: Tensor, y: Tensor, clock: Clock) -> Any:
+        """The attack on images x (B, C, H, W) with labels y (B,): what `loss` needs."""
+        ...
+
+    def loss(self, prepared: Any, clock: Clock) -> Loss:
+        """The loss at what was prepared; it may be called several times."""
+        ...
+
+
 @dataclass(frozen=True)
 class Scores:
     """Importance of every prunable weight, larger = keep; keys and shapes as `Context.weights`.
 
-    `layerwise`: values compare within a layer only, so that a global budget divides each layer by
-    its root mean square.
+    `layerwise`: values compare within a layer only, so that a budget that compares layers gets each
+    layer divided by its root mean square. `keep` says how many weights (or output channels, where
+    the structure is of channels) each layer keeps, in place of the budget; when a stage ends, they
+    add up to what the sparsity leaves of all.
     """
 
     values: Mapping[str, Tensor]
     layerwise: bool = False
+    keep: Mapping[str, int] | None = None
+
+
+@dataclass(frozen=True)
+class Layers:
+    """What a budget shares out: the units of all layers that are pruned.
+
+    Units are weights, or output channels (O,). `scores` has their importance in the layer's shape,
+    -inf for those that are gone; `alive` says which are left where a stage before pruned (layers
+    that it did not prune are absent); `shapes` are those of the weights. `sparsity` is the fraction
+    of units to remove, and `total` how many are kept in all.
+    """
+
+    scores: Mapping[str, Tensor]
+    alive: Mapping[str, Tensor]
+    shapes: Mapping[str, torch.Size]
+    sparsity: float
+    total: int
+
+
+class Budget(Protocol):
+    """How layers share the sparsity: `budget(layers)`.
+
+    Gives the number of units that each layer keeps (its best), or scores of the layers' shapes that
+    compare across layers: then the `total` best of all are kept, whichever layer they are in.
+    """
+
+    def __call__(self, layers: Layers) -> Mapping[str, int] | Mapping[str, Tensor]: ...
 
 
 class Pruner(Protocol):
     """`pruner(context) -> Scores`; turning scores into masks is the core's."""
 
     def __call__(self, context: Context) -> Scores: ...
+
+
+class SparsitySchedule(Protocol):
+    """`schedule(clock)`: the fraction of the stage's sparsity that holds at that moment, in [0, 1].
+
+    It is 1 at the end, that is at `Clock(steps, steps, epochs, epochs)`.
+    """
+
+    def __call__(self, clock: Clock) -> float: ...
 
 
 class Split(Protocol):
@@ -176,7 +230,8 @@ class OptimizerChoice:
     """What an optimizer component builds: how to make the optimizer, its learning rate, and its
     schedule."""
 
-    make: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+    make: Callable[[Iterable[Any]], torch.optim.Optimizer]
+    """From parameters, or from groups {"params": ..., "weight_decay": ...}, as torch's take."""
     lr: float
     schedule: Schedule
 
@@ -198,7 +253,7 @@ class Context:
     | dataset | `folder` |
     | architecture | and `seed`, `shape`, `classes`, `fresh` |
     | objective, evaluator | and `model`, `device`, `threat`, `stage` |
-    | pruner | and `weights`, `generator`, `objective`, `batches`, `learn` |
+    | pruner | and `weights`, `generator`, `objective`, `batches`, `attach`, `train` |
     | reporter | `folder` (the run's), `live` |
     """
 
@@ -229,10 +284,19 @@ class Context:
     """The stage's `Objective`."""
     batches: Callable[[], Iterator[tuple[Tensor, Tensor]]] = _absent
     """One epoch of training batches (x, y), augmented, on the device."""
-    learn: Callable[[Scores], Scores] = _absent
-    """Trains the scores on the stage's objective from the given start (HYDRA, section 3): the
-    forward pass uses weight * mask(|score|) under the stage's sparsity, budget and structure, the
-    gradient goes straight through; returns |score| of the best epoch."""
+    attach: Callable[..., Masking] = _absent
+    """`attach(start, kind=LearnedScores, **more)`: trained scores beside the frozen weights, from
+    the given start; `kind` is a class of your own for what learns more than scores."""
+    train: Callable[[Masking], Scores] = _absent
+    """Trains what a masking says on the stage's objective, then detaches it; returns its scores in
+    the best epoch."""
+
+    def learn(self, start: Scores) -> Scores:
+        """Train scores from the given start (HYDRA, section 3): the forward pass uses
+        weight * mask(|score|) under the stage's sparsity, budget and structure, and the gradient
+        goes straight through; returns |score| of the best epoch."""
+        return self.train(self.attach(start))
+
     scratch: Path | None = None
     """Evaluators: a folder for intermediate results. It survives a killed process and is deleted
     when the stage is done."""

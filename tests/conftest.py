@@ -1,5 +1,6 @@
 """Tests use one thread: tiny tensors are fastest so, and bits do not depend on the machine."""
 
+import importlib
 import json
 import os
 import select
@@ -118,3 +119,22 @@ def write_sweep(evaluate, write_run):
             )
 
     return write_sweep
+
+
+@pytest.fixture(scope="session")
+def choose():
+    """Makes a selection with the budget of that name."""
+    from prunekit import NoOptions
+    from prunekit.catalog.registry import load_registry
+    from prunekit.contracts import Context
+    from prunekit.pruning.selection import Selection
+
+    registry = load_registry()
+
+    def choose(sparsity, budget="layer", structure="element"):
+        found = registry.find("budget", budget).component
+        build = importlib.import_module(found.build.partition(":")[0])
+        made = getattr(build, found.build.partition(":")[2])(NoOptions(), Context())
+        return Selection(sparsity, made, structure, found.compares)
+
+    return choose

@@ -35,9 +35,17 @@ KINDS = (
     "evaluator",
     "optimizer",
     "schedule",
+    "budget",
+    "sparsity_schedule",
+    "rewirer",
+    "wrapper",
     "reporter",
 )
 """The kinds of components; each has a hook `prunekit_<kind>s`."""
+
+
+NOT_CALLED = ("dataset", "architecture", "optimizer", "wrapper")
+"""Kinds whose components are built as something that is no function."""
 
 
 @dataclass(frozen=True)
@@ -105,12 +113,16 @@ class Component:
     `function(model, options, header, out)` with the header of the model file."""
     forward_passes: Callable[[Any], int] = lambda options: 1
     """options -> forward passes per image, in a training step or in an evaluation."""
+    attack_passes: Callable[[Any], int] = lambda options: 0
+    """Objectives: options -> those of the forward passes that `Attacking.prepare` makes."""
     replays: Callable[[Any], int] = lambda options: 1
     """Objectives: options -> optimizer steps on each batch. A recipe's epochs are divided by it."""
     select: str = "accuracy"
     """Objectives: the validation metric that selects the best epoch."""
     learns: bool = False
     """Pruners: scores are trained, so the stage needs `epochs` and an `optimizer`."""
+    allocates: bool = False
+    """Pruners, rewirers: `Scores.keep` says what each layer keeps, so a recipe gives no budget."""
     facts: Callable[[Any], Facts] | None = None
     """Data sets: options -> Facts; None if they are known only from the files."""
     judges: Literal["", "attack", "proof"] = ""
@@ -126,6 +138,38 @@ class Component:
     def package(self) -> str:
         """The import name of the top-level package that implements it."""
         return self.build.partition(":")[0].partition(".")[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetComponent(Component):
+    """The declaration of a budget."""
+
+    compares: bool = False
+    """Scores of layers are compared: the core makes those comparable that are not."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparsityScheduleComponent(Component):
+    """The declaration of a schedule of the sparsity."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewirerComponent(Component):
+    """The declaration of a rewirer."""
+
+    gradients: bool = False
+    """It looks at the gradients of removed weights, in steps in which it is due."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WrapperComponent(Component):
+    """The declaration of a wrapper of training steps."""
+
+    passes: Callable[[Any], int] = lambda options: 1
+    """options -> forward and backward passes in each step. More than one does not go with an
+    objective that takes several steps on a batch."""
+    averages: bool = False
+    """Its network is judged and stored in place of the trained one: one such a stage, at most."""
 
 
 class Radius(float):
@@ -180,7 +224,7 @@ class Use(Generic[Kind]):
         except ValueError:  # written in C, without a signature
             pass
         built: Kind = build(self.options, context)
-        if self.kind in ("objective", "pruner", "evaluator", "reporter") and not callable(built):
+        if self.kind not in NOT_CALLED and not callable(built):
             raise PluginError(f"{owner} is built as {built!r}, which cannot be called")
         return built
 

@@ -52,6 +52,30 @@ def prunekit_evaluators() -> Iterable[Component]:
 
 
 @hookspec
+def prunekit_budgets() -> Iterable[Component]:
+    """How layers share the sparsity. `build` returns a `Budget`."""
+    raise NotImplementedError
+
+
+@hookspec
+def prunekit_sparsity_schedules() -> Iterable[Component]:
+    """How the sparsity grows during a stage. `build` returns a `SparsitySchedule`."""
+    raise NotImplementedError
+
+
+@hookspec
+def prunekit_rewirers() -> Iterable[Component]:
+    """Masks that change while weights train. `build` returns a `Rewirer`."""
+    raise NotImplementedError
+
+
+@hookspec
+def prunekit_wrappers() -> Iterable[Component]:
+    """What goes around training steps or follows them. `build` returns a `Wrapper`."""
+    raise NotImplementedError
+
+
+@hookspec
 def prunekit_reporters() -> Iterable[Component]:
     """Receivers of a run's events. `build` returns a `Reporter`."""
     raise NotImplementedError

@@ -28,10 +28,11 @@ from prunekit.contracts import (
 )
 from prunekit.data.batches import eval_batches
 from prunekit.data.seeds import generator, seed_all
-from prunekit.errors import DataMissingError
+from prunekit.errors import DataMissingError, RunError
 from prunekit.evaluation import eval_mode
-from prunekit.pruning.learning import LearnedScores
-from prunekit.pruning.selection import Selection
+from prunekit.pruning.selection import Selection, check_scores, meets
+from prunekit.steps import Masking
+from prunekit.training.masking import LearnedScores
 
 SHAPE, CLASSES, BATCH = (1, 8, 8), 3, 4
 
@@ -116,7 +117,7 @@ def _check_scores_learn(use: Use[Any], context: Context, x: Tensor, y: Tensor) -
     start = {n: torch.randn_like(p) for n, p in model.named_parameters() if p.dim() > 1}
     variables = LearnedScores(model, Scores(start), Selection(0.5), {}, "train")
     objective = use.build(dataclasses.replace(context, model=model, stage="prune"))
-    with variables.effective():
+    with variables.effective(Clock(0, 10, 0, 2)):
         objective(x, y, Clock(0, 10, 0, 2)).value.backward()
     assert all(part.score.grad is not None for part in variables.parts.values()), (
         "scores get no gradient"
@@ -127,11 +128,28 @@ def _check_pruner(use: Use[Any], context: Context) -> None:
     model = tiny_network()
     before = _snapshot(model)
     weights = {n: p.detach().clone() for n, p in model.named_parameters() if p.dim() > 1}
-    learned: list[Scores] = []
+    learned: list[Masking] = []
+    clock = Clock(0, 10, 0, 2)
 
-    def learn(start: Scores) -> Scores:
-        learned.append(start)
-        return Scores({n: v.abs() for n, v in start.values.items()}, start.layerwise)
+    def attach(
+        start: Scores, kind: type[LearnedScores] = LearnedScores, **more: Any
+    ) -> LearnedScores:
+        return kind(model, start, Selection(0.5), {}, **more)
+
+    def train(masking: Masking) -> Scores:
+        learned.append(masking)
+        masking.check()
+        (x, y), _ = tiny_batches()
+        with masking.effective(clock):
+            cross_entropy(x, y, clock).value.backward()
+        groups = masking.parameters()
+        assert all(p.grad is not None for g in groups for p in g.parameters), (
+            "something that it trains gets no gradient"
+        )
+        with masking.judged(clock):
+            model(x)
+        masking.detach()
+        return masking.scores()
 
     def cross_entropy(x: Tensor, y: Tensor, clock: Clock) -> Loss:
         logits = model(x)
@@ -143,7 +161,8 @@ def _check_pruner(use: Use[Any], context: Context) -> None:
         weights=weights,
         stage="prune",
         sparsity=0.5,
-        learn=learn,
+        attach=attach,
+        train=train,
         objective=cross_entropy,
         batches=lambda: iter(tiny_batches()),
         generator=generator(0),
@@ -152,13 +171,20 @@ def _check_pruner(use: Use[Any], context: Context) -> None:
     scores = use.build(context)(context)
     assert isinstance(scores, Scores), f"gives a {type(scores).__name__}, not Scores"
     assert bool(learned) == use.component.learns, "`learns` and what it does disagree"
-    assert scores.values.keys() == weights.keys(), "must score every weight, and no other"
-    for n, value in scores.values.items():
-        assert value.shape == weights[n].shape, f"shape of the scores of {n}"
-        assert not value.isnan().any(), f"NaN among the scores of {n}"
+    allocates = scores.keep is not None
+    assert allocates == use.component.allocates, "`allocates` and what it does disagree"
+    _check_scores(scores, weights)
     after = _snapshot(model)
     same = [torch.equal(before[n], after[n]) for n in weights]
     assert all(same), "scoring changed the weights"
+
+
+def _check_scores(scores: Scores, weights: Mapping[str, Tensor]) -> None:
+    try:
+        check_scores(scores, weights, "it")
+    except RunError as error:
+        raise AssertionError(str(error)) from None
+    assert scores.keep is None or meets(scores, Selection(0.5)), "`keep` misses the sparsity"
 
 
 def _check_architecture(use: Use[Any], context: Context) -> None:

@@ -2,68 +2,114 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from prunekit.contracts import Context, Objective, Scores
+from prunekit.contracts import Context, Objective, Scores, read_ratio
 from prunekit.data import seeds
 from prunekit.engine.evaluating import evaluate
 from prunekit.engine.work import Outcome, Work, describe_masks
 from prunekit.errors import RunError
 from prunekit.evaluation import eval_mode
 from prunekit.pruning.layers import find_prunable, find_unprunable
-from prunekit.pruning.learning import LearnedScores
 from prunekit.pruning.masks import (
     State,
     apply_masks,
     count_weights,
     measure_sparsity,
 )
-from prunekit.pruning.selection import Selection, check_layers, select_masks
+from prunekit.pruning.selection import (
+    Selection,
+    check_layers,
+    check_scores,
+    meets,
+    select_masks,
+)
 from prunekit.pruning.structures import find_followers, find_structured, follow
 from prunekit.recipe.stages import Stage
 from prunekit.report import Note, StageStarted
+from prunekit.steps import Masking
 from prunekit.training.loop import Fit, fit
-from prunekit.training.variables import Variables, Weights
+from prunekit.training.masking import LearnedScores, Weights
+from prunekit.training.rewiring import Rewired, Rewiring
 
 
 def train(state: State, stage: Stage, work: Work) -> Outcome:
-    """Pretrain or finetune: train the weights; removed ones stay zero."""
-    variables = Weights(state.model, state.masks)
+    """Pretrain or finetune: train the weights; removed ones stay zero, or a rewirer moves masks."""
     context = work.context(stage, state)
+    masking = Weights(state.model, state.masks)
+    if stage.prunes:
+        masking = _rewire(state, stage, work, context)
     objective = stage.options.objective.build(context)
-    history = _fit(variables, objective, stage, work, context)
+    try:
+        history = _fit(masking, objective, stage, work, context)
+    finally:
+        masking.detach()
+    state.masks = masking.masks
+    if stage.prunes:
+        _tell_sparsity(state, stage, work)
     return Outcome({**_best(history, stage), **describe_masks(state)}, history)
+
+
+def _rewire(state: State, stage: Stage, work: Work, context: Context) -> Rewired:
+    """The masking of a stage whose masks a rewirer changes."""
+    use = stage.options.rewire
+    selection = _choose_selection(stage, context)
+    weights, followers = _find_structured(state, stage, work, selection)
+    rewiring = Rewiring(
+        rewirer=use.build(context),
+        name=use.name,
+        selection=selection,
+        schedule=stage.options.sparsity_schedule.build(context),
+        weights=list(weights),
+        seed=(work.run.seed, stage.position),
+        gradients=use.component.gradients,
+        followers=followers,
+    )
+    return Rewired(state.model, state.masks, rewiring)
+
+
+def _choose_selection(stage: Stage, context: Context) -> Selection:
+    options = stage.options
+    budget = options.budget.build(context)
+    compares = options.budget.component.compares
+    return Selection(stage.sparsity, budget, options.structure, compares)
 
 
 def prune(state: State, stage: Stage, work: Work) -> Outcome:
     """Score the weights, select masks, and set the removed weights to zero."""
     options = stage.options
+    named = f"pruner {options.pruner.component.name!r}"
     history: list[dict[str, Any]] = []
     # Whatever stages came before.
     state.model.requires_grad_(True)
     state.model.train()
-    selection = Selection(stage.sparsity, options.budget, options.structure)
+    context = work.context(stage, state)
+    selection = _choose_selection(stage, context)
     weights, followers = _find_structured(state, stage, work, selection)
     frozen = {name: weight.detach().clone() for name, weight in weights.items()}
-    context = work.context(stage, state)
     # Before scores are attached: an objective may trace the plain network.
     objective = options.objective and options.objective.build(context)
+    schedule = options.sparsity_schedule.build(context)
 
-    def learn(start: Scores) -> Scores:
-        _check_scores(start, frozen, options.pruner.component.name)
+    def attach(start: Scores, kind: type[LearnedScores] = LearnedScores, **more: Any) -> Masking:
+        check_scores(start, frozen, named)
+        bn, alive = options.bn, state.masks
+        return kind(state.model, start, selection, alive, bn, followers, schedule, **more)
+
+    def train(masking: Masking) -> Scores:
         if history:
-            raise RunError(f"pruner {options.pruner.component.name!r} learns twice in one stage")
-        variables = LearnedScores(state.model, start, selection, state.masks, options.bn, followers)
+            raise RunError(f"{named} trains twice in one stage")
         try:
-            history.extend(_fit(variables, objective, stage, work, context))
-            return variables.scores()
+            masking.check()
+            history.extend(_fit(masking, objective, stage, work, context))
+            return masking.scores()
         finally:
-            variables.detach()
+            masking.detach()
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
         seed = seeds.derive_seed(work.run.seed, stage.position, "score")
@@ -77,22 +123,42 @@ def prune(state: State, stage: Stage, work: Work) -> Outcome:
         generator=seeds.generator(work.run.seed, stage.position, "pruner"),
         objective=objective,
         batches=batches,
-        learn=learn,
+        attach=attach,
+        train=train,
     )
     seeds.seed_all(work.run.seed, stage.position, "pruner")
     scores = options.pruner.build(scoring)(scoring)
-    _check_scores(scores, frozen, options.pruner.component.name)
+    check_scores(scores, frozen, named)
+    if scores.keep is not None:
+        _check_keep(scores, selection, stage, named)
     masks = select_masks(scores, selection, state.masks)
     check_layers(masks, selection.sparsity)
     state.masks = {**state.masks, **masks, **follow(masks, followers)}
     apply_masks(state.model, state.masks)
-    got = measure_sparsity(count_weights(state.model, state.masks))
-    if abs(got - stage.sparsity) > 0.005:
-        work.report(Note(f"asked for sparsity {stage.sparsity:g}, got {got:.4g} of all weights"))
+    _tell_sparsity(state, stage, work)
     if options.bn == "recalibrate":
         seeds.seed_all(work.run.seed, stage.position, "recalibrate")
         _recalibrate(state.model, batches)
     return Outcome({**_best(history, stage), **describe_masks(state)}, history)
+
+
+def _check_keep(scores: Scores, selection: Selection, stage: Stage, named: str) -> None:
+    """Raise `RunError` for counts that a recipe decides otherwise, or that miss the sparsity."""
+    if not stage.options.pruner.component.allocates:
+        raise RunError(f"{named} says what layers keep, which its declaration must: allocates=True")
+    if read_ratio(selection.structure):
+        raise RunError(f"{named} says what layers keep, and so does {selection.structure}")
+    if not meets(scores, selection):
+        raise RunError(
+            f"{named} keeps {sum((scores.keep or {}).values())} in all, which is not "
+            f"what sparsity {selection.sparsity:g} leaves"
+        )
+
+
+def _tell_sparsity(state: State, stage: Stage, work: Work) -> None:
+    got = measure_sparsity(count_weights(state.model, state.masks))
+    if abs(got - stage.sparsity) > 0.005:
+        work.report(Note(f"asked for sparsity {stage.sparsity:g}, got {got:.4g} of all weights"))
 
 
 def _find_structured(
@@ -160,12 +226,12 @@ STAGES: dict[str, Callable[[State, Stage, Work], Outcome]] = {
 
 
 def _fit(
-    variables: Variables, objective: Objective, stage: Stage, work: Work, context: Context
+    masking: Masking, objective: Objective, stage: Stage, work: Work, context: Context
 ) -> list[dict[str, Any]]:
     options = stage.options
     return fit(
         Fit(
-            variables=variables,
+            masking=masking,
             objective=objective,
             optimizer=options.optimizer.build(context),
             feed=work.feed(stage),
@@ -180,6 +246,7 @@ def _fit(
             select=_selecting_metric(stage),
             clip_norm=options.clip_norm,
             replays=stage.replays,
+            wrappers=[use.build(context) for use in options.wrap],
         )
     )
 
@@ -199,20 +266,3 @@ def _selecting_metric(stage: Stage) -> str:
     """The validation metric that chooses the best epoch of a stage."""
     options = stage.options
     return options.select or str(options.objective.component.select)
-
-
-def _check_scores(scores: Scores, weights: Mapping[str, Tensor], pruner: str) -> None:
-    if scores.values.keys() != weights.keys():
-        wrong = sorted(scores.values.keys() ^ weights.keys())
-        raise RunError(
-            f"pruner {pruner!r} must score every weight it is given, and no other; wrong: "
-            f"{', '.join(wrong)}"
-        )
-    for name, value in scores.values.items():
-        if value.shape != weights[name].shape:
-            raise RunError(
-                f"pruner {pruner!r}: the scores of {name} are {tuple(value.shape)}, its weights "
-                f"{tuple(weights[name].shape)}"
-            )
-        if value.isnan().any():
-            raise RunError(f"pruner {pruner!r}: the scores of {name} hold NaN")

@@ -12,42 +12,58 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from prunekit.contracts import Masks, Scores
 from prunekit.pruning.layers import WEIGHTS, find_weights
-from prunekit.pruning.selection import Selection, check_layers, select_masks
 
 
-class StraightThrough(torch.autograd.Function):
-    """weight * mask(|score|), the gradient going straight through the mask (HYDRA, section 3).
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, mask: Tensor, soft: Tensor) -> Tensor:
+        return mask.to(soft.dtype)
 
-    With w_eff = w * m and m treated as |s|: ds = dL/dw_eff * w * sign(s). The weight is frozen
-    and gets none.
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor]:
+        return None, gradients[0]
+
+
+def straight_through(mask: Tensor, soft: Tensor) -> Tensor:
+    """The bool `mask` as numbers, its gradient going straight through to `soft`; shapes are equal.
+
+    With w_eff = w * straight_through(mask, |s|): ds = dL/dw_eff * w * sign(s) (HYDRA, section 3).
+
+    >>> soft = torch.tensor([0.2, 0.9], requires_grad=True)
+    >>> straight_through(torch.tensor([False, True]), soft).sum().backward()
+    >>> soft.grad
+    tensor([1., 1.])
     """
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, score: Tensor, mask: Tensor) -> Tensor:
-        ctx.save_for_backward(weight, score)
-        return weight * mask
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, None]:
-        weight, score = ctx.saved_tensors
-        return None, gradients[0] * weight * score.sign(), None
+    through: Tensor = _StraightThrough.apply(mask, soft)
+    return through
 
 
-class ScoredWeight(nn.Module):
-    """Parametrization of a frozen weight by trained scores; the mask is written from outside."""
+class _Part(nn.Module):
+    """Trained scores of a weight, and the mask that follows them, written from outside.
+
+    `rate` is a scalar module whose value is learned with the scores, as the keep rate of the layer:
+    its gradient is the sum of those that reach the mask (HARP).
+    """
 
     mask: Tensor
 
-    def __init__(self, start: Tensor) -> None:
+    def __init__(self, start: Tensor, rate: nn.Module | None = None) -> None:
         super().__init__()
         self.score = nn.Parameter(start.detach().clone())
         self.register_buffer("mask", torch.ones_like(start, dtype=torch.bool))
+        self.rate = rate
+
+    def soften(self, importance: Tensor) -> Tensor:
+        """What the gradient of the mask goes to: the importance, and the rate."""
+        return importance if self.rate is None else importance + self.rate()
+
+
+class ScoredWeight(_Part):
+    """Parametrization of a frozen weight by trained scores."""
 
     def forward(self, weight: Tensor) -> Tensor:
-        masked: Tensor = StraightThrough.apply(weight, self.score, self.mask)
-        return masked
+        return weight.detach() * straight_through(self.mask, self.soften(self.score.abs()))
 
 
 LEAK = 1e-6
@@ -58,7 +74,7 @@ come back.
 """
 
 
-class ChannelGate(nn.Module):
+class ChannelGate(_Part):
     """Opens and closes the output channels of a layer by trained scores of its weights.
 
     Straight through as for single weights: with the gate m_c treated as the mean |s| of channel c,
@@ -66,13 +82,9 @@ class ChannelGate(nn.Module):
     its weight, instead of calling the network, wants `effective_parameters`.
     """
 
-    mask: Tensor
-
-    def __init__(self, start: Tensor, *, last: bool) -> None:
-        super().__init__()
-        self.score = nn.Parameter(start.detach().clone())
-        self.register_buffer("mask", torch.ones_like(start, dtype=torch.bool))
-        self.last = last
+    def __init__(self, start: Tensor, rate: nn.Module | None = None) -> None:
+        super().__init__(start, rate)
+        self.last = start.dim() == 2
         """Whether channels are the last dimension of the output (linear layers), or the second."""
 
     def forward(self, output: Tensor) -> Tensor:
@@ -81,9 +93,9 @@ class ChannelGate(nn.Module):
 
     def opening(self, dtype: torch.dtype) -> Tensor:
         """What each channel (O,) is multiplied with: 1, or `LEAK`."""
-        importance = self.score.abs().flatten(1).mean(1)
+        soft = self.soften(self.score.abs().flatten(1).mean(1))
         opened = self.mask.flatten(1).any(1).to(dtype).clamp_min(LEAK)
-        return opened + importance - importance.detach()
+        return opened + soft - soft.detach()
 
 
 def _gate_output(module: nn.Module, inputs: Any, output: Tensor) -> Any:
@@ -145,18 +157,21 @@ def _find_scored(module: nn.Module) -> list[str]:
 
 
 @contextmanager
-def effective_weights(model: nn.Module) -> Iterator[None]:
+def effective_weights(model: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
     """Inside, each masked weight is made once: for one forward (or several) and one backward.
 
     Every weight is read at the start with gradients enabled. A first access under `no_grad` (by an
     attack, say) would cache a weight without a graph, and its scores would get no gradients.
+    Yields (frozen weight, masked weight) of every layer.
     """
     with parametrize.cached():
         with torch.enable_grad():
+            made = []
             for module in model.modules():
                 for own in _find_scored(module):
-                    getattr(module, own)
-        yield
+                    lists: Any = module.parametrizations
+                    made.append((lists[own].original, getattr(module, own)))
+        yield made
 
 
 def effective_parameters(model: nn.Module) -> dict[str, Tensor]:
@@ -201,79 +216,3 @@ def copy_plain(model: nn.Module) -> nn.Module:
             weights = {name: lists[name].original for name in scored}
             module._parameters = {**weights, **module._parameters}
     return plain
-
-
-# _NormBase: batch and instance normalization.
-NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
-
-
-class LearnedScores:
-    """Trains scores of frozen weights; masks follow the scores, once an optimizer step.
-
-    Biases are frozen too. Normalization layers train, affine parameters and running statistics,
-    unless `bn` is "freeze". Channels are closed at the output of the last of a weight's
-    `followers` (`structures.find_followers`), single weights where they are.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        start: Scores,
-        selection: Selection,
-        alive: Masks,
-        bn: str,
-        followers: Mapping[str, Sequence[str]] | None = None,
-    ) -> None:
-        self.model, self.start, self.alive = model, start, alive
-        self.selection = selection
-        model.requires_grad_(False)
-        model.train()
-        for module in model.modules():
-            if isinstance(module, NORMS):
-                module.train(bn != "freeze")
-                module.requires_grad_(bn != "freeze")
-        self.parts: dict[str, ScoredWeight] | dict[str, ChannelGate]
-        self._undo: list[Callable[[], None]]
-        if selection.structure == "channel":
-            gates = {n: ChannelGate(v, last=v.dim() == 2) for n, v in start.values.items()}
-            self._undo = attach_gates(model, gates, followers or {})
-            self.parts = gates
-        else:
-            scored = {name: ScoredWeight(value) for name, value in start.values.items()}
-            attach(model, scored)
-            self._undo = [partial(detach, model)]
-            self.parts = scored
-        self.check()
-
-    def scores(self) -> Scores:
-        """Importance: |score|."""
-        values = {name: part.score.detach().abs() for name, part in self.parts.items()}
-        return Scores(values, self.start.layerwise)
-
-    @torch.no_grad()
-    def refresh(self) -> None:
-        """Write the masks of the present scores."""
-        masks = select_masks(self.scores(), self.selection, self.alive)
-        for name, part in self.parts.items():
-            part.mask.copy_(masks[name])
-
-    def parameters(self) -> list[nn.Parameter]:
-        return [p for p in self.model.parameters() if p.requires_grad]
-
-    @contextmanager
-    def effective(self) -> Iterator[None]:
-        self.refresh()
-        with effective_weights(self.model):
-            yield
-
-    def after_backward(self) -> None:
-        pass
-
-    def check(self) -> None:
-        self.refresh()
-        check_layers({n: part.mask for n, part in self.parts.items()}, self.selection.sparsity)
-
-    def detach(self) -> None:
-        """Give the model its plain weights back."""
-        for undo in self._undo:
-            undo()

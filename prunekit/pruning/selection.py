@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from prunekit.contracts import Masks, Scores, read_ratio
+from prunekit.contracts import Budget, Layers, Masks, Scores, read_ratio
 from prunekit.errors import RunError
-from prunekit.pruning.budgets import lamp, share_out, spread_erk
+from prunekit.pruning.budgets import count_kept, uniform
 from prunekit.pruning.structures import keep_n_of_m, score_channels
 
 
@@ -18,29 +19,20 @@ from prunekit.pruning.structures import keep_n_of_m, score_channels
 class Selection:
     """How much is kept (`sparsity` is removed), who shares it, and what goes together.
 
-    budget: "layer" (every layer the same fraction), "global" (layers compete), "erk" (from shapes,
-    `budgets.spread_erk`), "lamp" (from scores, `budgets.lamp`). structure: "element", "channel" or
-    "n:m", whose ratio is the budget.
+    `compares` says that the budget compares the scores of layers. structure: "element", "channel"
+    or "n:m", whose ratio is the budget.
     """
 
     sparsity: float
-    budget: str = "layer"
+    budget: Budget = uniform
     structure: str = "element"
-
-
-def count_kept(n: int, sparsity: float) -> int:
-    """How many of n weights are kept: n - int(sparsity * n).
-
-    >>> count_kept(1000, 0.9), count_kept(10, 0.7), count_kept(10, 0.1)
-    (100, 3, 9)
-    """
-    return n - int(sparsity * n)
+    compares: bool = False
 
 
 def select_masks(
     scores: Scores, selection: Selection, alive: Mapping[str, Tensor] | None = None
 ) -> Masks:
-    """Keep the highest scores, exactly `count_kept` of each layer or of all together.
+    """Keep the highest scores, exactly as many as the budget, or `scores.keep`, says.
 
     Sees all layers at once. Which of several tied scores survive is arbitrary, but the same for
     the same scores. A weight that is not `alive` (pruned by an earlier stage) is never kept.
@@ -48,7 +40,7 @@ def select_masks(
     """
     alive = {name: mask for name, mask in (alive or {}).items() if name in scores.values}
     values = {name: value.detach() for name, value in scores.values.items()}
-    if selection.budget == "global" and scores.layerwise:
+    if selection.compares and scores.layerwise:
         values = {n: v / _root_mean_square(v, alive.get(n)) for n, v in values.items()}
     ratio = read_ratio(selection.structure)
     if ratio is not None:
@@ -56,10 +48,10 @@ def select_masks(
     elif selection.structure == "channel":
         units = {n: score_channels(v, alive.get(n)) for n, v in values.items()}
         left = {n: mask.flatten(1).any(1) for n, mask in alive.items()}
-        chosen = _share(units, values, left, selection)
+        chosen = _share(units, scores, left, selection)
         masks = {n: _widen(chosen[n], v) for n, v in values.items()}
     else:
-        masks = _share(values, values, alive, selection)
+        masks = _share(values, scores, alive, selection)
     return {n: m & alive[n] if n in alive else m for n, m in masks.items()}
 
 
@@ -70,34 +62,57 @@ def _bury(values: Tensor, alive: Tensor | None) -> Tensor:
 
 def _share(
     units: Mapping[str, Tensor],
-    weights: Mapping[str, Tensor],
+    scores: Scores,
     alive: Mapping[str, Tensor],
     selection: Selection,
 ) -> Masks:
     """Choose among units (weights or channels) under the budget."""
-    if selection.budget == "lamp":
-        units = {name: lamp(unit, alive.get(name)) for name, unit in units.items()}
     units = {name: _bury(unit, alive.get(name)) for name, unit in units.items()}
-    sizes = {name: unit.numel() for name, unit in units.items()}
-    total = count_kept(sum(sizes.values()), selection.sparsity)
-    match selection.budget:
-        case "layer":
-            kept = {name: count_kept(size, selection.sparsity) for name, size in sizes.items()}
-        case "erk":
-            shapes = {name: weight.shape for name, weight in weights.items()}
-            kept = share_out(spread_erk(shapes, 1 - selection.sparsity), sizes, total)
-        case "lamp" | "global":
-            chosen = keep_top(torch.cat([unit.flatten() for unit in units.values()]), total)
-            parts = chosen.split(list(sizes.values()))
-            return {n: p.view_as(units[n]) for n, p in zip(units, parts, strict=True)}
-        case other:
-            raise ValueError(f"unknown budget {other!r}")
+    kept: Mapping[str, Any] | None = scores.keep
+    total = count_kept(sum(unit.numel() for unit in units.values()), selection.sparsity)
+    if kept is None:
+        shapes = {name: value.shape for name, value in scores.values.items()}
+        layers = Layers(units, alive, shapes, selection.sparsity, total)
+        kept = dict(selection.budget(layers))
+    if any(isinstance(found, Tensor) for found in kept.values()):
+        flat = [_bury(kept[name], alive.get(name)).flatten() for name in units]
+        parts = keep_top(torch.cat(flat), total).split([part.numel() for part in flat])
+        return {n: p.view_as(units[n]) for n, p in zip(units, parts, strict=True)}
+    for name, unit in units.items():
+        if not 0 <= kept[name] <= unit.numel():
+            raise RunError(f"{name} cannot keep {kept[name]} of {unit.numel()}: a wrong budget")
     return {name: keep_top(unit, kept[name]) for name, unit in units.items()}
 
 
 def _widen(channels: Tensor, weight: Tensor) -> Tensor:
     """(O,) -> the weight's shape (O, ...)."""
     return channels.view(-1, *[1] * (weight.dim() - 1)).expand_as(weight)
+
+
+def check_scores(scores: Scores, weights: Mapping[str, Tensor], owner: str) -> None:
+    """Raise `RunError` where scores do not fit the weights; `owner` is called so in messages."""
+    for found in (scores.values, scores.values if scores.keep is None else scores.keep):
+        if wrong := sorted(found.keys() ^ weights.keys()):
+            raise RunError(
+                f"{owner} must score every weight it is given, and no other; wrong: "
+                f"{', '.join(wrong)}"
+            )
+    for name, value in scores.values.items():
+        if value.shape != weights[name].shape:
+            raise RunError(
+                f"{owner}: the scores of {name} are {tuple(value.shape)}, its weights "
+                f"{tuple(weights[name].shape)}"
+            )
+        if value.isnan().any():
+            raise RunError(f"{owner}: the scores of {name} hold NaN")
+
+
+def meets(scores: Scores, selection: Selection) -> bool:
+    """Whether `scores.keep` adds up to what the sparsity leaves of all units."""
+    channels = selection.structure == "channel"
+    sizes = [v.shape[0] if channels else v.numel() for v in scores.values.values()]
+    kept = sum((scores.keep or {}).values())
+    return kept == count_kept(sum(sizes), selection.sparsity)
 
 
 def check_layers(masks: Masks, sparsity: float) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
-from prunekit import contracts
+from prunekit import contracts, steps
 from prunekit.catalog.component import Radius, Use, default_of
 from prunekit.catalog.registry import Registry
 from prunekit.contracts import Threat
@@ -38,6 +38,10 @@ KIND_OF: dict[Any, str] = {
     Reporter: "reporter",
     contracts.OptimizerChoice: "optimizer",
     contracts.Schedule: "schedule",
+    contracts.Budget: "budget",
+    contracts.SparsitySchedule: "sparsity_schedule",
+    steps.Rewirer: "rewirer",
+    steps.Wrapper: "wrapper",
 }
 """The kind of component that an option of type `Use[...]` names."""
 

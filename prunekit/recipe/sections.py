@@ -7,18 +7,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from prunekit.catalog.component import Radius, Use, option
+from prunekit.catalog.component import Radius, Use, WrapperComponent, option
 from prunekit.contracts import (
     STRUCTURE,
+    Budget,
     Data,
     Evaluator,
     Norm,
     Objective,
     OptimizerChoice,
     Pruner,
+    SparsitySchedule,
     read_ratio,
 )
 from prunekit.errors import OptionError
+from prunekit.steps import Rewirer, Wrapper
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,13 +67,75 @@ class FitOptions:
         help='validation metric whose best epoch is kept, or "last"; default: the objective\'s',
     )
     clip_norm: float | None = option(None, help="largest norm of the gradients in a step", above=0)
+    wrap: tuple[Use[Wrapper], ...] = option((), help="what goes around or follows training steps")
+
+    def __post_init__(self) -> None:
+        declared = [use.component for use in self.wrap]
+        if sum(isinstance(c, WrapperComponent) and c.averages for c in declared) > 1:
+            raise OptionError("wrap", "only one average can be judged and stored; keep one")
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainOptions(FitOptions):
+class SelectionOptions(FitOptions):
+    """What prune stages share with those that rewire."""
+
+    sparsity: float | None = option(
+        None, help='fraction of the weights removed; an "n:m" structure fixes it', above=0, below=1
+    )
+    sparsity_schedule: Use[SparsitySchedule] = option(
+        "constant", help="how the sparsity grows while scores or weights train"
+    )
+    budget: Use[Budget] = option("layer", help="how layers share the sparsity")
+    structure: str = option(
+        "element",
+        help='what is removed together: "element", "channel" (outputs), or "n:m" such as "2:4"',
+    )
+    exclude: tuple[str, ...] | None = option(
+        None,
+        help='names of weights left dense, such as "fc.*"; default: as the architecture says',
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not STRUCTURE.fullmatch(self.structure):
+            advice = 'write "element", "channel" or a ratio such as "2:4"'
+            raise OptionError("structure", f"structure cannot be {self.structure!r}; {advice}")
+        ratio = read_ratio(self.structure)
+        if ratio is None:
+            return
+        n, m = ratio
+        if n >= m:
+            raise OptionError("structure", f"{n} of every {m} removes nothing; write a smaller n")
+        if self.budget.component.name != "layer":
+            raise OptionError("budget", f"{n}:{m} fixes what every layer keeps; remove budget")
+        if self.sparsity_schedule.component.name != "constant":
+            raise OptionError(
+                "sparsity_schedule", f"{n}:{m} fixes the sparsity; remove sparsity_schedule"
+            )
+        if self.sparsity not in (None, 1 - n / m):
+            raise OptionError(
+                "sparsity", f"{n}:{m} removes {1 - n / m:g}, not {self.sparsity:g}; remove sparsity"
+            )
+        object.__setattr__(self, "sparsity", 1 - n / m)
+
+
+SELECTION_KEYS = ("sparsity", "sparsity_schedule", "budget", "structure", "exclude")
+"""Keys of a pretrain or finetune stage that only those that rewire have."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainOptions(SelectionOptions):
     """A pretrain stage."""
 
     epochs: int = option(help="passes over the training images", low=1, high=10**6)
+    rewire: Use[Rewirer] | None = option(
+        None, help="masks that change while weights train; the stage then prunes, to `sparsity`"
+    )
+
+    def __post_init__(self) -> None:
+        if self.rewire is not None:
+            super().__post_init__()
+            _need_sparsity(self.sparsity)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,50 +146,24 @@ class FinetuneOptions(PretrainOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruneOptions(FitOptions):
+class PruneOptions(SelectionOptions):
     """A prune stage."""
 
     epochs: int | None = option(None, help="passes over the training images", low=1, high=10**6)
-    sparsity: float | None = option(
-        None, help='fraction of the weights removed; an "n:m" structure fixes it', above=0, below=1
-    )
     pruner: Use[Pruner] = option("score", help="how much each weight matters")
-    budget: Literal["layer", "global", "erk", "lamp"] = option(
-        "layer",
-        help="how layers share the sparsity: all alike, compared globally, by shape (ERK), or LAMP",
-    )
-    structure: str = option(
-        "element",
-        help='what is removed together: "element", "channel" (outputs), or "n:m" such as "2:4"',
-    )
     bn: Literal["train", "freeze", "recalibrate"] = option(
         "train",
         help="batch normalization while scores are learned; recalibrate: measured again afterwards",
     )
-    exclude: tuple[str, ...] | None = option(
-        None,
-        help='names of weights left dense, such as "fc.*"; default: as the architecture says',
-    )
 
     def __post_init__(self) -> None:
-        if not STRUCTURE.fullmatch(self.structure):
-            advice = 'write "element", "channel" or a ratio such as "2:4"'
-            raise OptionError("structure", f"structure cannot be {self.structure!r}; {advice}")
-        ratio = read_ratio(self.structure)
-        if ratio is None:
-            if self.sparsity is None:
-                raise OptionError("sparsity", "needs sparsity: fraction of the weights removed")
-            return
-        n, m = ratio
-        if n >= m:
-            raise OptionError("structure", f"{n} of every {m} removes nothing; write a smaller n")
-        if self.budget != "layer":
-            raise OptionError("budget", f"{n}:{m} fixes what every layer keeps; remove budget")
-        if self.sparsity not in (None, 1 - n / m):
-            raise OptionError(
-                "sparsity", f"{n}:{m} removes {1 - n / m:g}, not {self.sparsity:g}; remove sparsity"
-            )
-        object.__setattr__(self, "sparsity", 1 - n / m)
+        super().__post_init__()
+        _need_sparsity(self.sparsity)
+
+
+def _need_sparsity(sparsity: float | None) -> None:
+    if sparsity is None:
+        raise OptionError("sparsity", "needs sparsity: fraction of the weights removed")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,11 +10,15 @@ from typing import Any
 
 from prunekit.catalog.component import Use
 from prunekit.recipe.resolver import NAME, NAME_RULE, Resolver, describe
-from prunekit.recipe.sections import STAGE_OPTIONS
+from prunekit.recipe.sections import SELECTION_KEYS, STAGE_OPTIONS
 from prunekit.recipe.values import KeyPath, Mistake, suggest
 
-TRAINING_KEYS = ("epochs", "optimizer", "select", "clip_norm")
+TRAINING_KEYS = ("epochs", "optimizer", "select", "clip_norm", "wrap", "sparsity_schedule")
 """Keys of a prune stage that only pruners that learn their scores use."""
+
+
+REWIRING = ("pretrain", "finetune")
+"""Kinds of stages that may have a rewirer."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,21 @@ class Stage:
         if self.kind == "prune" and not self.options.pruner.component.learns:
             # A recipe that gives these keys to a one-shot pruner is rejected.
             table = {k: v for k, v in table.items() if k not in find_unused(table)}
+        if self.kind in REWIRING and self.options.rewire is None:
+            table = {k: v for k, v in table.items() if k not in SELECTION_KEYS}
+        if any(use.component.allocates for use in self._choosing()):
+            table.pop("budget")
         return table
+
+    def _choosing(self) -> list[Use[Any]]:
+        """The pruner or the rewirer."""
+        named = (getattr(self.options, key, None) for key in ("pruner", "rewire"))
+        return [use for use in named if use is not None]
+
+    @property
+    def prunes(self) -> bool:
+        """Whether masks come out of this stage, with a pruner or with a rewirer."""
+        return bool(self._choosing())
 
 
 def find_unused(table: Mapping[str, Any]) -> list[str]:
@@ -102,19 +120,20 @@ def resolve_stages(
             continue
         if name in names:
             resolver.problem(path, f'there are two stages {name!r}; give each a name = "..."')
+        may_be_pruned |= kind == "prune" or "rewire" in table
         if kind == "finetune" and not may_be_pruned:
             resolver.problem(path, "finetune before any prune; put a prune stage before it")
         names.add(name)
-        may_be_pruned |= kind == "prune"
         own = {k: v for k, v in table.items() if k not in ("kind", "name")}
-        if kind == "prune":
-            own = _drop_unused(own, resolver, path, name, swept, notes)
+        own = _drop_unused(kind, own, resolver, path, name, swept, notes)
         options = resolver.options(STAGE_OPTIONS[kind], own, path, f"stage {name!r}")
         if options is None:
             continue
         if kind == "prune":
             _check_prune(options, sparsity, resolver, path, name)
             sparsity = max(sparsity, options.sparsity)
+        elif kind in REWIRING and options.rewire is not None:
+            sparsity = options.sparsity
         if kind != "evaluate" and options.objective is None:
             learns = kind != "prune" or options.pruner.component.learns
             if learns and "objective" not in recipe:
@@ -123,7 +142,20 @@ def resolve_stages(
                 resolver.problem(path, message)
             options = dataclasses.replace(options, objective=objective)
         stages.append(Stage(kind, name, position, options, sparsity))
+        _check_wrappers(stages[-1], resolver, path)
     return tuple(stages)
+
+
+def _check_wrappers(stage: Stage, resolver: Resolver, path: KeyPath) -> None:
+    """Several passes a step, and several steps a batch, do not go together."""
+    for use in getattr(stage.options, "wrap", ()):
+        if use.component.passes(use.options) > 1 and stage.options.objective and stage.replays > 1:
+            resolver.problem(
+                (*path, "wrap"),
+                f"{use.name!r} goes through a step's loss several times, and objective "
+                f"{stage.options.objective.name!r} takes several steps on a batch; use another "
+                "objective, or remove it",
+            )
 
 
 def _identify(table: Any, path: KeyPath) -> tuple[str, str]:
@@ -160,6 +192,7 @@ def _check_prune(options: Any, before: float, resolver: Resolver, path: KeyPath,
 
 
 def _drop_unused(
+    kind: str,
     own: dict[str, Any],
     resolver: Resolver,
     path: KeyPath,
@@ -167,24 +200,37 @@ def _drop_unused(
     swept: bool,
     notes: list[str],
 ) -> dict[str, Any]:
-    """The keys of a prune stage, without those that a one-shot pruner does not use.
+    """The keys of a stage, without those that its pruner or rewirer, or none, does not use.
 
     Such a key is a mistake where it is written beside the pruner. It is only noted if the pruner
     comes from elsewhere: from a sweep, `--set`, or a recipe that extends this one.
     """
-    pruner = own.get("pruner", "score")
-    name = str(pruner.get("use") if isinstance(pruner, dict) else pruner)
-    entries = (e for e in resolver.registry.entries if e.kind == "pruner")
-    one_shot = {entry.component.name for entry in entries if not entry.component.learns}
-    if name.rpartition(":")[2] not in one_shot:
+    if kind == "evaluate":
         return own
-    unused = find_unused(own)
-    chosen = resolver.locate((*path, "pruner")).file
-    wrong = [k for k in unused if not swept and resolver.locate((*path, k)).file == chosen]
-    for key in wrong:
-        message = f"pruner {name!r} is one-shot: {key} has no effect; remove it"
-        resolver.problem((*path, key), message)
-    if unused and not wrong:
-        keys = ", ".join(unused)
-        notes.append(f"stage {stage!r}: pruner {name!r} is one-shot and does not use {keys}")
+    if kind in REWIRING and "rewire" not in own:
+        for key in [key for key in SELECTION_KEYS if key in own]:
+            message = f"{key} is for stages that prune; remove it, or name a rewirer: rewire = ..."
+            resolver.problem((*path, key), message)
+        return {k: v for k, v in own.items() if k not in SELECTION_KEYS}
+    key = "rewire" if "rewire" in own else "pruner"
+    value = own.get(key, "score")
+    name = str(value.get("use") if isinstance(value, dict) else value)
+    named = "rewirer" if key == "rewire" else "pruner"
+    found = [e.component for e in resolver.registry.search(name, named)]
+    unused: dict[str, str] = {}
+    if kind == "prune" and found and not found[0].learns:
+        unused |= dict.fromkeys(find_unused(own), "is one-shot")
+    if found and found[0].allocates and "budget" in own:
+        unused["budget"] = "says itself what each layer keeps"
+    chosen = resolver.locate((*path, key)).file
+    noted: dict[str, list[str]] = {}
+    for key, why in unused.items():
+        if not swept and resolver.locate((*path, key)).file == chosen:
+            message = f"{named} {name!r} {why}: {key} has no effect; remove it"
+            resolver.problem((*path, key), message)
+        else:
+            noted.setdefault(why, []).append(key)
+    for why, keys in noted.items():
+        told = f"{named} {name!r} {why} and does not use {', '.join(keys)}"
+        notes.append(f"stage {stage!r}: {told}")
     return {k: v for k, v in own.items() if k not in unused}

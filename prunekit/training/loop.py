@@ -1,16 +1,17 @@
-"""fit(): the only training loop. It trains weights (masked or not), or scores."""
+"""fit(): the only training loop."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from prunekit.contracts import Clock, Loss, Objective, OptimizerChoice
 from prunekit.data import seeds
@@ -18,8 +19,10 @@ from prunekit.data.batches import Feed
 from prunekit.errors import RunError, UserError
 from prunekit.evaluation import balance, eval_mode, is_unbalanced
 from prunekit.report import EpochDone, Progress, Report, StageStarted, Stop
+from prunekit.steps import Averaging, Masking, Wrapper
 from prunekit.training.progress import Position, restore, save
-from prunekit.training.variables import Variables
+from prunekit.training.rewiring import Rewired
+from prunekit.training.step import Stepper
 
 IMAGES = "#"
 """Key of the number of images among the sums of an epoch."""
@@ -35,7 +38,7 @@ CHECKPOINT_SECONDS = 300.0
 class Fit:
     """One training: what is trained, on which data, how, and where it is saved."""
 
-    variables: Variables
+    masking: Masking
     objective: Objective
     optimizer: OptimizerChoice
     feed: Feed
@@ -53,11 +56,16 @@ class Fit:
     clip_norm: float | None = None
     replays: int = 1
     """Optimizer steps on each batch."""
+    wrappers: Sequence[Wrapper] = ()
 
     def clock(self, epoch: int, batch: int, replay: int = 0) -> Clock:
         per_epoch = self.feed.count() * self.replays
         step = epoch * per_epoch + batch * self.replays + replay
         return Clock(step, self.epochs * per_epoch, epoch, self.epochs)
+
+    def end(self, epoch: int) -> Clock:
+        """The last step of an epoch."""
+        return self.clock(epoch, self.feed.count() - 1, self.replays - 1)
 
 
 class _Sums:
@@ -89,31 +97,38 @@ def fit(job: Fit) -> list[dict[str, Any]]:
     the same bits. Raises `RunError` if the loss is not finite (the last good checkpoint stays),
     and `Interrupted`, after saving, if a stop was requested.
     """
-    model = job.variables.model
-    parameters = job.variables.parameters()
-    if not parameters:
+    model = job.masking.model
+    own = (job.masking, job.objective, job.optimizer, job.seed, job.clip_norm, job.wrappers)
+    stepper = Stepper(*own)
+    if not stepper.trains:
         raise RunError(f"stage {job.stage!r}: nothing to train, every parameter is frozen")
-    optimizer = job.optimizer.make(parameters)
     at, best = Position(), dict[str, Tensor]()
     if job.checkpoint.exists():
-        at, best = restore(job.checkpoint, model, job.objective, optimizer, job.feed.device)
+        at, best = restore(job.checkpoint, stepper, job.feed.device)
     batches = job.feed.count()
     if not batches:
         raise UserError("there is no training batch: too few images for batch_size")
     job.report(StageStarted(job.stage, job.kind, job.key, job.epochs, batches, at.epoch, at.batch))
     for row in at.history:
         job.report(retell(job.stage, job.epochs, row))
+    if isinstance(job.masking, Rewired) and not (at.epoch or at.batch):
+        job.masking.rewire(job.clock(0, 0), stepper.optimizer)
     while at.epoch < job.epochs:
         started = time.monotonic()
-        _train_epoch(job, optimizer, at, best)
-        job.variables.check()
-        row = _summarize(job, at)
-        row["best"] = _is_best(job, at, row)
-        if row["best"]:
-            best = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+        _train_epoch(job, stepper, at, best)
+        job.masking.check()
+        with ExitStack() as judged:
+            for wrapper in job.wrappers:
+                if isinstance(wrapper, Averaging):
+                    judged.enter_context(wrapper.judged(model))
+            judged.enter_context(job.masking.judged(job.end(at.epoch)))
+            row = _summarize(job, at)
+            row["best"] = _is_best(job, at, row)
+            if row["best"]:
+                best = {name: value.detach().clone() for name, value in model.state_dict().items()}
         at.history.append(row)
         at.epoch, at.batch, at.sums = at.epoch + 1, 0, {}
-        save(job.checkpoint, model, job.objective, optimizer, at, best)
+        save(job.checkpoint, stepper, at, best)
         spent = time.monotonic() - started
         job.report(EpochDone(job.stage, at.epoch, job.epochs, _metrics(row), row["best"], spent))
         job.stop.check()
@@ -121,9 +136,7 @@ def fit(job: Fit) -> list[dict[str, Any]]:
     return at.history
 
 
-def _train_epoch(
-    job: Fit, optimizer: torch.optim.Optimizer, at: Position, best: Mapping[str, Tensor]
-) -> None:
+def _train_epoch(job: Fit, stepper: Stepper, at: Position, best: Mapping[str, Tensor]) -> None:
     """Train the rest of an epoch; write a checkpoint if it takes long or is stopped."""
     device = job.feed.device
     sums, batches = _Sums(at.sums, device), job.feed.count()
@@ -135,7 +148,7 @@ def _train_epoch(
         for replay in range(job.replays):
             clock = job.clock(at.epoch, at.batch, replay)
             seeds.seed_all(*job.seed, "step", at.epoch, at.batch, replay)
-            loss = _step(job, optimizer, x, y, clock)
+            loss = stepper.take(x, y, clock, at.history)
             bad = ~loss.value.detach().isfinite() & (bad_step < 0)
             bad_step = torch.where(bad, clock.step, bad_step)
         if taken := RESERVED & loss.terms.keys():
@@ -153,26 +166,9 @@ def _train_epoch(
             job.report(Progress(job.stage, *progress, means, "training"))
         if halt:
             saved, at.sums = now, sums.read()
-            save(job.checkpoint, job.variables.model, job.objective, optimizer, at, best)
+            save(job.checkpoint, stepper, at, best)
             job.stop.check()
     at.sums = sums.read()
-
-
-def _step(job: Fit, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, clock: Clock) -> Loss:
-    """One optimizer step at the schedule's rate."""
-    rate = job.optimizer.lr * job.optimizer.schedule(clock)
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    optimizer.zero_grad(set_to_none=True)
-    with job.variables.effective():
-        loss = job.objective(x, y, clock)
-        loss.value.backward()
-    job.variables.after_backward()
-    if job.clip_norm is not None:
-        nn.utils.clip_grad_norm_(job.variables.parameters(), job.clip_norm)
-    optimizer.step()
-    getattr(job.objective, "after_step", lambda: None)()
-    return loss
 
 
 def _check_finite(job: Fit, step: int, epoch: int) -> None:
@@ -191,7 +187,7 @@ def _summarize(job: Fit, at: Position) -> dict[str, Any]:
     images = at.sums[IMAGES]
     row: dict[str, Any] = {"epoch": at.epoch + 1}
     row |= {name: value / images for name, value in at.sums.items() if name != IMAGES}
-    for name, parameter in job.variables.model.named_parameters():
+    for name, parameter in job.masking.model.named_parameters():
         if not parameter.isfinite().all():
             raise _diverged(job, f"{name} is not finite after epoch {at.epoch + 1}")
     row |= {f"validation.{name}": value for name, value in validate(job, at.epoch).items()}
@@ -207,7 +203,7 @@ def validate(job: Fit, epoch: int) -> dict[str, float]:
     total = job.feed.count_validation()
     if not total:
         return {}
-    model = job.variables.model
+    model = job.masking.model
 
     def classify(x: Tensor, y: Tensor) -> Mapping[str, Tensor]:
         with torch.no_grad():
@@ -218,7 +214,7 @@ def validate(job: Fit, epoch: int) -> dict[str, float]:
     )
     found: dict[str, list[Tensor]] = {}
     labels: list[Tensor] = []
-    with job.variables.effective(), eval_mode(model):
+    with eval_mode(model):
         for number, (x, y) in enumerate(job.feed.validate()):
             seeds.seed_all(*job.seed, "validation", number)
             for name, value in check(x, y).items():
@@ -243,9 +239,9 @@ def _is_best(job: Fit, at: Position, row: Mapping[str, Any]) -> bool:
             f"stage {job.stage!r}: select = {job.select!r} is not a validation metric; there are: "
             f"{', '.join([*names, 'last'])}"
         )
-    end = job.clock(at.epoch, job.feed.count() - 1, job.replays - 1)
+    end = job.end(at.epoch)
     worse = at.best_value is not None and value < at.best_value
-    if not settled(end) or worse or not math.isfinite(value):
+    if not (settled(end) and job.masking.settled(end)) or worse or not math.isfinite(value):
         # There must be a best epoch at the end, even if nothing ever settles.
         return at.epoch + 1 == job.epochs and at.best_value is None
     at.best_value = value

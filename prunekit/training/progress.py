@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunekit.contracts import Objective
 from prunekit.store.checkpoint import read_checkpoint, write_checkpoint
+from prunekit.training.step import Stepper
 
 
 @dataclass
@@ -25,51 +25,61 @@ class Position:
     best_value: float | None = None
 
 
-def save(
-    path: Path,
-    model: torch.nn.Module,
-    objective: Objective,
-    optimizer: torch.optim.Optimizer,
-    at: Position,
-    best: Mapping[str, Tensor],
-) -> None:
-    """Write the model, the best one so far, and the states of the optimizer and objective."""
-    tensors = {f"model/{k}": v for k, v in model.state_dict().items()}
+def save(path: Path, stepper: Stepper, at: Position, best: Mapping[str, Tensor]) -> None:
+    """Write the model, the best one so far, and what the steps still need: the states of the
+    optimizer, its groups, the objective and the wrappers."""
+    tensors = {f"model/{k}": v for k, v in stepper.masking.model.state_dict().items()}
     tensors |= {f"best/{k}": v for k, v in best.items()}
-    scalars: dict[str, dict[str, Any]] = {}
-    for index, state in optimizer.state_dict()["state"].items():
-        for name, value in state.items():
-            if isinstance(value, Tensor):
-                tensors[f"optimizer/{index}/{name}"] = value
-            elif value is not None:
-                scalars.setdefault(str(index), {})[name] = value
-    if hasattr(objective, "state_dict"):
-        tensors |= {f"objective/{k}": v for k, v in objective.state_dict().items()}
+    state = stepper.optimizer.state_dict()
+    scalars: dict[str, dict[str, Any]] = {"state": {}, "groups": {}}
+    parts = {"state": state["state"], "groups": dict(enumerate(state["param_groups"]))}
+    for part, owners in parts.items():
+        for index, values in owners.items():
+            for name, value in values.items():
+                if isinstance(value, Tensor):
+                    tensors[f"optimizer/{part}/{index}/{name}"] = value
+                elif value is not None and name != "params":
+                    scalars[part].setdefault(str(index), {})[name] = value
+    for owner, part in _find_stateful(stepper):
+        tensors |= {f"{owner}/{k}": v for k, v in part.state_dict().items()}
     write_checkpoint(path, tensors, {"at": vars(at), "optimizer": scalars})
 
 
 def restore(
-    path: Path,
-    model: torch.nn.Module,
-    objective: Objective,
-    optimizer: torch.optim.Optimizer,
-    device: torch.device,
+    path: Path, stepper: Stepper, device: torch.device
 ) -> tuple[Position, dict[str, Tensor]]:
-    """Load what `save` wrote into the three; the position, and the best model's state."""
+    """Load what `save` wrote; the position, and the best model's state."""
     tensors, header = read_checkpoint(path)
 
     def part(prefix: str) -> dict[str, Tensor]:
         return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
-    model.load_state_dict(part("model/"))
-    state: dict[int, dict[str, Any]] = {
-        int(index): dict(values) for index, values in header["optimizer"].items()
-    }
-    for key, value in part("optimizer/").items():
-        index, name = key.split("/", 1)
-        state.setdefault(int(index), {})[name] = value
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
-    if hasattr(objective, "load_state_dict"):
-        objective.load_state_dict({n: v.to(device) for n, v in part("objective/").items()})
+    stepper.masking.model.load_state_dict(part("model/"))
+    optimizer = stepper.optimizer
+    content = optimizer.state_dict()
+    for name, owners in (("state", content["state"]), ("groups", content["param_groups"])):
+        found: dict[int, dict[str, Any]] = {
+            int(index): {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+            for index, values in header["optimizer"][name].items()
+        }
+        for key, value in part(f"optimizer/{name}/").items():
+            number, own = key.split("/", 1)
+            found.setdefault(int(number), {})[own] = value
+        for index, values in found.items():
+            if name == "state":
+                owners[index] = values
+            else:
+                owners[index] |= values
+    optimizer.load_state_dict(content)
+    for owner, stateful in _find_stateful(stepper):
+        stateful.load_state_dict({n: v.to(device) for n, v in part(f"{owner}/").items()})
     return Position(**header["at"]), part("best/")
+
+
+def _find_stateful(stepper: Stepper) -> Iterator[tuple[str, Any]]:
+    """(name in the checkpoint, owner) of what has a state that a resume must restore."""
+    owners: dict[str, Any] = {"objective": stepper.objective}
+    owners |= {f"wrap-{number}": wrapper for number, wrapper in enumerate(stepper.wrappers)}
+    for name, owner in owners.items():
+        if hasattr(owner, "state_dict"):
+            yield name, owner

@@ -25,11 +25,13 @@ from prunekit_lirpa.margins import (
 from torch import Tensor, nn
 
 from prunekit import UserError
-from prunekit.contracts import Scores
+from prunekit.contracts import Clock, Scores
 from prunekit.pruning.layers import find_prunable
 from prunekit.pruning.learning import LearnedScores, effective_parameters
 from prunekit.pruning.selection import Selection
 from prunekit.pruning.structures import find_followers
+
+CLOCK = Clock(0, 10, 0, 2)
 
 RECORDED = Path(__file__).parent.parent / "data/bounds_cifar_small.npz"
 
@@ -68,7 +70,7 @@ def test_bounds_of_a_masked_network_are_the_recorded_ones(method: str) -> None:
     recorded = read_recorded()
     net, trained = make_recorded(recorded)
     x, y, eps = read_images(recorded)
-    with trained.effective():
+    with trained.effective(CLOCK):
         torch.testing.assert_close(net(x), recorded["logits"], atol=1e-5, rtol=0)
         lower = Bounds(net, (3, 32, 32)).margins(surround(x, eps), y, method)
         robust_cross_entropy(lower).backward()
@@ -87,7 +89,7 @@ def test_symbolic_bounds_are_the_recorded_ones() -> None:
         recorded[f"symbolic_box_{end}"].float().view(-1, 1, 1, 1) for end in ("min", "max")
     )
     box = Box(torch.maximum(x - eps, low), torch.minimum(x + eps, high))
-    with trained.effective():
+    with trained.effective(CLOCK):
         lower = Bounds(net, (3, 32, 32), "same-slope").margins(box, y, "crown")
         robust_cross_entropy(lower).backward()
     others = torch.arange(10) != y[:, None]
@@ -369,7 +371,7 @@ def test_scores_act_on_bounds_as_on_the_network(structure: str, bn: bool) -> Non
     trained = LearnedScores(net, start, selection, {}, "train", followers)
     bounds = Bounds(net, SHAPE)  # built after the scores were attached
     box = surround(x, 0.02)
-    with trained.effective():
+    with trained.effective(CLOCK):
         values = effective_parameters(net)
         dense.load_state_dict({**dict(net.named_buffers()), **values}, strict=False)
         net.eval(), dense.eval()

@@ -16,10 +16,11 @@ from torch.nn import functional as F
 from prunekit import Use, UserError
 from prunekit.contracts import Clock, Context, Scores, Threat
 from prunekit.pruning.layers import find_prunable
-from prunekit.pruning.learning import LearnedScores
 from prunekit.pruning.masks import apply_masks
 from prunekit.pruning.selection import Selection
-from prunekit.training.variables import Weights
+from prunekit.training.masking import LearnedScores, Weights
+
+CLOCK = Clock(0, 10, 0, 2)
 
 COMPONENTS = {component.name: component for component in prunekit_lirpa.prunekit_objectives()}
 SHAPE, K = (1, 4, 4), 3
@@ -216,7 +217,7 @@ def test_scores_learn_and_weights_stay(name: str) -> None:
     optimizer = torch.optim.SGD(trained.parameters(), lr=0.1)
     for step in range(3):
         optimizer.zero_grad()
-        with trained.effective():
+        with trained.effective(CLOCK):
             objective(x, y, at(step)).value.backward()
         optimizer.step()
     assert all((part.score != before[n]).any() for n, part in trained.parts.items())
@@ -237,7 +238,7 @@ def test_removed_weights_stay_removed(name: str) -> None:
     for step in range(30):
         torch.manual_seed(0)
         optimizer.zero_grad()
-        with trained.effective():
+        with trained.effective(CLOCK):
             loss = objective(x, y, at(step))
             loss.value.backward()
         trained.after_backward()

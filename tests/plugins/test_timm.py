@@ -20,7 +20,7 @@ from torch import nn
 from prunekit.catalog.component import Use
 from prunekit.catalog.registry import load_registry
 from prunekit.cli.group import main
-from prunekit.contracts import Context, Scores
+from prunekit.contracts import Clock, Context, Scores
 from prunekit.engine.engine import Engine
 from prunekit.errors import Interrupted, OptionError, UserError
 from prunekit.pruning.layers import find_prunable, find_unprunable
@@ -186,7 +186,7 @@ def test_structures_give_the_network_that_was_learned(family, structure):
     masks |= follow(masks, chosen)
 
     variables = LearnedScores(copy.deepcopy(network), scores, selection, {}, "freeze", chosen)
-    with variables.effective(), torch.no_grad():
+    with variables.effective(Clock(0, 10, 0, 2)), torch.no_grad():
         learned = variables.model.eval()(x)
     before = network(x).detach()
     apply_masks(network, masks)
@@ -319,6 +319,8 @@ OFFLINE = """
 import sys
 from click.testing import CliRunner
 from prunekit.cli.group import main
+
+CLOCK = Clock(0, 10, 0, 2)
 for name in sys.argv[1:]:
     done = CliRunner().invoke(main, ["run", f"{name}.toml", "--out", name])
     print(done.exit_code)

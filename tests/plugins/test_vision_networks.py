@@ -17,13 +17,15 @@ from torch import nn
 from torchvision import models
 
 from prunekit.catalog.component import NoOptions, Use
-from prunekit.contracts import Context, Scores
+from prunekit.contracts import Clock, Context, Scores
 from prunekit.errors import OptionError, UserError
 from prunekit.pruning.layers import find_prunable, find_unprunable
-from prunekit.pruning.learning import LearnedScores
 from prunekit.pruning.masks import apply_masks
 from prunekit.pruning.selection import Selection, select_masks
 from prunekit.testing import check_component
+from prunekit.training.masking import LearnedScores
+
+CLOCK = Clock(0, 10, 0, 2)
 
 COMPONENTS = {c.name: c for c in prunekit_architectures() if c.name.startswith("imagenet-")}
 
@@ -130,7 +132,7 @@ def test_packed_attention_of_a_transformer_is_pruned(training: bool) -> None:
     with torch.no_grad():
         dense = network.train(training)(x)
         variables = LearnedScores(network, scores, Selection(0.5), {}, "train")
-        with variables.effective():
+        with variables.effective(CLOCK):
             learned = network.train(training)(x)
         variables.detach()
         torch.testing.assert_close(network.train(training)(x), dense)

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from prunekit.contracts import Scores
+from prunekit.contracts import Clock, Scores
 from prunekit.errors import RunError
 from prunekit.evaluation import eval_mode
 from prunekit.pruning import learning
@@ -16,7 +16,6 @@ from prunekit.pruning.layers import find_prunable
 from prunekit.pruning.learning import (
     LEAK,
     ChannelGate,
-    LearnedScores,
     ScoredWeight,
     attach,
     attach_gates,
@@ -32,6 +31,15 @@ from prunekit.pruning.selection import Selection, select_masks
 from prunekit.pruning.structures import (
     find_followers,
 )
+from prunekit.training import masking
+from prunekit.training.masking import LearnedScores
+
+CLOCK = Clock(0, 10, 0, 2)
+GLOBAL = {"budget": lambda layers: layers.scores, "compares": True}
+
+
+def flat(masking):
+    return [p for group in masking.parameters() for p in group.parameters]
 
 
 def make_net():
@@ -212,7 +220,7 @@ def test_a_gate_multiplies_weight_and_bias_along_the_outputs():
     """Gate (1, LEAK, 1): what y = gate * (W x + b) does, (gate W) x + gate b does as well."""
     net = nn.Linear(2, 3)
     weight, bias = net.weight.detach().clone(), net.bias.detach().clone()
-    gate = ChannelGate(torch.ones(3, 2), last=True)
+    gate = ChannelGate(torch.ones(3, 2))
     gate.mask[1] = False
     attach_gates(net, {"weight": gate}, {"weight": ["bias"]})
     values = effective_parameters(net)
@@ -231,7 +239,7 @@ def test_a_gate_multiplies_weight_and_bias_along_the_outputs():
 
 def test_a_gate_behind_a_normalisation_multiplies_its_scale_and_shift():
     net = nn.Sequential(nn.Conv2d(1, 2, 2, bias=False), nn.BatchNorm2d(2)).eval()
-    gate = ChannelGate(torch.ones(2, 1, 2, 2), last=False)
+    gate = ChannelGate(torch.ones(2, 1, 2, 2))
     gate.mask[0] = False
     attach_gates(net, {"0.weight": gate}, {"0.weight": ["1.weight", "1.bias"]})
     values = effective_parameters(net)
@@ -245,7 +253,7 @@ def test_a_gate_behind_a_normalisation_multiplies_its_scale_and_shift():
 
 def test_a_plain_copy_is_as_if_nothing_had_been_attached():
     net, _ = scored_net()
-    attach_gates(net, {"2.weight": ChannelGate(torch.ones(3, 6), last=True)}, {"2.weight": []})
+    attach_gates(net, {"2.weight": ChannelGate(torch.ones(3, 6))}, {"2.weight": []})
     masked = net(torch.ones(1, 4))
     plain = copy_plain(net)
     fresh = make_net()
@@ -312,7 +320,7 @@ def test_a_removed_channel_gets_a_gradient_behind_normalisation_and_relu(make_co
     start = {"0.weight": dict(net.named_parameters())["0.weight"].detach().clone()}
     selection = Selection(0.5, structure="channel")
     learned = LearnedScores(net, Scores(start), selection, {}, "train", followers)
-    with learned.effective():
+    with learned.effective(CLOCK):
         nn.functional.cross_entropy(net(x), y).backward()
     part = learned.parts["0.weight"]
     removed = ~part.mask.flatten(1).any(1)
@@ -333,7 +341,7 @@ def test_gate_gradients_by_hand():
     selection = Selection(0.5, structure="channel")
     learned = LearnedScores(net, scores, selection, {}, "train", {"0.weight": []})
     x = torch.tensor([[1.0, 2.0], [0.0, 1.0]])  # z = 3 and 1 in both channels
-    with learned.effective():
+    with learned.effective(CLOCK):
         out = net(x)
         (3 * out).sum().backward()
     torch.testing.assert_close(out, torch.tensor([[3.0, 3e-6], [1.0, 1e-6]]))
@@ -344,16 +352,16 @@ def test_gate_gradients_by_hand():
     assert torch.equal(net(x), torch.tensor([[3.0, 3.0], [1.0, 1.0]]))
 
 
-def learned(net, sparsity=0.5, budget="layer", alive=None, bn="train"):
+def learned(net, sparsity=0.5, alive=None, bn="train", **more):
     start = {name: weight.detach().clone() for name, weight in find_prunable(net).items()}
-    selection = Selection(sparsity, budget)
+    selection = Selection(sparsity, **more)
     return LearnedScores(net, Scores(start, layerwise=True), selection, alive or {}, bn)
 
 
 def test_masks_follow_the_scores_once_a_step(monkeypatch, make_normed_net):
     calls = []
-    original = learning.select_masks
-    monkeypatch.setattr(learning, "select_masks", lambda *a: calls.append(1) or original(*a))
+    original = masking.select_masks
+    monkeypatch.setattr(masking, "select_masks", lambda *a: calls.append(1) or original(*a))
     made = []
     forward = learning.ScoredWeight.forward
     monkeypatch.setattr(
@@ -361,11 +369,11 @@ def test_masks_follow_the_scores_once_a_step(monkeypatch, make_normed_net):
     )
     net = make_normed_net()
     trained = learned(net)
-    optimizer = torch.optim.SGD(trained.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(flat(trained), lr=0.1)
     calls.clear()
     made.clear()
     for number in range(1, 4):
-        with trained.effective():
+        with trained.effective(CLOCK):
             for _ in range(5):  # an attack
                 x = torch.rand(4, 6, requires_grad=True)
                 with eval_mode(net):
@@ -373,7 +381,7 @@ def test_masks_follow_the_scores_once_a_step(monkeypatch, make_normed_net):
             net(torch.rand(4, 6)).square().sum().backward()
         optimizer.step()
         assert (len(calls), len(made)) == (number, 2 * number)
-    with trained.effective():
+    with trained.effective(CLOCK):
         for name, part in trained.parts.items():
             expected = original(Scores({name: part.score.abs()}), Selection(0.5))[name]
             assert torch.equal(part.mask, expected)
@@ -382,7 +390,7 @@ def test_masks_follow_the_scores_once_a_step(monkeypatch, make_normed_net):
 def test_the_effective_weights_have_the_sparsity(make_normed_net):
     net = make_normed_net()
     trained = learned(net, 0.75)
-    with trained.effective():
+    with trained.effective(CLOCK):
         assert [int((net[i].weight != 0).sum()) for i in (0, 4)] == [12, 6]
 
 
@@ -402,7 +410,7 @@ def test_a_prune_after_a_prune_keeps_the_zeros(make_normed_net):
     trained = learned(net, 0.5, alive=alive)
     with torch.no_grad():  # whatever the scores say
         trained.parts["0.weight"].score[~alive["0.weight"]] = 100.0
-    with trained.effective():
+    with trained.effective(CLOCK):
         assert not (trained.parts["0.weight"].mask & ~alive["0.weight"]).any()
 
 
@@ -411,8 +419,8 @@ def test_an_empty_layer_is_told_at_the_start_and_after_an_epoch(make_normed_net)
     with torch.no_grad():
         net[4].weight.zero_()
     with pytest.raises(RunError, match=r"no weight of 4\.weight"):
-        learned(net, 0.6, "global")
-    trained = learned(make_normed_net(), 0.5, "global")
+        learned(net, 0.6, **GLOBAL).check()
+    trained = learned(make_normed_net(), 0.5, **GLOBAL)
     trained.check()
     with torch.no_grad():
         trained.parts["4.weight"].score.zero_()

@@ -6,7 +6,8 @@ import torch
 from prunekit.contracts import Scores
 from prunekit.errors import RunError
 from prunekit.pruning import selection as module
-from prunekit.pruning.selection import Selection, check_layers, count_kept, select_masks
+from prunekit.pruning.budgets import count_kept
+from prunekit.pruning.selection import Selection, check_layers, meets, select_masks
 
 INFINITY = float("inf")
 
@@ -62,14 +63,36 @@ def test_ties_keep_the_exact_count_and_nothing_smaller(values, sparsity):
     assert torch.equal(mask, select_masks(Scores({"w": values.clone()}), Selection(sparsity))["w"])
 
 
-def test_nothing_removed():
+def test_nothing_removed(choose):
     assert select_masks(Scores({"w": torch.rand(10)}), Selection(0.05))["w"].all()
-    assert select_masks(Scores({"w": torch.rand(10)}), Selection(0.05, "global"))["w"].all()
+    assert select_masks(Scores({"w": torch.rand(10)}), choose(0.05, "global"))["w"].all()
 
 
-def test_an_unknown_budget_is_refused():
-    with pytest.raises(ValueError, match="fair"):
-        select_masks(Scores({"w": torch.rand(10)}), Selection(0.5, "fair"))
+@pytest.mark.parametrize("kept", [-1, 11])
+def test_a_budget_that_keeps_what_is_not_there_is_refused(kept):
+    with pytest.raises(RunError, match=f"w cannot keep {kept} of 10"):
+        select_masks(Scores({"w": torch.rand(10)}), Selection(0.5, lambda layers: {"w": kept}))
+
+
+def test_counts_of_the_scores_replace_the_budget():
+    values = {"a": torch.arange(10.0), "b": torch.arange(10.0)}
+    scores = Scores(values, keep={"a": 1, "b": 9})
+    masks = select_masks(scores, Selection(0.5))
+    assert masks["a"].nonzero().flatten().tolist() == [9]
+    assert masks["b"].nonzero().flatten().tolist() == list(range(1, 10))
+    assert meets(scores, Selection(0.5))
+    assert not meets(scores, Selection(0.6))
+
+
+def test_counts_of_channels():
+    """Channel means 0.5, 2.5, 4.5 of a, and of b: one and two of them."""
+    values = {n: torch.arange(6.0).view(3, 2) for n in "ab"}
+    scores = Scores(values, keep={"a": 1, "b": 2})
+    selection = Selection(0.5, structure="channel")
+    masks = select_masks(scores, selection)
+    assert masks["a"].tolist() == [[False, False], [False, False], [True, True]]
+    assert masks["b"].tolist() == [[False, False], [True, True], [True, True]]
+    assert meets(scores, selection)
 
 
 def test_layer_budget_takes_the_same_fraction_of_each():
@@ -79,58 +102,58 @@ def test_layer_budget_takes_the_same_fraction_of_each():
     assert {name: int(m.sum()) for name, m in masks.items()} == {"a": 2, "b": 4}
 
 
-def test_global_budget_lets_layers_compete():
+def test_global_budget_lets_layers_compete(choose):
     values = {"a": torch.tensor([1.0, 2.0, 3.0, 4.0]), "b": torch.tensor([10.0, 0.5, 20.0, 30.0])}
-    masks = select_masks(Scores(values), Selection(0.5, "global"))
+    masks = select_masks(Scores(values), choose(0.5, "global"))
     assert masks["a"].tolist() == [False, False, False, True]
     assert masks["b"].tolist() == [True, False, True, True]
 
 
-def test_global_budget_divides_layerwise_scores_by_their_rms():
+def test_global_budget_divides_layerwise_scores_by_their_rms(choose):
     """RMS: a = sqrt(50 / 2) = 5 -> 0.2, 1.4; b = sqrt(5e4 / 2) = 158.1 -> 0.632, 1.265."""
     values = {"a": torch.tensor([1.0, 7.0]), "b": torch.tensor([100.0, 200.0])}
-    plain = select_masks(Scores(values), Selection(0.5, "global"))
+    plain = select_masks(Scores(values), choose(0.5, "global"))
     assert plain["b"].tolist() == [True, True]
-    masks = select_masks(Scores(values, layerwise=True), Selection(0.5, "global"))
+    masks = select_masks(Scores(values, layerwise=True), choose(0.5, "global"))
     assert masks["a"].tolist() == [False, True]
     assert masks["b"].tolist() == [False, True]
 
 
-def test_the_rms_is_that_of_the_weights_still_alive():
+def test_the_rms_is_that_of_the_weights_still_alive(choose):
     """Dead, the 100 of a does not count: a -> 1, b -> 0.63, 1.26."""
     values = {"a": torch.tensor([100.0, 1.0]), "b": torch.tensor([1.0, 2.0])}
     alive = {"a": torch.tensor([False, True])}
-    masks = select_masks(Scores(values, layerwise=True), Selection(0.5, "global"), alive)
+    masks = select_masks(Scores(values, layerwise=True), choose(0.5, "global"), alive)
     assert masks["a"].tolist() == [False, True]
     assert masks["b"].tolist() == [False, True]
 
 
-def test_a_layer_of_zeros_does_not_spoil_the_global_budget():
+def test_a_layer_of_zeros_does_not_spoil_the_global_budget(choose):
     values = {"a": torch.zeros(4), "b": torch.tensor([1.0, 2.0, 3.0, 4.0])}
-    masks = select_masks(Scores(values, layerwise=True), Selection(0.5, "global"))
+    masks = select_masks(Scores(values, layerwise=True), choose(0.5, "global"))
     assert (int(masks["a"].sum()), int(masks["b"].sum())) == (0, 4)
 
 
 @pytest.mark.parametrize("budget", ["layer", "global"])
-def test_pruned_weights_stay_pruned(budget):
+def test_pruned_weights_stay_pruned(budget, choose):
     values = {"a": torch.tensor([9.0, 8.0, 1.0, 2.0, 3.0, 4.0])}
     alive = {"a": torch.tensor([False, False, True, True, True, True])}
-    mask = select_masks(Scores(values), Selection(0.5, budget), alive)["a"]
+    mask = select_masks(Scores(values), choose(0.5, budget), alive)["a"]
     assert mask.tolist() == [False, False, False, True, True, True]
     # Asked for more than is alive: nothing comes back to life.
-    assert torch.equal(select_masks(Scores(values), Selection(0.1, budget), alive)["a"], alive["a"])
+    assert torch.equal(select_masks(Scores(values), choose(0.1, budget), alive)["a"], alive["a"])
 
 
-def test_a_layer_that_keeps_nothing_is_named():
+def test_a_layer_that_keeps_nothing_is_named(choose):
     masks = select_masks(
-        Scores({"a": torch.zeros(4), "b.weight": torch.ones(4)}), Selection(0.5, "global")
+        Scores({"a": torch.zeros(4), "b.weight": torch.ones(4)}), choose(0.5, "global")
     )
     with pytest.raises(RunError, match=r"no weight of a \(4 weights\).*exclude = \[\"a\"\]"):
         check_layers(masks, 0.5)
     check_layers({"b.weight": masks["b.weight"]}, 0.5)
 
 
-def test_selection_never_sorts(monkeypatch):
+def test_selection_never_sorts(monkeypatch, choose):
     def refuse(*_, **__):
         raise AssertionError("sorted")
 
@@ -138,4 +161,4 @@ def test_selection_never_sorts(monkeypatch):
     monkeypatch.setattr(module.torch, "argsort", refuse)
     monkeypatch.setattr(torch.Tensor, "sort", refuse)
     monkeypatch.setattr(torch.Tensor, "argsort", refuse)
-    select_masks(Scores({"w": torch.rand(100)}), Selection(0.5, "global"))
+    select_masks(Scores({"w": torch.rand(100)}), choose(0.5, "global"))

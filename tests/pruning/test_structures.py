@@ -4,10 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from prunekit.contracts import Loss, Scores
+from prunekit.contracts import Clock, Loss, Scores
 from prunekit.evaluation import eval_mode
 from prunekit.pruning.layers import find_prunable
-from prunekit.pruning.learning import LearnedScores
 from prunekit.pruning.masks import apply_masks, assert_masked
 from prunekit.pruning.selection import Selection, select_masks
 from prunekit.pruning.structures import (
@@ -18,7 +17,13 @@ from prunekit.pruning.structures import (
     score_channels,
 )
 from prunekit.store.checkpoint import read_model, write_model
-from prunekit.training.variables import Weights
+from prunekit.training.masking import LearnedScores, Weights
+
+CLOCK = Clock(0, 10, 0, 2)
+
+
+def flat(masking):
+    return [p for group in masking.parameters() for p in group.parameters]
 
 
 def test_n_of_m_by_hand():
@@ -75,7 +80,7 @@ def test_what_a_structure_does_not_suit_stays_dense(make_conv_net):
         ("1:4", "layer"),
     ],
 )
-def test_learned_structures_are_exact_after_finetuning(structure, budget, make_conv_net):
+def test_learned_structures_are_exact_after_finetuning(structure, budget, make_conv_net, choose):
     """Scores learn, the mask is applied, weights train: the structure holds to the last bit."""
     net = make_conv_net()
     x, y = torch.rand(16, 4, 6, 6), torch.randint(3, (16,))
@@ -84,14 +89,14 @@ def test_learned_structures_are_exact_after_finetuning(structure, budget, make_c
     names = find_structured(weights, structure, list(weights))
     followers = {name: vectors for name, vectors in followers.items() if name in names}
     start = {name: 1e-3 * torch.randn_like(weights[name]) for name in names}
-    selection = Selection(0.5, budget, structure)
+    selection = choose(0.5, budget, structure)
     learned = LearnedScores(net, Scores(start, True), selection, {}, "train", followers)
-    optimizer = torch.optim.SGD(learned.parameters(), lr=0.5, momentum=0.9)
+    optimizer = torch.optim.SGD(flat(learned), lr=0.5, momentum=0.9)
     before = {name: part.mask.clone() for name, part in learned.parts.items()}
 
     def step(variables):
         optimizer.zero_grad()
-        with variables.effective():
+        with variables.effective(CLOCK):
             logits = net(x)
             Loss(nn.functional.cross_entropy(logits, y), logits).value.backward()
         variables.after_backward()
@@ -99,9 +104,9 @@ def test_learned_structures_are_exact_after_finetuning(structure, budget, make_c
 
     for _ in range(20):
         step(learned)
-    learned.refresh()
+    learned.check()
     assert any(not torch.equal(before[n], part.mask) for n, part in learned.parts.items())
-    with learned.effective(), eval_mode(net), torch.no_grad():
+    with learned.effective(CLOCK), eval_mode(net), torch.no_grad():
         expected = net(x)
     scores = learned.scores()
     learned.detach()
@@ -113,7 +118,7 @@ def test_learned_structures_are_exact_after_finetuning(structure, budget, make_c
         torch.testing.assert_close(net(x), expected, atol=1e-4, rtol=0)
 
     finetuned = Weights(net, masks)
-    optimizer = torch.optim.SGD(finetuned.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3)
+    optimizer = torch.optim.SGD(flat(finetuned), lr=0.1, momentum=0.9, weight_decay=1e-3)
     for _ in range(5):
         step(finetuned)
     assert_masked(net, masks)
@@ -155,7 +160,7 @@ def test_masks_come_back_from_a_file(tmp_path, structure, make_conv_net):
     followers = find_followers(net.eval(), torch.zeros(1, 4, 6, 6))
     names = find_structured(weights, structure, list(followers))
     masks = select_masks(
-        Scores({n: weights[n].abs() for n in names}), Selection(0.5, "layer", structure)
+        Scores({n: weights[n].abs() for n in names}), Selection(0.5, structure=structure)
     )
     if structure == "channel":
         masks |= follow(masks, followers)

@@ -10,14 +10,13 @@ from prunekit.data.batches import Arrays, Extra, Feed
 from prunekit.data.seeds import generator
 from prunekit.errors import Interrupted, RunError, UserError
 from prunekit.pruning.layers import find_prunable
-from prunekit.pruning.learning import LearnedScores
 from prunekit.pruning.masks import apply_masks
 from prunekit.pruning.selection import Selection
 from prunekit.report import EpochDone, Progress, StageStarted, Stop
 from prunekit.store.checkpoint import read_checkpoint
 from prunekit.training import loop
 from prunekit.training.loop import Fit, fit
-from prunekit.training.variables import Weights
+from prunekit.training.masking import LearnedScores, Weights
 
 BATCHES = 3  # of 4, 4 and 2 images
 
@@ -88,7 +87,13 @@ def make_job(folder, kind="pretrain", watch=nothing, report=nothing, stop=None, 
     weights = find_prunable(model)
     if kind == "scores":
         start = {name: weight.detach().clone() for name, weight in weights.items()}
-        trained = LearnedScores(model, Scores(start, True), Selection(0.6, "global"), {}, "train")
+        trained = LearnedScores(
+            model,
+            Scores(start, True),
+            Selection(0.6, lambda layers: layers.scores, compares=True),
+            {},
+            "train",
+        )
     elif kind == "finetune":
         chosen = {name: weight.detach() > 0 for name, weight in weights.items()}
         apply_masks(model, chosen)
@@ -97,7 +102,7 @@ def make_job(folder, kind="pretrain", watch=nothing, report=nothing, stop=None, 
         trained = Weights(model, {})
     objective = Stateful if kind == "stateful" else Plain
     job = {
-        "variables": trained,
+        "masking": trained,
         "objective": objective(model, watch),
         "optimizer": OptimizerChoice(adam if kind == "adam" else sgd, 0.1,
                                      lambda clock: 1 - clock.fraction),
@@ -148,7 +153,7 @@ def run_to_the_end(folder, kind, stops=()):
             history = fit(job)
         except Interrupted:
             continue
-        return snapshot(job.variables.model), path, history, starts
+        return snapshot(job.masking.model), path, history, starts
 
 
 KINDS = ("pretrain", "adam", "finetune", "scores", "stateful", "extra")
@@ -196,7 +201,7 @@ def test_a_stop_from_a_report_keeps_everything(tmp_path, undisturbed, label):
     later = []
     job = make_job(tmp_path, report=later.append)
     assert fit(job) == undisturbed["pretrain"][2]
-    assert same(snapshot(job.variables.model), undisturbed["pretrain"][0])
+    assert same(snapshot(job.masking.model), undisturbed["pretrain"][0])
     (started,) = [e for e in later if isinstance(e, StageStarted)]
     assert (started.epoch, started.batch) != (0, 0)
     told = [e.epoch for e in [*events, *later] if isinstance(e, EpochDone) and not e.stored]
@@ -225,10 +230,10 @@ def test_the_same_run_twice_and_another_seed(tmp_path, undisturbed):
     job = make_job(tmp_path)
     torch.manual_seed(99)  # nothing depends on what was drawn before
     fit(job)
-    assert same(snapshot(job.variables.model), final)
+    assert same(snapshot(job.masking.model), final)
     other = make_job(tmp_path, seed=(1, 0), checkpoint=tmp_path / "other")
     fit(other)
-    assert not same(snapshot(other.variables.model), final)
+    assert not same(snapshot(other.masking.model), final)
 
 
 def test_a_damaged_checkpoint_is_told(tmp_path):
@@ -262,13 +267,13 @@ def train_told(folder, values, ramp=0, **changes):
 
     def report(event):
         if isinstance(event, EpochDone):
-            ends[event.epoch] = snapshot(job.variables.model)
+            ends[event.epoch] = snapshot(job.masking.model)
 
     job = make_job(folder, report=report, epochs=len(values), objective=objective,
                    **{"select": "told", **changes})  # fmt: skip
-    objective.model, objective.watch = job.variables.model, nothing
+    objective.model, objective.watch = job.masking.model, nothing
     history = fit(job)
-    final = snapshot(job.variables.model)
+    final = snapshot(job.masking.model)
     (kept,) = [epoch for epoch, end in ends.items() if same(end, final)]
     return [row["epoch"] for row in history if row["best"]], kept
 
@@ -322,15 +327,15 @@ def test_rows_are_means_over_images(tmp_path):
             return loss
 
     job = make_job(tmp_path, epochs=1)
-    job.objective = Watched(job.variables.model, nothing)
+    job.objective = Watched(job.masking.model, nothing)
     (row,) = fit(job)
     assert sizes == [4, 4, 2]
     expected = sum(loss * n for loss, n in zip(losses, sizes, strict=True)) / 10
     assert row["loss"] == pytest.approx(expected)
     assert {"term", "accuracy", "validation.accuracy"} < row.keys()
-    job.variables.model.eval()
+    job.masking.model.eval()
     x, y = job.feed.validation.images.float() / 255, job.feed.validation.labels
-    accuracy = (job.variables.model(x).argmax(1) == y).float().mean().item()
+    accuracy = (job.masking.model(x).argmax(1) == y).float().mean().item()
     assert row["validation.accuracy"] == pytest.approx(accuracy)
 
 
@@ -342,8 +347,8 @@ def test_unbalanced_classes_get_a_balanced_validation_accuracy(tmp_path):
     assert "validation.balanced_accuracy" not in fit(job)[0]
     job = make_job(tmp_path, train=skewed, validation=skewed, epochs=1)
     (row,) = fit(job)
-    job.variables.model.eval()
-    correct = (job.variables.model(images.float() / 255).argmax(1) == skewed.labels).float()
+    job.masking.model.eval()
+    correct = (job.masking.model(images.float() / 255).argmax(1) == skewed.labels).float()
     balanced = (correct[:7].mean() + correct[7:].mean()) / 2
     assert row["validation.balanced_accuracy"] == pytest.approx(balanced.item())
 
@@ -359,7 +364,7 @@ def test_the_clock_and_the_rate(tmp_path):
 
     made = []
     job = make_job(tmp_path, replays=2)
-    job.objective = Watched(job.variables.model, nothing)
+    job.objective = Watched(job.masking.model, nothing)
     job.optimizer = OptimizerChoice(lambda p: made.append(sgd(p)) or made[0], 0.5,
                                     lambda clock: 1 - clock.fraction)  # fmt: skip
     fit(job)
@@ -393,7 +398,7 @@ class TurnsNan(Plain):
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path):
     job = make_job(tmp_path)
-    job.objective = TurnsNan(job.variables.model, nothing)
+    job.objective = TurnsNan(job.masking.model, nothing)
     with pytest.raises(RunError, match=r"not finite at step 4 \(epoch 2\).*lower.*lr"):
         fit(job)
     tensors, header = read_checkpoint(job.checkpoint)
@@ -429,6 +434,6 @@ def test_too_few_images_are_told(tmp_path):
 
 def test_nothing_to_train_is_told(tmp_path):
     job = make_job(tmp_path)
-    job.variables.parameters = list
+    job.masking.parameters = list
     with pytest.raises(RunError, match="nothing to train"):
         fit(job)

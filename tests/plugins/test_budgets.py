@@ -2,12 +2,26 @@
 
 import pytest
 import torch
+from prunekit_budgets.budgets import lamp, spread_erk
+from torch import nn
 
 from prunekit.contracts import Scores
 from prunekit.errors import RunError
-from prunekit.pruning.budgets import lamp, share_out, spread_erk
+from prunekit.pruning.budgets import share_out
 from prunekit.pruning.layers import find_prunable
-from prunekit.pruning.selection import Selection, select_masks
+from prunekit.pruning.selection import select_masks
+
+
+@pytest.fixture
+def make_conv_net():
+    """A convolution and two layers behind it, of unequal sizes."""
+
+    def make():
+        return nn.Sequential(
+            nn.Conv2d(4, 8, 3), nn.ReLU(), nn.Conv2d(8, 12, 3), nn.Flatten(), nn.Linear(12, 3)
+        )
+
+    return make
 
 
 def test_lamp_by_hand():
@@ -17,9 +31,9 @@ def test_lamp_by_hand():
     torch.testing.assert_close(scores, expected)
 
 
-def test_lamp_keeps_the_largest_weight_of_every_layer():
+def test_lamp_keeps_the_largest_weight_of_every_layer(choose):
     values = {"small": torch.rand(20) * 1e-3, "large": torch.rand(20)}
-    masks = select_masks(Scores(values), Selection(0.95, "lamp"))
+    masks = select_masks(Scores(values), choose(0.95, "lamp"))
     assert {name: int(mask.sum()) for name, mask in masks.items()} == {"small": 1, "large": 1}
     for name, mask in masks.items():
         assert mask[values[name].argmax()]
@@ -45,22 +59,24 @@ def test_erk_of_convolutions_counts_the_kernel():
 
 @pytest.mark.parametrize("budget", ["global", "erk", "lamp"])
 @pytest.mark.parametrize("sparsity", [0.5, 0.9, 0.97])
-def test_the_total_is_exact_under_every_budget(budget, sparsity, make_conv_net):
+def test_the_total_is_exact_under_every_budget(budget, sparsity, make_conv_net, choose):
     torch.manual_seed(1)
     values = {n: torch.rand_like(w) for n, w in find_prunable(make_conv_net()).items()}
-    masks = select_masks(Scores(values, layerwise=True), Selection(sparsity, budget))
+    masks = select_masks(Scores(values, layerwise=True), choose(sparsity, budget))
     total = sum(v.numel() for v in values.values())
     assert sum(int(m.sum()) for m in masks.values()) == total - int(sparsity * total)
 
 
 @pytest.mark.parametrize("budget", ["layer", "global", "erk", "lamp"])
 @pytest.mark.parametrize("structure", ["element", "channel"])
-def test_what_is_gone_stays_gone_and_the_rest_is_chosen_among(budget, structure, make_conv_net):
+def test_what_is_gone_stays_gone_and_the_rest_is_chosen_among(
+    budget, structure, make_conv_net, choose
+):
     torch.manual_seed(2)
     values = {n: torch.rand_like(w) for n, w in find_prunable(make_conv_net()).items()}
-    first = select_masks(Scores(values), Selection(0.5, budget, structure))
-    again = select_masks(Scores(values), Selection(0.75, budget, structure), first)
-    fresh = select_masks(Scores(values), Selection(0.75, budget, structure))
+    first = select_masks(Scores(values), choose(0.5, budget, structure))
+    again = select_masks(Scores(values), choose(0.75, budget, structure), first)
+    fresh = select_masks(Scores(values), choose(0.75, budget, structure))
     for name, mask in again.items():
         assert not (mask & ~first[name]).any()
         # The same scores in the same order: the highest quarter is within the highest half.
@@ -68,6 +84,6 @@ def test_what_is_gone_stays_gone_and_the_rest_is_chosen_among(budget, structure,
     assert sum(int(m.sum()) for m in again.values()) == sum(int(m.sum()) for m in fresh.values())
 
 
-def test_lamp_refuses_scores_whose_squares_mislead():
+def test_lamp_refuses_scores_whose_squares_mislead(choose):
     with pytest.raises(RunError, match="lamp"):
-        select_masks(Scores({"w": torch.tensor([1.0, -2.0])}), Selection(0.5, "lamp"))
+        select_masks(Scores({"w": torch.tensor([1.0, -2.0])}), choose(0.5, "lamp"))

@@ -5,14 +5,19 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from prunekit.contracts import Scores
+from prunekit.contracts import Clock, Scores
 from prunekit.errors import RunError
 from prunekit.evaluation import eval_mode
 from prunekit.pruning.layers import find_prunable
-from prunekit.pruning.learning import LearnedScores
 from prunekit.pruning.masks import apply_masks
 from prunekit.pruning.selection import Selection
-from prunekit.training.variables import Weights
+from prunekit.training.masking import LearnedScores, Weights
+
+CLOCK = Clock(0, 10, 0, 2)
+
+
+def flat(masking):
+    return [p for group in masking.parameters() for p in group.parameters]
 
 
 def snapshot(net):
@@ -28,13 +33,13 @@ def train(trained, optimizer, steps=3, harm=None, clip=None):
     for _ in range(steps):
         x, y = torch.rand(8, 6), torch.randint(3, (8,))
         optimizer.zero_grad(set_to_none=True)
-        with trained.effective():
+        with trained.effective(CLOCK):
             F.cross_entropy(trained.model(x), y).backward()
         if harm is not None:
             harm()
         trained.after_backward()
         if clip is not None:
-            nn.utils.clip_grad_norm_(trained.parameters(), clip)
+            nn.utils.clip_grad_norm_(flat(trained), clip)
         optimizer.step()
 
 
@@ -64,7 +69,7 @@ def test_pruned_weights_stay_exactly_zero(optimizer, bad, make_normed_net):
         if bad is not None:
             net[0].weight.grad[~chosen["0.weight"]] = bad
 
-    train(trained, OPTIMIZERS[optimizer](trained.parameters()), harm=harm, clip=1.0)
+    train(trained, OPTIMIZERS[optimizer](flat(trained)), harm=harm, clip=1.0)
     trained.check()
     for name, mask in chosen.items():
         weight = dict(net.named_parameters())[name].detach()
@@ -85,7 +90,7 @@ def test_weights_train_everything(make_normed_net):
     net = make_normed_net().requires_grad_(False).eval()
     trained = Weights(net, {})
     before = snapshot(net)
-    train(trained, OPTIMIZERS["sgd"](trained.parameters()))
+    train(trained, OPTIMIZERS["sgd"](flat(trained)))
     assert changed(before, net) == set(before)
     assert all(m.training for m in net.modules())
 
@@ -100,8 +105,8 @@ def test_weights_and_biases_are_frozen_to_the_bit(bn, moves, optimizer, make_nor
     start = {name: weight.detach().clone() for name, weight in find_prunable(net).items()}
     trained = LearnedScores(net, Scores(start, layerwise=True), Selection(0.5), {}, bn)
     scores = {name: part.score.detach().clone() for name, part in trained.parts.items()}
-    train(trained, OPTIMIZERS[optimizer](trained.parameters()))
-    with trained.effective(), eval_mode(net), torch.no_grad():
+    train(trained, OPTIMIZERS[optimizer](flat(trained)))
+    with trained.effective(CLOCK), eval_mode(net), torch.no_grad():
         net(torch.rand(2, 6))
     if bn == "freeze":
         assert not net[1].training

@@ -1,0 +1,174 @@
+"""The contracts of a training step: what it trains, what rewires it, what goes around it.
+
+Shapes and units as in `prunekit.contracts`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
+
+from prunekit.contracts import Clock, Loss, Masks, Scores
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class ParamGroup:
+    """Parameters that are trained alike: at `rate` times the learning rate of the step, with a
+    weight decay of their own if `decay` is not None."""
+
+    parameters: Sequence[nn.Parameter]
+    rate: float = 1.0
+    decay: float | None = None
+
+
+class Masking(Protocol):
+    """What a stage trains, and how masks follow it: weights, scores of frozen weights.
+
+    All its state is in the parameters and buffers of `model`, hence in its state dict: a resume
+    needs no more. Weights are named as in the plain network.
+    """
+
+    model: nn.Module
+
+    @property
+    def masks(self) -> Masks:
+        """The masks of this step."""
+        ...
+
+    def parameters(self) -> Sequence[ParamGroup]:
+        """What is trained, in an order that stays the same."""
+        ...
+
+    def weights(self) -> Mapping[str, Tensor]:
+        """The matrices and kernels that the network computes with, trained or frozen, unmasked and
+        live: a wrapper may change them in place for a pass."""
+        ...
+
+    def effective(self, clock: Clock, *, lend: bool = False) -> AbstractContextManager[object]:
+        """Around one forward and one backward; with `lend`, `gradients` are asked for after it."""
+        ...
+
+    def gradients(self) -> Mapping[str, Tensor]:
+        """Of the last backward: the gradient at each effective weight, zero where it is removed."""
+        ...
+
+    def penalty(self, clock: Clock) -> Mapping[str, Tensor]:
+        """Scalars by name that are added to the loss and logged; {} if there are none."""
+        ...
+
+    def after_backward(self) -> None:
+        """Before gradients are clipped."""
+        ...
+
+    def after_step(self) -> None:
+        """After each step of the optimizer."""
+        ...
+
+    def judged(self, clock: Clock) -> AbstractContextManager[object]:
+        """Around a validation: the network as it would be if the stage ended now."""
+        ...
+
+    def scores(self) -> Scores:
+        """What would be selected if the stage ended now, its sparsity met."""
+        ...
+
+    def settled(self, clock: Clock) -> bool:
+        """False while an epoch cannot be the best one."""
+        ...
+
+    def check(self) -> None:
+        """Once an epoch, and before the first: raise `RunError` where a promise is broken."""
+        ...
+
+    def detach(self) -> None:
+        """Give the model its plain weights back."""
+        ...
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What a rewirer decides by. Tensors are those of the weights that it rewires, by name.
+
+    `sparsity` is the fraction to remove now, as the stage's schedule says. `masks` are those until
+    now, in the `first` call (before step 0, to choose what to start with) those of the stages
+    before, or all True. `gradients` are those of the step's loss at all weights, removed ones
+    included; empty in the first call, and unless `RewirerComponent.gradients` asks for them.
+    `history` has the metrics of each epoch so far. `final` says that this is the last step.
+    """
+
+    clock: Clock
+    sparsity: float
+    weights: Mapping[str, Tensor]
+    masks: Masks
+    gradients: Mapping[str, Tensor]
+    history: Sequence[Mapping[str, Any]]
+    generator: torch.Generator
+    first: bool = False
+    final: bool = False
+
+
+class Rewirer(Protocol):
+    """Masks that change while weights train: `rewirer(moment) -> Scores`, without state of its own.
+
+    The scores select the masks from now on, in place of this step of the optimizer. Newly kept
+    weights, and their momentum, start at zero. It is not bound by what earlier stages removed.
+    """
+
+    def due(self, clock: Clock) -> bool:
+        """Whether to rewire in this step; asked before its forward pass."""
+        ...
+
+    def __call__(self, moment: Moment) -> Scores: ...
+
+
+@dataclass(frozen=True)
+class Now:
+    """An optimizer step as wrappers see it; `weights`, `masks` and `gradients` as in `Masking`."""
+
+    clock: Clock
+    model: nn.Module
+    weights: Mapping[str, Tensor]
+    masks: Masks
+    gradients: Callable[[], Mapping[str, Tensor]]
+
+
+@runtime_checkable
+class Around(Protocol):
+    """A wrapper that goes through a training step's loss several times (AWP, SAM)."""
+
+    def around(self, go: Callable[[], Loss], now: Now) -> Loss:
+        """Do the step's passes, and return the loss of the last one.
+
+        `go()` does one forward and one backward: it leaves the parameters' gradients, in place of
+        those of the pass before. The attack of an `Attacking` objective is made once, every pass
+        draws the same random numbers, and only the last one moves running statistics. Weights that
+        are changed between passes have to be restored, by copy.
+        """
+        ...
+
+
+@runtime_checkable
+class Following(Protocol):
+    """A wrapper that looks at the network after each optimizer step (averages)."""
+
+    def after_step(self, now: Now) -> None: ...
+
+
+@runtime_checkable
+class Averaging(Following, Protocol):
+    """A wrapper whose network is judged, selected and stored in place of the trained one."""
+
+    def judged(self, model: nn.Module) -> AbstractContextManager[object]:
+        """Inside, the model's trained parameters and buffers have the values to judge."""
+        ...
+
+
+Wrapper: TypeAlias = Around | Following
+"""What goes around a training step or follows it; with `state_dict` and `load_state_dict` if a
+resume must restore something."""

@@ -1,0 +1,123 @@
+"""One optimizer step: its passes, what goes around them, and the masks behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunekit.contracts import Attacking, Clock, Loss, Objective, OptimizerChoice
+from prunekit.data import seeds
+from prunekit.steps import Around, Following, Masking, Now, Wrapper
+from prunekit.training.rewiring import Rewired
+
+
+class Step(nn.Module):
+    """The loss of a training step as a module: it registers the model, never the objective."""
+
+    def __init__(self, model: nn.Module, objective: Objective) -> None:
+        super().__init__()
+        self.model = model
+        self._objective = (objective,)
+
+    def forward(self, x: Tensor, y: Tensor, clock: Clock, prepared: Any = None) -> Loss:
+        """The loss at images x (B, C, H, W) with labels y (B,), or at what was `prepared`."""
+        objective: Any = self._objective[0]
+        loss: Loss = objective(x, y, clock) if prepared is None else objective.loss(prepared, clock)
+        return loss
+
+
+@dataclass
+class Stepper:
+    """Takes the steps of one training."""
+
+    masking: Masking
+    objective: Objective
+    choice: OptimizerChoice
+    seed: tuple[int, int]
+    clip_norm: float | None = None
+    wrappers: Sequence[Wrapper] = ()
+    optimizer: torch.optim.Optimizer = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._groups = [g for g in self.masking.parameters() if g.parameters]
+        self._parameters = [p for group in self._groups for p in group.parameters]
+        own = [
+            {"params": list(g.parameters)} | ({} if g.decay is None else {"weight_decay": g.decay})
+            for g in self._groups
+        ]
+        if own:
+            self.optimizer = self.choice.make(own)
+        self._module = Step(self.masking.model, self.objective)
+        self._around = [wrapper for wrapper in self.wrappers if isinstance(wrapper, Around)]
+
+    @property
+    def trains(self) -> bool:
+        """Whether there is anything to train."""
+        return bool(self._parameters)
+
+    def take(
+        self, x: Tensor, y: Tensor, clock: Clock, history: Sequence[Mapping[str, Any]]
+    ) -> Loss:
+        """One step at the schedule's rate, on images x (B, C, H, W) with labels y (B,)."""
+        masking, optimizer = self.masking, self.optimizer
+        rate = self.choice.lr * self.choice.schedule(clock)
+        for group, own in zip(optimizer.param_groups, self._groups, strict=True):
+            group["lr"] = rate * own.rate
+        rewired = masking if isinstance(masking, Rewired) and masking.due(clock) else None
+        dense: dict[str, Tensor] = {}
+        now = Now(clock, masking.model, masking.weights(), masking.masks, masking.gradients)
+        go = self._prepare(x, y, clock, rewired, dense)
+        for outer in reversed(self._around):
+            go = partial(outer.around, go, now)
+        loss = go()
+        if rewired is not None:
+            rewired.rewire(clock, optimizer, history, dense)
+        else:
+            if self.clip_norm is not None:
+                nn.utils.clip_grad_norm_(self._parameters, self.clip_norm)
+            optimizer.step()
+            masking.after_step()
+        getattr(self.objective, "after_step", lambda: None)()
+        for wrapper in self.wrappers:
+            if isinstance(wrapper, Following):
+                wrapper.after_step(now)
+        return loss
+
+    def _prepare(
+        self, x: Tensor, y: Tensor, clock: Clock, rewired: Rewired | None, dense: dict[str, Tensor]
+    ) -> Callable[[], Loss]:
+        """A function that does one forward and one backward; see `Around.around`.
+
+        It puts the gradients at all weights that are `rewired` into `dense`.
+        """
+        masking, prepared = self.masking, None
+        before: dict[str, Tensor] = {}
+        if self._around:
+            if isinstance(self.objective, Attacking):
+                with masking.effective(clock):
+                    prepared = self.objective.prepare(x, y, clock)
+            before = {name: b.clone() for name, b in masking.model.named_buffers()}
+
+        def go() -> Loss:
+            if self._around:
+                seeds.seed_all(*self.seed, "pass", clock.step)
+                for name, buffer in masking.model.named_buffers():
+                    buffer.copy_(before[name])
+            self.optimizer.zero_grad(set_to_none=True)
+            with masking.effective(clock, lend=bool(self.wrappers)):
+                loss: Loss = self._module(x, y, clock, prepared)
+                if penalties := masking.penalty(clock):
+                    value = loss.value + sum(penalties.values())
+                    loss = replace(loss, value=value, terms={**loss.terms, **penalties})
+                loss.value.backward()
+            if rewired is not None and rewired.rewiring.gradients:
+                dense.update(rewired.lend())
+            masking.after_backward()
+            return loss
+
+        return go
