@@ -23,14 +23,8 @@ from prunekit.catalog import hookspecs
 from prunekit.catalog.component import KINDS, Component, Use
 from prunekit.catalog.registry import Entry, Registry, load_registry
 from prunekit.contracts import Context, Threat
-from prunekit.engine.contract import (
-    CHECKS,
-    CLASSES,
-    SHAPE,
-    example_events,
-    tiny_batches,
-    tiny_network,
-)
+from prunekit.engine.contract import CHECKS, example_events
+from prunekit.engine.contract_training import CLASSES, SHAPE, tiny_batches, tiny_network
 from prunekit.errors import Place, RecipeError
 from prunekit.recipe.reduction import reduce_options
 from prunekit.recipe.resolver import Resolver, field_types

@@ -37,6 +37,11 @@ FRAGMENTS = {
     "reporter": 'report = ["console", "jsonl", {}]',
     "schedule": '[[stage]]\nkind = "pretrain"\nepochs = 100\n'
     'optimizer = {{ use = "sgd", schedule = {} }}',
+    "budget": '[[stage]]\nkind = "prune"\nepochs = 20\nsparsity = 0.95\nbudget = {}',
+    "sparsity_schedule": '[[stage]]\nkind = "prune"\nepochs = 20\nsparsity = 0.98\n'
+    "sparsity_schedule = {}",
+    "rewirer": '[[stage]]\nkind = "pretrain"\nepochs = 100\nsparsity = 0.9\nrewire = {}',
+    "wrapper": '[[stage]]\nkind = "pretrain"\nepochs = 100\nwrap = [{}]',
 }
 """Kind -> a piece of a recipe around the component; the other kinds have a section of their own."""
 

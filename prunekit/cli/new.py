@@ -145,9 +145,9 @@ def _with_article(kind: str) -> str:
 
 def _write_fragment(kind: str, name: str) -> str:
     recipe = fragment(Entry(kind, Component(name=name, summary="", build=""), "", ""))
-    # A second pretrain stage, beside the one of an optimizer, needs a name.
-    named = '[[stage]]\nname = "scheduled"\n'
-    return recipe.replace("[[stage]]\n", named) if kind == "schedule" else recipe
+    # Stages of one kind, beside those of an optimizer and a pruner, need names.
+    named = f'[[stage]]\nname = "with-{kind}"\n'
+    return recipe if kind in ("optimizer", "pruner") else recipe.replace("[[stage]]\n", named)
 
 
 def _merge(docstring: str, declarations: Sequence[str]) -> str:

@@ -7,184 +7,23 @@ import copy
 import dataclasses
 import io
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from prunekit import report as told
 from prunekit.catalog.component import Use
-from prunekit.contracts import (
-    Clock,
-    Context,
-    Data,
-    Loss,
-    OptimizerChoice,
-    Result,
-    Scores,
-)
+from prunekit.contracts import Context, Data, Result
 from prunekit.data.batches import eval_batches
-from prunekit.data.seeds import generator, seed_all
-from prunekit.errors import DataMissingError, RunError
-from prunekit.evaluation import eval_mode
-from prunekit.pruning.selection import Selection, check_scores, meets
-from prunekit.steps import Masking
-from prunekit.training.masking import LearnedScores
-
-SHAPE, CLASSES, BATCH = (1, 8, 8), 3, 4
-
-
-def tiny_network(shape: tuple[int, int, int] = SHAPE, classes: int = CLASSES) -> nn.Module:
-    """A network with a convolution, batch normalization and a linear layer, seeded."""
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(shape[0], 4, 3, stride=2, padding=1),
-        nn.BatchNorm2d(4),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(2),
-        nn.Flatten(),
-        nn.Linear(16, classes),
-    )
-
-
-def tiny_batches(batches: int = 2) -> list[tuple[Tensor, Tensor]]:
-    """Random images and labels, seeded."""
-    g = torch.Generator().manual_seed(0)
-    return [
-        (torch.rand(BATCH, *SHAPE, generator=g), torch.randint(CLASSES, (BATCH,), generator=g))
-        for _ in range(batches)
-    ]
-
-
-def _snapshot(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
-def _same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
-def _check_objective(use: Use[Any], context: Context) -> None:
-    model = tiny_network()
-    (x, y), _ = tiny_batches()
-    images = x.clone()
-    objective = use.build(dataclasses.replace(context, model=model, stage="pretrain"))
-    model.train()
-
-    def step() -> Loss:
-        seed_all(1)
-        loss = objective(x, y, Clock(0, 10, 0, 2))
-        assert isinstance(loss, Loss), f"the step gives a {type(loss).__name__}, not a Loss"
-        return loss
-
-    parameters = {n: p.detach().clone() for n, p in model.named_parameters()}
-    loss = step()
-    assert loss.value.shape == (), "the loss is not a scalar"
-    assert loss.value.isfinite(), "the loss is not finite"
-    assert loss.logits.shape == (BATCH, CLASSES), f"logits are {tuple(loss.logits.shape)}"
-    assert all(t.numel() == 1 for t in loss.terms.values()), "a term is not a scalar"
-    assert all(p.grad is None for p in model.parameters()), "the step left gradients"
-    assert all(torch.equal(parameters[n], p) for n, p in model.named_parameters()), (
-        "the step changed the weights; that is the optimizer's"
-    )
-    assert torch.equal(x, images), "the step changed the images in place"
-    assert all(m.training for m in model.modules()), "the step left train mode"
-    loss.value.backward()
-    assert all(p.grad is not None for p in model.parameters()), "a weight gets no gradient"
-    model.load_state_dict(tiny_network().state_dict())
-    first = float(step().value.detach())
-    model.load_state_dict(tiny_network().state_dict())
-    assert first == float(step().value.detach()), "not repeatable under one seed"
-    _check_scores_learn(use, context, x, y)
-    if hasattr(objective, "validate"):
-        before = _snapshot(model)
-        with eval_mode(model):
-            values = objective.validate(x, y)
-        assert all(v.shape == (BATCH,) for v in values.values()), "validate is per image"
-        assert _same(before, model.state_dict()), "validate changed the network"
-        names = set(values)
-    else:
-        names = {"accuracy"}
-    assert use.component.select in {*names, "last"}, "select is not a validation metric"
-
-
-def _check_scores_learn(use: Use[Any], context: Context, x: Tensor, y: Tensor) -> None:
-    """Scores get gradients through the objective, whichever forward pass comes first."""
-    model = tiny_network()
-    start = {n: torch.randn_like(p) for n, p in model.named_parameters() if p.dim() > 1}
-    variables = LearnedScores(model, Scores(start), Selection(0.5), {}, "train")
-    objective = use.build(dataclasses.replace(context, model=model, stage="prune"))
-    with variables.effective(Clock(0, 10, 0, 2)):
-        objective(x, y, Clock(0, 10, 0, 2)).value.backward()
-    assert all(part.score.grad is not None for part in variables.parts.values()), (
-        "scores get no gradient"
-    )
-
-
-def _check_pruner(use: Use[Any], context: Context) -> None:
-    model = tiny_network()
-    before = _snapshot(model)
-    weights = {n: p.detach().clone() for n, p in model.named_parameters() if p.dim() > 1}
-    learned: list[Masking] = []
-    clock = Clock(0, 10, 0, 2)
-
-    def attach(
-        start: Scores, kind: type[LearnedScores] = LearnedScores, **more: Any
-    ) -> LearnedScores:
-        return kind(model, start, Selection(0.5), {}, **more)
-
-    def train(masking: Masking) -> Scores:
-        learned.append(masking)
-        masking.check()
-        (x, y), _ = tiny_batches()
-        with masking.effective(clock):
-            cross_entropy(x, y, clock).value.backward()
-        groups = masking.parameters()
-        assert all(p.grad is not None for g in groups for p in g.parameters), (
-            "something that it trains gets no gradient"
-        )
-        with masking.judged(clock):
-            model(x)
-        masking.detach()
-        return masking.scores()
-
-    def cross_entropy(x: Tensor, y: Tensor, clock: Clock) -> Loss:
-        logits = model(x)
-        return Loss(nn.functional.cross_entropy(logits, y), logits)
-
-    context = dataclasses.replace(
-        context,
-        model=model,
-        weights=weights,
-        stage="prune",
-        sparsity=0.5,
-        attach=attach,
-        train=train,
-        objective=cross_entropy,
-        batches=lambda: iter(tiny_batches()),
-        generator=generator(0),
-    )
-    model.train()
-    scores = use.build(context)(context)
-    assert isinstance(scores, Scores), f"gives a {type(scores).__name__}, not Scores"
-    assert bool(learned) == use.component.learns, "`learns` and what it does disagree"
-    allocates = scores.keep is not None
-    assert allocates == use.component.allocates, "`allocates` and what it does disagree"
-    _check_scores(scores, weights)
-    after = _snapshot(model)
-    same = [torch.equal(before[n], after[n]) for n in weights]
-    assert all(same), "scoring changed the weights"
-
-
-def _check_scores(scores: Scores, weights: Mapping[str, Tensor]) -> None:
-    try:
-        check_scores(scores, weights, "it")
-    except RunError as error:
-        raise AssertionError(str(error)) from None
-    assert scores.keep is None or meets(scores, Selection(0.5)), "`keep` misses the sparsity"
+from prunekit.data.seeds import seed_all
+from prunekit.engine import contract_moving as moving
+from prunekit.engine import contract_training as training
+from prunekit.engine.contract_training import BATCH, same, snapshot, tiny_batches, tiny_network
+from prunekit.errors import DataMissingError
 
 
 def _check_architecture(use: Use[Any], context: Context) -> None:
@@ -193,7 +32,7 @@ def _check_architecture(use: Use[Any], context: Context) -> None:
     assert isinstance(model, nn.Module), "is not an nn.Module"
     seed_all(0)
     twin = use.build(context)
-    assert _same(model.state_dict(), twin.state_dict()), "weights do not follow the seed"
+    assert same(model.state_dict(), twin.state_dict()), "weights do not follow the seed"
     x = torch.rand(2, *context.shape, requires_grad=True)
     model.eval()
     logits = model(x)
@@ -235,7 +74,7 @@ def _check_dataset(use: Use[Any], context: Context) -> None:
 
 def _check_evaluator(use: Use[Any], context: Context) -> None:
     model = tiny_network().eval()
-    before, batches = _snapshot(model), tiny_batches()
+    before, batches = snapshot(model), tiny_batches()
     results = []
     for _ in range(2):
         seed_all(3)
@@ -252,7 +91,7 @@ def _check_evaluator(use: Use[Any], context: Context) -> None:
     for key, record in result.records.items():
         assert len(record) == 2 * BATCH, f"{len(record)} records {key!r}, not one an image"
         assert np.asarray(record).dtype != object, f"records {key!r} are objects"
-    assert _same(before, model.state_dict()), "changed the network"
+    assert same(before, model.state_dict()), "changed the network"
     assert not any(m.training for m in model.modules()), "left evaluation mode"
 
 
@@ -271,39 +110,6 @@ def example_events(folder: Path) -> Iterator[Any]:
     yield told.RunFailed("other", folder, "the loss is not finite")
 
 
-def _check_schedule(use: Use[Any], context: Context) -> None:
-    schedule = use.build(context)
-    clocks = [Clock(step, 12, step // 3, 4) for step in range(12)]
-    factors = [schedule(clock) for clock in clocks]
-    assert all(np.isfinite(f) and f >= 0 for f in factors), "a factor is negative or not a number"
-    assert factors == [schedule(clock) for clock in clocks], "is not a function of the clock alone"
-
-
-def _check_optimizer(use: Use[Any], context: Context) -> None:
-    """A step moves the weights, and a restored state continues to the same weights."""
-    choice = use.build(context)
-    assert isinstance(choice, OptimizerChoice), "does not give an OptimizerChoice"
-    assert choice.lr > 0, "its rate is not above 0"
-
-    def train(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        (x, y), _ = tiny_batches()
-        optimizer.zero_grad(set_to_none=True)
-        nn.functional.cross_entropy(model(x), y).backward()
-        optimizer.step()
-
-    model, twin = tiny_network(), tiny_network()
-    optimizer = choice.make(list(model.parameters()))
-    before = _snapshot(model)
-    train(model, optimizer)
-    assert not _same(before, model.state_dict()), "a step changes nothing"
-    twin.load_state_dict(copy.deepcopy(model.state_dict()))
-    resumed = choice.make(list(twin.parameters()))
-    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    train(model, optimizer)
-    train(twin, resumed)
-    assert _same(model.state_dict(), twin.state_dict()), "its state does not restore it"
-
-
 def _check_reporter(use: Use[Any], context: Context) -> None:
     out = io.StringIO()
     with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(out):
@@ -315,12 +121,16 @@ def _check_reporter(use: Use[Any], context: Context) -> None:
 
 
 CHECKS = {
-    "objective": _check_objective,
-    "pruner": _check_pruner,
+    "objective": training.check_objective,
+    "pruner": training.check_pruner,
     "architecture": _check_architecture,
     "dataset": _check_dataset,
     "evaluator": _check_evaluator,
-    "optimizer": _check_optimizer,
-    "schedule": _check_schedule,
+    "optimizer": training.check_optimizer,
+    "schedule": training.check_schedule,
+    "budget": moving.check_budget,
+    "sparsity_schedule": moving.check_sparsity_schedule,
+    "rewirer": moving.check_rewirer,
+    "wrapper": moving.check_wrapper,
     "reporter": _check_reporter,
 }

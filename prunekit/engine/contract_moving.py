@@ -1,0 +1,175 @@
+"""What budgets, schedules of the sparsity, rewirers and wrappers must do."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from prunekit.catalog.component import Use
+from prunekit.contracts import Clock, Context, Layers, Loss, OptimizerChoice, Scores
+from prunekit.engine.contract_training import same, snapshot, tiny_batches, tiny_network
+from prunekit.errors import RunError
+from prunekit.pruning.selection import Selection, select_masks
+from prunekit.steps import Around, Averaging, Following, Masking, Now
+from prunekit.training.masking import LearnedScores, Weights
+from prunekit.training.rewiring import Rewired, Rewiring
+from prunekit.training.step import Stepper
+
+STEPS, EPOCH = 12, 6
+
+
+def _clock(step: int) -> Clock:
+    return Clock(step, STEPS, step // EPOCH, STEPS // EPOCH)
+
+
+def check_sparsity_schedule(use: Use[Any], context: Context) -> None:
+    """A function of the clock alone, in [0, 1], and 1 at the end."""
+    schedule = use.build(context)
+    clocks = [_clock(step) for step in range(STEPS + 1)]
+    factors = [schedule(clock) for clock in clocks]
+    assert all(0 <= f <= 1 for f in factors), "a fraction is not in [0, 1]"
+    assert factors[-1] == 1, "it does not end at 1"
+    assert factors == [schedule(clock) for clock in clocks], "is not a function of the clock alone"
+
+
+def check_budget(use: Use[Any], context: Context) -> None:
+    """Counts that add up, or scores of the same shapes; alike for alike layers."""
+    budget = use.build(context)
+    torch.manual_seed(0)
+    scores = {"a": torch.rand(6, 4), "b": torch.rand(10, 6), "c": torch.rand(3, 10)}
+    shapes = {name: score.shape for name, score in scores.items()}
+    layers = Layers(scores, {}, shapes, 0.5, 57)
+    for found in (budget(layers), budget(layers)):
+        assert found.keys() == scores.keys(), "must name every layer, and no other"
+        tensors = [isinstance(value, Tensor) for value in found.values()]
+        assert all(tensors) or not any(tensors), "gives counts for some layers, scores for others"
+    for name, value in found.items():
+        whole = isinstance(value, Tensor) or (
+            isinstance(value, int) and 0 <= value <= scores[name].numel()
+        )
+        assert whole, f"{name} keeps {value!r} of {scores[name].numel()}"
+        assert not isinstance(value, Tensor) or value.shape == scores[name].shape, "shape of scores"
+    masks = select_masks(Scores(scores), Selection(0.5, budget))
+    kept = sum(int(mask.sum()) for mask in masks.values())
+    assert abs(kept - 57) <= len(scores), f"keeps {kept} of 114 at sparsity 0.5, not about 57"
+
+
+def check_rewirer(use: Use[Any], context: Context) -> None:
+    """Twelve steps, of which some rewire: exact counts, zeros, and the target at the end."""
+    declared: Any = use.component
+    results = []
+    for _ in range(2):
+        model = tiny_network()
+        names = [name for name, p in model.named_parameters() if p.dim() > 1]
+        rewiring = Rewiring(
+            use.build(context),
+            use.name,
+            Selection(0.5),
+            lambda clock: min(1.0, 0.5 + clock.fraction),
+            names,
+            (0, 0),
+            declared.gradients,
+        )
+        try:
+            results.append(_train_rewired(Rewired(model, {}, rewiring)))
+        except RunError as error:
+            raise AssertionError(str(error)) from None
+    assert same(*results), "not repeatable under one seed"
+
+
+def _train_rewired(masking: Rewired) -> dict[str, Tensor]:
+    stepper = _make_stepper(masking)
+    masking.rewire(_clock(0), stepper.optimizer)
+    for step in range(STEPS):
+        (x, y), _ = tiny_batches()
+        before = {n: masking.weights()[n].clone() for n in masking.rewiring.weights}
+        due = masking.due(_clock(step))
+        assert due == masking.due(_clock(step)), "`due` is not a function of the clock alone"
+        stepper.take(x, y, _clock(step), [{"epoch": 1, "loss": 1.0}] * (step // EPOCH))
+        masking.check()
+        for name, weight in before.items():
+            kept = masking.masks[name]
+            stays = torch.equal(
+                masking.weights()[name][kept & (weight != 0)], weight[kept & (weight != 0)]
+            )
+            assert not due or stays, "a step that rewires changed a weight that stays"
+    assert masking.settled(_clock(STEPS - 1)), "it is not at the target at the end"
+    masking.detach()
+    return {**masking.model.state_dict(), **{f"{n}.mask": m for n, m in masking.masks.items()}}
+
+
+def check_wrapper(use: Use[Any], context: Context) -> None:
+    """Steps on weights and on scores: what is changed comes back, and a resume gives the same."""
+    wrapper, declared = use.build(context), cast(Any, use.component)
+    known = isinstance(wrapper, Around | Following)
+    assert known, "has neither `around` nor `after_step`"
+    assert declared.averages == isinstance(wrapper, Averaging), "`averages` and `judged` differ"
+    for learned in (False, True):
+        model = tiny_network()
+        wrapper = use.build(dataclasses.replace(context, model=model))
+        start = {n: p.detach().clone() for n, p in model.named_parameters() if p.dim() > 1}
+        chosen = select_masks(Scores({n: v.abs() for n, v in start.items()}), Selection(0.5))
+        masking: Masking = Weights(model, chosen)
+        if learned:
+            masking = LearnedScores(model, Scores(start), Selection(0.5), {})
+        masking.after_step()
+        stepper = _make_stepper(masking, wrapper)
+        _check_passes(use, wrapper, masking, stepper)
+        for step in range(3):
+            (x, y), _ = tiny_batches()
+            loss = stepper.take(x, y, _clock(step), [])
+            assert loss.value.isfinite(), "the loss is not finite"
+            masking.check()
+        if isinstance(wrapper, Averaging):
+            before = snapshot(model)
+            with wrapper.judged(model), masking.judged(_clock(2)):
+                assert not same(before, model.state_dict()), "its network is the trained one"
+            assert same(before, model.state_dict()), "`judged` does not bring the weights back"
+        if hasattr(wrapper, "state_dict"):
+            twin: Any = use.build(dataclasses.replace(context, model=model))
+            twin.load_state_dict(copy.deepcopy(wrapper.state_dict()))
+            assert same(wrapper.state_dict(), twin.state_dict()), "its state does not restore it"
+
+
+def _check_passes(use: Use[Any], wrapper: Any, masking: Masking, stepper: Stepper) -> None:
+    """What `around` does to weights and to the number of passes."""
+    if not isinstance(wrapper, Around):
+        return
+    declared: Any = use.component
+    (x, y), _ = tiny_batches()
+    clock, passes = Clock(STEPS - 1, STEPS, 10**6, 10**6 + 1), 0
+    now = Now(clock, masking.model, masking.weights(), masking.masks, masking.gradients)
+
+    def go() -> Loss:
+        nonlocal passes
+        passes += 1
+        with masking.effective(clock, lend=True):
+            loss = stepper.objective(x, y, clock)
+            loss.value.backward()
+        masking.after_backward()
+        return loss
+
+    before = {name: weight.clone() for name, weight in masking.weights().items()}
+    assert isinstance(wrapper.around(go, now), Loss), (
+        "`around` must return the loss of its last pass"
+    )
+    assert same(before, masking.weights()), "`around` does not bring the weights back to the bit"
+    assert passes == declared.passes(use.options), f"makes {passes} passes, and declares others"
+
+
+def _make_stepper(masking: Masking, *wrappers: Any) -> Stepper:
+    model = masking.model
+
+    def cross_entropy(x: Tensor, y: Tensor, clock: Clock) -> Loss:
+        logits = model(x)
+        return Loss(nn.functional.cross_entropy(logits, y), logits.detach())
+
+    def make(groups: Any) -> torch.optim.Optimizer:
+        return torch.optim.SGD(groups, lr=0.1, momentum=0.9)
+
+    choice = OptimizerChoice(make, 0.1, lambda clock: 1.0)
+    return Stepper(masking, cross_entropy, choice, (0, 0), wrappers=wrappers)

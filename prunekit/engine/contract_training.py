@@ -1,0 +1,213 @@
+"""What objectives, pruners, optimizers and schedules must do."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from prunekit.catalog.component import Use
+from prunekit.contracts import Attacking, Clock, Context, Loss, OptimizerChoice, Scores
+from prunekit.data.seeds import generator, seed_all
+from prunekit.errors import RunError
+from prunekit.evaluation import eval_mode
+from prunekit.pruning.selection import Selection, check_scores, meets
+from prunekit.steps import Masking
+from prunekit.training.masking import LearnedScores
+
+SHAPE, CLASSES, BATCH = (1, 8, 8), 3, 4
+
+
+def tiny_network(shape: tuple[int, int, int] = SHAPE, classes: int = CLASSES) -> nn.Module:
+    """A network with a convolution, batch normalization and a linear layer, seeded."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(shape[0], 4, 3, stride=2, padding=1),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(16, classes),
+    )
+
+
+def tiny_batches(batches: int = 2) -> list[tuple[Tensor, Tensor]]:
+    """Random images and labels, seeded."""
+    g = torch.Generator().manual_seed(0)
+    return [
+        (torch.rand(BATCH, *SHAPE, generator=g), torch.randint(CLASSES, (BATCH,), generator=g))
+        for _ in range(batches)
+    ]
+
+
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def check_objective(use: Use[Any], context: Context) -> None:
+    model = tiny_network()
+    (x, y), _ = tiny_batches()
+    images = x.clone()
+    objective = use.build(dataclasses.replace(context, model=model, stage="pretrain"))
+    model.train()
+
+    def step() -> Loss:
+        seed_all(1)
+        loss = objective(x, y, Clock(0, 10, 0, 2))
+        assert isinstance(loss, Loss), f"the step gives a {type(loss).__name__}, not a Loss"
+        return loss
+
+    parameters = {n: p.detach().clone() for n, p in model.named_parameters()}
+    loss = step()
+    assert loss.value.shape == (), "the loss is not a scalar"
+    assert loss.value.isfinite(), "the loss is not finite"
+    assert loss.logits.shape == (BATCH, CLASSES), f"logits are {tuple(loss.logits.shape)}"
+    assert all(t.numel() == 1 for t in loss.terms.values()), "a term is not a scalar"
+    assert all(p.grad is None for p in model.parameters()), "the step left gradients"
+    assert all(torch.equal(parameters[n], p) for n, p in model.named_parameters()), (
+        "the step changed the weights; that is the optimizer's"
+    )
+    assert torch.equal(x, images), "the step changed the images in place"
+    assert all(m.training for m in model.modules()), "the step left train mode"
+    loss.value.backward()
+    assert all(p.grad is not None for p in model.parameters()), "a weight gets no gradient"
+    model.load_state_dict(tiny_network().state_dict())
+    first = float(step().value.detach())
+    model.load_state_dict(tiny_network().state_dict())
+    assert first == float(step().value.detach()), "not repeatable under one seed"
+    if isinstance(objective, Attacking):
+        model.load_state_dict(tiny_network().state_dict())
+        seed_all(1)
+        prepared = objective.prepare(x, y, Clock(0, 10, 0, 2))
+        again = objective.loss(prepared, Clock(0, 10, 0, 2)).value
+        assert first == float(again.detach()), "`prepare` and `loss` are not what calling it does"
+    _check_scores_learn(use, context, x, y)
+    if hasattr(objective, "validate"):
+        before = snapshot(model)
+        with eval_mode(model):
+            values = objective.validate(x, y)
+        assert all(v.shape == (BATCH,) for v in values.values()), "validate is per image"
+        assert same(before, model.state_dict()), "validate changed the network"
+        names = set(values)
+    else:
+        names = {"accuracy"}
+    assert use.component.select in {*names, "last"}, "select is not a validation metric"
+
+
+def _check_scores_learn(use: Use[Any], context: Context, x: Tensor, y: Tensor) -> None:
+    """Scores get gradients through the objective, whichever forward pass comes first."""
+    model = tiny_network()
+    start = {n: torch.randn_like(p) for n, p in model.named_parameters() if p.dim() > 1}
+    variables = LearnedScores(model, Scores(start), Selection(0.5), {}, "train")
+    objective = use.build(dataclasses.replace(context, model=model, stage="prune"))
+    with variables.effective(Clock(0, 10, 0, 2)):
+        objective(x, y, Clock(0, 10, 0, 2)).value.backward()
+    assert all(part.score.grad is not None for part in variables.parts.values()), (
+        "scores get no gradient"
+    )
+
+
+def check_pruner(use: Use[Any], context: Context) -> None:
+    model = tiny_network()
+    before = snapshot(model)
+    weights = {n: p.detach().clone() for n, p in model.named_parameters() if p.dim() > 1}
+    learned: list[Masking] = []
+    clock = Clock(0, 10, 0, 2)
+
+    def attach(
+        start: Scores, kind: type[LearnedScores] = LearnedScores, **more: Any
+    ) -> LearnedScores:
+        return kind(model, start, Selection(0.5), {}, **more)
+
+    def train(masking: Masking) -> Scores:
+        learned.append(masking)
+        masking.check()
+        (x, y), _ = tiny_batches()
+        with masking.effective(clock):
+            cross_entropy(x, y, clock).value.backward()
+        groups = masking.parameters()
+        assert all(p.grad is not None for g in groups for p in g.parameters), (
+            "something that it trains gets no gradient"
+        )
+        with masking.judged(clock):
+            model(x)
+        masking.detach()
+        return masking.scores()
+
+    def cross_entropy(x: Tensor, y: Tensor, clock: Clock) -> Loss:
+        logits = model(x)
+        return Loss(nn.functional.cross_entropy(logits, y), logits)
+
+    context = dataclasses.replace(
+        context,
+        model=model,
+        weights=weights,
+        stage="prune",
+        sparsity=0.5,
+        attach=attach,
+        train=train,
+        objective=cross_entropy,
+        batches=lambda: iter(tiny_batches()),
+        generator=generator(0),
+    )
+    model.train()
+    scores = use.build(context)(context)
+    assert isinstance(scores, Scores), f"gives a {type(scores).__name__}, not Scores"
+    assert bool(learned) == use.component.learns, "`learns` and what it does disagree"
+    allocates = scores.keep is not None
+    assert allocates == use.component.allocates, "`allocates` and what it does disagree"
+    _check_scores(scores, weights)
+    after = snapshot(model)
+    same = [torch.equal(before[n], after[n]) for n in weights]
+    assert all(same), "scoring changed the weights"
+
+
+def _check_scores(scores: Scores, weights: Mapping[str, Tensor]) -> None:
+    try:
+        check_scores(scores, weights, "it")
+    except RunError as error:
+        raise AssertionError(str(error)) from None
+    assert scores.keep is None or meets(scores, Selection(0.5)), "`keep` misses the sparsity"
+
+
+def check_schedule(use: Use[Any], context: Context) -> None:
+    schedule = use.build(context)
+    clocks = [Clock(step, 12, step // 3, 4) for step in range(12)]
+    factors = [schedule(clock) for clock in clocks]
+    assert all(np.isfinite(f) and f >= 0 for f in factors), "a factor is negative or not a number"
+    assert factors == [schedule(clock) for clock in clocks], "is not a function of the clock alone"
+
+
+def check_optimizer(use: Use[Any], context: Context) -> None:
+    """A step moves the weights, and a restored state continues to the same weights."""
+    choice = use.build(context)
+    assert isinstance(choice, OptimizerChoice), "does not give an OptimizerChoice"
+    assert choice.lr > 0, "its rate is not above 0"
+
+    def train(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        (x, y), _ = tiny_batches()
+        optimizer.zero_grad(set_to_none=True)
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+    model, twin = tiny_network(), tiny_network()
+    optimizer = choice.make([{"params": list(model.parameters()), "weight_decay": 0.5}])
+    assert optimizer.param_groups[0]["weight_decay"] == 0.5, "a group's own weight decay is lost"
+    before = snapshot(model)
+    train(model, optimizer)
+    assert not same(before, model.state_dict()), "a step changes nothing"
+    twin.load_state_dict(copy.deepcopy(model.state_dict()))
+    resumed = choice.make(list(twin.parameters()))
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train(model, optimizer)
+    train(twin, resumed)
+    assert same(model.state_dict(), twin.state_dict()), "its state does not restore it"
