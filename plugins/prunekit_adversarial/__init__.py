@@ -134,6 +134,7 @@ def prunekit_objectives() -> Iterable[Component]:
         options=PgdAtOptions,
         paper="Madry et al., ICLR 2018, arXiv 1706.06083",
         forward_passes=lambda options: options.steps + 1,
+        attack_passes=lambda options: options.steps,
         select="robust_accuracy",
     )
     yield Component(
@@ -143,6 +144,7 @@ def prunekit_objectives() -> Iterable[Component]:
         options=TradesOptions,
         paper="Zhang et al., ICML 2019, arXiv 1901.08573",
         forward_passes=lambda options: options.steps + 3,
+        attack_passes=lambda options: options.steps + 1,
         select="robust_accuracy",
     )
     yield Component(
@@ -152,6 +154,7 @@ def prunekit_objectives() -> Iterable[Component]:
         options=MartOptions,
         paper="Wang et al., ICLR 2020, openreview rklOg6EFwS",
         forward_passes=lambda options: options.steps + 2,
+        attack_passes=lambda options: options.steps,
         select="robust_accuracy",
     )
     yield Component(

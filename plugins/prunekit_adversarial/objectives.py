@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -41,12 +42,33 @@ class Benign:
 
 
 @dataclass(frozen=True)
-class Adversarial:
+class Attacked:
+    """Images x and attacked ones, (B, C, H, W), with labels y (B,)."""
+
+    x: Tensor
+    y: Tensor
+    adversarial: Tensor
+
+
+@dataclass(frozen=True)
+class Adversarial(ABC):
     """What the objectives below share: the network, and the attacks of training and validation."""
 
     model: nn.Module
     attack: Attack
     validation: Attack
+
+    @abstractmethod
+    def prepare(self, x: Tensor, y: Tensor, clock: Clock) -> Attacked:
+        """The attack."""
+
+    @abstractmethod
+    def loss(self, prepared: Attacked, clock: Clock) -> Loss:
+        """The loss after it."""
+
+    def __call__(self, x: Tensor, y: Tensor, clock: Clock) -> Loss:
+        """The attack, and the loss after it."""
+        return self.loss(self.prepare(x, y, clock), clock)
 
     def validate(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         """Accuracy and robust accuracy of each image; see `judge`."""
@@ -60,9 +82,14 @@ class PgdAt(Adversarial):
     The logits of the loss are those at x'.
     """
 
-    def __call__(self, x: Tensor, y: Tensor, clock: Clock) -> Loss:
-        logits = predict(self.model, pgd(self.model, x, y, self.attack))
-        return Loss(F.cross_entropy(logits, y), logits.detach())
+    def prepare(self, x: Tensor, y: Tensor, clock: Clock) -> Attacked:
+        """Images attacked by PGD from a uniform start."""
+        return Attacked(x, y, pgd(self.model, x, y, self.attack))
+
+    def loss(self, prepared: Attacked, clock: Clock) -> Loss:
+        """The cross-entropy at the attacked images."""
+        logits = predict(self.model, prepared.adversarial)
+        return Loss(F.cross_entropy(logits, prepared.y), logits.detach())
 
 
 @dataclass(frozen=True)
@@ -75,13 +102,18 @@ class Trades(Adversarial):
 
     beta: float
 
-    def __call__(self, x: Tensor, y: Tensor, clock: Clock) -> Loss:
-        adversarial = maximize_kl(self.model, x, self.attack)
+    def prepare(self, x: Tensor, y: Tensor, clock: Clock) -> Attacked:
+        """Images attacked on the KL."""
+        return Attacked(x, y, maximize_kl(self.model, x, self.attack))
+
+    def loss(self, prepared: Attacked, clock: Clock) -> Loss:
+        """The loss at clean and attacked images."""
+        x = prepared.x
         # Two forward passes rather than one over both: clean and attacked images have different
         # batch statistics.
         logits = predict(self.model, x)
-        natural = F.cross_entropy(logits, y)
-        robust = kl_divergence(logits, predict(self.model, adversarial)) / len(x)
+        natural = F.cross_entropy(logits, prepared.y)
+        robust = kl_divergence(logits, predict(self.model, prepared.adversarial)) / len(x)
         terms = {"natural": natural.detach(), "robust": robust.detach()}
         return Loss(natural + self.beta * robust, logits.detach(), terms)
 
@@ -98,10 +130,15 @@ class Mart(Adversarial):
 
     beta: float
 
-    def __call__(self, x: Tensor, y: Tensor, clock: Clock) -> Loss:
-        adversarial = pgd(self.model, x, y, self.attack, near(x))
-        logits = predict(self.model, x)
-        attacked = predict(self.model, adversarial)
+    def prepare(self, x: Tensor, y: Tensor, clock: Clock) -> Attacked:
+        """Images attacked by PGD from close to themselves."""
+        return Attacked(x, y, pgd(self.model, x, y, self.attack, near(x)))
+
+    def loss(self, prepared: Attacked, clock: Clock) -> Loss:
+        """The loss at clean and attacked images."""
+        y = prepared.y
+        logits = predict(self.model, prepared.x)
+        attacked = predict(self.model, prepared.adversarial)
         label = y[:, None]
         wrong = attacked.softmax(1).scatter(1, label, 0).amax(1)
         boosted = F.cross_entropy(attacked, y) - (1.0001 - wrong + 1e-12).log().mean()

@@ -83,4 +83,7 @@ def _count_work(run: Run, loaded: Loaded, stage: Stage, device: torch.device) ->
     feed = Feed(loaded.data.train, loaded.validation, size, device, limit=stage.limit)
     steps = stage.epochs * feed.count() * stage.replays
     checked = stage.epochs * feed.count_validation()
-    return steps, steps * use.component.forward_passes(use.options) + checked
+    once = use.component.forward_passes(use.options)
+    again = once - use.component.attack_passes(use.options)
+    more = sum(wrapper.component.passes(wrapper.options) - 1 for wrapper in options.wrap)
+    return steps, steps * (once + more * again) + checked

@@ -117,7 +117,8 @@ class LearnedScores:
             if isinstance(module, NORMS):
                 module.train(bn != "freeze")
                 module.requires_grad_(bn != "freeze")
-        known = {name: (rates or {}).get(name) for name in start.values}
+        self._rates = dict(rates or {})
+        known = {name: self._rates.get(name) for name in start.values}
         self.parts: dict[str, ScoredWeight] | dict[str, ChannelGate]
         self._undo: list[Callable[[], None]]
         if selection.structure == "channel":
@@ -147,7 +148,11 @@ class LearnedScores:
             part.mask.copy_(masks[name])
 
     def parameters(self) -> list[ParamGroup]:
-        return [ParamGroup([p for p in self.model.parameters() if p.requires_grad])]
+        """One group; those of the rates are a second one."""
+        rates = {id(p): p for rate in self._rates.values() for p in rate.parameters()}
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        groups = [ParamGroup([p for p in trained if id(p) not in rates])]
+        return [*groups, ParamGroup(list(rates.values()))] if rates else groups
 
     def weights(self) -> dict[str, Tensor]:
         return {name: weight.detach() for name, weight in self._frozen.items()}

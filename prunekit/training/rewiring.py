@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from prunekit.contracts import Clock, Masks, Scores, SparsitySchedule
 from prunekit.data import seeds
 from prunekit.errors import RunError
+from prunekit.pruning.learning import LEAK
 from prunekit.pruning.selection import (
     Selection,
     check_layers,
@@ -94,7 +95,7 @@ class Rewired(Weights):
         """Let the rewirer choose masks; without `gradients` it is the first call of the stage.
 
         What is not kept, and what is kept anew, is zero afterwards, and so is every state of the
-        optimizer for it. Raises `RunError` for scores that do not fit, or miss the target in the
+        optimizer for it (but a channel that grows starts with a scale of 1, and `LEAK` as shift). Raises `RunError` for scores that do not fit, or miss the target in the
         last step.
         """
         plan, final = self.rewiring, clock.step + 1 == clock.steps
@@ -106,7 +107,7 @@ class Rewired(Weights):
             clock,
             sparsity,
             weights,
-            {name: self.masks[name] for name in plan.weights},
+            {name: self.masks[name].clone() for name in plan.weights},
             gradients or {},
             history,
             seeds.generator(*plan.seed, "rewire", clock.step),
@@ -129,11 +130,11 @@ class Rewired(Weights):
         """Set the mask of a weight; see `rewire`."""
         before, weight = self.masks[name], self._named[name]
         stays = before & mask
-        # The scale of a normalization cannot grow from zero behind a channel of zeros.
-        scale = weight.dim() == 1 and name.endswith(".weight")
         weight.masked_fill_(~stays, 0)
-        if scale:
-            weight.masked_fill_(mask & ~before, 1)
+        if weight.dim() == 1:
+            # A channel cannot grow from nothing: not behind a normalization's scale of zero, nor
+            # before a ReLU, whose derivative at 0 is zero.
+            weight.masked_fill_(mask & ~before, 1.0 if name.endswith(".weight") else LEAK)
         for state in _shaped_like(weight, optimizer.state.get(weight, {}).values()):
             state.masked_fill_(~stays, 0)
         before.copy_(mask)

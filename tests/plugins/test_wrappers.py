@@ -1,0 +1,284 @@
+"""AWP and EMA, by hand and in training: on weights, on scores, and over a stop."""
+
+import pytest
+import torch
+from prunekit_adversarial import TradesOptions
+from prunekit_adversarial.objectives import build_trades
+from prunekit_wrappers import AwpOptions
+from prunekit_wrappers.awp import Awp
+from prunekit_wrappers.ema import Ema
+from torch import nn
+from torch.nn import functional as F
+
+from prunekit.contracts import Clock, Context, Loss, OptimizerChoice, Scores, Threat
+from prunekit.data.batches import Arrays, Feed
+from prunekit.data.seeds import generator, seed_all
+from prunekit.errors import Interrupted
+from prunekit.pruning.masks import apply_masks
+from prunekit.pruning.selection import Selection, select_masks
+from prunekit.report import Stop
+from prunekit.steps import Now
+from prunekit.training.loop import Fit, fit
+from prunekit.training.masking import LearnedScores, Weights
+from prunekit.training.step import Stepper
+
+
+def make_net():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3)
+    )
+
+
+def make_masking(kind):
+    """Half of the weights are kept: weights with masks, learned scores, or gates of channels."""
+    model = make_net()
+    start = {n: p.detach().clone() for n, p in model.named_parameters() if p.dim() > 1}
+    if kind == "weights":
+        masks = select_masks(Scores({n: v.abs() for n, v in start.items()}), Selection(0.5))
+        apply_masks(model, masks)
+        return Weights(model, masks)
+    if kind == "channels":
+        del start["4.weight"]
+        selection = Selection(0.5, structure="channel")
+        followers = {"0.weight": ["0.bias", "1.weight", "1.bias"]}
+        return LearnedScores(model, Scores(start), selection, {}, followers=followers)
+    return LearnedScores(model, Scores(start), Selection(0.5), {})
+
+
+def make_trades(masking):
+    options = TradesOptions(steps=2)
+    return build_trades(options, Context(model=masking.model, threat=Threat("linf", 0.1)))
+
+
+def sgd(groups):
+    return torch.optim.SGD(groups, lr=0.1, momentum=0.9, weight_decay=1e-3)
+
+
+CHOICE = OptimizerChoice(sgd, 0.1, lambda clock: 1.0)
+CLOCK = Clock(3, 10, 0, 2)
+
+
+def batch():
+    draw = generator(5)
+    return torch.rand(6, 1, 4, 4, generator=draw), torch.randint(3, (6,), generator=draw)
+
+
+def test_awp_by_hand():
+    """w = (3, 4) with gradient (0, 2): ||w|| = 5, v = 0.1 * 5 * (0, 1); the loss there is w_2^2."""
+    weight, seen = torch.tensor([[3.0, 4.0]]), []
+    now = Now(CLOCK, nn.Identity(), {"w": weight}, {}, lambda: {"w": torch.tensor([[0.0, 2.0]])})
+    Awp(AwpOptions(gamma=0.1)).around(lambda: seen.append(weight.clone()), now)
+    torch.testing.assert_close(seen[1], torch.tensor([[3.0, 4.5]]))
+    assert seen[0].tolist() == weight.tolist() == [[3.0, 4.0]]
+
+
+def test_awp_measures_what_is_kept():
+    """The kept 3 alone: ||w|| = 3 and the gradient (-1, 0) moves it by 0.3."""
+    weight, seen = torch.tensor([[3.0, 4.0]]), []
+    masks = {"w": torch.tensor([[True, False]])}
+    now = Now(CLOCK, nn.Identity(), {"w": weight}, masks, lambda: {"w": torch.tensor([[-1.0, 0]])})
+    Awp(AwpOptions(gamma=0.1)).around(lambda: seen.append(weight.clone()), now)
+    torch.testing.assert_close(seen[1], torch.tensor([[2.7, 4.0]]))
+
+
+def test_awp_begins_after_its_epochs():
+    weight, seen = torch.ones(1, 1), []
+    now = Now(CLOCK, nn.Identity(), {"w": weight}, {}, lambda: {"w": torch.ones(1, 1)})
+    Awp(AwpOptions(start=1)).around(lambda: seen.append(1), now)
+    assert seen == [1]
+
+
+@pytest.mark.parametrize("kind", ["weights", "scores", "channels"])
+def test_awp_with_trades_attacks_once_and_moves_statistics_once(kind):
+    """The step is the one of a loss that is differentiated at w + v, worked out beside it."""
+    masking = make_masking(kind)
+    model, trades = masking.model, make_trades(masking)
+    x, y = batch()
+    attacks, forwards = [], []
+    prepare, loss = type(trades).prepare, type(trades).loss
+
+    class Counted(type(trades)):
+        def prepare(self, *given):
+            attacks.append(1)
+            return prepare(self, *given)
+
+        def loss(self, *given):
+            forwards.append(model[1].running_mean.clone())
+            return loss(self, *given)
+
+    trades = Counted(trades.model, trades.attack, trades.validation, trades.beta)
+    before = {n: w.clone() for n, w in masking.weights().items()}
+    buffers = model[1].running_mean.clone()
+    choice = OptimizerChoice(lambda groups: torch.optim.SGD(groups, lr=0.0), 0.0, lambda c: 1.0)
+    wrapped = Stepper(masking, trades, choice, (0, 0), wrappers=[Awp(AwpOptions(gamma=0.5))])
+    seed_all(0)
+    wrapped.take(x, y, CLOCK, [])
+    assert (len(attacks), len(forwards)) == (1, 2)
+    assert all(torch.equal(mean, buffers) for mean in forwards)
+    assert int(model[1].num_batches_tracked) == 2  # clean and attacked images, of one pass
+    assert all(torch.equal(before[n], w) for n, w in masking.weights().items())
+    got = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    moved = model[1].running_mean.clone()
+
+    # Beside it: the same attack, then gradients at w, then at w + v.
+    model[1].reset_running_stats()
+    plain = make_trades(masking)
+    seed_all(0)
+    with masking.effective(CLOCK):
+        prepared = plain.prepare(x, y, CLOCK)
+
+    def differentiate():
+        model[1].reset_running_stats()
+        model.zero_grad()
+        with masking.effective(CLOCK, lend=True):
+            plain.loss(prepared, CLOCK).value.backward()
+        masking.after_backward()
+
+    differentiate()
+    for name, gradient in masking.gradients().items():
+        kept = before[name] * masking.masks[name] if name in masking.masks else before[name]
+        step = 0.5 * kept.norm() * gradient / gradient.norm()
+        assert not step[~masking.masks[name]].any() if name in masking.masks else True
+        masking.weights()[name].add_(step)
+    differentiate()
+    assert got.keys() == {n for n, p in model.named_parameters() if p.grad is not None}
+    for name, parameter in model.named_parameters():
+        if name in got:
+            torch.testing.assert_close(parameter.grad, got[name], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(model[1].running_mean, moved)
+
+
+def test_gradients_that_are_lent_are_those_at_the_effective_weight():
+    masking = make_masking("scores")
+    x, y = batch()
+    with masking.effective(CLOCK, lend=True):
+        F.cross_entropy(masking.model(x), y).backward()
+    found = masking.gradients()
+    plain = make_net()
+    apply_masks(plain, masking.masks)
+    F.cross_entropy(plain(x), y).backward()
+    for name, mask in masking.masks.items():
+        expected = dict(plain.named_parameters())[name].grad.masked_fill(~mask, 0)
+        torch.testing.assert_close(found[name], expected)
+    assert all(p.grad is None for n, p in masking.model.named_parameters() if "original" in n)
+
+
+def test_gates_lend_gradients_and_keep_their_weights_frozen():
+    masking = make_masking("channels")
+    x, y = batch()
+    with masking.effective(CLOCK, lend=True):
+        F.cross_entropy(masking.model(x), y).backward()
+    (gradient,) = masking.gradients().values()
+    assert gradient[masking.masks["0.weight"]].any()
+    assert not gradient[~masking.masks["0.weight"]].any()
+    assert not masking.model[0].weight.requires_grad
+
+
+def test_ema_by_hand():
+    """From 1: d = min(0.5, 1 / 10) at step 0, (1 + 1) / (10 + 1) at 1, 0.5 at 98."""
+    net = nn.Linear(1, 1, bias=False)
+    ema = Ema(0.5)
+
+    def follow(step, value):
+        nn.init.constant_(net.weight, value)
+        ema.after_step(Now(Clock(step, 100, 0, 1), net, {}, {}, dict))
+        return float(ema.average["weight"])
+
+    assert follow(0, 1.0) == 1.0
+    second = follow(1, 2.0)
+    assert second == pytest.approx(2 / 11 * 1 + 9 / 11 * 2)
+    assert follow(98, 4.0) == pytest.approx((second + 4) / 2)
+    with ema.judged(net):
+        assert float(net.weight) == pytest.approx((second + 4) / 2)
+    assert float(net.weight) == 4.0
+
+
+def test_ema_forgets_what_is_dropped():
+    net = nn.Linear(2, 1, bias=False)
+    nn.init.ones_(net.weight)
+    masks, ema = {"weight": torch.tensor([[True, True]])}, Ema(0.9)
+    ema.after_step(Now(Clock(0, 9, 0, 1), net, {}, masks, dict))
+    masks["weight"][0, 1] = False
+    ema.after_step(Now(Clock(1, 9, 0, 1), net, {}, masks, dict))
+    assert ema.average["weight"].tolist() == [[1.0, 0.0]]
+
+
+class Noisy:
+    """CE on images with noise: the second pass must draw what the first drew."""
+
+    def __init__(self, model):
+        self.model, self.seen, self.watch = model, [], lambda step: None
+
+    def __call__(self, x, y, clock):
+        self.watch(clock.step)
+        noise = torch.randn_like(x)
+        self.seen.append(noise)
+        logits = self.model(x + 0.1 * noise)
+        return Loss(F.cross_entropy(logits, y), logits.detach())
+
+
+def test_every_pass_draws_the_same():
+    masking = make_masking("weights")
+    objective = Noisy(masking.model)
+    stepper = Stepper(masking, objective, CHOICE, (0, 0), wrappers=[Awp(AwpOptions())])
+    stepper.take(*batch(), CLOCK, [])
+    first, second = objective.seen
+    assert torch.equal(first, second)
+    stepper.take(*batch(), Clock(4, 10, 0, 2), [])
+    assert not torch.equal(objective.seen[2], first)
+
+
+def make_job(folder, kind, wrappers, stop=None):
+    folder.mkdir(exist_ok=True)
+    draw = generator(7)
+    images = torch.randint(256, (16, 1, 4, 4), generator=draw, dtype=torch.uint8)
+    part = Arrays(images, torch.randint(3, (16,), generator=draw))
+    masking = make_masking(kind)
+    choice = OptimizerChoice(sgd, 0.1, lambda clock: 1 - clock.fraction)
+    return Fit(masking, Noisy(masking.model), choice, Feed(part, part, 4, torch.device("cpu")),
+               3, (0, 0), "stage", "stage", "k", lambda event: None, stop or Stop(),
+               folder / "progress.safetensors", wrappers=wrappers)  # fmt: skip
+
+
+def make_wrappers():
+    return [Ema(0.9), Awp(AwpOptions())]
+
+
+def finish(job):
+    fit(job)
+    return job.masking.model.state_dict(), job.checkpoint.read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["weights", "scores", "channels"])
+@pytest.mark.parametrize("at", [2, 4, 9])
+def test_a_stop_changes_no_bit(kind, at, tmp_path):
+    """Raw weights, the average, momentum and the best epoch."""
+    whole, progress = finish(make_job(tmp_path / "a", kind, make_wrappers()))
+    stop = Stop()
+    job = make_job(tmp_path / "b", kind, make_wrappers(), stop)
+    job.objective.watch = lambda step: setattr(stop, "requested", stop.requested or step == at)
+    with pytest.raises(Interrupted):
+        fit(job)
+    again, resumed = finish(make_job(tmp_path / "b", kind, make_wrappers()))
+    assert all(torch.equal(whole[name], value) for name, value in again.items())
+    assert progress == resumed
+
+
+@pytest.mark.parametrize("kind", ["weights", "scores"])
+def test_the_average_is_what_is_stored_under_its_exact_masks(kind, tmp_path):
+    ema = Ema(0.9)
+    job = make_job(tmp_path, kind, [ema])
+    job.select = "last"
+    fit(job)
+    model = job.masking.model
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert trained.keys() <= ema.average.keys()
+    assert all(torch.equal(trained[name], ema.average[name]) for name in trained)
+    raw = {n: v for n, v in job.masking.model.state_dict().items() if n in ema.average}
+    assert all(torch.equal(raw[name], ema.average[name]) for name in raw)
+    if kind == "weights":
+        job.masking.check()
+    else:
+        chosen = select_masks(job.masking.scores(), Selection(0.5))
+        assert all(torch.equal(chosen[n], mask) for n, mask in job.masking.masks.items())
