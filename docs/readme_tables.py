@@ -33,8 +33,11 @@ def write_components() -> str:
 
 def write_options(options: type) -> str:
     """An options dataclass as a table, one line a key."""
+    hidden = sections.SELECTION_KEYS if issubclass(options, sections.PretrainOptions) else ()
     lines = ["| key | what it takes | default | what it is |", "|---|---|---|---|"]
     for option in describe_options(options):
+        if option["name"] in hidden:  # they are those of a prune stage
+            continue
         taken = ", ".join(filter(None, (option["type"], option["limits"], option["unit"])))
         default = "required" if option["required"] else "none"
         if option["default"] is not None:
@@ -73,7 +76,8 @@ OPTIONS = {
     **{
         f"{e.kind} {e.component.name}": e.component.options
         for e in load_registry().entries
-        if e.kind in ("optimizer", "schedule")
+        if e.kind in ("optimizer", "schedule", "sparsity_schedule", "wrapper")
+        and e.component.options is not component.NoOptions
     },
 }
 

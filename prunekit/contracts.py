@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from prunekit.steps import Masking
-
 Masks: TypeAlias = "dict[str, Tensor]"
 """Bool, True = kept; keyed and shaped like the prunable weights (and what goes with them)."""
 
@@ -284,12 +282,12 @@ class Context:
     """The stage's `Objective`."""
     batches: Callable[[], Iterator[tuple[Tensor, Tensor]]] = _absent
     """One epoch of training batches (x, y), augmented, on the device."""
-    attach: Callable[..., Masking] = _absent
+    attach: Callable[..., Any] = _absent
     """`attach(start, kind=LearnedScores, **more)`: trained scores beside the frozen weights, from
     the given start; `kind` is a class of your own for what learns more than scores."""
-    train: Callable[[Masking], Scores] = _absent
-    """Trains what a masking says on the stage's objective, then detaches it; returns its scores in
-    the best epoch."""
+    train: Callable[[Any], Scores] = _absent
+    """Trains what a `prunekit.steps.Masking` says on the stage's objective, then detaches it;
+    returns its scores in the best epoch."""
 
     def learn(self, start: Scores) -> Scores:
         """Train scores from the given start (HYDRA, section 3): the forward pass uses

@@ -10,6 +10,8 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem, get_completion_class
 
+from prunekit.catalog.component import KINDS
+
 Complete = Callable[[click.Context, click.Parameter, str], list[CompletionItem]]
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -35,7 +37,7 @@ def complete_kinds(
     context: click.Context, parameter: click.Parameter, incomplete: str
 ) -> list[CompletionItem]:
     """Complete kinds of components as `prunekit list` takes them: objectives, pruners, ..."""
-    kinds = dict.fromkeys(f"{kind}s" for kind, _, _ in _list_components())
+    kinds = (f"{kind}s" for kind in KINDS)
     return [CompletionItem(kind) for kind in kinds if kind.startswith(incomplete)]
 
 

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import click
 
-from prunekit.catalog.component import Radius, Use, default_of
+from prunekit.catalog.component import KINDS, Radius, Use, default_of
 from prunekit.catalog.registry import Entry, load_registry
 from prunekit.cli.completion import complete_components, complete_kinds
 from prunekit.cli.group import as_json, print_json, print_table
@@ -57,11 +57,10 @@ FRAGMENTS = {
 def list_components(kind: str | None, match: str | None, as_json: bool) -> None:
     """List all components, or those of one KIND (objectives, pruners, ...)."""
     registry = load_registry()
-    kinds = list(dict.fromkeys(entry.kind for entry in registry.entries))
-    wanted = kind and kind.removesuffix("s")
-    if wanted and wanted not in kinds:
-        raise UserError(f"unknown kind {kind!r}; {suggest(f'{wanted}s', [f'{k}s' for k in kinds])}")
-    entries = [e for k in kinds for e in registry.entries if e.kind == k and wanted in (None, k)]
+    wanted = kind and kind.removesuffix("s").replace("-", "_")
+    if wanted and wanted not in KINDS:
+        raise UserError(f"unknown kind {kind!r}; {suggest(f'{wanted}s', [f'{k}s' for k in KINDS])}")
+    entries = [e for k in KINDS for e in registry.entries if e.kind == k and wanted in (None, k)]
     found = find_matches(entries, match) if match else [summarize(entry) for entry in entries]
     if as_json:
         print_json({"components": found, "broken": [vars(p) for p in registry.broken]})
@@ -180,16 +179,26 @@ def render_component(entry: Entry) -> str:
     return "\n".join(lines)
 
 
+def with_article(kind: str) -> str:
+    """The kind of a component in words: "an objective", "a sparsity schedule"."""
+    return f"{'an' if kind[0] in 'aeo' else 'a'} {kind.replace('_', ' ')}"
+
+
 def name_type(hint: Any) -> str:
     """The type of an option in words."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Literal:
         return " | ".join(map(write_value, arguments))
     if origin is Use:
-        return f"a {KIND_OF[arguments[0]]}"
+        return with_article(KIND_OF[arguments[0]])
     if origin is tuple:
         if arguments[-1] is Ellipsis:
-            return f"list of {name_type(arguments[0])}"
+            inner = name_type(arguments[0])
+            return (
+                f"list of {inner.partition(' ')[2]}s"
+                if inner[:2] in ("a ", "an")
+                else f"list of {inner}"
+            )
         return f"list of {len(arguments)}: {', '.join(map(name_type, arguments))}"
     if arguments and origin is not dict:
         return " | ".join(name_type(a) for a in arguments if a is not type(None))

@@ -16,7 +16,7 @@ import click
 from prunekit import __version__
 from prunekit.catalog.component import API_VERSION, KINDS, Component
 from prunekit.catalog.registry import Entry, Registry, load_registry
-from prunekit.cli.components import fragment
+from prunekit.cli.components import fragment, with_article
 from prunekit.cli.group import PATH, as_json, print_json, warn
 from prunekit.errors import UserError, relative
 
@@ -94,7 +94,7 @@ def check_name(name: str, kinds: Sequence[str], registry: Registry) -> str:
     elif (spec := importlib.util.find_spec(package)) and spec.origin:
         reason = f"there is a package {package!r} in this environment"
     elif claimed:
-        kind = _with_article(claimed[0].kind)
+        kind = with_article(claimed[0].kind)
         reason = f"there is {kind} {component!r} already, of plugin {claimed[0].owner}"
     else:
         return package
@@ -121,7 +121,7 @@ def write_files(name: str, package: str, kinds: Sequence[str]) -> dict[str, str]
                 declarations.append(re.sub(r'name="[\w-]+"', f'name="{short}"', code))
             else:
                 files[file.replace(EXAMPLE, package)] = code
-    named = " and ".join(map(_with_article, kinds)).capitalize()
+    named = " and ".join(map(with_article, kinds)).capitalize()
     words = {
         "name": name,
         "package": package,
@@ -137,10 +137,6 @@ def write_files(name: str, package: str, kinds: Sequence[str]) -> dict[str, str]
         f"{package}/__init__.py": _merge(f'"""{words["kinds"]} for prunekit."""', declarations),
         **files,
     }
-
-
-def _with_article(kind: str) -> str:
-    return f"an {kind}" if kind[0] in "aeo" else f"a {kind}"
 
 
 def _write_fragment(kind: str, name: str) -> str:

@@ -23,6 +23,7 @@ DECIDING = (
     "models/building.py",
     "pruning/",
     "recipe/stages.py",
+    "steps.py",
     "store/checkpoint.py",
     "training/",
 )

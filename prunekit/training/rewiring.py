@@ -95,8 +95,8 @@ class Rewired(Weights):
         """Let the rewirer choose masks; without `gradients` it is the first call of the stage.
 
         What is not kept, and what is kept anew, is zero afterwards, and so is every state of the
-        optimizer for it (but a channel that grows starts with a scale of 1, and `LEAK` as shift). Raises `RunError` for scores that do not fit, or miss the target in the
-        last step.
+        optimizer for it (but a channel that grows starts with a scale of 1, and `LEAK` as shift).
+        Raises `RunError` for scores that do not fit, or miss the target in the last step.
         """
         plan, final = self.rewiring, clock.step + 1 == clock.steps
         end = Clock(clock.steps, clock.steps, clock.epochs, clock.epochs)

@@ -17,7 +17,7 @@ from prunekit.cli.group import main
 from prunekit.recipe.document import load_recipe
 from prunekit.recipe.plan import make_plan
 
-NAMES = {**{f"acme-{kind}": (kind,) for kind in KINDS}, "acme-all": KINDS}
+NAMES = {f"acme-{kind}".replace("_", "-"): (kind,) for kind in KINDS} | {"acme-all": KINDS}
 
 
 def call(*arguments, code=0):
@@ -94,7 +94,8 @@ def test_it_runs_in_a_recipe_once_its_entry_point_is_there(made, monkeypatch, tm
     Path("r.toml").write_text(recipe)
     plan = make_plan(load_recipe(Path("r.toml")), load_registry())
     owners = {use.plugin for use in plan.runs[0].uses()}
-    assert owners == {"acme-all (acme-all 0.1.0)", "optimizers (prunekit 0.1.0)"}
+    ours = {f"{name} (prunekit 0.1.0)" for name in ("optimizers", "budgets", "pruners")}
+    assert owners == {"acme-all (acme-all 0.1.0)", *ours}
     done = CliRunner().invoke(main, ["run", "r.toml", "--smoke", "--device", "cpu"])
     assert done.exit_code == 0, done.output
     # By now the name is taken.

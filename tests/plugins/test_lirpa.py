@@ -27,9 +27,10 @@ from torch import Tensor, nn
 from prunekit import UserError
 from prunekit.contracts import Clock, Scores
 from prunekit.pruning.layers import find_prunable
-from prunekit.pruning.learning import LearnedScores, effective_parameters
+from prunekit.pruning.learning import effective_parameters
 from prunekit.pruning.selection import Selection
 from prunekit.pruning.structures import find_followers
+from prunekit.training.masking import LearnedScores
 
 CLOCK = Clock(0, 10, 0, 2)
 

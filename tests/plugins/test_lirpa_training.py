@@ -214,7 +214,7 @@ def test_scores_learn_and_weights_stay(name: str) -> None:
     start = Scores({n: torch.randn_like(w) for n, w in weights.items()})
     trained = LearnedScores(net, start, Selection(0.5), {}, "train")
     before = {n: part.score.detach().clone() for n, part in trained.parts.items()}
-    optimizer = torch.optim.SGD(trained.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(trained.parameters()[0].parameters, lr=0.1)
     for step in range(3):
         optimizer.zero_grad()
         with trained.effective(CLOCK):
@@ -233,7 +233,7 @@ def test_removed_weights_stay_removed(name: str) -> None:
     apply_masks(net, masks)
     trained = Weights(net, masks)
     objective = build(name, net, "finetune", **{"probability": 1.0} if name == "mixtrain" else {})
-    optimizer = torch.optim.Adam(trained.parameters(), lr=0.01)
+    optimizer = torch.optim.Adam(trained.parameters()[0].parameters, lr=0.01)
     losses = []
     for step in range(30):
         torch.manual_seed(0)

@@ -59,7 +59,9 @@ def test_score_learns_from_the_scale():
         asked.append(start)
         return Scores({"a": torch.tensor([[0.25, 0.5]])}, layerwise=True)
 
-    result = build_score(ScoreOptions(), Context())(Context(weights=weights, learn=learn))
+    result = build_score(ScoreOptions(), Context())(
+        Context(weights=weights, attach=lambda start: start, train=learn)
+    )
     assert result.values["a"].tolist() == [[0.25, 0.5]]
     (start,) = asked
     assert start.layerwise
@@ -208,7 +210,13 @@ def test_score_learns_from_snip_rescaled():
         return start
 
     # |g w| = 3/4 ((0, 1), (0, 1 + ln 3)); then sqrt(6 / 2) / max.
-    context = Context(model=model, weights=context.weights, batches=context.batches, learn=learn)
+    context = Context(
+        model=model,
+        weights=context.weights,
+        batches=context.batches,
+        attach=lambda start: start,
+        train=learn,
+    )
     build_score(ScoreOptions(start="snip"), Context())(context)
     (start,) = asked
     assert start.layerwise

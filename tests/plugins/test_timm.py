@@ -24,7 +24,7 @@ from prunekit.contracts import Clock, Context, Scores
 from prunekit.engine.engine import Engine
 from prunekit.errors import Interrupted, OptionError, UserError
 from prunekit.pruning.layers import find_prunable, find_unprunable
-from prunekit.pruning.learning import LEAK, LearnedScores
+from prunekit.pruning.learning import LEAK
 from prunekit.pruning.masks import apply_masks
 from prunekit.pruning.selection import Selection, select_masks
 from prunekit.pruning.structures import find_followers, find_structured, follow
@@ -34,6 +34,7 @@ from prunekit.recipe.resolver import describe
 from prunekit.report import EpochDone, Note
 from prunekit.store.stages import Store
 from prunekit.testing import check_component
+from prunekit.training.masking import LearnedScores
 
 (COMPONENT,) = prunekit_architectures()
 CONTEXT = Context(shape=(3, 32, 32), classes=3)
@@ -319,8 +320,6 @@ OFFLINE = """
 import sys
 from click.testing import CliRunner
 from prunekit.cli.group import main
-
-CLOCK = Clock(0, 10, 0, 2)
 for name in sys.argv[1:]:
     done = CliRunner().invoke(main, ["run", f"{name}.toml", "--out", name])
     print(done.exit_code)

@@ -82,6 +82,8 @@ SHOWING = (
     "catalog/",
     "cli/",
     "engine/contract.py",
+    "engine/contract_moving.py",
+    "engine/contract_training.py",
     "engine/eval_plan.py",
     "engine/handed_over.py",
     "engine/preview.py",

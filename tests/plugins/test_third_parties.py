@@ -134,7 +134,7 @@ def test_harps_rates_follow_their_formula(installed):
     torch.testing.assert_close(part.score.grad, expected * weight.sign())
     assert int(part.mask.sum()) == 4  # 0.5 of 8
     # The budget is 4, the density 0.1 + 0.9 s; the factor grows with the epoch.
-    density = float(rates["0.weight"]())
+    density = rates["0.weight"]().item()
     later = Clock(6, 9, 2, 3)
     assert float(masking.penalty(later)["budget"]) == pytest.approx(3 * 2 * (2 * density - 1))
 
