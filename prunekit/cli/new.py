@@ -158,8 +158,10 @@ def _merge(docstring: str, declarations: Sequence[str]) -> str:
         bodies.append(body.strip("\n"))
     groups = ["", ""]  # imports from the standard library, then from prunekit
     for module, found in sorted(imports.items()):
-        groups[module.startswith("prunekit")] += (
-            f"from {module} import {', '.join(sorted(found))}\n"
-        )
+        names = ", ".join(sorted(found))
+        line = f"from {module} import {names}\n"
+        if len(line) > 89:
+            line = f"from {module} import (\n    {names.replace(', ', f',{chr(10)}    ')},\n)\n"
+        groups[module.startswith("prunekit")] += line
     head = "\n".join(filter(None, groups))
     return f"{docstring}\n\n{head}\n{marker}\n\n" + "\n\n\n".join(bodies) + "\n"
