@@ -69,6 +69,7 @@ def write_example(kind: str) -> str:
 
 
 OPTIONS = {
+    "compute": sections.ComputeOptions,
     "threat": sections.ThreatOptions,
     "dataset": sections.DataOptions,
     "architecture": sections.ArchitectureOptions,

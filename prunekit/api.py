@@ -89,7 +89,7 @@ def run(
     settings: Mapping[str, Any] | None = None,
     out: str | Path | None = None,
     store: str | Path | None = None,
-    device: str = "auto",
+    device: str | None = None,
     force: bool = False,
     quiet: bool = False,
 ) -> RunResult:
@@ -122,12 +122,12 @@ def run(
     >>> result.metrics["evaluate"]["sparsity"], int((result.model[1].weight == 0).sum())
     (0.5, 512)
     """
-    plan = plan_recipe(recipe, model, data, settings)
+    plan = plan_recipe(recipe, model, data, settings, device)
     if plan.swept:
         raise UserError(
             f"{relative(plan.path)} has a sweep of {len(plan.runs)} runs; call prunekit.run_sweep"
         )
-    return _execute(plan, model, out, store, device, force, quiet)[0]
+    return _execute(plan, model, out, store, force, quiet)[0]
 
 
 def run_sweep(
@@ -138,13 +138,13 @@ def run_sweep(
     settings: Mapping[str, Any] | None = None,
     out: str | Path | None = None,
     store: str | Path | None = None,
-    device: str = "auto",
+    device: str | None = None,
     force: bool = False,
     quiet: bool = False,
 ) -> list[RunResult]:
     """As `run`, for every combination of the recipe's sweep, in order."""
-    plan = plan_recipe(recipe, model, data, settings)
-    return _execute(plan, model, out, store, device, force, quiet)
+    plan = plan_recipe(recipe, model, data, settings, device)
+    return _execute(plan, model, out, store, force, quiet)
 
 
 def make_masks(
@@ -251,7 +251,6 @@ def _execute(
     model: nn.Module | None,
     out: str | Path | None,
     store: str | Path | None,
-    device: str,
     force: bool,
     quiet: bool,
 ) -> list[RunResult]:
@@ -263,7 +262,13 @@ def _execute(
     try:
         with own_generators():
             done = run_plan(
-                plan, folder, root, device, force=force, resume="the same call", tell=LOG.warning
+                plan,
+                folder,
+                root,
+                force=force,
+                resume="the same call",
+                anew="force=True",
+                tell=LOG.warning,
             )
     except Interrupted:
         raise KeyboardInterrupt from None

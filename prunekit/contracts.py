@@ -281,7 +281,7 @@ class Context:
     objective: Any = None
     """The stage's `Objective`."""
     batches: Callable[[], Iterator[tuple[Tensor, Tensor]]] = _absent
-    """One epoch of training batches (x, y), augmented, on the device."""
+    """An epoch of training batches (x, y), augmented, on the device; another one each call."""
     attach: Callable[..., Any] = _absent
     """`attach(start, kind=LearnedScores, **more)`: trained scores beside the frozen weights, from
     the given start; `kind` is a class of your own for what learns more than scores."""

@@ -83,7 +83,7 @@ def test_recipe_runs(recipe, store, tmp_path, monkeypatch):
     monkeypatch.setattr(reduction, "SMOKE_BATCHES", 1)
     monkeypatch.setattr(reduction, "SMOKE_BATCH_SIZE", images)
     small = plan(recipe, *LESS.get(recipe, ()), small=True)
-    folders = run_plan(small, tmp_path / "out", store, "cpu", force=False, resume="", tell=print)
+    folders = run_plan(small, tmp_path / "out", store, force=False, resume="", tell=print)
     assert folders
     assert [folder.error for folder in folders if folder.status != "done"] == []
 

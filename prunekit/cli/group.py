@@ -105,7 +105,7 @@ PATH = click.Path(path_type=Path)
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 device_option = click.option(
-    "--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps."
+    "--device", help="auto, cpu, cuda, cuda:1, mps; by default [compute]'s, or auto."
 )
 settings_option = click.option(
     "--set",

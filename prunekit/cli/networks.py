@@ -117,9 +117,7 @@ def export(run: Path, format: str, out: Path, as_json: bool) -> None:
 @group.device_option
 @group.settings_option
 @group.as_json
-def evaluate(
-    run: Path, evaluators: str, store: Path | None, device: str, as_json: bool, **request: Any
-) -> None:
+def evaluate(run: Path, evaluators: str, store: Path | None, as_json: bool, **request: Any) -> None:
     """Evaluate any network that prunekit trained or imported, with evaluators of your choice.
 
     Options of an evaluator: --set pgd.steps=100. The result is kept in the folder evaluations of
@@ -136,7 +134,7 @@ def evaluate(
     if not all(names):
         raise UserError(f"--with {evaluators}: separate evaluators by commas, as in clean,pgd")
     folder = evaluate_network(
-        network, EvalRequest(names, **request), store, device, group.command_line(), group.warn
+        network, EvalRequest(names, **request), store, group.command_line(), group.warn
     )
     metrics = read_run(folder).stages[0].metrics
     if as_json:

@@ -89,6 +89,7 @@ def _print_networks(networks: list[dict[str, Any]]) -> None:
 @click.option("--out", type=group.PATH, help="Folder to write; by default runs/NAME.")
 @group.store_option
 @group.device_option
+@click.option("--threads", type=click.IntRange(1), help="Threads on a CPU; by default [compute]'s.")
 @click.option("--dry-run", is_flag=True, help="Print what would be done, and do nothing.")
 @click.option("--smoke", is_flag=True, help="Try the recipe: all stages, two tiny batches each.")
 @click.option("--force", is_flag=True, help="Move files that are in the way aside.")
@@ -98,13 +99,16 @@ def run(
     settings: tuple[str, ...],
     out: Path | None,
     store: Path | None,
-    device: str,
+    device: str | None,
+    threads: int | None,
     dry_run: bool,
     smoke: bool,
     force: bool,
     as_json: bool,
 ) -> None:
     """Run a recipe: pretrain, prune, finetune, evaluate, compare."""
+    given = {"device": device, "threads": threads}
+    settings += tuple(f"compute.{key}={value}" for key, value in given.items() if value)
     plan = plan_recipe(recipe, settings, smoke=smoke)
     out = out or Path("runs") / (plan.name + ("-smoke" if smoke else ""))
     store = store or out.parent / STORE
@@ -116,13 +120,12 @@ def run(
 
         stop.check()
         if dry_run:
-            _print_preview(plan, preview_plan(plan, out, store, device), as_json)
+            _print_preview(plan, preview_plan(plan, out, store), as_json)
             return
         folders = run_plan(
             plan,
             out,
             store,
-            device,
             force=force,
             resume=group.command_line(),
             tell=group.warn,

@@ -11,8 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from prunekit.engine.stages import STAGES
 from prunekit.engine.work import (
     Inputs,
@@ -35,15 +33,16 @@ from prunekit.store.checkpoint import write_model
 from prunekit.store.keys import version_of
 from prunekit.store.runs import RunFolder
 from prunekit.store.stages import StageFolder, StageResult, Store
+from prunekit.training.compute import Compute
 from prunekit.training.loop import retell
 
 
 @dataclass
 class Engine:
-    """Executes plans on one device against one store."""
+    """Executes plans in one place against one store."""
 
     store: Store
-    device: torch.device
+    compute: Compute
     report: Report
     stop: Stop = field(default_factory=Stop)
     smoke: bool = False
@@ -51,7 +50,7 @@ class Engine:
     _failed: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.inputs = Inputs(self.device, self.report, self.smoke)
+        self.inputs = Inputs(self.compute, self.report, self.smoke)
 
     def run(self, plan: Plan, out: Path) -> list[RunFolder]:
         """Execute all runs of a plan; a failed one does not stop the others.
@@ -64,7 +63,7 @@ class Engine:
         for number, run in enumerate(plan.runs, start=1):
             self.stop.check()
             folder = RunFolder(out / run.label if plan.swept else out, plan, run)
-            folder.start(self.device)
+            folder.start(self.compute.describe())
             names, total = tuple(s.name for s in run.stages), len(plan.runs)
             told = (run.label, folder.path, names, run.settings, number, total, plan.smoke)
             self.report(RunStarted(*told))
@@ -105,7 +104,7 @@ class Engine:
                 continue
             try:
                 loaded = self.inputs.load(run)
-                keys = make_keys(run, loaded, self.device)
+                keys = make_keys(run, loaded, self.compute)
                 if all(map(self.store.is_done, keys)):
                     continue
                 if not told:
@@ -113,7 +112,7 @@ class Engine:
                     told = True
                 with tempfile.TemporaryDirectory(prefix="prunekit-") as scratch:
                     small = reduce_run(run, batches=1)
-                    quiet = Engine(Store(Path(scratch)), self.device, _ignore, self.stop, True)
+                    quiet = Engine(Store(Path(scratch)), self.compute, _ignore, self.stop, True)
                     quiet._run_one(small, loaded, None)
                 seen.add(parts)
             except (Interrupted, KeyboardInterrupt):
@@ -126,7 +125,7 @@ class Engine:
         return failures
 
     def _run_one(self, run: Run, loaded: Loaded, folder: RunFolder | None) -> None:
-        keys = make_keys(run, loaded, self.device)
+        keys = make_keys(run, loaded, self.compute)
         if folder is not None:
             folder.expect(keys)
         state: State | None = None
@@ -141,7 +140,7 @@ class Engine:
                         self.report(retell(stage.name, stage.epochs, row))
                 else:
                     if state is None:
-                        state = build_state(run, loaded.data, self.device, latest)
+                        state = build_state(run, loaded.data, self.compute, latest)
                     try:
                         result = self._compute(run, stage, key, stored, state, loaded)
                     except (Exception, SystemExit) as error:
@@ -166,7 +165,7 @@ class Engine:
         self, run: Run, stage: Stage, key: str, stored: StageFolder, state: State, loaded: Loaded
     ) -> StageResult:
         started = time.monotonic()
-        work = Work(run, loaded, self.device, stored, key, self.report, self.stop)
+        work = Work(run, loaded, self.compute, stored, key, self.report, self.stop)
         outcome: Outcome = STAGES[stage.kind](state, stage, work)
         if stage.kind == "evaluate":
             stored.write_records(outcome.records)

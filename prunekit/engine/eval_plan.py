@@ -35,6 +35,7 @@ class EvalRequest:
     model: str | None = None
     eps: str | None = None
     images: int | None = None
+    device: str | None = None
     settings: tuple[str, ...] = ()
 
 
@@ -66,8 +67,11 @@ def plan_evaluation(network: Network, request: EvalRequest) -> Plan:
         else:
             others.append(text)
     data = {"name": label, "seed": seed, **sections, "stage": [stage], "report": ["console"]}
+    if request.device is not None:
+        data["compute"] = {"device": request.device}
     options = {
         ("stage",): ("--with", ",".join(request.evaluators)),
+        ("compute", "device"): ("--device", request.device),
         ("stage", 0, "images"): ("--images", request.images),
         ("dataset", "use"): ("--dataset", request.dataset),
         ("architecture", "use"): ("--model", request.model),
@@ -132,7 +136,7 @@ def _identify(network: Network) -> tuple[str, int, dict[str, Any]]:
 
 
 def evaluate_network(
-    network: Network, request: EvalRequest, store: Path | None, device: str, resume: str, tell: Tell
+    network: Network, request: EvalRequest, store: Path | None, resume: str, tell: Tell
 ) -> Path:
     """Evaluate, or find the stored result; the folder of the evaluation.
 
@@ -140,8 +144,9 @@ def evaluate_network(
     """
     plan = plan_evaluation(network, request)
     folder = network.evaluations / f"{plan.runs[0].stages[0].name}-{digest(plan)[:8]}"
+    anew = f"delete {relative(folder)}"
     folders = run_plan(
-        plan, folder, store or network.store, device, force=False, resume=resume, tell=tell
+        plan, folder, store or network.store, force=False, resume=resume, anew=anew, tell=tell
     )
     if folders is None:
         for note in plan.notes:

@@ -30,7 +30,7 @@ from prunekit.recipe.plan import Plan, make_plan
 from prunekit.report import Event, Note, Stop
 from prunekit.store.layout import RECIPE
 from prunekit.store.stages import StageFolder
-from prunekit.training.compute import find_device
+from prunekit.training.compute import open_compute
 
 
 def plan_recipe(
@@ -38,10 +38,13 @@ def plan_recipe(
     model: nn.Module | None,
     data: Any,
     settings: Mapping[str, Any] | None,
+    device: str | None = None,
 ) -> Plan:
     """The plan of a recipe in which a network and data take the places of its components."""
     recipe = read_recipe(source)
     chosen = [Setting(a, v, Place(f"settings {a}")) for a, v in (settings or {}).items()]
+    if device is not None:
+        chosen.append(Setting("compute.device", device, Place("device")))
     handed: dict[str, Any] = {}
     unique = None
     if model is not None:
@@ -116,23 +119,25 @@ def do_stage(
     tables = {
         "dataset": {"use": "given", "batch_size": batch_size, "validation": 0},
         "architecture": {"use": "given", "name": type(model).__qualname__},
+        "compute": {"device": device},
         **sections,
     }
-    (chosen,) = make_plan(Recipe(Path.cwd() / RECIPE, tables), load_registry()).runs
+    plan = make_plan(Recipe(Path.cwd() / RECIPE, tables), load_registry())
+    (chosen,) = plan.runs
     (stage,) = chosen.stages
-    place = find_device(device)
+    compute = open_compute(plan.compute.device)
     notes: list[Note] = []
 
     def report(event: Event) -> None:
         if isinstance(event, Note):
             notes.append(event)
 
-    train, test = (to_device(part, place) for part in (data.train, data.test))
+    train, test = (to_device(part, compute.device) for part in (data.train, data.test))
     nobody = Arrays(torch.empty(0), torch.empty(0, dtype=torch.int64))
     loaded = Loaded(dataclasses.replace(data, train=train, test=test), nobody)
-    state = State(copy.deepcopy(model).to(place))
+    state = State(compute.place(copy.deepcopy(model)))
     with tempfile.TemporaryDirectory(prefix="prunekit-") as scratch, own_generators():
-        work = Work(chosen, loaded, place, StageFolder(Path(scratch)), "", report, Stop())
+        work = Work(chosen, loaded, compute, StageFolder(Path(scratch)), "", report, Stop())
         outcome = STAGES[stage.kind](state, stage, work)
     return state, outcome, notes
 

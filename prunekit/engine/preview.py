@@ -8,8 +8,6 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from prunekit.data.batches import Feed
 from prunekit.engine.work import Inputs, Loaded, build_state, make_keys
 from prunekit.errors import relative
@@ -19,10 +17,10 @@ from prunekit.recipe.plan import Plan, Run
 from prunekit.recipe.stages import Stage
 from prunekit.report import Event, Note
 from prunekit.store.stages import Store
-from prunekit.training.compute import find_device
+from prunekit.training.compute import Compute, open_compute
 
 
-def preview_plan(plan: Plan, out: Path, store: Path, device: str) -> dict[str, Any]:
+def preview_plan(plan: Plan, out: Path, store: Path) -> dict[str, Any]:
     """What a run would do: resolved recipes, stages, stored or not, steps, passes.
 
     Downloads nothing: where data are missing, sizes are those that the data set declares.
@@ -33,7 +31,7 @@ def preview_plan(plan: Plan, out: Path, store: Path, device: str) -> dict[str, A
         if isinstance(event, Note):
             notes.append(event.text)
 
-    place = find_device(device)
+    place = open_compute(plan.compute.device, plan.compute.threads)
     inputs = Inputs(place, report, plan.smoke, preview=True)
     seen: set[str] = set()
     runs: list[dict[str, Any]] = []
@@ -50,13 +48,13 @@ def preview_plan(plan: Plan, out: Path, store: Path, device: str) -> dict[str, A
 
 
 def _preview_run(
-    run: Run, loaded: Loaded, device: torch.device, store: Store, seen: set[str]
+    run: Run, loaded: Loaded, compute: Compute, store: Store, seen: set[str]
 ) -> dict[str, Any]:
     """What `preview_plan` says of one run; `seen` are the stages of the runs before it."""
-    model = build_state(run, loaded.data, device, weights=False).model
+    model = build_state(run, loaded.data, compute, weights=False).model
     stages: list[dict[str, Any]] = []
-    for stage, key in zip(run.stages, make_keys(run, loaded, device), strict=True):
-        steps, passes = _count_work(run, loaded, stage, device)
+    for stage, key in zip(run.stages, make_keys(run, loaded, compute), strict=True):
+        steps, passes = _count_work(run, loaded, stage, compute)
         status = "stored" if store.is_done(key) else "shared" if key in seen else "to do"
         seen.add(key)
         told = {"name": stage.name, "kind": stage.kind, "key": key, "status": status}
@@ -70,7 +68,7 @@ def _preview_run(
     }
 
 
-def _count_work(run: Run, loaded: Loaded, stage: Stage, device: torch.device) -> tuple[int, int]:
+def _count_work(run: Run, loaded: Loaded, stage: Stage, compute: Compute) -> tuple[int, int]:
     """(optimizer steps, forward passes of a batch) of a stage."""
     options, size = stage.options, run.data.batch_size
     if stage.kind == "evaluate":
@@ -80,7 +78,7 @@ def _count_work(run: Run, loaded: Loaded, stage: Stage, device: torch.device) ->
     if options.epochs is None:
         return 0, 0
     use = options.objective
-    feed = Feed(loaded.data.train, loaded.validation, size, device, limit=stage.limit)
+    feed = Feed(loaded.data.train, loaded.validation, size, compute.device, limit=stage.limit)
     steps = stage.epochs * feed.count() * stage.replays
     checked = stage.epochs * feed.count_validation()
     once = use.component.forward_passes(use.options)

@@ -4,58 +4,60 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
-
-import torch
+from typing import Any
 
 from prunekit.catalog.component import Use
 from prunekit.contracts import Context
 from prunekit.engine.engine import Engine
-from prunekit.engine.work import Inputs
+from prunekit.engine.work import Inputs, make_keys
 from prunekit.errors import Interrupted, PluginError, UserError, explain_briefly
 from prunekit.recipe.plan import Plan
 from prunekit.report import Event, Note, Report, Reporter, Stop, Tell
 from prunekit.store.runs import OutFolder, RunFolder
 from prunekit.store.stages import Store
-from prunekit.training.compute import find_device
+from prunekit.training.compute import Compute, open_compute
 
 
 def run_plan(
     plan: Plan,
     out: Path,
     store: Path,
-    device: str,
     *,
     force: bool,
     resume: str,
+    anew: str = "--force",
     tell: Tell,
     stop: Stop | None = None,
 ) -> list[RunFolder] | None:
     """Run a plan into a folder; None if its results are there already.
 
-    `tell` gets messages that are not events, such as how to resume after `Interrupted`.
+    `tell` gets messages that are not events: how to `resume` after `Interrupted`, or how to compute
+    `anew` what was made with other sources.
     """
-    chosen = find_device(device)
+    compute = open_compute(plan.compute.device, plan.compute.threads)
     folder = OutFolder(out, plan)
     known = folder.prepare(tell, force=force)
-    if known is not None:
-        if _is_current(plan, known, chosen):
-            return None
-        tell("the data or a file that the recipe names has changed: running it again")
+    if known is not None and _is_current(plan, known, compute, anew, tell):
+        return None
     Store(store).prepare(tell)
     try:
         # What a plugin prints must not end up among the results.
-        with folder.alone(), redirect_stdout(sys.stderr), reporters(plan, out, tell) as report:
+        with (
+            folder.alone(),
+            redirect_stdout(sys.stderr),
+            compute.active(),
+            reporters(plan, out, tell) as report,
+        ):
             for note in plan.notes:
                 report(Note(note))
-            engine = Engine(Store(store), chosen, report, stop or Stop(), smoke=plan.smoke)
+            engine = Engine(Store(store), compute, report, stop or Stop(), smoke=plan.smoke)
             with engine.stop.listen():
                 folders = engine.run(plan, out)
             done = all(f.status == "done" for f in folders)
-            inputs = [i for run in plan.runs for i in engine.inputs.identify(run)] if done else []
-            folder.mark(done=done, inputs=inputs)
+            folder.mark(done=done, **(_describe_making(plan, engine.inputs) if done else {}))
     except Interrupted:
         # Not earlier: the live display would draw over it.
         tell(f"everything so far is saved; resume with: {resume}")
@@ -63,15 +65,47 @@ def run_plan(
     return folders
 
 
-def _is_current(plan: Plan, known: list[str], device: torch.device) -> bool:
-    """Whether the inputs of the results are unchanged; True where they cannot be read."""
-    inputs = Inputs(device, lambda event: None, plan.smoke)
+def _describe_making(plan: Plan, inputs: Inputs) -> dict[str, Any]:
+    """What the results of a plan depend on: its inputs, the place, and the keys of all stages."""
+    keys = [make_keys(run, inputs.load(run), inputs.compute) for run in plan.runs]
+    return {
+        "inputs": [digest for run in plan.runs for digest in inputs.identify(run)],
+        "compute": inputs.compute.key(),
+        "stages": keys,
+    }
+
+
+def _is_current(
+    plan: Plan, known: Mapping[str, Any], compute: Compute, anew: str, tell: Tell
+) -> bool:
+    """Whether results are those that the plan would give now, or are left as they are.
+
+    Where what they depend on cannot be read any more, they are still there.
+    """
     try:
         with redirect_stdout(sys.stderr):
-            return known == [digest for run in plan.runs for digest in inputs.identify(run)]
-    # Also where a plugin of the data set is broken by now: the results are still there.
+            now = _describe_making(plan, Inputs(compute, lambda event: None, plan.smoke))
+    # Also where a plugin of the data set is broken by now.
     except (Exception, SystemExit):
         return True
+    if known.get("inputs", []) != now["inputs"]:
+        tell("the data or a file that the recipe names has changed: running it again")
+        return False
+    before = known.get("compute", now["compute"])
+    if before != now["compute"]:
+        told = " and ".join(
+            f"{v} instead of {before.get(k)}"
+            for k, v in now["compute"].items()
+            if v != before.get(k)
+        )
+        tell(f"this run computes on {told}: running it again")
+        return False
+    if known.get("stages", now["stages"]) != now["stages"]:
+        tell(
+            "these results were made with other sources or versions of prunekit, of a plugin or of "
+            f"what they need; to compute them again: {anew}"
+        )
+    return True
 
 
 @contextmanager

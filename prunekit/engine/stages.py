@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -111,9 +112,12 @@ def prune(state: State, stage: Stage, work: Work) -> Outcome:
         finally:
             masking.detach()
 
-    def batches() -> Iterator[tuple[Tensor, Tensor]]:
-        seed = seeds.derive_seed(work.run.seed, stage.position, "score")
+    def batches(epoch: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        number = (epoch,) if epoch else ()
+        seed = seeds.derive_seed(work.run.seed, stage.position, "score", *number)
         return replace(work.feed(stage), extra=None).epoch(seed)
+
+    epochs = itertools.count()
 
     if not options.pruner.component.learns:
         work.report(StageStarted(stage.name, stage.kind, work.key))
@@ -122,7 +126,7 @@ def prune(state: State, stage: Stage, work: Work) -> Outcome:
         weights=frozen,
         generator=seeds.generator(work.run.seed, stage.position, "pruner"),
         objective=objective,
-        batches=batches,
+        batches=lambda: batches(next(epochs)),
         attach=attach,
         train=train,
     )

@@ -24,6 +24,7 @@ from prunekit.report import Note, Report, Stop
 from prunekit.store.checkpoint import read_model, start_from
 from prunekit.store.keys import hash_file, hash_stage, version_of
 from prunekit.store.stages import StageFolder
+from prunekit.training.compute import Compute
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Inputs:
     gets the size that the data set declares.
     """
 
-    device: torch.device
+    compute: Compute
     report: Report
     smoke: bool = False
     preview: bool = False
@@ -84,13 +85,13 @@ class Inputs:
                 data.train, chosen.fraction, chosen.validation, chosen.validation_seed
             )
             train, validation, test = (
-                to_device(part, self.device) for part in (train, validation, data.test)
+                to_device(part, self.compute.device) for part in (train, validation, data.test)
             )
             # Let go of the whole training set: a large one would fill memory twice.
             data = replace(data, train=train, test=test)
             more = None
             if extra is not None:
-                more = Extra(to_device(extra.train, self.device), chosen.extra_ratio)
+                more = Extra(to_device(extra.train, self.compute.device), chosen.extra_ratio)
             self._loaded[name] = Loaded(data, validation, more, tuple(prints))
         return self._loaded[name]
 
@@ -154,15 +155,9 @@ def random_data(facts: Facts, chosen: DataOptions) -> Data:
     return Data(train, test, facts.shape, facts.classes, names)
 
 
-def make_keys(run: Run, loaded: Loaded, device: torch.device) -> list[str]:
+def make_keys(run: Run, loaded: Loaded, compute: Compute) -> list[str]:
     """The hash of every stage of a run, over everything that decides its result."""
-    environment = {
-        "torch": torch.__version__,
-        "device": device.type,
-        "threads": torch.get_num_threads() if device.type == "cpu" else 0,
-        "precision": "fp32",
-        "ranks": 1,
-    }
+    environment = {"torch": torch.__version__, **compute.key()}
     start = {
         "seed": run.seed,
         # By content, not by where the files are or how many processes read them.
@@ -206,7 +201,7 @@ def describe_stage(stage: Stage) -> dict[str, Any]:
 def build_state(
     run: Run,
     data: Data,
-    device: torch.device,
+    compute: Compute,
     latest: StageFolder | None = None,
     *,
     weights: bool = True,
@@ -216,13 +211,13 @@ def build_state(
     Without `weights` only its shapes matter, and nothing is fetched for a fresh one.
     """
     fresh = weights and latest is None and run.init is None
-    model = build_network(run, data.shape, data.classes, device, fresh=fresh)
+    model = build_network(run, data.shape, data.classes, compute.device, fresh=fresh)
     state = State(model)
     if latest is not None:
         state.masks = read_model(latest.model, model)
     elif run.init is not None:
         state.masks = start_from(run.init, model)
-    state.masks = {name: mask.to(device) for name, mask in state.masks.items()}
+    state.masks = {name: mask.to(compute.device) for name, mask in state.masks.items()}
     return state
 
 
@@ -232,11 +227,15 @@ class Work:
 
     run: Run
     loaded: Loaded
-    device: torch.device
+    compute: Compute
     folder: StageFolder
     key: str
     report: Report
     stop: Stop
+
+    @property
+    def device(self) -> torch.device:
+        return self.compute.device
 
     def context(self, stage: Stage, state: State) -> Context:
         return Context(

@@ -142,7 +142,7 @@ def import_model(
     try:
         write_model(out / MODEL, model, masks, header)
         folder = RunFolder(out, plan, run)
-        folder.start("cpu")
+        folder.start({"device": "cpu"})
         stage = Stage("import", "import", 0, NoOptions())
         folder.add(stage, "", StageResult(metrics, notes=notes), StageFolder(out), False)
         document = plan.describe(run)

@@ -17,7 +17,7 @@ from prunekit.recipe.values import KeyPath, suggest
 FORMAT = 1
 """Version of the recipe format."""
 
-SECTIONS = ("dataset", "architecture", "threat", "objective")
+SECTIONS = ("compute", "dataset", "architecture", "threat", "objective")
 
 
 @dataclass(frozen=True)

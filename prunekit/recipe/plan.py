@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,12 @@ from prunekit.contracts import Architecture, Data, Threat
 from prunekit.errors import RecipeError
 from prunekit.recipe.document import FORMAT, SECTIONS, Recipe
 from prunekit.recipe.resolver import THREAT_EXAMPLE, Resolver, describe
-from prunekit.recipe.sections import ArchitectureOptions, DataOptions, ThreatOptions
+from prunekit.recipe.sections import (
+    ArchitectureOptions,
+    ComputeOptions,
+    DataOptions,
+    ThreatOptions,
+)
 from prunekit.recipe.stages import Stage, resolve_stages, uses_in
 from prunekit.recipe.sweep import label, unroll
 from prunekit.recipe.values import suggest
@@ -68,6 +73,7 @@ class Plan:
     reporters: tuple[Use[Reporter], ...]
     document: Mapping[str, Any]
     """The recipe with overrides and `extends` applied, its sweep kept."""
+    compute: ComputeOptions = field(default_factory=ComputeOptions)
     notes: tuple[str, ...] = ()
     smoke: bool = False
 
@@ -79,7 +85,8 @@ class Plan:
     def describe(self, run: Run) -> dict[str, Any]:
         """The complete recipe of one run; it resolves to this run alone."""
         report = [describe(use) for use in self.reporters]
-        return {"format": FORMAT, "name": self.name, **run.describe(), "report": report}
+        place = {} if self.compute == ComputeOptions() else {"compute": describe(self.compute)}
+        return {"format": FORMAT, "name": self.name, **place, **run.describe(), "report": report}
 
 
 def make_plan(recipe: Recipe, registry: Registry) -> Plan:
@@ -90,7 +97,10 @@ def make_plan(recipe: Recipe, registry: Registry) -> Plan:
     top = Resolver(registry, recipe.path.parent, recipe.locate)
     _check_top(recipe, top)
     reporters = _resolve_reporters(recipe, top)
+    compute = _resolve_compute(recipe, top)
     combinations = list(unroll(recipe, top.problems))
+    if any(address.startswith("compute.") for settings, _ in combinations for address in settings):
+        top.problem(("sweep",), "all runs of a sweep share [compute]; take it out of the sweep")
     labels = label([settings for settings, _ in combinations])
     runs: list[Run] = []
     notes: list[str] = []
@@ -102,7 +112,8 @@ def make_plan(recipe: Recipe, registry: Registry) -> Plan:
     name = recipe.data.get("name", recipe.path.stem.lstrip(". "))
     document = {"format": FORMAT, "name": name, **recipe.data}
     document = {key: _with_whole_paths(document[key], top.files) for key in document}
-    return Plan(name, recipe.path, tuple(runs), reporters, document, tuple(dict.fromkeys(notes)))
+    told = tuple(dict.fromkeys(notes))
+    return Plan(name, recipe.path, tuple(runs), reporters, document, compute, told)
 
 
 def _with_whole_paths(value: Any, files: Mapping[tuple[str, str], str], key: str = "") -> Any:
@@ -136,6 +147,15 @@ def _resolve_reporters(recipe: Recipe, resolver: Resolver) -> tuple[Use[Reporter
         return ()
     uses = [resolver.use("reporter", value, ("report", i)) for i, value in enumerate(named)]
     return tuple(use for use in uses if use)
+
+
+def _resolve_compute(recipe: Recipe, resolver: Resolver) -> ComputeOptions:
+    table = recipe.data.get("compute", {})
+    if not isinstance(table, dict):
+        resolver.problem(("compute",), 'write [compute] with device = "cpu"')
+        return ComputeOptions()
+    found = resolver.options(ComputeOptions, table, ("compute",), "[compute]")
+    return found or ComputeOptions()
 
 
 def _resolve_run(

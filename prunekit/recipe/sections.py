@@ -25,6 +25,14 @@ from prunekit.steps import Rewirer, Wrapper
 
 
 @dataclass(frozen=True, kw_only=True)
+class ComputeOptions:
+    """The [compute] section: where a recipe runs. It is no part of what is compared."""
+
+    device: str = option("auto", help="auto (the fastest there is), cpu, cuda, cuda:1 or mps")
+    threads: int | None = option(None, help="threads on a CPU; default: as torch chooses", low=1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ThreatOptions:
     """The [threat] section."""
 
@@ -133,7 +141,9 @@ class PretrainOptions(SelectionOptions):
     )
 
     def __post_init__(self) -> None:
-        if self.rewire is not None:
+        if self.rewire is None:
+            FitOptions.__post_init__(self)
+        else:
             super().__post_init__()
             _need_sparsity(self.sparsity)
 

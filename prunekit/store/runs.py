@@ -8,7 +8,7 @@ import itertools
 import json
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,7 +46,7 @@ class RunFolder:
     _arrays: dict[str, Any] = field(default_factory=dict)
     """What evaluators recorded of each image, as "stage/evaluator.record"."""
 
-    def start(self, device: Any) -> None:
+    def start(self, compute: Mapping[str, Any]) -> None:
         """Make the folder, and write the recipe and a first record.
 
         The stages that an earlier process recorded stay listed until `expect` is called.
@@ -66,7 +66,8 @@ class RunFolder:
             "seed": self.run.seed,
             "settings": dict(self.run.settings),
             "started": _now(),
-            "device": str(device),
+            "device": compute["device"],
+            "compute": dict(compute),
             "versions": find_versions(),
             "git": _find_commit(self.plan.path.parent),
             **known,
@@ -127,8 +128,8 @@ class OutFolder:
     path: Path
     plan: Plan
 
-    def prepare(self, tell: Tell, *, force: bool) -> list[str] | None:
-        """Claim the folder for the plan. If the plan is done in it already, returns its inputs.
+    def prepare(self, tell: Tell, *, force: bool) -> dict[str, Any] | None:
+        """Claim the folder for the plan. If the plan is done in it already, returns its `mark`.
 
         With `force`, a folder that exists is moved aside first. Raises `UserError` if runs of
         another plan, or files that prunekit did not write, are in the way.
@@ -145,7 +146,7 @@ class OutFolder:
                     f"{where} holds the runs of another recipe ({content.get('recipe', '?')}); "
                     f"{OTHER_FOLDER}, or move it aside with --force"
                 )
-            return content.get("inputs", []) if content.get("done") else None
+            return content if content.get("done") else None
         if self.path.is_dir() and any(p for p in self.path.iterdir() if p.name != RUN_LOCK):
             raise UserError(
                 f"{where} holds files that are not runs of prunekit; {OTHER_FOLDER}, or move it "
@@ -170,15 +171,15 @@ class OutFolder:
         with held:
             yield
 
-    def mark(self, *, done: bool, inputs: Sequence[str] = ()) -> None:
-        """Record which plan the folder belongs to and, if it is done, what its results read."""
+    def mark(self, *, done: bool, **made_with: Any) -> None:
+        """Record which plan the folder belongs to and, if it is done, what it was `made_with`."""
         content = {
             "format": RUN_FORMAT,
             "recipe": relative(self.plan.path),
             "plan": digest(self.plan),
             "runs": [run.label for run in self.plan.runs],
             "done": done,
-            "inputs": list(inputs),
+            **made_with,
         }
         write_json(self.path / PLAN, content)
 

@@ -1,10 +1,51 @@
-"""Where a training runs: its device, and the meaning of fp32 there."""
+"""Where and how a run computes: its device, its threads, and the meaning of fp32 there."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
 import torch
+from torch import nn
 
 from prunekit.errors import UserError
+
+
+@dataclass(frozen=True)
+class Compute:
+    """A device in single precision, one process, and the number of threads on a CPU."""
+
+    device: torch.device
+    threads: int = field(default_factory=torch.get_num_threads)
+
+    def key(self) -> dict[str, Any]:
+        """What of it decides the bits of a result; threads are recorded with it instead."""
+        return {"device": self.device.type, "precision": "fp32", "ranks": 1}
+
+    def describe(self) -> dict[str, Any]:
+        """What is recorded with a result."""
+        return {"device": str(self.device), "threads": self.threads, "precision": "fp32"}
+
+    def place(self, model: nn.Module) -> nn.Module:
+        """The model on the device."""
+        return model.to(self.device)
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Inside, torch uses so many threads."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+
+def open_compute(device: str = "auto", threads: int | None = None) -> Compute:
+    """What [compute] of a recipe says, on this machine. Raises `UserError` as `find_device`."""
+    return Compute(find_device(device), threads or torch.get_num_threads())
 
 
 def find_device(name: str) -> torch.device:

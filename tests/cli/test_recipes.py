@@ -276,6 +276,24 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path, number):
     assert json.loads(header["__metadata__"]["prunekit"])["at"]["epoch"] >= 3
 
 
+def test_what_other_sources_made_stays_and_says_so(ran, finished, call, monkeypatch):
+    """Until --force; on another kind of device it is computed again."""
+    monkeypatch.setattr("prunekit.store.keys.hash_source", lambda package: "changed")
+    _, told = call("run", "r.toml", "--device", "cpu")
+    first, second, _ = told.splitlines()
+    assert first == (
+        "these results were made with other sources or versions of prunekit, of a plugin or of "
+        "what they need; to compute them again: --force"
+    )
+    assert "is done already" in second
+    plan = json.loads((ran / "runs/tiny/plan.json").read_text())
+    plan["compute"]["device"] = "cuda"
+    (ran / "runs/tiny/plan.json").write_text(json.dumps(plan))
+    _, told = call("run", "r.toml", "--device", "cpu")
+    assert "this run computes on cpu instead of cuda: running it again" in told
+    assert "is done already" not in told
+
+
 def test_changed_data_is_run_again(tmp_path, recipe):
     def write(seed):
         labels = np.arange(40) % 2

@@ -4,7 +4,6 @@ import importlib
 
 import numpy as np
 import pytest
-import torch
 
 from prunekit.catalog.component import Component
 from prunekit.catalog.registry import Entry, Registry, load_registry
@@ -14,6 +13,7 @@ from prunekit.recipe.document import load_recipe
 from prunekit.recipe.plan import make_plan
 from prunekit.store.keys import hash_source
 from prunekit.store.stages import Store
+from prunekit.training.compute import open_compute
 
 RECIPE = """
 seed = 0
@@ -154,7 +154,7 @@ class Bench:
     registry = staticmethod(find_registry)
 
     def __init__(self, folder):
-        self.folder, self.events, self.device = folder, [], torch.device("cpu")
+        self.folder, self.events, self.compute = folder, [], open_compute("cpu")
         self.write_images(0)
 
     def write_images(self, seed):
@@ -170,7 +170,7 @@ class Bench:
         return make_plan(load_recipe(path, settings), find_registry())
 
     def engine(self, store="store", report=None):
-        return Engine(Store(self.folder / store), self.device, report or self.events.append)
+        return Engine(Store(self.folder / store), self.compute, report or self.events.append)
 
     def run(self, *settings, recipe=RECIPE, out="out", store="store", report=None):
         return self.engine(store, report).run(self.plan(*settings, recipe=recipe),
@@ -181,8 +181,8 @@ class Bench:
         return self.make_keys(run)
 
     def make_keys(self, run):
-        loaded = Inputs(self.device, self.events.append).load(run)
-        return make_keys(run, loaded, self.device)
+        loaded = Inputs(self.compute, self.events.append).load(run)
+        return make_keys(run, loaded, self.compute)
 
     def of(self, kind):
         return [event for event in self.events if isinstance(event, kind)]

@@ -102,9 +102,11 @@ def test_keys_follow_the_starting_weights(bench):
     assert not set(before) & set(bench.keys(setting))
 
 
-def test_keys_follow_the_threads(bench, monkeypatch):
+def test_keys_follow_the_device_and_not_the_threads(bench, monkeypatch):
     before = bench.keys()
-    monkeypatch.setattr(module.torch, "get_num_threads", lambda: 64)
+    bench.compute = dataclasses.replace(bench.compute, threads=64)
+    assert before == bench.keys()
+    monkeypatch.setattr(type(bench.compute), "key", lambda self: {"device": "cuda"})
     assert not set(before) & set(bench.keys())
 
 
@@ -130,7 +132,7 @@ def test_starting_weights_are_taken(bench):
     torch.save({"state_dict": {f"module.{k}": v for k, v in trained.items()}},
                bench.folder / "w.pt")  # fmt: skip
     (run,) = bench.plan(f"architecture.init={bench.folder / 'w.pt'}").runs
-    data = Inputs(bench.device, bench.events.append).load(run).data
-    state = build_state(run, data, bench.device)
+    data = Inputs(bench.compute, bench.events.append).load(run).data
+    state = build_state(run, data, bench.compute)
     assert all(torch.equal(v, trained[k]) for k, v in state.model.state_dict().items())
     assert state.masks == {}

@@ -34,6 +34,7 @@ from prunekit.recipe.resolver import describe
 from prunekit.report import EpochDone, Note
 from prunekit.store.stages import Store
 from prunekit.testing import check_component
+from prunekit.training.compute import open_compute
 from prunekit.training.masking import LearnedScores
 
 (COMPONENT,) = prunekit_architectures()
@@ -131,7 +132,7 @@ def test_a_family_is_trained_pruned_and_resumed_to_the_same_bytes(family, here):
     """Learned scores; the process is stopped between the epochs of the prune stage."""
     Path("r.toml").write_text(recipe(*FAMILIES[family]))
     plan = make_plan(load_recipe(Path("r.toml")), load_registry())
-    events, cpu = [], torch.device("cpu")
+    events, cpu = [], open_compute("cpu")
     # A smoke engine does not rehearse: the run itself is as short.
     (whole,) = Engine(Store(here / "a"), cpu, events.append, smoke=True).run(plan, here / "whole")
     assert whole.error == ""
@@ -391,7 +392,7 @@ def test_export_is_what_timm_reads(options, here):
     short = text.replace("epochs = 2", 'pruner = "lwm"')
     Path("r.toml").write_text(short)
     plan = make_plan(load_recipe(Path("r.toml")), load_registry())
-    (run,) = Engine(Store(here / "s"), torch.device("cpu"), lambda e: None, smoke=True).run(
+    (run,) = Engine(Store(here / "s"), open_compute("cpu"), lambda e: None, smoke=True).run(
         plan, here / "out"
     )
     call("export", "out", "--format", "timm", "--out", "theirs/net")

@@ -220,7 +220,9 @@ def test_set_changes_what_its_address_names(setting, path, value):
 NOTHING = "names no stage and no section"
 
 
-THERE = "there are: architecture, dataset, dense, objective, pretrain, pruned, seed, threat"
+THERE = (
+    "there are: architecture, compute, dataset, dense, objective, pretrain, pruned, seed, threat"
+)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ from importlib.metadata import EntryPoint, entry_points
 import pytest
 import tomli_w
 
-from prunekit.catalog.registry import load_registry
+from prunekit.catalog.component import RewirerComponent
+from prunekit.catalog.registry import Entry, Registry, load_registry
 from prunekit.errors import UserError
 from prunekit.recipe.document import load_recipe
 from prunekit.recipe.plan import make_plan
@@ -358,3 +359,79 @@ def test_a_base_in_another_folder_finds_its_own_files(plan, here):
     (here / "base/b.toml").write_text(text)
     (run,) = plan('extends = "base/b.toml"\n').runs
     assert run.dataset.options.file == here / "base/my.npz"
+
+
+REWIRED = """\
+[[stage]]
+kind = "pretrain"
+epochs = 2
+sparsity = 0.8
+rewire = "told"
+"""
+
+
+@pytest.fixture
+def with_rewirer():
+    told = RewirerComponent(name="told", summary="Told", build="m:b")
+    own = RewirerComponent(name="own", summary="Its own counts", build="m:b", allocates=True)
+    entries = [Entry("rewirer", component, "told", "told 1.0") for component in (told, own)]
+    return Registry((*REGISTRY.entries, *entries))
+
+
+def test_a_stage_that_rewires_counts_as_a_prune(plan, with_rewirer):
+    text = TOP + REWIRED + '[[stage]]\nkind = "finetune"\nepochs = 1\n' + EVALUATE
+    (run,) = plan(text, registry=with_rewirer).runs
+    assert [stage.sparsity for stage in run.stages] == [0.8] * 3
+    assert [stage.prunes for stage in run.stages] == [True, False, False]
+    described = run.stages[0].describe()
+    assert (described["sparsity"], described["budget"]) == (0.8, {"use": "layer"})
+    assert "sparsity" not in run.stages[1].describe()
+
+
+def test_what_rewiring_stages_need_and_what_others_do_not_take(refuse, with_rewirer):
+    found = refuse(TOP + REWIRED.replace("sparsity = 0.8\n", ""), registry=with_rewirer)
+    assert "needs sparsity" in found[0]
+    (found,) = refuse(TOP + PRETRAIN + "sparsity = 0.5\n")
+    assert "sparsity is for stages that prune; remove it, or name a rewirer" in found
+    (found,) = refuse(TOP + REWIRED + PRUNE.replace("0.9", "0.8"), registry=with_rewirer)
+    assert "0.8 after 0.8 removes nothing" in found
+    own = REWIRED.replace('"told"', '"own"')
+    (found,) = refuse(TOP + own + 'budget = "erk"\n', registry=with_rewirer)
+    assert "rewirer 'own' says itself what each layer keeps: budget has no effect" in found
+    (found,) = refuse(
+        TOP + REWIRED + 'structure = "2:4"\nsparsity_schedule = "cubic"\n', registry=with_rewirer
+    )
+    assert "removes 0.5, not 0.8" in found or "fixes the sparsity" in found
+
+
+def test_a_plan_of_a_rewiring_stage_comes_back_from_its_description(plan, with_rewirer, here):
+    first = plan(TOP + REWIRED, registry=with_rewirer)
+    text = tomli_w.dumps(first.describe(first.runs[0]))
+    again = plan(text, registry=with_rewirer, name="again.toml")
+    assert again.runs[0].describe() == first.runs[0].describe()
+
+
+def test_wrappers_that_cannot_serve_are_refused(refuse, plan):
+    both = PRETRAIN + 'wrap = ["ema", {use = "ema", decay = 0.9}]\n'
+    (found,) = refuse(TOP + both)
+    assert "only one average can be judged and stored" in found
+    several = PRETRAIN + 'objective = "free-adv"\nwrap = ["awp"]\n'
+    (found,) = refuse("[threat]\neps = 0.1\n" + TOP + several)
+    assert "'awp' goes through a step's loss several times, and objective 'free-adv' takes" in found
+    plan("[threat]\neps = 0.1\n" + TOP + several.replace('"awp"', '"ema"'))
+    plan("[threat]\neps = 0.1\n" + TOP + several.replace('"free-adv"', '"trades"'))
+
+
+def test_compute_is_one_for_all_runs(plan, refuse):
+    text = SMALL + '[compute]\ndevice = "cpu"\nthreads = 2\n'
+    found = plan(text)
+    assert (found.compute.device, found.compute.threads) == ("cpu", 2)
+    assert found.describe(found.runs[0])["compute"] == {"device": "cpu", "threads": 2}
+    assert plan(text, "compute.threads=1").compute.threads == 1
+    assert plan(SMALL).describe(plan(SMALL).runs[0]).keys() == found.describe(
+        found.runs[0]
+    ).keys() - {"compute"}
+    (line,) = refuse(SMALL + "[compute]\nthreads = 0\n")
+    assert "threads of [compute] must be at least 1, got 0" in line
+    found = refuse(SMALL + '[sweep]\n"compute.threads" = [1, 2]\n')
+    assert "all runs of a sweep share [compute]" in found[0]
