@@ -5,22 +5,17 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from prunekit.engine.evaluating import assemble, judge
+from prunekit.engine.keys import StageKey, describe_stage, make_keys
 from prunekit.engine.stages import STAGES
-from prunekit.engine.work import (
-    Inputs,
-    Loaded,
-    Outcome,
-    Work,
-    build_state,
-    describe_stage,
-    make_keys,
-)
+from prunekit.engine.work import Inputs, Loaded, Outcome, Work, build_state
 from prunekit.errors import Interrupted, RunError
 from prunekit.models.building import describe_model
 from prunekit.models.failures import explain, release
@@ -28,8 +23,19 @@ from prunekit.pruning.masks import State, describe_counts
 from prunekit.recipe.plan import Plan, Run
 from prunekit.recipe.reduction import reduce_run
 from prunekit.recipe.stages import Stage, uses_in
-from prunekit.report import Event, Note, Report, RunDone, RunFailed, RunStarted, StageDone, Stop
+from prunekit.report import (
+    Event,
+    Note,
+    Report,
+    RunDone,
+    RunFailed,
+    RunStarted,
+    StageDone,
+    StageStarted,
+    Stop,
+)
 from prunekit.store.checkpoint import write_model
+from prunekit.store.files import read_npz
 from prunekit.store.keys import version_of
 from prunekit.store.runs import RunFolder
 from prunekit.store.stages import StageFolder, StageResult, Store
@@ -105,7 +111,7 @@ class Engine:
             try:
                 loaded = self.inputs.load(run)
                 keys = make_keys(run, loaded, self.compute)
-                if all(map(self.store.is_done, keys)):
+                if all(self.store.is_done(part) for key in keys for part in key.parts):
                     continue
                 if not told:
                     self.report(Note("rehearsing: one batch through every stage"))
@@ -127,60 +133,110 @@ class Engine:
     def _run_one(self, run: Run, loaded: Loaded, folder: RunFolder | None) -> None:
         keys = make_keys(run, loaded, self.compute)
         if folder is not None:
-            folder.expect(keys)
-        state: State | None = None
-        latest: StageFolder | None = None
+            folder.expect([part for key in keys for part in key.parts])
+        at = _Place(run, loaded, self.compute)
         for stage, key in zip(run.stages, keys, strict=True):
-            if key in self._failed:
-                raise RunError(self._failed[key])
-            with self.store.locked(key, partial(self._tell_waiting, stage), self.stop) as stored:
-                if reused := stored.done:
-                    result = stored.read()
-                    for row in result.history:
-                        self.report(retell(stage.name, stage.epochs, row))
+            if stage.kind == "evaluate":
+                result, reused, records = self._judge(stage, key, at)
+                files: dict[str, Any] = {"records": records}
+            else:
+                result, reused, stored = self._train(stage, key.key, at)
+                files = {"model": stored.model}
+            for text in result.notes:
+                self.report(Note(text, warning=True))
+            spent = 0.0 if reused else result.seconds
+            told = (stage.name, stage.kind, key.key, result.metrics, spent, reused)
+            self.report(StageDone(*told))
+            if folder is not None:
+                folder.add(stage, key.key, result, reused, **files)
+
+    def _train(self, stage: Stage, key: str, at: _Place) -> tuple[StageResult, bool, StageFolder]:
+        """(result, whether it was stored, where it is stored) of a stage that makes a network."""
+        with self._open(stage, key) as stored:
+            if reused := stored.done:
+                result = stored.read()
+                for row in result.history:
+                    self.report(retell(stage.name, stage.epochs, row))
+            else:
+                state = at.open()
+                result = self._store(stage, key, stored, at, partial(STAGES[stage.kind], state))
+            at.move(stored, reused)
+        return result, reused, stored
+
+    def _judge(
+        self, stage: Stage, key: StageKey, at: _Place
+    ) -> tuple[StageResult, bool, Mapping[str, Any]]:
+        """(result, whether all of it was stored, records) of an evaluate stage."""
+        found: dict[str, Outcome] = {}
+        results: list[tuple[bool, StageResult]] = []
+        for use, part in zip(stage.options.with_, key.parts, strict=True):
+            with self._open(stage, part) as stored:
+                if not stored.done:
+                    if all(known for known, _ in results):
+                        self.report(StageStarted(stage.name, stage.kind, key.key))
+                    work = partial(judge, at.open(), use=use)
+                    results.append((False, self._store(stage, part, stored, at, work)))
                 else:
-                    if state is None:
-                        state = build_state(run, loaded.data, self.compute, latest)
-                    try:
-                        result = self._compute(run, stage, key, stored, state, loaded)
-                    except (Exception, SystemExit) as error:
-                        if not isinstance(error, Interrupted):
-                            self._failed[key] = explain(error, run)
-                        raise
-                if stage.kind != "evaluate":
-                    latest, state = stored, None if reused else state
-                for text in result.notes:
-                    self.report(Note(text, warning=True))
-                spent = 0.0 if reused else result.seconds
-                self.report(StageDone(stage.name, stage.kind, key, result.metrics, spent, reused))
-                if folder is not None:
-                    folder.add(stage, key, result, stored, reused)
+                    results.append((True, stored.read()))
+                result = results[-1][1]
+                records = read_npz(stored.records)
+                found[use.name] = Outcome(dict(result.metrics), [], records, tuple(result.notes))
+        outcome = assemble(stage, at.run, at.loaded, found)
+        new = [result for known, result in results if not known]
+        whole = StageResult(
+            outcome.metrics,
+            seconds=sum(result.seconds for result in new or [r for _, r in results]),
+            notes=list(outcome.notes),
+            versions={k: v for _, result in results for k, v in result.versions.items()},
+        )
+        return whole, not new, outcome.records
+
+    @contextmanager
+    def _open(self, stage: Stage, key: str) -> Iterator[StageFolder]:
+        """The locked folder of a result. Raises `RunError` if it failed before in this plan."""
+        if key in self._failed:
+            raise RunError(self._failed[key])
+        with self.store.locked(key, partial(self._tell_waiting, stage), self.stop) as stored:
+            yield stored
 
     def _tell_waiting(self, stage: Stage) -> None:
         self.report(
             Note(f"stage {stage.name!r} is being computed by another process; waiting for it")
         )
 
-    def _compute(
-        self, run: Run, stage: Stage, key: str, stored: StageFolder, state: State, loaded: Loaded
+    def _store(
+        self,
+        stage: Stage,
+        key: str,
+        stored: StageFolder,
+        at: _Place,
+        compute: Callable[..., Outcome],
     ) -> StageResult:
+        """Compute a result, `compute(stage=, work=)`, and store it."""
         started = time.monotonic()
-        work = Work(run, loaded, self.compute, stored, key, self.report, self.stop)
-        outcome: Outcome = STAGES[stage.kind](state, stage, work)
+        work = Work(at.run, at.loaded, self.compute, stored, key, self.report, self.stop)
+        try:
+            outcome = compute(stage=stage, work=work)
+        except (Exception, SystemExit) as error:
+            if not isinstance(error, Interrupted):
+                self._failed[key] = explain(error, at.run)
+            raise
+        metrics = _finite(outcome.metrics)
         if stage.kind == "evaluate":
             stored.write_records(outcome.records)
         else:
+            state = at.open()
             header = {
-                **describe_model(run, loaded.data.shape, loaded.data.classes),
+                **describe_model(at.run, at.loaded.data.shape, at.loaded.data.classes),
                 "stage": describe_stage(stage),
                 # No stage has pruned what `init` brought pruned.
                 "sparsity": stage.sparsity or outcome.metrics["sparsity"],
                 "smoke": self.smoke,
             }
             write_model(stored.model, state.model, state.masks, header)
-        counts = describe_counts(state)
+            metrics["counts"] = describe_counts(state)
         result = StageResult(
-            {**_finite(outcome.metrics), "counts": counts},
+            metrics,
             [_finite(row) for row in outcome.history],
             time.monotonic() - started,
             list(outcome.notes),
@@ -188,6 +244,28 @@ class Engine:
         )
         stored.finish(result, describe_stage(stage))
         return result
+
+
+@dataclass
+class _Place:
+    """Where a run is: the network after its latest stage, built when it is first needed."""
+
+    run: Run
+    loaded: Loaded
+    compute: Compute
+    _latest: StageFolder | None = None
+    _state: State | None = None
+
+    def open(self) -> State:
+        """The network; a stage that trains changes it in place."""
+        if self._state is None:
+            self._state = build_state(self.run, self.loaded.data, self.compute, self._latest)
+        return self._state
+
+    def move(self, latest: StageFolder, reused: bool) -> None:
+        """Note that a stage is done, whose network is in that folder."""
+        self._latest = latest
+        self._state = None if reused else self._state
 
 
 def _ignore(event: Event) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import permutations
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,61 +18,110 @@ from prunekit.catalog.component import Use
 from prunekit.contracts import Evaluator
 from prunekit.data import seeds
 from prunekit.data.batches import eval_batches
-from prunekit.engine.work import Outcome, Work, describe_masks
+from prunekit.engine.work import Loaded, Outcome, Work, describe_masks
 from prunekit.errors import RunError
 from prunekit.evaluation import balanced_proportion, eval_mode, is_unbalanced
-from prunekit.pruning.masks import (
-    State,
-    find_broken,
-)
+from prunekit.pruning.masks import State, describe_counts, find_broken
+from prunekit.recipe.plan import Run
 from prunekit.recipe.stages import Stage
 from prunekit.report import Progress, StageStarted
+from prunekit.store.files import read_npz, write_npz
+from prunekit.store.stages import StageFolder
 
 
 def evaluate(state: State, stage: Stage, work: Work) -> Outcome:
     """Judge the network on the test images, one evaluator after the other."""
-    options, size = stage.options, work.run.data.batch_size
+    work.report(StageStarted(stage.name, stage.kind, work.key))
+    found = {}
+    for use in stage.options.with_:
+        own = replace(work, folder=StageFolder(work.folder.path / use.name))
+        found[use.name] = judge(state, stage, use, own)
+    return assemble(stage, work.run, work.loaded, found)
+
+
+def judge(state: State, stage: Stage, use: Use[Evaluator], work: Work) -> Outcome:
+    """What one evaluator finds; metrics and records have its own names.
+
+    Its random numbers depend on the run's seed, the component and the batch alone.
+    """
     if broken := find_broken(state.model):
         raise RunError(f"{broken} of the network holds NaN or infinity: there is nothing to judge")
-    index = _choose(len(work.loaded.data.test.labels), options.images)
-    if stage.limit is not None:
-        index = index[: stage.limit * size]
-    labels = work.loaded.data.test.labels[index]
-    unbalanced = is_unbalanced(work.loaded.data.test.labels.cpu().numpy())
-    metrics: dict[str, Any] = {}
-    records: dict[str, np.ndarray] = {"index": index.numpy(), "label": labels.cpu().numpy()}
-    notes: list[str] = []
-    work.report(StageStarted(stage.name, stage.kind, work.key))
-    context = work.context(stage, state)
+    index = _choose_images(stage, work.run, work.loaded)
+    seed = (work.run.seed, "evaluate", use.component.name)
+    seeds.seed_all(*seed)
     state.model.requires_grad_(False)
-    for use in options.with_:
-        seeds.seed_all(work.run.seed, stage.position, "evaluate", use.name)
-        scratch = work.folder.scratch(use.name)
-        evaluator = use.build(replace(context, scratch=scratch, pause=work.stop.check))
-        with eval_mode(state.model), warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            result = evaluator(state.model, _watched(work, stage, use.name, index))
-        notes += [f"{use.name}: {text}" for text in dict.fromkeys(str(w.message) for w in caught)]
-        for name, value in result.metrics.items():
-            if not math.isfinite(value):
-                raise RunError(
-                    f"evaluator {use.component.name!r} of plugin {use.plugin} gave {name} = {value}"
-                )
-            metrics[f"{use.name}.{name}"] = value
+    context = replace(
+        work.context(stage, state), scratch=work.folder.scratch(), pause=work.stop.check
+    )
+    evaluator = use.build(context)
+    with eval_mode(state.model), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = evaluator(state.model, _watched(work, stage, use.name, index, seed))
+    owner = f"evaluator {use.component.name!r} of plugin {use.plugin}"
+    for name, value in result.metrics.items():
+        if not math.isfinite(value):
+            raise RunError(f"{owner} gave {name} = {value}")
+    for name, values in result.records.items():
+        if len(values) != len(index):
+            raise RunError(f"{owner} gave {len(values)} records {name!r} for {len(index)} images")
+    notes = tuple(dict.fromkeys(str(w.message) for w in caught))
+    network = {**describe_masks(state), "counts": describe_counts(state)}
+    return Outcome({**result.metrics, NETWORK: network}, records=result.records, notes=notes)
+
+
+NETWORK = "network"
+"""The key of facts about the network among what an evaluator found."""
+
+
+def assemble(stage: Stage, run: Run, loaded: Loaded, found: Mapping[str, Outcome]) -> Outcome:
+    """The outcome of an evaluate stage from those of its evaluators, by their names."""
+    index = _choose_images(stage, run, loaded)
+    labels = loaded.data.test.labels[index].cpu().numpy()
+    unbalanced = is_unbalanced(loaded.data.test.labels.cpu().numpy())
+    metrics: dict[str, Any] = {}
+    records: dict[str, np.ndarray] = {"index": index.numpy(), "label": labels}
+    notes: list[str] = []
+    for use in stage.options.with_:
+        own = found[use.name]
+        metrics |= {f"{use.name}.{k}": v for k, v in own.metrics.items() if k != NETWORK}
         if use.threat is not None and use.component.judges:
             metrics[f"{use.name}.eps"] = use.threat.eps
-        for name, values in result.records.items():
-            if len(values) != len(labels):
-                raise RunError(
-                    f"evaluator {use.component.name!r} of plugin {use.plugin} gave "
-                    f"{len(values)} records {name!r} for {len(labels)} images"
-                )
-            records[f"{use.name}.{name}"] = values
-        if unbalanced and "accuracy" in result.metrics and "correct" in result.records:
-            correct, name = np.asarray(result.records["correct"]), f"{use.name}.balanced_accuracy"
-            metrics |= balanced_proportion(name, correct, records["label"])
-    notes += cross_examine(options.with_, records)
-    return Outcome({**metrics, **describe_masks(state)}, records=records, notes=tuple(notes))
+        records |= {f"{use.name}.{name}": values for name, values in own.records.items()}
+        if unbalanced and "accuracy" in own.metrics and "correct" in own.records:
+            correct, name = np.asarray(own.records["correct"]), f"{use.name}.balanced_accuracy"
+            metrics |= balanced_proportion(name, correct, labels)
+        notes += [f"{use.name}: {text}" for text in own.notes]
+    notes += cross_examine(stage.options.with_, records)
+    network = next(iter(found.values())).metrics[NETWORK]
+    return Outcome({**metrics, **network}, records=records, notes=tuple(notes))
+
+
+def judge_batches(
+    judge: Callable[[Tensor, Tensor], Mapping[str, np.ndarray]],
+    batches: Iterable[tuple[Tensor, Tensor]],
+    scratch: Path | None,
+) -> dict[str, np.ndarray]:
+    """Records (N, ...) by name from those of each batch, `judge(x, y)`.
+
+    With a folder `scratch`, finished batches are kept there, and an evaluation that was stopped or
+    killed goes on after the last one, to the same records.
+    """
+    found: list[Mapping[str, np.ndarray]] = []
+    for number, (x, y) in enumerate(batches):
+        file = scratch / f"batch-{number}.npz" if scratch else None
+        if file is not None and file.exists():
+            found.append(read_npz(file))
+            continue
+        found.append(judge(x, y))
+        if file is not None:
+            write_npz(file, found[-1])
+    return {name: np.concatenate([part[name] for part in found]) for name in found[0]}
+
+
+def _choose_images(stage: Stage, run: Run, loaded: Loaded) -> Tensor:
+    """Indices of the test images that a stage judges."""
+    index = _choose(len(loaded.data.test.labels), stage.options.images)
+    return index if stage.limit is None else index[: stage.limit * run.data.batch_size]
 
 
 def _choose(n: int, images: int | None) -> Tensor:
@@ -84,13 +134,16 @@ def _choose(n: int, images: int | None) -> Tensor:
     return torch.arange(images) * n // images
 
 
-def _watched(work: Work, stage: Stage, name: str, index: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def _watched(
+    work: Work, stage: Stage, name: str, index: Tensor, seed: tuple[int | str, ...]
+) -> Iterator[tuple[Tensor, Tensor]]:
     size = work.run.data.batch_size
     total = -(-len(index) // size)
     batches = eval_batches(work.loaded.data.test, size, work.device, index)
     for done, batch in enumerate(batches):
         work.stop.check()
         work.report(Progress(stage.name, done, total, label=name))
+        seeds.seed_all(*seed, done)
         yield batch
     work.report(Progress(stage.name, total, total, label=name))
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from prunekit.data.batches import Feed
-from prunekit.engine.work import Inputs, Loaded, build_state, make_keys
+from prunekit.engine.keys import make_keys
+from prunekit.engine.work import Inputs, Loaded, build_state
 from prunekit.errors import relative
 from prunekit.models.failures import explained
 from prunekit.pruning.layers import find_prunable
@@ -53,9 +54,10 @@ def _preview_run(
     """What `preview_plan` says of one run; `seen` are the stages of the runs before it."""
     model = build_state(run, loaded.data, compute, weights=False).model
     stages: list[dict[str, Any]] = []
-    for stage, key in zip(run.stages, make_keys(run, loaded, compute), strict=True):
+    for stage, made in zip(run.stages, make_keys(run, loaded, compute), strict=True):
         steps, passes = _count_work(run, loaded, stage, compute)
-        status = "stored" if store.is_done(key) else "shared" if key in seen else "to do"
+        key, done = made.key, all(map(store.is_done, made.parts))
+        status = "stored" if done else "shared" if key in seen else "to do"
         seen.add(key)
         told = {"name": stage.name, "kind": stage.kind, "key": key, "status": status}
         stages.append({**told, "steps": steps, "forward_passes": passes})

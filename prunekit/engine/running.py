@@ -12,7 +12,8 @@ from typing import Any
 from prunekit.catalog.component import Use
 from prunekit.contracts import Context
 from prunekit.engine.engine import Engine
-from prunekit.engine.work import Inputs, make_keys
+from prunekit.engine.keys import make_keys
+from prunekit.engine.work import Inputs
 from prunekit.errors import Interrupted, PluginError, UserError, explain_briefly
 from prunekit.recipe.plan import Plan
 from prunekit.report import Event, Note, Report, Reporter, Stop, Tell
@@ -67,11 +68,11 @@ def run_plan(
 
 def _describe_making(plan: Plan, inputs: Inputs) -> dict[str, Any]:
     """What the results of a plan depend on: its inputs, the place, and the keys of all stages."""
-    keys = [make_keys(run, inputs.load(run), inputs.compute) for run in plan.runs]
+    made = [make_keys(run, inputs.load(run), inputs.compute) for run in plan.runs]
     return {
         "inputs": [digest for run in plan.runs for digest in inputs.identify(run)],
         "compute": inputs.compute.key(),
-        "stages": keys,
+        "stages": [[stage.key for stage in stages] for stages in made],
     }
 
 

@@ -19,10 +19,10 @@ from prunekit.recipe import reduction
 from prunekit.recipe.plan import Run
 from prunekit.recipe.resolver import describe
 from prunekit.recipe.sections import DataOptions
-from prunekit.recipe.stages import Stage, uses_in
+from prunekit.recipe.stages import Stage
 from prunekit.report import Note, Report, Stop
 from prunekit.store.checkpoint import read_model, start_from
-from prunekit.store.keys import hash_file, hash_stage, version_of
+from prunekit.store.keys import hash_file
 from prunekit.store.stages import StageFolder
 from prunekit.training.compute import Compute
 
@@ -153,49 +153,6 @@ def random_data(facts: Facts, chosen: DataOptions) -> Data:
     # Images in memory are cropped as they are, not at another size.
     names = tuple("crop" if name == "resized-crop" else name for name in facts.augment)
     return Data(train, test, facts.shape, facts.classes, names)
-
-
-def make_keys(run: Run, loaded: Loaded, compute: Compute) -> list[str]:
-    """The hash of every stage of a run, over everything that decides its result."""
-    environment = {"torch": torch.__version__, **compute.key()}
-    start = {
-        "seed": run.seed,
-        # By content, not by where the files are or how many processes read them.
-        "data": [loaded.fingerprints, loaded.data.shape, loaded.data.classes],
-        "use": [loaded.data.augment, describe(run.data, hash_file)],
-        "architecture": describe(run.architecture, hash_file),
-        "init": hash_file(run.init) if run.init else None,
-    }
-    keys, upstream = [], ""
-    for stage in run.stages:
-        uses = list(uses_in((run.dataset, run.data, run.architecture, stage.options)))
-        files = [hash_file(path) for u in uses for path in u.component.files(u.options)]
-        key = hash_stage(
-            upstream,
-            {"start": start, **describe_stage(stage), "files": files},
-            {name for u in uses for name in (u.component.package, *u.component.sources)},
-            {**environment, **{n: version_of(n) for u in uses for n in u.component.needs}},
-        )
-        keys.append(key)
-        if stage.kind != "evaluate":
-            upstream = key
-    return keys
-
-
-def describe_stage(stage: Stage) -> dict[str, Any]:
-    """What a stage computes, threats resolved: part of its key, and of what is stored of it."""
-    threats = [
-        [use.kind, use.name, use.threat.norm, use.threat.eps]
-        for use in uses_in(stage.options)
-        if use.threat is not None and hasattr(use.options, "eps")
-    ]
-    return {
-        "kind": stage.kind,
-        "position": stage.position,
-        "options": describe(stage.options, hash_file),
-        "threats": threats,
-        "limit": stage.limit,
-    }
 
 
 def build_state(

@@ -29,7 +29,7 @@ from prunekit.store.files import make_folder, write_text
 from prunekit.store.keys import hash_file
 from prunekit.store.layout import MODEL, RECIPE
 from prunekit.store.runs import RunFolder
-from prunekit.store.stages import StageFolder, StageResult
+from prunekit.store.stages import StageResult
 
 Tensors = dict[str, Tensor]
 
@@ -144,7 +144,7 @@ def import_model(
         folder = RunFolder(out, plan, run)
         folder.start({"device": "cpu"})
         stage = Stage("import", "import", 0, NoOptions())
-        folder.add(stage, "", StageResult(metrics, notes=notes), StageFolder(out), False)
+        folder.add(stage, "", StageResult(metrics, notes=notes), False)
         document = plan.describe(run)
         document["architecture"]["init"] = MODEL
         threat = "" if run.threat else THREAT_LINES

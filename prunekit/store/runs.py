@@ -21,11 +21,11 @@ from prunekit.errors import UserError, relative
 from prunekit.recipe.plan import Plan, Run
 from prunekit.recipe.stages import Stage
 from prunekit.report import Tell
-from prunekit.store.files import copy, make_folder, read_npz, write_json, write_npz, write_text
+from prunekit.store.files import copy, make_folder, write_json, write_npz, write_text
 from prunekit.store.keys import find_versions
 from prunekit.store.layout import MODEL, PLAN, RECIPE, RECORDS, RUN, RUN_FORMAT, RUN_LOCK
 from prunekit.store.records import read_record
-from prunekit.store.stages import StageFolder, StageResult
+from prunekit.store.stages import StageResult
 
 OTHER_FOLDER = "choose another folder with --out"
 
@@ -76,14 +76,20 @@ class RunFolder:
         self._write()
 
     def expect(self, keys: Sequence[str]) -> None:
-        """Record the keys of all stages, so that `clean` keeps the checkpoints of a stopped run."""
+        """Record the keys of all results, so that `clean` keeps what a stopped run has."""
         self._record |= {"keys": list(keys), "stages": [], "sparsity": None}
         self._write()
 
     def add(
-        self, stage: Stage, key: str, result: StageResult, stored: StageFolder, reused: bool
+        self,
+        stage: Stage,
+        key: str,
+        result: StageResult,
+        reused: bool,
+        model: Path | None = None,
+        records: Mapping[str, Any] | None = None,
     ) -> None:
-        """Record a finished stage, and copy its model or its records of images."""
+        """Record a finished stage; copy its model, or write its records of images."""
         metrics = {k: v for k, v in result.metrics.items() if k != "counts"}
         self._record["sparsity"] = result.metrics["counts"]
         self._record["stages"].append(
@@ -99,11 +105,11 @@ class RunFolder:
             }
         )
         self.metrics[stage.name] = metrics
-        if stage.kind == "evaluate":
-            self._arrays |= {f"{stage.name}/{k}": v for k, v in read_npz(stored.records).items()}
+        if records is not None:
+            self._arrays |= {f"{stage.name}/{k}": v for k, v in records.items()}
             write_npz(self.path / RECORDS, self._arrays)
-        else:
-            copy(stored.model, self.path / MODEL)
+        if model is not None and model != self.path / MODEL:
+            copy(model, self.path / MODEL)
         self._write()
 
     def close(self, status: str, error: str | None = None) -> None:

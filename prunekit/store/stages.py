@@ -61,9 +61,9 @@ class StageFolder:
         """The checkpoint of a stage that is being computed."""
         return self.path / PROGRESS
 
-    def scratch(self, name: str) -> Path:
-        """A folder for one evaluator, deleted when the stage is done."""
-        folder = self.path / SCRATCH / name
+    def scratch(self) -> Path:
+        """A folder for intermediate results, deleted when the stage is done."""
+        folder = self.path / SCRATCH
         make_folder(folder)
         return folder
 

@@ -8,7 +8,8 @@ import pytest
 from prunekit.catalog.component import Component
 from prunekit.catalog.registry import Entry, Registry, load_registry
 from prunekit.engine.engine import Engine
-from prunekit.engine.work import Inputs, make_keys
+from prunekit.engine.keys import make_keys
+from prunekit.engine.work import Inputs
 from prunekit.recipe.document import load_recipe
 from prunekit.recipe.plan import make_plan
 from prunekit.store.keys import hash_source
@@ -182,7 +183,7 @@ class Bench:
 
     def make_keys(self, run):
         loaded = Inputs(self.compute, self.events.append).load(run)
-        return make_keys(run, loaded, self.compute)
+        return [made.key for made in make_keys(run, loaded, self.compute)]
 
     def of(self, kind):
         return [event for event in self.events if isinstance(event, kind)]

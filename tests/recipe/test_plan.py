@@ -413,13 +413,14 @@ def test_a_plan_of_a_rewiring_stage_comes_back_from_its_description(plan, with_r
 
 def test_wrappers_that_cannot_serve_are_refused(refuse, plan):
     both = PRETRAIN + 'wrap = ["ema", {use = "ema", decay = 0.9}]\n'
-    (found,) = refuse(TOP + both)
-    assert "only one average can be judged and stored" in found
+    found = refuse(TOP + both)
+    assert "only one average can be judged and stored" in found[0]
+    threat = "[threat]\neps = 0.1\n"
     several = PRETRAIN + 'objective = "free-adv"\nwrap = ["awp"]\n'
-    (found,) = refuse("[threat]\neps = 0.1\n" + TOP + several)
+    (found,) = refuse(TOP + several + threat)
     assert "'awp' goes through a step's loss several times, and objective 'free-adv' takes" in found
-    plan("[threat]\neps = 0.1\n" + TOP + several.replace('"awp"', '"ema"'))
-    plan("[threat]\neps = 0.1\n" + TOP + several.replace('"free-adv"', '"trades"'))
+    plan(TOP + several.replace('"awp"', '"ema"') + threat)
+    plan(TOP + several.replace('"free-adv"', '"trades"') + threat)
 
 
 def test_compute_is_one_for_all_runs(plan, refuse):

@@ -82,6 +82,7 @@ SHOWING = (
     "catalog/",
     "cli/",
     "engine/contract.py",
+    "engine/keys.py",
     "engine/contract_moving.py",
     "engine/contract_training.py",
     "engine/eval_plan.py",

@@ -1,0 +1,108 @@
+"""The keys of a run's results: what decides each, gathered."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from prunekit.catalog.component import Use
+from prunekit.engine.work import Loaded
+from prunekit.recipe.plan import Run
+from prunekit.recipe.resolver import describe
+from prunekit.recipe.stages import Stage, uses_in
+from prunekit.store.keys import hash_file, hash_stage, version_of
+from prunekit.training.compute import Compute
+
+
+@dataclass(frozen=True)
+class StageKey:
+    """The hash of a stage, and the keys under which its results are stored: `parts` is the hash
+    itself, or for an evaluate stage one for each evaluator."""
+
+    key: str
+    parts: tuple[str, ...]
+
+
+def make_keys(run: Run, loaded: Loaded, compute: Compute) -> list[StageKey]:
+    """The key of every stage of a run, over everything that decides its result."""
+    start = {
+        "seed": run.seed,
+        # By content, not by where the files are or how many processes read them.
+        "data": [loaded.fingerprints, loaded.data.shape, loaded.data.classes],
+        "use": [loaded.data.augment, describe(run.data, hash_file)],
+        **_describe_network(run),
+    }
+    keys, upstream = [], ""
+    for stage in run.stages:
+        if stage.kind == "evaluate":
+            parts = [
+                _key_evaluator(run, stage, use, upstream, loaded, compute)
+                for use in stage.options.with_
+            ]
+            named = [[use.name, part] for use, part in zip(stage.options.with_, parts, strict=True)]
+            keys.append(StageKey(hash_stage(upstream, {"evaluators": named}, set(), {}), (*parts,)))
+            continue
+        content = {"start": start, **describe_stage(stage)}
+        uses = list(uses_in((run.dataset, run.data, run.architecture, stage.options)))
+        upstream = _hash_uses(upstream, content, uses, compute)
+        keys.append(StageKey(upstream, (upstream,)))
+    return keys
+
+
+def _describe_network(run: Run) -> dict[str, Any]:
+    init = hash_file(run.init) if run.init else None
+    return {"architecture": describe(run.architecture, hash_file), "init": init}
+
+
+def _key_evaluator(
+    run: Run, stage: Stage, use: Use[Any], upstream: str, loaded: Loaded, compute: Compute
+) -> str:
+    """The key of one evaluator's result: not of what it is called, nor of where it stands."""
+    threat = use.threat and [use.threat.norm, use.threat.eps]
+    content = {
+        "kind": "evaluate",
+        "seed": run.seed,
+        # The test images, not what else a training reads.
+        "data": [loaded.fingerprints[:1], loaded.data.shape, loaded.data.classes],
+        "batch_size": run.data.batch_size,
+        "images": stage.options.images,
+        "limit": stage.limit,
+        "component": [use.component.name, describe(use.options, hash_file)],
+        "threat": threat if hasattr(use.options, "eps") else None,
+        **({} if upstream else _describe_network(run)),
+    }
+    uses = list(uses_in((run.dataset, run.architecture, use)))
+    return _hash_uses(upstream, content, uses, compute)
+
+
+def _hash_uses(
+    upstream: str, content: Mapping[str, Any], uses: Sequence[Use[Any]], compute: Compute
+) -> str:
+    """The hash of what a stage or an evaluator computes, and of the files and the code it uses."""
+    files = [hash_file(path) for u in uses for path in u.component.files(u.options)]
+    versions = {name: version_of(name) for u in uses for name in u.component.needs}
+    return hash_stage(
+        upstream,
+        {**content, "files": files},
+        {name for u in uses for name in (u.component.package, *u.component.sources)},
+        {"torch": torch.__version__, **compute.key(), **versions},
+    )
+
+
+def describe_stage(stage: Stage) -> dict[str, Any]:
+    """What a stage computes, threats resolved: part of its key, and of what is stored of it."""
+    threats = [
+        [use.kind, use.name, use.threat.norm, use.threat.eps]
+        for use in uses_in(stage.options)
+        if use.threat is not None and hasattr(use.options, "eps")
+    ]
+    return {
+        "kind": stage.kind,
+        "position": stage.position,
+        "options": describe(stage.options, hash_file),
+        "threats": threats,
+        "limit": stage.limit,
+    }
