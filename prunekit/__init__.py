@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from prunekit.api import Judgement, RunResult, evaluate, load, make_masks, run, run_sweep
     from prunekit.data.batches import Arrays
     from prunekit.data.seeds import derive_seed
+    from prunekit.engine.evaluating import judge_batches
     from prunekit.models.building import find_fragile, normalize_inputs
     from prunekit.pruning.budgets import count_kept, share_out, uniform
     from prunekit.pruning.learning import copy_plain, effective_parameters, straight_through
@@ -70,6 +71,7 @@ __all__ = [
     "hookimpl",
     "is_fraction",
     "is_main",
+    "judge_batches",
     "load",
     "make_masks",
     "normalize_inputs",
@@ -99,6 +101,7 @@ _HOMES = {
     ),
     "prunekit.data.batches": ("Arrays",),
     "prunekit.data.seeds": ("derive_seed",),
+    "prunekit.engine.evaluating": ("judge_batches",),
     "prunekit.models.building": ("find_fragile", "normalize_inputs"),
     "prunekit.store.keys": ("hash_file", "version_of"),
     "prunekit.pruning.budgets": ("count_kept", "share_out", "uniform"),

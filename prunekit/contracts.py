@@ -201,7 +201,11 @@ class Result:
 
 
 class Evaluator(Protocol):
-    """`evaluator(model, batches) -> Result`; the model is in eval mode, batches are (x, y)."""
+    """`evaluator(model, batches) -> Result`; the model is in eval mode, batches are (x, y).
+
+    All generators are seeded before each batch, so that what is drawn for it depends on the run's
+    seed, the component and the batch alone.
+    """
 
     def __call__(self, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Result: ...
 

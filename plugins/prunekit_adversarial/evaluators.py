@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from prunekit import NoOptions
+from prunekit import NoOptions, judge_batches
 from prunekit.contracts import Context, Evaluator, Result
 from prunekit.evaluation import proportion
 from prunekit_adversarial import PgdOptions
@@ -52,44 +53,41 @@ class Pgd:
     Metrics: `accuracy` with its interval, and `zero_gradient`, the number of images whose input
     gradient was exactly zero at their first start, about which gradient attacks say little.
     Records: `correct` (N,) bool; `restart` (N,) int16, the number of the restart that fooled the
-    image, or `ROBUST`, or `MISCLASSIFIED`.
+    image, or `ROBUST`, or `MISCLASSIFIED`; `zero_gradient` (N,) bool. With a folder `scratch`,
+    finished batches are kept there.
     """
 
     attack: Attack
     restarts: int
     iterate: Literal["last", "any"]
+    scratch: Path | None = None
 
     def __call__(self, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Result:
-        found, zero_gradient = [], 0
-        for x, y in batches:
-            records, zeros = self.attack_batch(model, x, y)
-            found.append(records.cpu().numpy())
-            zero_gradient += zeros
-        restart = np.concatenate(found)
-        correct = restart == ROBUST
-        metrics = proportion("accuracy", correct) | {"zero_gradient": zero_gradient}
-        return Result(metrics, {"correct": correct, "restart": restart})
+        found = judge_batches(partial(self._attack_batch, model), batches, self.scratch)
+        found["correct"] = found["restart"] == ROBUST
+        zeros = int(found["zero_gradient"].sum())
+        return Result(proportion("accuracy", found["correct"]) | {"zero_gradient": zeros}, found)
 
-    def attack_batch(self, model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, int]:
-        """The record `restart` (B,) of a batch, and its number of images with zero gradient.
+    def _attack_batch(self, model: nn.Module, x: Tensor, y: Tensor) -> dict[str, np.ndarray]:
+        """The records `restart` and `zero_gradient`, (B,) each, of a batch.
 
         x is (B, C, H, W) in [0, 1], y is (B,).
         """
         with torch.no_grad():
             correct = is_correct(predict(model, x), y)
         restart = torch.where(correct, ROBUST, MISCLASSIFIED).to(torch.int16)
-        zeros = 0
+        zeros = torch.zeros_like(correct)
         for number in range(self.restarts):
             left = (restart == ROBUST).nonzero().squeeze(1)
             if not len(left):
                 break
-            fooled, flat = self.climb_once(model, x[left], y[left])
+            fooled, flat = self._climb_once(model, x[left], y[left])
             restart[left[fooled]] = number
             if number == 0:
-                zeros = int(flat.sum())
-        return restart, zeros
+                zeros[left] = flat
+        return {"restart": restart.cpu().numpy(), "zero_gradient": zeros.cpu().numpy()}
 
-    def climb_once(self, model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def _climb_once(self, model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """One restart on x (B, C, H, W) with labels y (B,).
 
         Returns booleans (B,) for each image: whether it was fooled, and whether its first gradient
@@ -123,4 +121,4 @@ def build_clean(options: NoOptions, context: Context) -> Evaluator:
 def build_pgd(options: PgdOptions, context: Context) -> Pgd:
     """Build the evaluator `pgd`; raises `UserError` if there is no threat."""
     attack = plan_attack(context.threat, options.steps, options.step_size)
-    return Pgd(attack, options.restarts, options.iterate)
+    return Pgd(attack, options.restarts, options.iterate, context.scratch)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 import traceback
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from prunekit import judge_batches
 from prunekit.contracts import Context, Result
 from prunekit.errors import UserError
 from prunekit.evaluation import proportion
@@ -44,22 +46,21 @@ class Verified:
 
     eps: float
     options: VerifiedOptions
+    scratch: Path | None = None
 
     def __call__(self, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Result:
-        bounds: Bounds | None = None
-        methods, margins = [], []
-        for x, y in batches:
-            if bounds is None:
-                bounds = self.make_bounds(model, x)
-            size = self.options.batch or len(y)
-            for part in range(0, len(y), size):
-                found, margin = self.verify(bounds, x[part : part + size], y[part : part + size])
-                methods.append(found)
-                margins.append(margin)
-        method = np.concatenate(methods)
-        return self.summarize(method, np.concatenate(margins))
+        bounds: list[Bounds] = []
 
-    def make_bounds(self, model: nn.Module, x: Tensor) -> Bounds:
+        def judge(x: Tensor, y: Tensor) -> dict[str, np.ndarray]:
+            if not bounds:
+                bounds.append(self._make_bounds(model, x))
+            parts = zip(*(t.split(self.options.batch or len(y)) for t in (x, y)), strict=True)
+            found = [self._verify(bounds[0], *part) for part in parts]
+            return {name: np.concatenate([part[name] for part in found]) for name in found[0]}
+
+        return self._summarize(judge_batches(judge, batches, self.scratch))
+
+    def _make_bounds(self, model: nn.Module, x: Tensor) -> Bounds:
         """The bounds of the network, for images like x (B, C, H, W).
 
         Raises `UserError` if auto_LiRPA cannot trace the network.
@@ -75,13 +76,15 @@ class Verified:
         bounds.prepare()
         return bounds
 
-    def verify(self, bounds: Bounds, x: Tensor, y: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """The records `method` and `margin`, (B,) each, of images x (B, C, H, W), labels y (B,)."""
+    def _verify(self, bounds: Bounds, x: Tensor, y: Tensor) -> dict[str, np.ndarray]:
+        """The records `method`, `margin` and `failure`, (B,) each, of images x (B, C, H, W) with
+        labels y (B,)."""
         with torch.no_grad():
             logits = bounds.model(x)
             correct = ((logits.argmax(1) == y) & ~logits.isnan().any(1)).cpu().numpy()
         method = np.where(correct, OPEN, MISCLASSIFIED).astype(object)
         margin = np.full(len(y), np.nan)
+        failure = np.full(len(y), "", dtype=object)
         best: Tensor | None = None
         end = None if self.options.seconds is None else time.monotonic() + self.options.seconds
         for name in self.options.methods:
@@ -101,10 +104,8 @@ class Verified:
             except Exception as error:
                 bounds.forget()
                 method[left] = FAILED
-                warnings.warn(
-                    f"{name} failed on some images, which are counted as errors: {describe(error)}",
-                    stacklevel=4,
-                )
+                failure[left] = f"{name} failed on some images, which are counted as errors: "
+                failure[left] += describe(error)
                 continue
             if best is None:
                 best = torch.full((len(y), lower.shape[1]), -torch.inf).to(lower)
@@ -112,10 +113,14 @@ class Verified:
             margin[left] = best[index].amin(1).cpu().numpy()
             proved = is_certain(best[index]).cpu().numpy()
             method[left[proved]] = name
-        return method, margin
+        return {"method": method.astype(str), "margin": margin, "failure": failure.astype(str)}
 
-    def summarize(self, method: np.ndarray, margin: np.ndarray) -> Result:
-        """Metrics and records, from the records `method` and `margin`, (N,) each."""
+    def _summarize(self, found: Mapping[str, np.ndarray]) -> Result:
+        """Metrics and records, from those of all images."""
+        method, margin = found["method"], found["margin"]
+        for text in dict.fromkeys(map(str, found["failure"])):
+            if text:
+                warnings.warn(text, stacklevel=3)
         verified = np.isin(method, self.options.methods)
         metrics = proportion("verified", verified)
         for number, name in enumerate(self.options.methods, 1):
@@ -126,7 +131,7 @@ class Verified:
             "errors": int((method == FAILED).sum()),
             "timeouts": int((method == LATE).sum()),
         }
-        records = {"verified": verified, "method": method.astype(str), "margin": margin}
+        records = {"verified": verified, "method": method, "margin": margin}
         return Result(metrics, records)
 
 
@@ -170,4 +175,4 @@ def deadline(end: float | None) -> Iterator[None]:
 
 def build_verified(options: VerifiedOptions, context: Context) -> Verified:
     """Build the evaluator `verified`; raises `UserError` unless there is an L-infinity threat."""
-    return Verified(check_threat(context.threat, "verified"), options)
+    return Verified(check_threat(context.threat, "verified"), options, context.scratch)

@@ -2,16 +2,19 @@
 
 import numpy as np
 import pytest
+import torch
 from prunekit_adversarial import PgdOptions
+from prunekit_adversarial.evaluators import Pgd
 
 from prunekit.catalog.component import Component, Use
 from prunekit.catalog.registry import Entry, Registry
 from prunekit.contracts import Result, Threat
-from prunekit.engine.evaluating import cross_examine
-from prunekit.errors import Interrupted
+from prunekit.engine.evaluating import cross_examine, judge_batches
+from prunekit.errors import Interrupted, RunError
 from prunekit.recipe.document import load_recipe
 from prunekit.recipe.plan import make_plan
-from prunekit.report import Note
+from prunekit.report import Note, Progress, StageDone
+from prunekit.store.records import read_run
 
 EPS = Threat("linf", 0.1)
 
@@ -176,3 +179,121 @@ def test_a_metric_that_is_no_number_names_the_evaluator(bench, parts):
         "rehearsal, one batch a stage: "
         "evaluator 'told' of plugin told (told-dist 1.2) gave value = nan"
     )
+
+
+TWO = '["clean", { use = "pgd", steps = 2, restarts = 1 }]'
+LISTS = {
+    "the same": TWO,
+    "in another order": '[{ use = "pgd", steps = 2, restarts = 1 }, "clean"]',
+    "renamed": '[{ use = "clean", name = "c" }, { use="pgd", name="p", steps = 2, restarts = 1 }]',
+    "one taken away": '["clean"]',
+}
+
+
+@pytest.mark.parametrize("change", LISTS)
+def test_what_is_there_is_not_judged_again(change, bench):
+    (first,) = bench.run(recipe=bench.recipe.replace('["clean"]', TWO))
+    bench.events.clear()
+    recipe = bench.recipe.replace('["clean"]', LISTS[change])
+    (again,) = bench.run(recipe=recipe, out="again")
+    (done,) = [e for e in bench.of(StageDone) if e.kind == "evaluate"]
+    assert done.reused
+    values = {v for k, v in again.metrics["evaluate"].items() if k.endswith(".accuracy")}
+    assert values <= {v for k, v in first.metrics["evaluate"].items() if k.endswith(".accuracy")}
+
+
+def test_one_more_is_judged_alone_with_the_bits_it_has_alone(bench):
+    both = bench.recipe.replace('["clean"]', TWO)
+    (whole,) = bench.run(recipe=both, store="other", out="whole")
+    bench.run()
+    bench.events.clear()
+    (added,) = bench.run(recipe=both, out="added")
+    assert {e.label for e in bench.of(Progress) if e.stage == "evaluate"} == {"pgd"}
+    assert added.metrics["evaluate"] == whole.metrics["evaluate"]
+    for folder in (added, whole):
+        assert (folder.path / "records.npz").read_bytes() == (
+            whole.path / "records.npz"
+        ).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "setting", ["seed=1", "evaluate.images=5", "dataset.batch_size=4", "threat.eps=0.2"]
+)
+def test_what_decides_a_result_makes_another(setting, bench):
+    recipe = bench.recipe.replace('["clean"]', '[{ use = "pgd", steps = 2, restarts = 1 }]')
+    assert bench.keys(recipe=recipe)[-1] != bench.keys(setting, recipe=recipe)[-1]
+
+
+def test_the_ones_that_are_done_survive_one_that_fails(bench, parts, fail):
+    recipe = bench.recipe.replace('["clean"]', '["clean", "told"]')
+    bench.events.clear()
+    judged = []
+
+    def judge(context):
+        judged.append(1)
+        if len(judged) == 2:  # the first was the rehearsal
+            raise RunError("on purpose")
+
+    parts.act["judge"] = judge
+    (folder,) = bench.run(recipe=recipe)
+    assert folder.status == "failed"
+    bench.events.clear()
+    (folder,) = bench.run(recipe=recipe)
+    assert folder.status == "done"
+    assert {e.label for e in bench.of(Progress) if e.stage == "evaluate"} == {"told"}
+
+
+def test_all_parts_are_among_the_keys_that_clean_keeps(bench):
+    (folder,) = bench.run(recipe=bench.recipe.replace('["clean"]', TWO))
+    keys = read_run(folder.path).keys
+    stored = {path.name for path in (bench.folder / "store").glob("v*/*")}
+    assert stored == set(keys)
+    assert len(keys) == 5
+
+
+@pytest.mark.parametrize("batch", [0, 1])  # of 4, 4 and 2 images
+def test_a_judgement_that_was_stopped_goes_on_with_the_same_bits(batch, bench, monkeypatch):
+    """Stopped after a batch of PGD with two random restarts."""
+    recipe = bench.recipe.replace('["clean"]', '[{ use = "pgd", steps = 2, restarts = 2 }]')
+    recipe = recipe.replace("batch_size = 8", "batch_size = 4")
+    (whole,) = bench.run(recipe=recipe, store="other", out="whole")
+    engine = bench.engine()
+    judged = []
+
+    def report(event):
+        if isinstance(event, Progress) and event.stage == "evaluate":
+            judged.append(event.done)
+            engine.stop.requested = event.done == batch
+
+    engine.report = report
+    with pytest.raises(Interrupted):
+        engine.run(bench.plan(recipe=recipe), bench.folder / "out")
+    attacked = []
+    original = Pgd._attack_batch
+    monkeypatch.setattr(
+        Pgd, "_attack_batch", lambda self, *a: attacked.append(1) or original(self, *a)
+    )
+    engine.stop.requested, engine.report = False, bench.events.append
+    (again,) = engine.run(bench.plan(recipe=recipe), bench.folder / "out")
+    assert len(attacked) == 1 + 3 - (batch + 1)  # the rehearsal, and what was left
+    assert (again.path / "records.npz").read_bytes() == (whole.path / "records.npz").read_bytes()
+    assert again.metrics["evaluate"] == whole.metrics["evaluate"]
+
+
+def test_batches_that_are_kept_are_read_and_not_judged(tmp_path):
+    batches = [(torch.zeros(2, 1), torch.tensor([0, 1])), (torch.zeros(1, 1), torch.tensor([2]))]
+    seen = []
+
+    def judge(x, y):
+        seen.append(len(y))
+        if len(seen) == 2:
+            raise Interrupted
+        return {"a": y.numpy() * 10, "b": np.array(["x" * len(y)] * len(y))}
+
+    with pytest.raises(Interrupted):
+        judge_batches(judge, batches, tmp_path)
+    found = judge_batches(judge, batches, tmp_path)
+    assert seen == [2, 1, 1]
+    assert found["a"].tolist() == [0, 10, 20]
+    assert found["b"].tolist() == ["xx", "xx", "x"]
+    assert judge_batches(judge, batches, None)["a"].tolist() == [0, 10, 20]
