@@ -35,7 +35,7 @@ SHAPE, K, EPS = (3, 32, 32), 10, 0.007
 def make_network(name: str) -> nn.Module:
     torch.manual_seed(0)
     component = load_registry().find("architecture", name).component
-    use = resolve("architecture", component, {}, Path.cwd())
+    use = resolve(component, {}, Path.cwd())
     return use.build(Context(shape=SHAPE, classes=K))
 
 

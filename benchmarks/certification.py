@@ -24,7 +24,7 @@ from prunekit_smoothing.objectives import Stability
 from scipy.stats import beta, norm
 from torch import Tensor, nn
 
-from prunekit.catalog.component import Facts
+from prunekit.catalog.kinds import Facts
 from prunekit.catalog.registry import load_registry
 from prunekit.contracts import Clock, Context
 

@@ -12,8 +12,8 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from prunekit.catalog import component
-from prunekit.catalog.component import KINDS
+from prunekit.catalog.component import Component
+from prunekit.catalog.kinds import KINDS
 from prunekit.catalog.registry import load_registry
 from prunekit.cli.components import describe_options, write_value
 from prunekit.cli.new import read_template
@@ -45,17 +45,19 @@ def write_options(options: type) -> str:
 
 
 def write_fields() -> str:
-    """The fields of `Component` with the text below each."""
-    (tree,) = ast.parse(inspect.getsource(component.Component)).body
-    assert isinstance(tree, ast.ClassDef)
-    lines = ["| field | what it says |", "|---|---|"]
-    for field, text in zip(tree.body, tree.body[1:], strict=False):
-        if not isinstance(field, ast.AnnAssign):
-            continue
-        assert isinstance(text, ast.Expr)
-        assert isinstance(text.value, ast.Constant)
-        words = " ".join(str(text.value.value).split())
-        lines.append(f"| `{ast.unparse(field.target)}` | {words} |")
+    """The fields of the declarations with the text below each: those of all kinds come first."""
+    lines = ["| declaration of | field | what it says |", "|---|---|---|"]
+    for declaration in (Component, *KINDS.values()):
+        (tree,) = ast.parse(inspect.getsource(declaration)).body
+        assert isinstance(tree, ast.ClassDef)
+        kind = "all kinds" if declaration is Component else declaration.kind
+        for field, text in zip(tree.body, tree.body[1:], strict=False):
+            if not isinstance(field, ast.AnnAssign) or "ClassVar" in ast.unparse(field.annotation):
+                continue
+            assert isinstance(text, ast.Expr)
+            assert isinstance(text.value, ast.Constant)
+            words = " ".join(str(text.value.value).split())
+            lines.append(f"| {kind} | `{ast.unparse(field.target)}` | {words} |")
     return "\n".join(lines)
 
 

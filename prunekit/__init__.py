@@ -10,12 +10,22 @@ from typing import TYPE_CHECKING, Any
 from prunekit.catalog.component import (
     API_VERSION,
     Component,
-    Facts,
     NoOptions,
     Radius,
     Use,
     hookimpl,
     option,
+)
+from prunekit.catalog.kinds import (
+    ArchitectureComponent,
+    DatasetComponent,
+    EvaluatorComponent,
+    Facts,
+    ObjectiveComponent,
+    OptimizerComponent,
+    PrunerComponent,
+    ReporterComponent,
+    ScheduleComponent,
 )
 from prunekit.errors import DataMissingError, OptionError, RunError, UserError
 
@@ -33,16 +43,24 @@ if TYPE_CHECKING:
 
 __all__ = [
     "API_VERSION",
+    "ArchitectureComponent",
     "Arrays",
     "Component",
     "DataMissingError",
+    "DatasetComponent",
+    "EvaluatorComponent",
     "Facts",
     "Judgement",
     "NoOptions",
+    "ObjectiveComponent",
+    "OptimizerComponent",
     "OptionError",
+    "PrunerComponent",
     "Radius",
+    "ReporterComponent",
     "RunError",
     "RunResult",
+    "ScheduleComponent",
     "Use",
     "UserError",
     "apply_masks",

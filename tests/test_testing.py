@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from prunekit import Component, option
-from prunekit.catalog.component import KINDS
+from prunekit import EvaluatorComponent, option
+from prunekit.catalog.kinds import KINDS
 from prunekit.catalog.registry import load_registry
 from prunekit.contracts import Loss, Result, Scores
 from prunekit.testing import check_component, find_components
@@ -67,7 +67,7 @@ def test_component_keeps_its_contract(entry, table, tmp_path, monkeypatch):
     shape = (3, 32, 32) if big else (1, 8, 8)
     if entry.component.name in ("wrn-28-10", "wrn-34-10"):
         shape = (3, 16, 16)
-    check_component(entry.kind, entry.component, options, shape=shape, folder=tmp_path)
+    check_component(entry.component, options, shape=shape, folder=tmp_path)
 
 
 def test_nothing_is_broken():
@@ -76,7 +76,7 @@ def test_nothing_is_broken():
 
 
 def test_find_components_reads_a_plugin_module():
-    names = [(kind, c.name) for kind, c in find_components("prunekit_pruners")]
+    names = [(c.kind, c.name) for c in find_components("prunekit_pruners")]
     assert {("pruner", "score"), ("pruner", "lwm"), ("pruner", "random")} <= set(names)
     assert {kind for kind, _ in names} == {"pruner"}
 
@@ -138,9 +138,10 @@ def prints(options, context):
     ],
 )
 def test_a_broken_component_is_found(kind, build, words):
-    component = Component(name="broken", summary="Broken on purpose", build=f"{__name__}:{build}")
+    build = f"{__name__}:{build}"
+    component = KINDS[kind](name="broken", summary="Broken on purpose", build=build)
     with pytest.raises(AssertionError, match=words):
-        check_component(kind, component)
+        check_component(component)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,4 +170,4 @@ class Taken:
 def test_a_broken_declaration_is_found(changes, words):
     good = {"name": "good", "summary": "Good", "build": f"{__name__}:forgets_an_image"}
     with pytest.raises(AssertionError, match=words):
-        check_component("evaluator", Component(**{**good, **changes}))
+        check_component(EvaluatorComponent(**{**good, **changes}))

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from prunekit import Component, Radius, hookimpl, option
+from prunekit import EvaluatorComponent, ObjectiveComponent, Radius, hookimpl, option
 from prunekit.contracts import Norm
 from prunekit.errors import OptionError
 
@@ -120,60 +120,64 @@ def count_autoattack(options: AutoAttackOptions) -> int:
 
 
 @hookimpl
-def prunekit_objectives() -> Iterable[Component]:
+def prunekit_objectives() -> Iterable[ObjectiveComponent]:
     """Declare the objectives: clean training and four kinds of adversarial training."""
-    yield Component(
+    yield ObjectiveComponent(
         name="benign",
         summary="Cross-entropy on clean images",
         build="prunekit_adversarial.objectives:build_benign",
     )
-    yield Component(
+    yield ObjectiveComponent(
         name="pgd-at",
         summary="Adversarial training: cross-entropy on images attacked by PGD",
         build="prunekit_adversarial.objectives:build_pgd_at",
         options=PgdAtOptions,
         paper="Madry et al., ICLR 2018, arXiv 1706.06083",
         forward_passes=lambda options: options.steps + 1,
+        validates=("accuracy", "robust_accuracy"),
         select="robust_accuracy",
     )
-    yield Component(
+    yield ObjectiveComponent(
         name="trades",
         summary="Clean cross-entropy + beta * KL between clean and attacked predictions",
         build="prunekit_adversarial.objectives:build_trades",
         options=TradesOptions,
         paper="Zhang et al., ICML 2019, arXiv 1901.08573",
         forward_passes=lambda options: options.steps + 3,
+        validates=("accuracy", "robust_accuracy"),
         select="robust_accuracy",
     )
-    yield Component(
+    yield ObjectiveComponent(
         name="mart",
         summary="Boosted cross-entropy on attacked images + beta * KL, weighted by 1 - p(label)",
         build="prunekit_adversarial.objectives:build_mart",
         options=MartOptions,
         paper="Wang et al., ICLR 2020, openreview rklOg6EFwS",
         forward_passes=lambda options: options.steps + 2,
+        validates=("accuracy", "robust_accuracy"),
         select="robust_accuracy",
     )
-    yield Component(
+    yield ObjectiveComponent(
         name="free-adv",
         summary="Free adversarial training: one backward pass updates both weights and noise",
         build="prunekit_adversarial.objectives:build_free_adv",
         options=FreeAdvOptions,
         paper="Shafahi et al., NeurIPS 2019, arXiv 1904.12843",
         replays=lambda options: options.replays,
+        validates=("accuracy", "robust_accuracy"),
         select="robust_accuracy",
     )
 
 
 @hookimpl
-def prunekit_evaluators() -> Iterable[Component]:
+def prunekit_evaluators() -> Iterable[EvaluatorComponent]:
     """Declare the evaluators: clean accuracy, PGD and AutoAttack."""
-    yield Component(
+    yield EvaluatorComponent(
         name="clean",
         summary="Accuracy on clean images",
         build="prunekit_adversarial.evaluators:build_clean",
     )
-    yield Component(
+    yield EvaluatorComponent(
         name="pgd",
         summary="Accuracy under PGD on the cross-entropy, worst case over restarts",
         build="prunekit_adversarial.evaluators:build_pgd",
@@ -182,7 +186,7 @@ def prunekit_evaluators() -> Iterable[Component]:
         forward_passes=lambda options: 1 + options.restarts * (options.steps + 1),
         judges="attack",
     )
-    yield Component(
+    yield EvaluatorComponent(
         name="autoattack",
         summary="Accuracy under AutoAttack: the standard version, or attacks of your choice",
         build="prunekit_adversarial.autoattack:build_autoattack",

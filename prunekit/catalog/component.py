@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import pluggy
 
@@ -17,27 +17,15 @@ from prunekit.errors import PluginError, explain_briefly
 if TYPE_CHECKING:
     from prunekit.contracts import Context, Norm, Threat
 
-API_VERSION = 2
+API_VERSION = 3
 """Version of the plugin API: declarations, hooks and contracts together.
 
-A plugin's module states the version that it was written for, `PRUNEKIT_API = 2`. A plugin for
+A plugin's module states the version that it was written for, `PRUNEKIT_API = 3`. A plugin for
 another version is listed as broken; one that states none is assumed to fit.
 """
 
 hookimpl = pluggy.HookimplMarker("prunekit")
 """Marks a function of a plugin's module as an implementation of a hook in `hookspecs`."""
-
-KINDS = (
-    "objective",
-    "pruner",
-    "architecture",
-    "dataset",
-    "evaluator",
-    "optimizer",
-    "schedule",
-    "reporter",
-)
-"""The kinds of components; each has a hook `prunekit_<kind>s`."""
 
 
 @dataclass(frozen=True)
@@ -45,28 +33,17 @@ class NoOptions:
     """A component without options."""
 
 
-@dataclass(frozen=True)
-class Facts:
-    """What is known of a data set before any file is read.
-
-    `shape` is (C, H, W) of an image, `train` and `test` are numbers of images, and `augment` names
-    the augmentations that suit the data: "crop" (zero padding of 1/8, random crop), "flip".
-    """
-
-    shape: tuple[int, int, int]
-    classes: int
-    train: int
-    test: int
-    augment: tuple[str, ...] = ()
-
-
 @dataclass(frozen=True, kw_only=True)
 class Component:
-    """The declaration of one component: what a recipe calls it, its options, how to build it.
+    """What the declarations of all kinds share: the component's name, its options, how to build it.
 
-    >>> Component(name="lwm", summary="Least weight magnitude", build="my_package.lwm:build").name
-    'lwm'
+    Each kind has a class of its own in `kinds`.
     """
+
+    kind: ClassVar[str]
+    """What `Use`, the hook `prunekit_<kind>s` and messages call the kind."""
+    builds: ClassVar[type]
+    """The contract of what `build` returns; options name the kind by it: `Use[Pruner]`."""
 
     name: str
     """What a recipe writes after `use =`; kebab-case."""
@@ -96,31 +73,6 @@ class Component:
     files: Callable[[Any], Iterable[Path]] = lambda options: ()
     """options -> files that results depend on besides those that are options: what a file imports,
     the files of a folder. Their content is part of a stage's hash."""
-    identify: str = ""
-    """"module:function" -> options that identify what a Python program hands over in its place."""
-    catalog: str = ""
-    """"module:function" -> names that the option `model` takes, for `prunekit list --match`."""
-    exports: Mapping[str, str] = field(default_factory=dict)
-    """Architectures: format of `prunekit export` -> "module:function" that writes it, called as
-    `function(model, options, header, out)` with the header of the model file."""
-    forward_passes: Callable[[Any], int] = lambda options: 1
-    """options -> forward passes per image, in a training step or in an evaluation."""
-    replays: Callable[[Any], int] = lambda options: 1
-    """Objectives: options -> optimizer steps on each batch. A recipe's epochs are divided by it."""
-    select: str = "accuracy"
-    """Objectives: the validation metric that selects the best epoch."""
-    learns: bool = False
-    """Pruners: scores are trained, so the stage needs `epochs` and an `optimizer`."""
-    facts: Callable[[Any], Facts] | None = None
-    """Data sets: options -> Facts; None if they are known only from the files."""
-    judges: Literal["", "attack", "proof"] = ""
-    """Evaluators: what its record of an image says about robustness under the threat model.
-
-    An "attack" records `correct`: it did not fool the network. A "proof" records `verified`: no
-    attack can. The core warns if the two contradict each other.
-    """
-    beats: tuple[str, ...] = ()
-    """Evaluators: names of weaker attacks, which should leave at least as many images correct."""
 
     @property
     def package(self) -> str:
@@ -143,8 +95,8 @@ class Use(Generic[Kind]):
     `prunekit.contracts`), or `tuple[Use[Evaluator], ...]`; the core resolves it.
     """
 
-    kind: str
-    component: Component
+    component: Any
+    """Its declaration, of the class of its kind."""
     options: Any
     plugin: str = ""
     """The plugin and its distribution, for messages: "adversarial (prunekit 0.1.0)"."""
@@ -156,6 +108,11 @@ class Use(Generic[Kind]):
     """What a recipe writes after `use =`, if that is more than the component's name."""
     value: Any = None
     """An object that a Python program passes instead; the implementation gets it in its context."""
+
+    @property
+    def kind(self) -> str:
+        """The kind of the component."""
+        return str(self.component.kind)
 
     def build(self, context: Context) -> Kind:
         """Import the implementation and build it.
@@ -180,7 +137,7 @@ class Use(Generic[Kind]):
         except ValueError:  # written in C, without a signature
             pass
         built: Kind = build(self.options, context)
-        if self.kind in ("objective", "pruner", "evaluator", "reporter") and not callable(built):
+        if "__call__" in vars(self.component.builds) and not callable(built):
             raise PluginError(f"{owner} is built as {built!r}, which cannot be called")
         return built
 

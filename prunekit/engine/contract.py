@@ -107,6 +107,8 @@ def _check_objective(use: Use[Any], context: Context) -> None:
         names = set(values)
     else:
         names = {"accuracy"}
+    declared = use.component.validates
+    assert names == set(declared), f"validates {sorted(names)}, but declares {sorted(declared)}"
     assert use.component.select in {*names, "last"}, "select is not a validation metric"
 
 

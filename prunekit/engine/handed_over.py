@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.catalog.component import NoOptions, Use
+from prunekit.catalog.kinds import ArchitectureComponent
 from prunekit.catalog.registry import load_registry
 from prunekit.contracts import Context, Data
 from prunekit.data.batches import Arrays, to_device
@@ -47,6 +48,7 @@ def plan_recipe(
     if model is not None:
         check_model(model)
         given = load_registry().find("architecture", "given").component
+        assert isinstance(given, ArchitectureComponent)
         module, _, function = given.identify.partition(":")
         known = getattr(importlib.import_module(module), function)(model)
         unique = known.get("unique")
@@ -87,7 +89,7 @@ def read_images(data: Any, model: nn.Module | None = None) -> Data:
     Raises `UserError` where a network does not take them, or has fewer classes.
     """
     entry = load_registry().find("dataset", "given")
-    use: Use[Data] = Use("dataset", entry.component, NoOptions(), entry.owner, value=data)
+    use: Use[Data] = Use(entry.component, NoOptions(), entry.owner, value=data)
     found = use.build(Context(stage="evaluate"))
     if model is None:
         return found

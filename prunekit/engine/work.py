@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from prunekit.catalog.component import Facts, Use
+from prunekit.catalog.component import Use
+from prunekit.catalog.kinds import Facts
 from prunekit.contracts import Context, Data, Split
 from prunekit.data.batches import Arrays, Extra, Feed, fingerprint, hold_out, to_device
 from prunekit.errors import DataMissingError, UserError

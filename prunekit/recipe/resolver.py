@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
-from prunekit import contracts
 from prunekit.catalog.component import Radius, Use, default_of
+from prunekit.catalog.kinds import KINDS
 from prunekit.catalog.registry import Registry
 from prunekit.contracts import Threat
 from prunekit.errors import OptionError, Place, Problem, UserError, explain_briefly
@@ -27,18 +27,8 @@ from prunekit.recipe.values import (
     read_radius,
     suggest,
 )
-from prunekit.report import Reporter
 
-KIND_OF: dict[Any, str] = {
-    contracts.Objective: "objective",
-    contracts.Pruner: "pruner",
-    contracts.Architecture: "architecture",
-    contracts.Data: "dataset",
-    contracts.Evaluator: "evaluator",
-    Reporter: "reporter",
-    contracts.OptimizerChoice: "optimizer",
-    contracts.Schedule: "schedule",
-}
+KIND_OF: dict[Any, str] = {declaration.builds: kind for kind, declaration in KINDS.items()}
 """The kind of component that an option of type `Use[...]` names."""
 
 THREAT_EXAMPLE = 'write [threat] with norm = "linf" and eps = "8/255"'
@@ -164,7 +154,7 @@ class Resolver:
         if not isinstance(name, str) or not re.fullmatch(NAME, name):
             raise Mistake((*path, "name"), f"name of {owner} {NAME_RULE}, got {name!r}")
         threat = self._threat(options, path, owner)
-        return Use(kind, component, options, entry.owner, name, threat, entry.reference)
+        return Use(component, options, entry.owner, name, threat, entry.reference)
 
     def _threat(self, options: Any, path: KeyPath, owner: str) -> Threat | None:
         """The recipe's threat model, overridden by the component's own `norm` and `eps`."""

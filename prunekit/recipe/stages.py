@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from prunekit.catalog.component import Use
+from prunekit.catalog.kinds import PrunerComponent
 from prunekit.recipe.resolver import NAME, NAME_RULE, Resolver, describe
 from prunekit.recipe.sections import STAGE_OPTIONS
 from prunekit.recipe.values import KeyPath, Mistake, suggest
@@ -122,6 +123,8 @@ def resolve_stages(
                 message += 'use = "trades" for all stages, or objective = "..." in this one'
                 resolver.problem(path, message)
             options = dataclasses.replace(options, objective=objective)
+        if kind != "evaluate" and options.objective is not None:
+            _check_select(options, resolver, path, name)
         stages.append(Stage(kind, name, position, options, sparsity))
     return tuple(stages)
 
@@ -159,6 +162,20 @@ def _check_prune(options: Any, before: float, resolver: Resolver, path: KeyPath,
         )
 
 
+def _check_select(options: Any, resolver: Resolver, path: KeyPath, name: str) -> None:
+    component = options.objective.component
+    known = [*component.validates, "last"]
+    # The core adds it where the classes of the images are unbalanced.
+    if options.select not in (None, *known) and not (
+        options.select == "balanced_accuracy" and "accuracy" in known
+    ):
+        resolver.problem(
+            (*path, "select"),
+            f"stage {name!r}: objective {component.name!r} has no validation metric "
+            f"{options.select!r}; {suggest(options.select, known)}",
+        )
+
+
 def _drop_unused(
     own: dict[str, Any],
     resolver: Resolver,
@@ -174,8 +191,8 @@ def _drop_unused(
     """
     pruner = own.get("pruner", "score")
     name = str(pruner.get("use") if isinstance(pruner, dict) else pruner)
-    entries = (e for e in resolver.registry.entries if e.kind == "pruner")
-    one_shot = {entry.component.name for entry in entries if not entry.component.learns}
+    components = (entry.component for entry in resolver.registry.entries)
+    one_shot = {c.name for c in components if isinstance(c, PrunerComponent) and not c.learns}
     if name.rpartition(":")[2] not in one_shot:
         return own
     unused = find_unused(own)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from prunekit.catalog.component import Component
+from prunekit.catalog.kinds import KINDS
 from prunekit.catalog.registry import Entry, Registry, load_registry
 from prunekit.engine.engine import Engine
 from prunekit.engine.work import Inputs, make_keys
@@ -139,7 +139,7 @@ def fail():
 
 def find_registry():
     told = [
-        Entry(kind, Component(name="told", summary="Told", build=f"told_parts:build_{kind}"),
+        Entry(KINDS[kind](name="told", summary="Told", build=f"told_parts:build_{kind}"),
               "told", "told-dist 1.2")
         for kind in ("pruner", "evaluator", "objective", "dataset")
     ]  # fmt: skip

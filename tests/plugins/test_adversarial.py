@@ -45,7 +45,7 @@ LINF, BALL = Threat("linf", 0.1), Threat("l2", 0.2)
 def build(name: str, threat: Threat | None, model: nn.Module, **options: Any) -> Any:
     """Build as the core does: from the declaration."""
     component = COMPONENTS[name]
-    use: Use[Any] = Use("any", component, component.options(**options), threat=threat)
+    use: Use[Any] = Use(component, component.options(**options), threat=threat)
     return use.build(Context(model=model))
 
 

@@ -27,7 +27,7 @@ FEW = {"steps": 5, "queries": 20}
 
 
 def build(threat: Threat | None = LINF, **options: Any) -> Any:
-    use: Use[Any] = Use("evaluator", COMPONENT, COMPONENT.options(**options), threat=threat)
+    use: Use[Any] = Use(COMPONENT, COMPONENT.options(**options), threat=threat)
     return use.build(Context())
 
 
@@ -244,4 +244,4 @@ def test_counts_its_passes() -> None:
 
 
 def test_contract() -> None:
-    check_component("evaluator", COMPONENT)
+    check_component(COMPONENT)

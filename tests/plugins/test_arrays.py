@@ -22,7 +22,7 @@ RANDOM = np.random.default_rng(0)
 
 
 def build(name: str, options: Any) -> Data:
-    use: Use[Data] = Use("dataset", COMPONENTS[name], options, "arrays")
+    use: Use[Data] = Use(COMPONENTS[name], options, "arrays")
     return use.build(Context())
 
 

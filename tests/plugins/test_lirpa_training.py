@@ -35,7 +35,7 @@ def build(
 ) -> Any:
     """Build as the core does: from the declaration."""
     component = COMPONENTS[name]
-    use: Use[Any] = Use("objective", component, component.options(**options), threat=threat)
+    use: Use[Any] = Use(component, component.options(**options), threat=threat)
     return use.build(Context(model=model, shape=SHAPE, classes=K, stage=stage))
 
 

@@ -47,7 +47,7 @@ def make_batch(net: nn.Module, n: int = 40) -> tuple[Tensor, Tensor]:
 def verify(net: nn.Module, *batches: tuple[Tensor, Tensor], **options: Any) -> Result:
     """Evaluate as the core does: from the declaration."""
     threat = Threat("linf", EPS)
-    use: Use[Any] = Use("evaluator", COMPONENT, VerifiedOptions(**options), threat=threat)
+    use: Use[Any] = Use(COMPONENT, VerifiedOptions(**options), threat=threat)
     return use.build(Context(model=net))(net, iter(batches))
 
 
@@ -183,6 +183,6 @@ def test_methods_are_named_once_and_at_least_one() -> None:
     ("threat", "words"), [(None, r"\[threat\]"), (Threat("l2", 0.5), 'norm "linf", not "l2"')]
 )
 def test_a_threat_that_cannot_be_verified(threat: Threat | None, words: str) -> None:
-    use: Use[Any] = Use("evaluator", COMPONENT, VerifiedOptions(), threat=threat)
+    use: Use[Any] = Use(COMPONENT, VerifiedOptions(), threat=threat)
     with pytest.raises(UserError, match=words):
         use.build(Context(model=make_net()))

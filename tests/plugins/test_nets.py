@@ -35,7 +35,7 @@ def build(
     component = COMPONENTS[name]
     told = {"batch_norm": True} if batch_norm else {}
     options = component.options(initialize=how, keep_ratio=keep_ratio, **told)
-    use: Use[nn.Module] = Use("architecture", component, options, "nets")
+    use: Use[nn.Module] = Use(component, options, "nets")
     return use.build(Context(shape=shape, classes=classes))
 
 

@@ -101,7 +101,7 @@ def reused(folder):
 
 
 def test_contract(here):
-    check_component("architecture", COMPONENT, {"file": "mine/net.py"}, folder=here)
+    check_component(COMPONENT, {"file": "mine/net.py"}, folder=here)
 
 
 @pytest.mark.parametrize(

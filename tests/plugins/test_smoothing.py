@@ -35,7 +35,7 @@ COMPONENTS = {
 def build(name: str, model: nn.Module | None = None, context: Any = (), **options: Any) -> Any:
     """Build as the core does: from the declaration."""
     component = COMPONENTS[name]
-    use: Use[Any] = Use("any", component, component.options(**options))
+    use: Use[Any] = Use(component, component.options(**options))
     return use.build(Context(model=model, **dict(context)))
 
 

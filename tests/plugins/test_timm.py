@@ -213,7 +213,7 @@ def test_what_a_structure_does_not_suit_is_named(here):
 
 
 def test_contract():
-    check_component("architecture", COMPONENT, {"model": "test_vit"}, shape=(3, 32, 32))
+    check_component(COMPONENT, {"model": "test_vit"}, shape=(3, 32, 32))
 
 
 def test_keys_are_timms_and_images_are_normalised_inside():
@@ -372,7 +372,7 @@ def test_content_of_a_local_folder_is_an_input(tmp_path):
     options = TimmOptions(f"local-dir:{folder}")
     assert COMPONENT.files(options) == [folder / "config.json", folder / "model.safetensors"]
     assert COMPONENT.files(TimmOptions("resnet18")) == []
-    use = Use("architecture", COMPONENT, options)
+    use = Use(COMPONENT, options)
     assert describe(use)["model"] == f"local-dir:{folder}"
 
 

@@ -29,7 +29,7 @@ Parts = dict[str, np.ndarray]
 
 def build(name: str, root: Path | None, *, download: bool = False) -> Data:
     options = VisionOptions(root=root, download=download)
-    use: Use[Data] = Use("dataset", COMPONENTS[name], options, "vision")
+    use: Use[Data] = Use(COMPONENTS[name], options, "vision")
     return use.build(Context())
 
 

@@ -29,7 +29,7 @@ COMPONENTS = {c.name: c for c in prunekit_architectures() if c.name.startswith("
 
 
 def build(name: str, shape: tuple[int, int, int] = (3, 64, 64), classes: int = 1000) -> nn.Module:
-    use: Use[nn.Module] = Use("architecture", COMPONENTS[name], NoOptions(), "vision")
+    use: Use[nn.Module] = Use(COMPONENTS[name], NoOptions(), "vision")
     return use.build(Context(shape=shape, classes=classes))
 
 
@@ -69,7 +69,7 @@ def test_images_are_normalised_inside() -> None:
 @pytest.mark.slow
 def test_contract_and_grey_images() -> None:
     for component in COMPONENTS.values():
-        check_component("architecture", component, shape=(3, 64, 64))
+        check_component(component, shape=(3, 64, 64))
     with pytest.raises(UserError) as error:
         build("imagenet-resnet18", (1, 28, 28))
     assert str(error.value) == (

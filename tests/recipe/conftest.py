@@ -6,7 +6,8 @@ from typing import Any, Literal
 
 import pytest
 
-from prunekit.catalog.component import Component, Radius, Use, option
+from prunekit.catalog.component import Radius, Use, option
+from prunekit.catalog.kinds import KINDS
 from prunekit.catalog.registry import Entry, Registry
 from prunekit.contracts import Evaluator, OptimizerChoice, Pruner, Schedule
 from prunekit.errors import Place
@@ -53,7 +54,7 @@ class Options:
 def make_registry():
     def entry(kind, name, options=None):
         settings = {"options": options} if options else {}
-        return Entry(kind, Component(name=name, summary=name, build="m:b", **settings), "p", "d 1")
+        return Entry(KINDS[kind](name=name, summary=name, build="m:b", **settings), "p", "d 1")
 
     return Registry(
         (

@@ -229,6 +229,19 @@ def test_without_validation_the_best_epoch_cannot_be_chosen(refuse, plan):
     assert plan(text, "pretrain.select=last", "prune.pruner=lwm").runs
 
 
+def test_a_metric_that_the_objective_does_not_validate(refuse, plan):
+    assert refuse(TOP + PRETRAIN + 'select = "acuracy"\n' + EVALUATE) == [
+        "r.toml:7: stage 'pretrain': objective 'benign' has no validation metric 'acuracy'; "
+        "did you mean 'accuracy'?"
+    ]
+    assert refuse(SMALL, "prune.select=robust_accuracy") == [
+        "--set prune.select=robust_accuracy: stage 'prune': objective 'benign' has no validation "
+        "metric 'robust_accuracy'; did you mean 'accuracy'?"
+    ]
+    # Where the classes are unbalanced, which the data says.
+    assert plan(SMALL, "pretrain.select=balanced_accuracy", "prune.select=last").runs
+
+
 def test_a_misspelt_prune_does_not_make_a_mistake_of_finetune(refuse):
     text = TOP + PRUNE.replace('"prune"', '"prun"') + '[[stage]]\nkind = "finetune"\nepochs = 1\n'
     assert refuse(text) == ["r.toml:5: the kind of a stage cannot be 'prun'; did you mean 'prune'?"]
@@ -293,9 +306,9 @@ def test_what_a_one_shot_pruner_does_not_need_is_noted_where_something_else_put_
 def test_two_plugins_of_one_name_are_told_apart(plan, refuse, here, monkeypatch):
     monkeypatch.syspath_prepend(here)
     (here / "rival_under_test.py").write_text(
-        "from prunekit import Component, hookimpl\n"
+        "from prunekit import PrunerComponent, hookimpl\n"
         "@hookimpl\ndef prunekit_pruners():\n"
-        "    return [Component(name='lwm', summary='Rival', build='rival_under_test:build')]\n"
+        "    yield PrunerComponent(name='lwm', summary='Rival', build='rival_under_test:build')\n"
     )
     points = [*entry_points(group="prunekit"), EntryPoint("rival", "rival_under_test", "prunekit")]
     registry = load_registry(points)
