@@ -9,9 +9,10 @@ from __future__ import annotations
 import ast
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from prunekit import contracts
 from prunekit.catalog.component import Component
 from prunekit.catalog.kinds import KINDS
 from prunekit.catalog.registry import load_registry
@@ -44,20 +45,22 @@ def write_options(options: type) -> str:
     return "\n".join(lines)
 
 
-def write_fields() -> str:
-    """The fields of the declarations with the text below each: those of all kinds come first."""
-    lines = ["| declaration of | field | what it says |", "|---|---|---|"]
-    for declaration in (Component, *KINDS.values()):
-        (tree,) = ast.parse(inspect.getsource(declaration)).body
+def write_fields(classes: Mapping[str, type]) -> str:
+    """The fields of dataclasses, named by what they are for, with the text below each field."""
+    lines = ["| for | field | what it says |", "|---|---|---|"]
+    for name, cls in classes.items():
+        (tree,) = ast.parse(inspect.getsource(cls)).body
         assert isinstance(tree, ast.ClassDef)
-        kind = "all kinds" if declaration is Component else declaration.kind
-        for field, text in zip(tree.body, tree.body[1:], strict=False):
-            if not isinstance(field, ast.AnnAssign) or "ClassVar" in ast.unparse(field.annotation):
+        fields = [field for field in tree.body if isinstance(field, ast.AnnAssign)]
+        texts = dict(zip(tree.body, tree.body[1:], strict=False))
+        for field in fields:
+            text = texts[field]
+            if "ClassVar" in ast.unparse(field.annotation):
                 continue
             assert isinstance(text, ast.Expr)
             assert isinstance(text.value, ast.Constant)
-            words = " ".join(str(text.value.value).split())
-            lines.append(f"| {kind} | `{ast.unparse(field.target)}` | {words} |")
+            words = " ".join(str(text.value.value).split()).replace("|", "\\|")
+            lines.append(f"| {name} | `{ast.unparse(field.target)}` | {words} |")
     return "\n".join(lines)
 
 
@@ -79,10 +82,21 @@ OPTIONS = {
     },
 }
 
+CONTEXTS = {
+    "all kinds": contracts.Context,
+    "dataset": contracts.DatasetContext,
+    "architecture": contracts.ArchitectureContext,
+    "objective, pruner, evaluator": contracts.NetworkContext,
+    "pruner": contracts.PrunerContext,
+    "evaluator": contracts.EvaluatorContext,
+    "reporter": contracts.ReporterContext,
+}
+
 GENERATED: dict[Path, dict[str, Callable[[], str]]] = {
     README: {"components": write_components},
     ROOT / "docs/plugins.md": {
-        "fields": write_fields,
+        "fields": lambda: write_fields({"all kinds": Component, **KINDS}),
+        "contexts": lambda: write_fields(CONTEXTS),
         **{kind: lambda kind=kind: write_example(kind) for kind in KINDS},  # type: ignore[misc]
     },
     ROOT / "docs/recipes.md": {

@@ -22,11 +22,11 @@ from typing import Any
 from prunekit.catalog.component import Component, Use
 from prunekit.catalog.kinds import KINDS
 from prunekit.catalog.registry import Entry, Registry, load_registry
-from prunekit.contracts import Context, Threat
-from prunekit.engine.contract import (
-    CHECKS,
-    CLASSES,
+from prunekit.contracts import Threat
+from prunekit.engine.contract import CHECKS
+from prunekit.engine.examples import (
     SHAPE,
+    example_context,
     example_events,
     tiny_batches,
     tiny_network,
@@ -39,6 +39,7 @@ from prunekit.recipe.sections import ArchitectureOptions, DataOptions
 __all__ = [
     "check_component",
     "check_declaration",
+    "example_context",
     "example_events",
     "find_components",
     "resolve",
@@ -82,11 +83,11 @@ def check_component(
     """
     check_declaration(component)
     use = resolve(component, options or {}, folder or Path.cwd())
-    context = Context(folder=folder or Path.cwd(), shape=shape, classes=CLASSES)
+    kind, check = CHECKS[component.kind]
+    images = {"shape": shape} if component.kind == "architecture" else {}
+    context = example_context(kind, folder=folder or Path.cwd(), **images)
     try:
-        CHECKS[component.kind](
-            dataclasses.replace(use, options=reduce_options(use.options)), context
-        )
+        check(dataclasses.replace(use, options=reduce_options(use.options)), context)
     except AssertionError as broken:
         raise AssertionError(f"{component.name}: {broken}") from None
 

@@ -10,8 +10,8 @@ import torch
 from prunekit import EvaluatorComponent, option
 from prunekit.catalog.kinds import KINDS
 from prunekit.catalog.registry import load_registry
-from prunekit.contracts import Loss, Result, Scores
-from prunekit.testing import check_component, find_components
+from prunekit.contracts import DatasetContext, Loss, PrunerContext, Result, Scores
+from prunekit.testing import check_component, example_context, find_components
 
 REGISTRY = load_registry()
 # What Python gives is built of nothing here: see test_api.py.
@@ -79,6 +79,21 @@ def test_find_components_reads_a_plugin_module():
     names = [(c.kind, c.name) for c in find_components("prunekit_pruners")]
     assert {("pruner", "score"), ("pruner", "lwm"), ("pruner", "random")} <= set(names)
     assert {kind for kind, _ in names} == {"pruner"}
+
+
+def test_an_example_context_has_what_its_kind_has():
+    context = example_context(PrunerContext, sparsity=0.25)
+    assert context.sparsity == 0.25
+    assert context.weights.keys() == {
+        name for name, p in context.model.named_parameters() if p.dim() > 1
+    }
+    assert not hasattr(example_context(DatasetContext), "model")
+    with pytest.raises(TypeError, match="sparsity"):
+        example_context(DatasetContext, sparsity=0.25)
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    example_context(PrunerContext)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def changes_weights(options, context):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import pluggy
 
+from prunekit.contexts import NetworkContext
 from prunekit.errors import PluginError, explain_briefly
 
 if TYPE_CHECKING:
@@ -121,7 +122,9 @@ class Use(Generic[Kind]):
         """
         module, _, function = self.component.build.partition(":")
         owner = f"{self.kind} '{self.component.name}' of plugin {self.plugin}"
-        context = dataclasses.replace(context, threat=self.threat, value=self.value)
+        context = dataclasses.replace(context, value=self.value)
+        if isinstance(context, NetworkContext):
+            context = dataclasses.replace(context, threat=self.threat)
         try:
             build = getattr(importlib.import_module(module), function)
         # A module may raise anything on import, even SystemExit.

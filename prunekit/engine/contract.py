@@ -7,7 +7,7 @@ import copy
 import dataclasses
 import io
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,47 +15,29 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from prunekit import report as told
 from prunekit.catalog.component import Use
 from prunekit.contracts import (
+    ArchitectureContext,
     Clock,
     Context,
     Data,
+    DatasetContext,
+    EvaluatorContext,
     Loss,
+    ObjectiveContext,
     OptimizerChoice,
+    PrunerContext,
+    ReporterContext,
     Result,
     Scores,
 )
 from prunekit.data.batches import eval_batches
-from prunekit.data.seeds import generator, seed_all
+from prunekit.data.seeds import seed_all
+from prunekit.engine.examples import BATCH, CLASSES, example_events, tiny_batches, tiny_network
 from prunekit.errors import DataMissingError
 from prunekit.evaluation import eval_mode
 from prunekit.pruning.learning import LearnedScores
 from prunekit.pruning.selection import Selection
-
-SHAPE, CLASSES, BATCH = (1, 8, 8), 3, 4
-
-
-def tiny_network(shape: tuple[int, int, int] = SHAPE, classes: int = CLASSES) -> nn.Module:
-    """A network with a convolution, batch normalization and a linear layer, seeded."""
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(shape[0], 4, 3, stride=2, padding=1),
-        nn.BatchNorm2d(4),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(2),
-        nn.Flatten(),
-        nn.Linear(16, classes),
-    )
-
-
-def tiny_batches(batches: int = 2) -> list[tuple[Tensor, Tensor]]:
-    """Random images and labels, seeded."""
-    g = torch.Generator().manual_seed(0)
-    return [
-        (torch.rand(BATCH, *SHAPE, generator=g), torch.randint(CLASSES, (BATCH,), generator=g))
-        for _ in range(batches)
-    ]
 
 
 def _snapshot(model: nn.Module) -> dict[str, Tensor]:
@@ -66,11 +48,11 @@ def _same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-def _check_objective(use: Use[Any], context: Context) -> None:
+def _check_objective(use: Use[Any], context: ObjectiveContext) -> None:
     model = tiny_network()
     (x, y), _ = tiny_batches()
     images = x.clone()
-    objective = use.build(dataclasses.replace(context, model=model, stage="pretrain"))
+    objective = use.build(dataclasses.replace(context, model=model))
     model.train()
 
     def step() -> Loss:
@@ -112,7 +94,7 @@ def _check_objective(use: Use[Any], context: Context) -> None:
     assert use.component.select in {*names, "last"}, "select is not a validation metric"
 
 
-def _check_scores_learn(use: Use[Any], context: Context, x: Tensor, y: Tensor) -> None:
+def _check_scores_learn(use: Use[Any], context: ObjectiveContext, x: Tensor, y: Tensor) -> None:
     """Scores get gradients through the objective, whichever forward pass comes first."""
     model = tiny_network()
     start = {n: torch.randn_like(p) for n, p in model.named_parameters() if p.dim() > 1}
@@ -125,33 +107,18 @@ def _check_scores_learn(use: Use[Any], context: Context, x: Tensor, y: Tensor) -
     )
 
 
-def _check_pruner(use: Use[Any], context: Context) -> None:
-    model = tiny_network()
+def _check_pruner(use: Use[Any], context: PrunerContext) -> None:
+    model, weights = context.model, context.weights
     before = _snapshot(model)
-    weights = {n: p.detach().clone() for n, p in model.named_parameters() if p.dim() > 1}
     learned: list[Scores] = []
 
     def learn(start: Scores) -> Scores:
         learned.append(start)
-        return Scores({n: v.abs() for n, v in start.values.items()}, start.layerwise)
+        return context.learn(start)
 
-    def cross_entropy(x: Tensor, y: Tensor, clock: Clock) -> Loss:
-        logits = model(x)
-        return Loss(nn.functional.cross_entropy(logits, y), logits)
-
-    context = dataclasses.replace(
-        context,
-        model=model,
-        weights=weights,
-        stage="prune",
-        sparsity=0.5,
-        learn=learn,
-        objective=cross_entropy,
-        batches=lambda: iter(tiny_batches()),
-        generator=generator(0),
-    )
     model.train()
-    scores = use.build(context)(context)
+    scoring = dataclasses.replace(context, stage="prune", threat=use.threat, learn=learn)
+    scores = use.build(scoring)(scoring)
     assert isinstance(scores, Scores), f"gives a {type(scores).__name__}, not Scores"
     assert bool(learned) == use.component.learns, "`learns` and what it does disagree"
     assert scores.values.keys() == weights.keys(), "must score every weight, and no other"
@@ -163,7 +130,7 @@ def _check_pruner(use: Use[Any], context: Context) -> None:
     assert all(same), "scoring changed the weights"
 
 
-def _check_architecture(use: Use[Any], context: Context) -> None:
+def _check_architecture(use: Use[Any], context: ArchitectureContext) -> None:
     seed_all(0)
     model = use.build(context)
     assert isinstance(model, nn.Module), "is not an nn.Module"
@@ -183,7 +150,7 @@ def _check_architecture(use: Use[Any], context: Context) -> None:
     twin.load_state_dict(copy.deepcopy(model.state_dict()))
 
 
-def _check_dataset(use: Use[Any], context: Context) -> None:
+def _check_dataset(use: Use[Any], context: DatasetContext) -> None:
     try:
         data = use.build(context)
     except DataMissingError:
@@ -209,14 +176,16 @@ def _check_dataset(use: Use[Any], context: Context) -> None:
         assert 0 <= float(x.min()) <= float(x.max()) <= 1, "pixels outside [0, 1]"
 
 
-def _check_evaluator(use: Use[Any], context: Context) -> None:
+def _check_evaluator(use: Use[Any], context: EvaluatorContext) -> None:
     model = tiny_network().eval()
     before, batches = _snapshot(model), tiny_batches()
     results = []
+    context = dataclasses.replace(context, model=model, stage="evaluate")
     for _ in range(2):
-        seed_all(3)
-        evaluate = use.build(dataclasses.replace(context, model=model, stage="evaluate"))
-        results.append(evaluate(model, iter(batches)))
+        with tempfile.TemporaryDirectory() as scratch:
+            seed_all(3)
+            evaluate = use.build(dataclasses.replace(context, scratch=Path(scratch)))
+            results.append(evaluate(model, iter(batches)))
     result = results[0]
     assert isinstance(result, Result), f"gives a {type(result).__name__}, not a Result"
     assert result.metrics, "no metric"
@@ -230,21 +199,6 @@ def _check_evaluator(use: Use[Any], context: Context) -> None:
         assert np.asarray(record).dtype != object, f"records {key!r} are objects"
     assert _same(before, model.state_dict()), "changed the network"
     assert not any(m.training for m in model.modules()), "left evaluation mode"
-
-
-def example_events(folder: Path) -> Iterator[Any]:
-    """One of every event, in an order that can happen."""
-    yield told.RunStarted("run", folder, ("pretrain", "evaluate"), {"seed": 0}, 1, 2, True)
-    yield told.Note("a note", warning=True)
-    yield told.StageStarted("pretrain", "pretrain", "0" * 32, 2, 3)
-    yield told.Progress("pretrain", 1, 3, 0, 2, {"loss": 1.0}, "training")
-    yield told.EpochDone("pretrain", 1, 2, {"loss": float("nan")}, True, 0.1, True)
-    yield told.EpochDone("pretrain", 2, 2, {"loss": 0.5}, False, 0.1)
-    yield told.StageDone("pretrain", "pretrain", "0" * 32, {"accuracy": 0.5}, 0.2)
-    yield told.StageDone("evaluate", "evaluate", "1" * 32, {"clean.accuracy": 0.5}, 0.2, True)
-    yield told.RunDone("run", folder, {"evaluate": {"clean.accuracy": 0.5}}, 1.0)
-    yield told.RunStarted("other", folder, ("pretrain",), {"seed": 1}, 2, 2)
-    yield told.RunFailed("other", folder, "the loss is not finite")
 
 
 def _check_schedule(use: Use[Any], context: Context) -> None:
@@ -280,7 +234,7 @@ def _check_optimizer(use: Use[Any], context: Context) -> None:
     assert _same(model.state_dict(), twin.state_dict()), "its state does not restore it"
 
 
-def _check_reporter(use: Use[Any], context: Context) -> None:
+def _check_reporter(use: Use[Any], context: ReporterContext) -> None:
     out = io.StringIO()
     with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(out):
         report = use.build(dataclasses.replace(context, folder=Path(scratch)))
@@ -290,13 +244,14 @@ def _check_reporter(use: Use[Any], context: Context) -> None:
     assert not out.getvalue(), "writes to stdout, which is for results"
 
 
-CHECKS = {
-    "objective": _check_objective,
-    "pruner": _check_pruner,
-    "architecture": _check_architecture,
-    "dataset": _check_dataset,
-    "evaluator": _check_evaluator,
-    "optimizer": _check_optimizer,
-    "schedule": _check_schedule,
-    "reporter": _check_reporter,
+CHECKS: dict[str, tuple[type[Context], Callable[[Use[Any], Any], None]]] = {
+    "objective": (ObjectiveContext, _check_objective),
+    "pruner": (PrunerContext, _check_pruner),
+    "architecture": (ArchitectureContext, _check_architecture),
+    "dataset": (DatasetContext, _check_dataset),
+    "evaluator": (EvaluatorContext, _check_evaluator),
+    "optimizer": (Context, _check_optimizer),
+    "schedule": (Context, _check_schedule),
+    "reporter": (ReporterContext, _check_reporter),
 }
+"""Kind -> (the context that such a component is built with, what it must do in it)."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from itertools import permutations
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from prunekit.catalog.component import Use
-from prunekit.contracts import Evaluator
+from prunekit.contracts import Evaluator, EvaluatorContext
 from prunekit.data import seeds
 from prunekit.data.batches import eval_batches
 from prunekit.engine.work import Outcome, Work, describe_masks
@@ -47,7 +46,9 @@ def evaluate(state: State, stage: Stage, work: Work) -> Outcome:
     for use in options.with_:
         seeds.seed_all(work.run.seed, stage.position, "evaluate", use.name)
         scratch = work.folder.scratch(use.name)
-        evaluator = use.build(replace(context, scratch=scratch, pause=work.stop.check))
+        evaluator = use.build(
+            EvaluatorContext(**vars(context), scratch=scratch, pause=work.stop.check)
+        )
         with eval_mode(state.model), warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             result = evaluator(state.model, _watched(work, stage, use.name, index))

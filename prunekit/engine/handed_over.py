@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from prunekit.catalog.component import NoOptions, Use
 from prunekit.catalog.kinds import ArchitectureComponent
 from prunekit.catalog.registry import load_registry
-from prunekit.contracts import Context, Data
+from prunekit.contracts import Data, DatasetContext
 from prunekit.data.batches import Arrays, to_device
 from prunekit.engine.stages import STAGES
 from prunekit.engine.work import Loaded, Outcome, Work
@@ -90,7 +90,7 @@ def read_images(data: Any, model: nn.Module | None = None) -> Data:
     """
     entry = load_registry().find("dataset", "given")
     use: Use[Data] = Use(entry.component, NoOptions(), entry.owner, value=data)
-    found = use.build(Context(stage="evaluate"))
+    found = use.build(DatasetContext(seed=0, folder=Path.cwd(), test_only=True))
     if model is None:
         return found
     device = next((p.device for p in model.parameters()), torch.device("cpu"))

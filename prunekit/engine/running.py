@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from prunekit.catalog.component import Use
-from prunekit.contracts import Context
+from prunekit.contracts import ReporterContext
 from prunekit.engine.engine import Engine
 from prunekit.engine.work import Inputs
 from prunekit.errors import Interrupted, PluginError, UserError, explain_briefly
@@ -93,7 +93,7 @@ def reporters(plan: Plan, out: Path, tell: Tell) -> Iterator[Report]:
 
     for use in plan.reporters:
         try:
-            listeners.append((use, use.build(Context(folder=out, live=live))))
+            listeners.append((use, use.build(ReporterContext(seed=0, folder=out, live=live))))
         except (Exception, SystemExit) as error:
             if isinstance(error, UserError) and not isinstance(error, PluginError):
                 raise

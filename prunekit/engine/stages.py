@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunekit.contracts import Context, Objective, Scores
+from prunekit.contracts import Context, Objective, ObjectiveContext, PrunerContext, Scores
 from prunekit.data import seeds
 from prunekit.engine.evaluating import evaluate
 from prunekit.engine.work import Outcome, Work, describe_masks
@@ -34,9 +34,9 @@ from prunekit.training.variables import Variables, Weights
 def train(state: State, stage: Stage, work: Work) -> Outcome:
     """Pretrain or finetune: train the weights; removed ones stay zero."""
     variables = Weights(state.model, state.masks)
-    context = work.context(stage, state)
+    context = ObjectiveContext(**vars(work.context(stage, state)))
     objective = stage.options.objective.build(context)
-    history = _fit(variables, objective, stage, work, context)
+    history = _fit(variables, objective, stage, work)
     return Outcome({**_best(history, stage), **describe_masks(state)}, history)
 
 
@@ -50,9 +50,9 @@ def prune(state: State, stage: Stage, work: Work) -> Outcome:
     selection = Selection(stage.sparsity, options.budget, options.structure)
     weights, followers = _find_structured(state, stage, work, selection)
     frozen = {name: weight.detach().clone() for name, weight in weights.items()}
-    context = work.context(stage, state)
+    context = vars(work.context(stage, state))
     # Before scores are attached: an objective may trace the plain network.
-    objective = options.objective and options.objective.build(context)
+    objective = options.objective and options.objective.build(ObjectiveContext(**context))
 
     def learn(start: Scores) -> Scores:
         _check_scores(start, frozen, options.pruner.component.name)
@@ -60,7 +60,7 @@ def prune(state: State, stage: Stage, work: Work) -> Outcome:
             raise RunError(f"pruner {options.pruner.component.name!r} learns twice in one stage")
         variables = LearnedScores(state.model, start, selection, state.masks, options.bn, followers)
         try:
-            history.extend(_fit(variables, objective, stage, work, context))
+            history.extend(_fit(variables, objective, stage, work))
             return variables.scores()
         finally:
             variables.detach()
@@ -71,8 +71,8 @@ def prune(state: State, stage: Stage, work: Work) -> Outcome:
 
     if not options.pruner.component.learns:
         work.report(StageStarted(stage.name, stage.kind, work.key))
-    scoring = replace(
-        context,
+    scoring = PrunerContext(
+        **{**context, "threat": options.pruner.threat},
         weights=frozen,
         generator=seeds.generator(work.run.seed, stage.position, "pruner"),
         objective=objective,
@@ -160,14 +160,14 @@ STAGES: dict[str, Callable[[State, Stage, Work], Outcome]] = {
 
 
 def _fit(
-    variables: Variables, objective: Objective, stage: Stage, work: Work, context: Context
+    variables: Variables, objective: Objective, stage: Stage, work: Work
 ) -> list[dict[str, Any]]:
     options = stage.options
     return fit(
         Fit(
             variables=variables,
             objective=objective,
-            optimizer=options.optimizer.build(context),
+            optimizer=options.optimizer.build(Context(seed=work.run.seed, folder=work.run.folder)),
             feed=work.feed(stage),
             epochs=stage.epochs,
             seed=(work.run.seed, stage.position),

@@ -28,7 +28,8 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from prunekit import Use, UserError
-from prunekit.contracts import Clock, Context, Threat
+from prunekit.contracts import Clock, EvaluatorContext, Threat
+from prunekit.testing import example_context
 
 COMPONENTS = {
     component.name: component
@@ -46,7 +47,7 @@ def build(name: str, threat: Threat | None, model: nn.Module, **options: Any) ->
     """Build as the core does: from the declaration."""
     component = COMPONENTS[name]
     use: Use[Any] = Use(component, component.options(**options), threat=threat)
-    return use.build(Context(model=model))
+    return use.build(example_context(EvaluatorContext, model=model))
 
 
 def make_net() -> nn.Module:

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from prunekit import Use, UserError
-from prunekit.contracts import Clock, Context, Scores, Threat
+from prunekit.contracts import Clock, ObjectiveContext, Scores, Threat
 from prunekit.pruning.layers import find_prunable
 from prunekit.pruning.learning import LearnedScores
 from prunekit.pruning.masks import apply_masks
 from prunekit.pruning.selection import Selection
+from prunekit.testing import example_context
 from prunekit.training.variables import Weights
 
 COMPONENTS = {component.name: component for component in prunekit_lirpa.prunekit_objectives()}
@@ -36,7 +37,9 @@ def build(
     """Build as the core does: from the declaration."""
     component = COMPONENTS[name]
     use: Use[Any] = Use(component, component.options(**options), threat=threat)
-    return use.build(Context(model=model, shape=SHAPE, classes=K, stage=stage))
+    return use.build(
+        example_context(ObjectiveContext, model=model, shape=SHAPE, classes=K, stage=stage)
+    )
 
 
 def make_net(*, bn: bool = False) -> nn.Module:

@@ -9,6 +9,7 @@ from prunekit_optimizers import StepOptions, prunekit_optimizers, prunekit_sched
 from prunekit.catalog.component import Use
 from prunekit.contracts import Clock, Context
 from prunekit.errors import OptionError
+from prunekit.testing import example_context
 
 FOUND = {("optimizer", c.name): c for c in prunekit_optimizers()}
 FOUND |= {("schedule", c.name): c for c in prunekit_schedules()}
@@ -16,7 +17,7 @@ FOUND |= {("schedule", c.name): c for c in prunekit_schedules()}
 
 def build(kind, name, **options):
     component = FOUND[kind, name]
-    return Use(component, component.options(**options)).build(Context())
+    return Use(component, component.options(**options)).build(example_context(Context))
 
 
 def factors(schedule, epochs, per_epoch):

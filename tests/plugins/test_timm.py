@@ -20,7 +20,7 @@ from torch import nn
 from prunekit.catalog.component import Use
 from prunekit.catalog.registry import load_registry
 from prunekit.cli.group import main
-from prunekit.contracts import Context, Scores
+from prunekit.contracts import ArchitectureContext, Scores
 from prunekit.engine.engine import Engine
 from prunekit.errors import Interrupted, OptionError, UserError
 from prunekit.pruning.layers import find_prunable, find_unprunable
@@ -33,10 +33,10 @@ from prunekit.recipe.plan import make_plan
 from prunekit.recipe.resolver import describe
 from prunekit.report import EpochDone, Note
 from prunekit.store.stages import Store
-from prunekit.testing import check_component
+from prunekit.testing import check_component, example_context
 
 (COMPONENT,) = prunekit_architectures()
-CONTEXT = Context(shape=(3, 32, 32), classes=3)
+CONTEXT = example_context(ArchitectureContext, shape=(3, 32, 32), classes=3)
 
 FAMILIES = {
     "resnet": ("test_resnet", {}),
@@ -59,7 +59,7 @@ DENSE = {
 
 def build(model, *, shape=(3, 32, 32), classes=3, fresh=True, seed=0, **options):
     torch.manual_seed(seed)
-    context = Context(shape=shape, classes=classes, fresh=fresh)
+    context = example_context(ArchitectureContext, shape=shape, classes=classes, fresh=fresh)
     return build_timm(TimmOptions(model, **options), context)
 
 

@@ -13,10 +13,10 @@ from prunekit_vision import FolderOptions, ImageNetOptions, prunekit_datasets
 from prunekit_vision.folders import Folder
 
 from prunekit.catalog.component import Use
-from prunekit.contracts import Context, Data
+from prunekit.contracts import Data, DatasetContext
 from prunekit.data.batches import eval_batches, fingerprint, hold_out
 from prunekit.errors import DataMissingError, RunError, UserError
-from prunekit.testing import check_component
+from prunekit.testing import check_component, example_context
 
 COMPONENTS = {component.name: component for component in prunekit_datasets()}
 CLASSES = ("ant", "bee", "cat")
@@ -24,7 +24,7 @@ CLASSES = ("ant", "bee", "cat")
 
 def build(name: str, options: Any) -> Data:
     use: Use[Data] = Use(COMPONENTS[name], options, "vision")
-    return use.build(Context())
+    return use.build(example_context(DatasetContext))
 
 
 def colours(number: int, width: int, height: int) -> Image.Image:

@@ -17,20 +17,20 @@ from torch import nn
 from torchvision import models
 
 from prunekit.catalog.component import NoOptions, Use
-from prunekit.contracts import Context, Scores
+from prunekit.contracts import ArchitectureContext, Scores
 from prunekit.errors import OptionError, UserError
 from prunekit.pruning.layers import find_prunable, find_unprunable
 from prunekit.pruning.learning import LearnedScores
 from prunekit.pruning.masks import apply_masks
 from prunekit.pruning.selection import Selection, select_masks
-from prunekit.testing import check_component
+from prunekit.testing import check_component, example_context
 
 COMPONENTS = {c.name: c for c in prunekit_architectures() if c.name.startswith("imagenet-")}
 
 
 def build(name: str, shape: tuple[int, int, int] = (3, 64, 64), classes: int = 1000) -> nn.Module:
     use: Use[nn.Module] = Use(COMPONENTS[name], NoOptions(), "vision")
-    return use.build(Context(shape=shape, classes=classes))
+    return use.build(example_context(ArchitectureContext, shape=shape, classes=classes))
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def build_any(
 ) -> Any:
     torch.manual_seed(0)
     fresh = options.pop("fresh", True)
-    context = Context(shape=shape, classes=classes, fresh=fresh)
+    context = example_context(ArchitectureContext, shape=shape, classes=classes, fresh=fresh)
     return build_model(ModelOptions(model, **options), context)
 
 

@@ -83,6 +83,7 @@ SHOWING = (
     "cli/",
     "engine/contract.py",
     "engine/eval_plan.py",
+    "engine/examples.py",
     "engine/handed_over.py",
     "engine/preview.py",
     "engine/running.py",
