@@ -68,8 +68,7 @@ class NetworkContext(Context):
     sparsity: float
     """Fraction of weights removed: the target in a prune stage, else the network's."""
     threat: Threat | None = None
-    """The threat model of a component whose options have `eps` and `norm`; where these are None,
-    it is the recipe's. None for other components."""
+    """The threat model of a component whose options are `Threatened`; None for others."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from prunekit.catalog.component import Component, Use
+from prunekit.catalog.component import Component, Threatened, Use
 from prunekit.catalog.kinds import KINDS
 from prunekit.catalog.registry import Entry, Registry, load_registry
 from prunekit.contracts import Threat
@@ -104,7 +104,9 @@ def check_declaration(component: Component) -> None:
     assert dataclasses.is_dataclass(component.options), f"{name}: options are no dataclass"
     parameters = vars(component.options)["__dataclass_params__"]
     assert parameters.frozen, f"{name}: options are not frozen"
-    field_types(component.options)
+    keys = field_types(component.options).keys()
+    threatened = issubclass(component.options, Threatened) or not keys >= {"eps", "norm"}
+    assert threatened, f"{name}: options with eps and norm derive from prunekit.Threatened"
     for field in dataclasses.fields(component.options):
         assert field.metadata.get("help"), f"{name}.{field.name}: declare it with option(help=...)"
         assert field.name not in taken, f"{name}.{field.name} is a key of the core"

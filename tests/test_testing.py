@@ -165,6 +165,12 @@ class NoHelp:
 
 
 @dataclasses.dataclass(frozen=True)
+class OwnThreat:
+    eps: float = option(0.1, help="a radius")
+    norm: str = option("linf", help="a norm")
+
+
+@dataclasses.dataclass(frozen=True)
 class Taken:
     name: str = option("x", help="collides with the core's own key")
 
@@ -176,6 +182,7 @@ class Taken:
         ({"summary": "two\nlines"}, "one line"),
         ({"options": NoHelp}, "option\\(help"),
         ({"options": Taken}, "key of the core"),
+        ({"options": OwnThreat}, "derive from prunekit.Threatened"),
         ({"build": "math"}, "module:function"),
         ({"sources": ("no_such_package",)}, "there is no package"),
         ({"sources": ("os.path",)}, "top-level"),

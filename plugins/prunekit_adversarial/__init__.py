@@ -6,8 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from prunekit import EvaluatorComponent, ObjectiveComponent, Radius, hookimpl, option
-from prunekit.contracts import Norm
+from prunekit import EvaluatorComponent, ObjectiveComponent, Radius, Threatened, hookimpl, option
 from prunekit.errors import OptionError
 
 ATTACKS = ("apgd-ce", "apgd-t", "fab-t", "square")
@@ -19,15 +18,7 @@ TARGETS = 9
 
 
 @dataclass(frozen=True)
-class ThreatOptions:
-    """The threat model of one component; unset options come from the recipe's [threat]."""
-
-    eps: Radius | None = option(None, help="radius of the attack; default: eps of [threat]")
-    norm: Norm | None = option(None, help="norm of the attack; default: norm of [threat]")
-
-
-@dataclass(frozen=True)
-class AttackOptions(ThreatOptions):
+class AttackOptions(Threatened):
     """Options of every component that attacks with a fixed step size."""
 
     step_size: Radius | None = option(
@@ -58,8 +49,10 @@ class MartOptions(PgdAtOptions):
 
 
 @dataclass(frozen=True)
-class FreeAdvOptions(ThreatOptions):
+class FreeAdvOptions(Threatened):
     """Options of `free-adv`."""
+
+    norms = ("linf",)  # its noise follows the signs of gradients
 
     replays: int = option(
         4,
@@ -87,7 +80,7 @@ class PgdOptions(AttackOptions):
 
 
 @dataclass(frozen=True)
-class AutoAttackOptions(ThreatOptions):
+class AutoAttackOptions(Threatened):
     """Options of the evaluator `autoattack`."""
 
     attacks: (

@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 from prunekit import NoOptions
 from prunekit.contracts import Clock, Loss, ObjectiveContext
-from prunekit.errors import UserError
 from prunekit_adversarial import FreeAdvOptions, MartOptions, PgdAtOptions, TradesOptions
 from prunekit_adversarial.attacks import (
     L2,
@@ -212,12 +211,7 @@ def build_mart(options: MartOptions, context: ObjectiveContext) -> Mart:
 
 
 def build_free_adv(options: FreeAdvOptions, context: ObjectiveContext) -> FreeAdv:
-    """Build the objective `free-adv`; raises `UserError` unless there is an L-infinity threat."""
+    """Build the objective `free-adv`; raises `UserError` if there is no threat."""
     threat = check_threat(context.threat)
-    if threat.norm != "linf":
-        raise UserError(
-            "free-adv updates its noise by the sign of the gradient, which does not suit norm = "
-            f'"{threat.norm}"; write norm = "linf" and an eps for it, or use pgd-at'
-        )
     validation = plan_attack(threat, options.validation_steps)
     return FreeAdv(context.model, threat.eps, options.reset, validation)

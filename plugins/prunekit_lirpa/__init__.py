@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from prunekit import EvaluatorComponent, ObjectiveComponent, Radius, hookimpl, option
+from prunekit import EvaluatorComponent, ObjectiveComponent, Threatened, hookimpl, option
 from prunekit.errors import OptionError
 
 # --no-deps: its own requirements name an old torch; of the others it only needs appdirs.
@@ -18,15 +18,14 @@ _LIRPA: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class ThreatOptions:
-    """The box around an image; unset options come from the recipe's [threat]."""
+class BoxOptions(Threatened):
+    """The box around an image, which is a ball in L-infinity."""
 
-    eps: Radius | None = option(None, help="radius of the box; default: eps of [threat]")
-    norm: Literal["linf"] | None = option(None, help="norm; default: norm of [threat]")
+    norms = ("linf",)
 
 
 @dataclass(frozen=True)
-class IbpOptions(ThreatOptions):
+class IbpOptions(BoxOptions):
     """Options of `ibp`."""
 
     ramp: float = option(
@@ -65,7 +64,7 @@ class CrownIbpOptions(IbpOptions):
 
 
 @dataclass(frozen=True)
-class MixTrainOptions(ThreatOptions):
+class MixTrainOptions(BoxOptions):
     """Options of `mixtrain`."""
 
     ramp: float = option(
@@ -91,7 +90,7 @@ Method = Literal["ibp", "crown-ibp", "crown", "alpha-crown"]
 
 
 @dataclass(frozen=True)
-class VerifiedOptions(ThreatOptions):
+class VerifiedOptions(BoxOptions):
     """Options of `verified`."""
 
     methods: tuple[Method, ...] = option(

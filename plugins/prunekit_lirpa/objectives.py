@@ -168,7 +168,7 @@ class MixTrain:
 
 
 def build_ibp(options: IbpOptions, context: ObjectiveContext) -> Ibp:
-    """Build the objective `ibp`; raises `UserError` unless there is an L-infinity threat."""
+    """Build the objective `ibp`; raises `UserError` if there is no threat."""
     return Ibp(
         context.model,
         Bounds(context.model, context.shape),
@@ -179,7 +179,7 @@ def build_ibp(options: IbpOptions, context: ObjectiveContext) -> Ibp:
 
 
 def build_crown_ibp(options: CrownIbpOptions, context: ObjectiveContext) -> Ibp:
-    """Build the objective `crown-ibp`; raises `UserError` unless there is an L-infinity threat."""
+    """Build the objective `crown-ibp`; raises `UserError` if there is no threat."""
     return Ibp(
         context.model,
         Bounds(context.model, context.shape),
@@ -191,7 +191,7 @@ def build_crown_ibp(options: CrownIbpOptions, context: ObjectiveContext) -> Ibp:
 
 
 def build_mixtrain(options: MixTrainOptions, context: ObjectiveContext) -> MixTrain:
-    """Build the objective `mixtrain`; raises `UserError` unless there is an L-infinity threat."""
+    """Build the objective `mixtrain`; raises `UserError` if there is no threat."""
     return MixTrain(
         context.model,
         Bounds(context.model, context.shape, "same-slope"),

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 import pluggy
 
 from prunekit.contexts import NetworkContext
+from prunekit.contracts import Norm
 from prunekit.errors import PluginError, explain_briefly
 
 if TYPE_CHECKING:
-    from prunekit.contracts import Context, Norm, Threat
+    from prunekit.contracts import Context, Threat
 
 API_VERSION = 3
 """Version of the plugin API: declarations, hooks and contracts together.
@@ -104,7 +105,7 @@ class Use(Generic[Kind]):
     name: str = ""
     """What results are called in this recipe; by default the component's name."""
     threat: Threat | None = None
-    """The recipe's threat model, for components whose options `norm` and `eps` override it."""
+    """The threat model of a component whose options are `Threatened`."""
     reference: str = ""
     """What a recipe writes after `use =`, if that is more than the component's name."""
     value: Any = None
@@ -175,6 +176,21 @@ def option(
     if isinstance(default, dict):  # a component with options: mutable, so it needs a factory
         return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Threatened:
+    """Options of a component that acts under a threat model: that of the recipe, or its own.
+
+    The context then has the `threat`. A subclass that takes one norm only says so, and
+    `prunekit check` refuses the others: `norms = ("linf",)`.
+    """
+
+    norms: ClassVar[tuple[Norm, ...]] = ("linf", "l2")
+    """The norms that the component takes."""
+
+    eps: Radius | None = option(None, help="radius of the attack; default: eps of [threat]")
+    norm: Norm | None = option(None, help="norm of the attack; default: norm of [threat]")
 
 
 def default_of(field: dataclasses.Field[Any]) -> Any:

@@ -193,7 +193,7 @@ def describe_stage(stage: Stage) -> dict[str, Any]:
     threats = [
         [use.kind, use.name, use.threat.norm, use.threat.eps]
         for use in uses_in(stage.options)
-        if use.threat is not None and hasattr(use.options, "eps")
+        if use.threat is not None
     ]
     return {
         "kind": stage.kind,

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import pytest
 
-from prunekit.catalog.component import Radius, Use, option
+from prunekit.catalog.component import Radius, Threatened, Use, option
 from prunekit.catalog.kinds import KINDS
 from prunekit.catalog.registry import Entry, Registry
 from prunekit.contracts import Evaluator, OptimizerChoice, Pruner, Schedule
@@ -26,9 +26,8 @@ class OptimizerOptions:
 
 
 @dataclass(frozen=True)
-class AttackOptions:
-    eps: Radius | None = option(None, help="radius")
-    norm: Literal["linf", "l2"] | None = option(None, help="norm")
+class BoxOptions(Threatened):
+    norms = ("linf",)
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,8 @@ def make_registry():
             entry("schedule", "step", ScheduleOptions),
             entry("pruner", "score", ScheduleOptions),
             entry("evaluator", "clean"),
-            entry("evaluator", "pgd", AttackOptions),
+            entry("evaluator", "pgd", Threatened),
+            entry("evaluator", "ibp", BoxOptions),
         )
     )
 

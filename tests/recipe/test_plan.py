@@ -214,6 +214,14 @@ def test_a_missing_threat_is_asked_for_wherever_it_is_needed(refuse):
     ]
 
 
+def test_a_norm_that_a_component_does_not_take(refuse):
+    way = 'does not take norm "l2"; write norm = "linf" and an eps for it, or use another component'
+    threat = '[threat]\nnorm = "l2"\neps = 0.5\n'
+    assert refuse(SMALL.replace("benign", "free-adv") + threat) == [
+        f"r.toml:3: objective 'free-adv' {way}"
+    ]
+
+
 def test_without_validation_the_best_epoch_cannot_be_chosen(refuse, plan):
     text = SMALL.replace('"digits"', '{ use = "digits", validation = 0 }')
     way = (
