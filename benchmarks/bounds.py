@@ -23,11 +23,11 @@ from prunekit_lirpa.margins import compare_classes, robust_cross_entropy, surrou
 from torch import Tensor, nn
 
 from prunekit.catalog.registry import load_registry
-from prunekit.contracts import Context, Scores
+from prunekit.contracts import ArchitectureContext, Scores
 from prunekit.pruning.layers import find_prunable
 from prunekit.pruning.learning import LearnedScores, effective_parameters
 from prunekit.pruning.selection import Selection
-from prunekit.testing import resolve
+from prunekit.testing import example_context, resolve
 
 SHAPE, K, EPS = (3, 32, 32), 10, 0.007
 
@@ -35,8 +35,8 @@ SHAPE, K, EPS = (3, 32, 32), 10, 0.007
 def make_network(name: str) -> nn.Module:
     torch.manual_seed(0)
     component = load_registry().find("architecture", name).component
-    use = resolve("architecture", component, {}, Path.cwd())
-    return use.build(Context(shape=SHAPE, classes=K))
+    use = resolve(component, {}, Path.cwd())
+    return use.build(example_context(ArchitectureContext, shape=SHAPE, classes=K))
 
 
 def measure(steps: dict[str, Callable[[], Tensor]], repeats: int) -> dict[str, float]:

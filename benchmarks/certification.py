@@ -24,9 +24,10 @@ from prunekit_smoothing.objectives import Stability
 from scipy.stats import beta, norm
 from torch import Tensor, nn
 
-from prunekit.catalog.component import Facts
+from prunekit.catalog.kinds import Facts
 from prunekit.catalog.registry import load_registry
-from prunekit.contracts import Clock, Context
+from prunekit.contracts import ArchitectureContext, Clock, Context, DatasetContext
+from prunekit.testing import example_context
 
 SIGMA, N0, N, ALPHA = 0.25, 100, 10_000, 0.001
 
@@ -35,7 +36,10 @@ def build(kind: str, name: str, facts: Facts | None = None) -> Any:
     """A component of prunekit with its default options."""
     component = load_registry().find(kind, name).component
     module, _, function = component.build.partition(":")
-    context = Context(shape=facts.shape, classes=facts.classes) if facts else Context()
+    context: Context = example_context(DatasetContext)
+    if facts:
+        shape, classes = facts.shape, facts.classes
+        context = example_context(ArchitectureContext, shape=shape, classes=classes)
     return getattr(importlib.import_module(module), function)(component.options(), context)
 
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 import ast
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from prunekit.catalog import component
-from prunekit.catalog.component import KINDS
+from prunekit import contracts
+from prunekit.catalog.component import Component, NoOptions
+from prunekit.catalog.kinds import KINDS
 from prunekit.catalog.registry import load_registry
 from prunekit.cli.components import describe_options, write_value
 from prunekit.cli.new import read_template
@@ -47,18 +48,22 @@ def write_options(options: type) -> str:
     return "\n".join(lines)
 
 
-def write_fields() -> str:
-    """The fields of `Component` with the text below each."""
-    (tree,) = ast.parse(inspect.getsource(component.Component)).body
-    assert isinstance(tree, ast.ClassDef)
-    lines = ["| field | what it says |", "|---|---|"]
-    for field, text in zip(tree.body, tree.body[1:], strict=False):
-        if not isinstance(field, ast.AnnAssign):
-            continue
-        assert isinstance(text, ast.Expr)
-        assert isinstance(text.value, ast.Constant)
-        words = " ".join(str(text.value.value).split())
-        lines.append(f"| `{ast.unparse(field.target)}` | {words} |")
+def write_fields(classes: Mapping[str, type]) -> str:
+    """The fields of dataclasses, named by what they are for, with the text below each field."""
+    lines = ["| for | field | what it says |", "|---|---|---|"]
+    for name, cls in classes.items():
+        (tree,) = ast.parse(inspect.getsource(cls)).body
+        assert isinstance(tree, ast.ClassDef)
+        fields = [field for field in tree.body if isinstance(field, ast.AnnAssign)]
+        texts = dict(zip(tree.body, tree.body[1:], strict=False))
+        for field in fields:
+            text = texts[field]
+            if "ClassVar" in ast.unparse(field.annotation):
+                continue
+            assert isinstance(text, ast.Expr)
+            assert isinstance(text.value, ast.Constant)
+            words = " ".join(str(text.value.value).split()).replace("|", "\\|")
+            lines.append(f"| {name} | `{ast.unparse(field.target)}` | {words} |")
     return "\n".join(lines)
 
 
@@ -78,14 +83,25 @@ OPTIONS = {
         f"{e.kind} {e.component.name}": e.component.options
         for e in load_registry().entries
         if e.kind in ("optimizer", "schedule", "sparsity_schedule", "wrapper")
-        and e.component.options is not component.NoOptions
+        and e.component.options is not NoOptions
     },
+}
+
+CONTEXTS = {
+    "all kinds": contracts.Context,
+    "dataset": contracts.DatasetContext,
+    "architecture": contracts.ArchitectureContext,
+    "objective, pruner, evaluator": contracts.NetworkContext,
+    "pruner": contracts.PrunerContext,
+    "evaluator": contracts.EvaluatorContext,
+    "reporter": contracts.ReporterContext,
 }
 
 GENERATED: dict[Path, dict[str, Callable[[], str]]] = {
     README: {"components": write_components},
     ROOT / "docs/plugins.md": {
-        "fields": write_fields,
+        "fields": lambda: write_fields({"all kinds": Component, **KINDS}),
+        "contexts": lambda: write_fields(CONTEXTS),
         **{kind: lambda kind=kind: write_example(kind) for kind in KINDS},  # type: ignore[misc]
     },
     ROOT / "docs/recipes.md": {

@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from prunekit.catalog.kinds import PrunerComponent
 from prunekit.catalog.registry import load_registry
 from prunekit.contracts import Data, Masks, Threat
 from prunekit.engine.handed_over import (
@@ -177,7 +178,7 @@ def make_masks(
     check_model(model)
     name = pruner if isinstance(pruner, str) else str(pruner.get("use"))
     found = load_registry().find("pruner", name).component
-    if found.learns:
+    if isinstance(found, PrunerComponent) and found.learns:
         raise UserError(
             f"pruner {name!r} learns its scores, in the prune stage of a recipe: call prunekit.run"
         )

@@ -10,8 +10,16 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_checkable
+
+from prunekit.contexts import ArchitectureContext as ArchitectureContext
+from prunekit.contexts import Context as Context
+from prunekit.contexts import DatasetContext as DatasetContext
+from prunekit.contexts import EvaluatorContext as EvaluatorContext
+from prunekit.contexts import NetworkContext as NetworkContext
+from prunekit.contexts import ObjectiveContext as ObjectiveContext
+from prunekit.contexts import PrunerContext as PrunerContext
+from prunekit.contexts import ReporterContext as ReporterContext
 
 if TYPE_CHECKING:
     import numpy as np
@@ -103,7 +111,7 @@ class Attacking(Protocol):
 
 @dataclass(frozen=True)
 class Scores:
-    """Importance of every prunable weight, larger = keep; keys and shapes as `Context.weights`.
+    """Importance of every weight in `PrunerContext.weights`, keyed and shaped alike; larger = keep.
 
     `layerwise`: values compare within a layer only, so that a budget that compares layers gets each
     layer divided by its root mean square. `keep` says how many weights (or output channels, where
@@ -146,7 +154,7 @@ class Budget(Protocol):
 class Pruner(Protocol):
     """`pruner(context) -> Scores`; turning scores into masks is the core's."""
 
-    def __call__(self, context: Context) -> Scores: ...
+    def __call__(self, context: PrunerContext) -> Scores: ...
 
 
 class SparsitySchedule(Protocol):
@@ -236,74 +244,3 @@ class OptimizerChoice:
     """From parameters, or from groups {"params": ..., "weight_decay": ...}, as torch's take."""
     lr: float
     schedule: Schedule
-
-
-def _go_on() -> None:
-    """The default of `Context.pause`: there is no stop to check for."""
-
-
-def _absent(*_: Any) -> Any:
-    raise RuntimeError("this part of the context exists only while a pruner scores")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Context:
-    """What `build(options, context)` may use; what is set depends on the kind.
-
-    | kind | has |
-    |---|---|
-    | dataset | `folder` |
-    | architecture | and `seed`, `shape`, `classes`, `fresh` |
-    | objective, evaluator | and `model`, `device`, `threat`, `stage` |
-    | pruner | and `weights`, `generator`, `objective`, `batches`, `attach`, `train` |
-    | reporter | `folder` (the run's), `live` |
-    """
-
-    seed: int = 0
-    folder: Path = Path()
-    """The folder of the recipe; for reporters that of the run."""
-    shape: tuple[int, int, int] = (0, 0, 0)
-    classes: int = 0
-    device: torch.device | str = "cpu"
-    threat: Threat | None = None
-    """Set for components whose options have the fields `eps` and `norm`; where these are None, it
-    is the recipe's."""
-    value: Any = None
-    """What a Python program hands over in place of the component "given"."""
-    fresh: bool = True
-    """Architectures: False where other weights replace the initial ones immediately."""
-    stage: str = ""
-    """pretrain, prune, finetune or evaluate."""
-    sparsity: float = 0.0
-    """Fraction of weights removed: the target in a prune stage, else the network's."""
-    model: Any = None
-    """The live `nn.Module`."""
-    weights: Mapping[str, Tensor] = field(default_factory=dict)
-    """The prunable weights by parameter name; read-only."""
-    generator: Any = None
-    """A seeded CPU `torch.Generator`."""
-    objective: Any = None
-    """The stage's `Objective`."""
-    batches: Callable[[], Iterator[tuple[Tensor, Tensor]]] = _absent
-    """An epoch of training batches (x, y), augmented, on the device; another one each call."""
-    attach: Callable[..., Any] = _absent
-    """`attach(start, kind=LearnedScores, **more)`: trained scores beside the frozen weights, from
-    the given start; `kind` is a class of your own for what learns more than scores."""
-    train: Callable[[Any], Scores] = _absent
-    """Trains what a `prunekit.steps.Masking` says on the stage's objective, then detaches it;
-    returns its scores in the best epoch."""
-
-    def learn(self, start: Scores) -> Scores:
-        """Train scores from the given start (HYDRA, section 3): the forward pass uses
-        weight * mask(|score|) under the stage's sparsity, budget and structure, and the gradient
-        goes straight through; returns |score| of the best epoch."""
-        return self.train(self.attach(start))
-
-    scratch: Path | None = None
-    """Evaluators: a folder for intermediate results. It survives a killed process and is deleted
-    when the stage is done."""
-    pause: Callable[[], None] = _go_on
-    """Evaluators that take long over a batch call it at points where nothing would be lost; it
-    raises `Interrupted` if the user asked for a stop."""
-    live: bool = False
-    """Reporters: whether output goes to a terminal, so that progress may be animated."""

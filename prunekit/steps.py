@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from prunekit.contracts import Clock, Loss, Masks, Scores
 
@@ -138,6 +138,13 @@ class Now:
     gradients: Callable[[], Mapping[str, Tensor]]
 
 
+class Wrapper(Protocol):
+    """What goes around training steps or follows them: `Around`, `Following`, or both.
+
+    It may also have `state_dict()` and `load_state_dict(state)`: tensors that a resume restores.
+    """
+
+
 @runtime_checkable
 class Around(Protocol):
     """A wrapper that goes through a training step's loss several times (AWP, SAM)."""
@@ -167,8 +174,3 @@ class Averaging(Following, Protocol):
     def judged(self, model: nn.Module) -> AbstractContextManager[object]:
         """Inside, the model's trained parameters and buffers have the values to judge."""
         ...
-
-
-Wrapper: TypeAlias = Around | Following
-"""What goes around a training step or follows it; with `state_dict` and `load_state_dict` if a
-resume must restore something."""

@@ -4,8 +4,8 @@
 from prunekit.testing import check_component, find_components
 
 def test_contract():
-    for kind, component in find_components("my_plugin"):
-        check_component(kind, component)
+    for component in find_components("my_plugin"):
+        check_component(component)
 """
 
 from __future__ import annotations
@@ -19,12 +19,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from prunekit.catalog import hookspecs
-from prunekit.catalog.component import KINDS, Component, Use
+from prunekit.catalog.component import Component, Threatened, Use
+from prunekit.catalog.kinds import KINDS
 from prunekit.catalog.registry import Entry, Registry, load_registry
-from prunekit.contracts import Context, Threat
-from prunekit.engine.contract import CHECKS, example_events
-from prunekit.engine.contract_training import CLASSES, SHAPE, tiny_batches, tiny_network
+from prunekit.contracts import Threat
+from prunekit.engine.contract import CHECKS
+from prunekit.engine.examples import (
+    SHAPE,
+    example_context,
+    example_events,
+    tiny_batches,
+    tiny_network,
+)
 from prunekit.errors import Place, RecipeError
 from prunekit.recipe.reduction import reduce_options
 from prunekit.recipe.resolver import Resolver, field_types
@@ -33,6 +39,7 @@ from prunekit.recipe.sections import ArchitectureOptions, DataOptions
 __all__ = [
     "check_component",
     "check_declaration",
+    "example_context",
     "example_events",
     "find_components",
     "resolve",
@@ -48,21 +55,17 @@ TAKEN = {
 """Keys of a component's table that belong to the core."""
 
 
-def find_components(module: str) -> list[tuple[str, Component]]:
-    """(kind, component) of all that a plugin's module declares."""
+def find_components(module: str) -> list[Component]:
+    """All components that a plugin's module declares."""
     plugin = importlib.import_module(module)
-    found = []
+    found: list[Component] = []
     for kind in KINDS:
-        name = f"prunekit_{kind}s"
-        assert hasattr(hookspecs, name)
-        if hasattr(plugin, name):
-            found += [(kind, component) for component in getattr(plugin, name)()]
+        found += getattr(plugin, f"prunekit_{kind}s", list)()
     assert found, f"{module} declares no component"
     return found
 
 
 def check_component(
-    kind: str,
     component: Component,
     options: Mapping[str, Any] | None = None,
     *,
@@ -78,29 +81,35 @@ def check_component(
     Raises `AssertionError` that says which promise is broken. A data set whose files are not there
     is checked as far as its declaration goes.
     """
-    check_declaration(kind, component)
-    use = resolve(kind, component, options or {}, folder or Path.cwd())
-    context = Context(folder=folder or Path.cwd(), shape=shape, classes=CLASSES)
+    check_declaration(component)
+    use = resolve(component, options or {}, folder or Path.cwd())
+    kind, check = CHECKS[component.kind]
+    images = {"shape": shape} if component.kind == "architecture" else {}
+    context = example_context(kind, folder=folder or Path.cwd(), **images)
     try:
-        CHECKS[kind](dataclasses.replace(use, options=reduce_options(use.options)), context)
+        check(dataclasses.replace(use, options=reduce_options(use.options)), context)
     except AssertionError as broken:
         raise AssertionError(f"{component.name}: {broken}") from None
 
 
-def check_declaration(kind: str, component: Component) -> None:
+def check_declaration(component: Component) -> None:
     """Check the declaration alone: names, options, the function that builds it."""
     name = component.name
-    assert kind in KINDS, f"{name}: {kind!r} is no kind of component"
+    kinds = ", ".join(declaration.__name__ for declaration in KINDS.values())
+    assert isinstance(component, tuple(KINDS.values())), f"{name}: declare it as one of {kinds}"
+    taken = TAKEN.get(component.kind, ())
     assert re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name), f"{name!r} is not kebab-case"
     assert component.summary, f"{name}: no summary"
     assert "\n" not in component.summary, f"{name}: the summary is more than one line"
     assert dataclasses.is_dataclass(component.options), f"{name}: options are no dataclass"
     parameters = vars(component.options)["__dataclass_params__"]
     assert parameters.frozen, f"{name}: options are not frozen"
-    field_types(component.options)
+    keys = field_types(component.options).keys()
+    threatened = issubclass(component.options, Threatened) or not keys >= {"eps", "norm"}
+    assert threatened, f"{name}: options with eps and norm derive from prunekit.Threatened"
     for field in dataclasses.fields(component.options):
         assert field.metadata.get("help"), f"{name}.{field.name}: declare it with option(help=...)"
-        assert field.name not in TAKEN.get(kind, ()), f"{name}.{field.name} is a key of the core"
+        assert field.name not in taken, f"{name}.{field.name} is a key of the core"
     for package in component.sources:
         assert "." not in package, f"{name}: sources names top-level packages, got {package!r}"
         assert importlib.util.find_spec(package), f"{name}: there is no package {package!r}"
@@ -114,12 +123,13 @@ def check_declaration(kind: str, component: Component) -> None:
         raise AssertionError(f"{name}: build is called as build(options, context)") from None
 
 
-def resolve(kind: str, component: Component, options: Mapping[str, Any], folder: Path) -> Use[Any]:
+def resolve(component: Component, options: Mapping[str, Any], folder: Path) -> Use[Any]:
     """The component with options from a recipe's table, resolved as the core does it."""
+    kind = component.kind
     others = [
         e for e in load_registry().entries if e.kind != kind or e.component.name != component.name
     ]
-    registry = Registry((*others, Entry(kind, component, "under test", "")))
+    registry = Registry((*others, Entry(component, "under test", "")))
     resolver = Resolver(
         registry, folder, lambda path: Place(".".join(map(str, path))), Threat("linf", 0.1)
     )

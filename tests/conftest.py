@@ -128,13 +128,14 @@ def choose():
     from prunekit.catalog.registry import load_registry
     from prunekit.contracts import Context
     from prunekit.pruning.selection import Selection
+    from prunekit.testing import example_context
 
     registry = load_registry()
 
     def choose(sparsity, budget="layer", structure="element"):
         found = registry.find("budget", budget).component
         build = importlib.import_module(found.build.partition(":")[0])
-        made = getattr(build, found.build.partition(":")[2])(NoOptions(), Context())
+        made = getattr(build, found.build.partition(":")[2])(NoOptions(), example_context(Context))
         return Selection(sparsity, made, structure, found.compares)
 
     return choose

@@ -10,7 +10,8 @@ from pathlib import Path
 import click
 import pytest
 
-from prunekit.catalog.component import KINDS, Component, option
+from prunekit.catalog.component import option
+from prunekit.catalog.kinds import KINDS, ObjectiveComponent
 from prunekit.catalog.registry import load_registry
 from prunekit.cli.group import main
 from prunekit.errors import RecipeError
@@ -237,10 +238,10 @@ def test_other_code_runs():
     for code in blocks(ROOT / "docs/plugins.md", "python"):
         if not code.startswith("# "):
             exec(compile(code, "docs/plugins.md", "exec"), namespace)
-    component = Component(
+    component = ObjectiveComponent(
         name="x", summary="X", build=f"{__name__}:build", options=namespace["MyOptions"]
     )
-    check_declaration("objective", component)
+    check_declaration(component)
 
 
 def build(options, context):

@@ -30,12 +30,12 @@ packages = ["prunekit_signs"]
 """
 
 DECLARATION = """
-from prunekit import Component, hookimpl
+from prunekit import PrunerComponent, hookimpl
 
 
 @hookimpl
 def prunekit_pruners():
-    yield Component(
+    yield PrunerComponent(
         name="largest-first",
         summary="Keeps the most positive weights",
         build="prunekit_signs.pruner:build",
@@ -218,10 +218,10 @@ def test_a_plugin_that_new_wrote_from_its_installation_to_its_removal(environmen
     # Written for another prunekit.
     declaration = site / "acme_fresh/__init__.py"
     text = declaration.read_text()
-    declaration.write_text(text.replace("PRUNEKIT_API = 2", "PRUNEKIT_API = 3"))
+    declaration.write_text(text.replace("PRUNEKIT_API = 3", "PRUNEKIT_API = 4"))
     listed = prunekit(environment, "list")
     assert listed.returncode == 0
-    assert "broken: written for plugin API 3, this prunekit has 2; update prunekit" in listed.stdout
+    assert "broken: written for plugin API 4, this prunekit has 3; update prunekit" in listed.stdout
     declaration.write_text(text)
 
     pip(environment, "uninstall", "--yes", "acme-fresh")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import prunekit
-from prunekit.catalog.component import KINDS
+from prunekit.catalog.kinds import KINDS
 from prunekit.catalog.registry import load_registry
 from prunekit.recipe.document import load_recipe
 from prunekit.recipe.plan import make_plan
@@ -87,9 +87,9 @@ def test_hook_shows_a_plugin_that_works(kind, tmp_path, monkeypatch):
         file.parent.mkdir(exist_ok=True)
         file.write_text(code.replace("my_plugin", package))
     monkeypatch.syspath_prepend(tmp_path)
-    ((found, component),) = find_components(package)
-    assert found == kind
-    check_component(kind, component)
+    (component,) = find_components(package)
+    assert component.kind == kind
+    check_component(component)
 
 
 @pytest.mark.parametrize("plugin", PLUGINS, ids=lambda p: p.name)

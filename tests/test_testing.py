@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from prunekit import Component, option
-from prunekit.catalog.component import KINDS
+from prunekit import EvaluatorComponent, option
+from prunekit.catalog.kinds import KINDS
 from prunekit.catalog.registry import load_registry
-from prunekit.contracts import Loss, Result, Scores
-from prunekit.testing import check_component, find_components
+from prunekit.contracts import DatasetContext, Loss, PrunerContext, Result, Scores
+from prunekit.testing import check_component, example_context, find_components
 
 REGISTRY = load_registry()
 # What Python gives is built of nothing here: see test_api.py.
@@ -67,7 +67,7 @@ def test_component_keeps_its_contract(entry, table, tmp_path, monkeypatch):
     shape = (3, 32, 32) if big else (1, 8, 8)
     if entry.component.name in ("wrn-28-10", "wrn-34-10"):
         shape = (3, 16, 16)
-    check_component(entry.kind, entry.component, options, shape=shape, folder=tmp_path)
+    check_component(entry.component, options, shape=shape, folder=tmp_path)
 
 
 def test_nothing_is_broken():
@@ -76,9 +76,24 @@ def test_nothing_is_broken():
 
 
 def test_find_components_reads_a_plugin_module():
-    names = [(kind, c.name) for kind, c in find_components("prunekit_pruners")]
+    names = [(c.kind, c.name) for c in find_components("prunekit_pruners")]
     assert {("pruner", "score"), ("pruner", "lwm"), ("pruner", "random")} <= set(names)
     assert {kind for kind, _ in names} == {"pruner"}
+
+
+def test_an_example_context_has_what_its_kind_has():
+    context = example_context(PrunerContext, sparsity=0.25)
+    assert context.sparsity == 0.25
+    assert context.weights.keys() == {
+        name for name, p in context.model.named_parameters() if p.dim() > 1
+    }
+    assert not hasattr(example_context(DatasetContext), "model")
+    with pytest.raises(TypeError, match="sparsity"):
+        example_context(DatasetContext, sparsity=0.25)
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    example_context(PrunerContext)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def changes_weights(options, context):
@@ -138,14 +153,21 @@ def prints(options, context):
     ],
 )
 def test_a_broken_component_is_found(kind, build, words):
-    component = Component(name="broken", summary="Broken on purpose", build=f"{__name__}:{build}")
+    build = f"{__name__}:{build}"
+    component = KINDS[kind](name="broken", summary="Broken on purpose", build=build)
     with pytest.raises(AssertionError, match=words):
-        check_component(kind, component)
+        check_component(component)
 
 
 @dataclasses.dataclass(frozen=True)
 class NoHelp:
     steps: int = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnThreat:
+    eps: float = option(0.1, help="a radius")
+    norm: str = option("linf", help="a norm")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,6 +182,7 @@ class Taken:
         ({"summary": "two\nlines"}, "one line"),
         ({"options": NoHelp}, "option\\(help"),
         ({"options": Taken}, "key of the core"),
+        ({"options": OwnThreat}, "derive from prunekit.Threatened"),
         ({"build": "math"}, "module:function"),
         ({"sources": ("no_such_package",)}, "there is no package"),
         ({"sources": ("os.path",)}, "top-level"),
@@ -169,4 +192,4 @@ class Taken:
 def test_a_broken_declaration_is_found(changes, words):
     good = {"name": "good", "summary": "Good", "build": f"{__name__}:forgets_an_image"}
     with pytest.raises(AssertionError, match=words):
-        check_component("evaluator", Component(**{**good, **changes}))
+        check_component(EvaluatorComponent(**{**good, **changes}))

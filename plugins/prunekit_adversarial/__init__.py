@@ -6,8 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from prunekit import Component, Radius, hookimpl, option
-from prunekit.contracts import Norm
+from prunekit import EvaluatorComponent, ObjectiveComponent, Radius, Threatened, hookimpl, option
 from prunekit.errors import OptionError
 
 ATTACKS = ("apgd-ce", "apgd-t", "fab-t", "square")
@@ -19,15 +18,7 @@ TARGETS = 9
 
 
 @dataclass(frozen=True)
-class ThreatOptions:
-    """The threat model of one component; unset options come from the recipe's [threat]."""
-
-    eps: Radius | None = option(None, help="radius of the attack; default: eps of [threat]")
-    norm: Norm | None = option(None, help="norm of the attack; default: norm of [threat]")
-
-
-@dataclass(frozen=True)
-class AttackOptions(ThreatOptions):
+class AttackOptions(Threatened):
     """Options of every component that attacks with a fixed step size."""
 
     step_size: Radius | None = option(
@@ -58,8 +49,10 @@ class MartOptions(PgdAtOptions):
 
 
 @dataclass(frozen=True)
-class FreeAdvOptions(ThreatOptions):
+class FreeAdvOptions(Threatened):
     """Options of `free-adv`."""
+
+    norms = ("linf",)  # its noise follows the signs of gradients
 
     replays: int = option(
         4,
@@ -87,7 +80,7 @@ class PgdOptions(AttackOptions):
 
 
 @dataclass(frozen=True)
-class AutoAttackOptions(ThreatOptions):
+class AutoAttackOptions(Threatened):
     """Options of the evaluator `autoattack`."""
 
     attacks: (
@@ -120,14 +113,14 @@ def count_autoattack(options: AutoAttackOptions) -> int:
 
 
 @hookimpl
-def prunekit_objectives() -> Iterable[Component]:
+def prunekit_objectives() -> Iterable[ObjectiveComponent]:
     """Declare the objectives: clean training and four kinds of adversarial training."""
-    yield Component(
+    yield ObjectiveComponent(
         name="benign",
         summary="Cross-entropy on clean images",
         build="prunekit_adversarial.objectives:build_benign",
     )
-    yield Component(
+    yield ObjectiveComponent(
         name="pgd-at",
         summary="Adversarial training: cross-entropy on images attacked by PGD",
         build="prunekit_adversarial.objectives:build_pgd_at",
@@ -135,9 +128,10 @@ def prunekit_objectives() -> Iterable[Component]:
         paper="Madry et al., ICLR 2018, arXiv 1706.06083",
         forward_passes=lambda options: options.steps + 1,
         attack_passes=lambda options: options.steps,
+        validates=("accuracy", "robust_accuracy"),
         select="robust_accuracy",
     )
-    yield Component(
+    yield ObjectiveComponent(
         name="trades",
         summary="Clean cross-entropy + beta * KL between clean and attacked predictions",
         build="prunekit_adversarial.objectives:build_trades",
@@ -145,9 +139,10 @@ def prunekit_objectives() -> Iterable[Component]:
         paper="Zhang et al., ICML 2019, arXiv 1901.08573",
         forward_passes=lambda options: options.steps + 3,
         attack_passes=lambda options: options.steps + 1,
+        validates=("accuracy", "robust_accuracy"),
         select="robust_accuracy",
     )
-    yield Component(
+    yield ObjectiveComponent(
         name="mart",
         summary="Boosted cross-entropy on attacked images + beta * KL, weighted by 1 - p(label)",
         build="prunekit_adversarial.objectives:build_mart",
@@ -155,28 +150,30 @@ def prunekit_objectives() -> Iterable[Component]:
         paper="Wang et al., ICLR 2020, openreview rklOg6EFwS",
         forward_passes=lambda options: options.steps + 2,
         attack_passes=lambda options: options.steps,
+        validates=("accuracy", "robust_accuracy"),
         select="robust_accuracy",
     )
-    yield Component(
+    yield ObjectiveComponent(
         name="free-adv",
         summary="Free adversarial training: one backward pass updates both weights and noise",
         build="prunekit_adversarial.objectives:build_free_adv",
         options=FreeAdvOptions,
         paper="Shafahi et al., NeurIPS 2019, arXiv 1904.12843",
         replays=lambda options: options.replays,
+        validates=("accuracy", "robust_accuracy"),
         select="robust_accuracy",
     )
 
 
 @hookimpl
-def prunekit_evaluators() -> Iterable[Component]:
+def prunekit_evaluators() -> Iterable[EvaluatorComponent]:
     """Declare the evaluators: clean accuracy, PGD and AutoAttack."""
-    yield Component(
+    yield EvaluatorComponent(
         name="clean",
         summary="Accuracy on clean images",
         build="prunekit_adversarial.evaluators:build_clean",
     )
-    yield Component(
+    yield EvaluatorComponent(
         name="pgd",
         summary="Accuracy under PGD on the cross-entropy, worst case over restarts",
         build="prunekit_adversarial.evaluators:build_pgd",
@@ -185,7 +182,7 @@ def prunekit_evaluators() -> Iterable[Component]:
         forward_passes=lambda options: 1 + options.restarts * (options.steps + 1),
         judges="attack",
     )
-    yield Component(
+    yield EvaluatorComponent(
         name="autoattack",
         summary="Accuracy under AutoAttack: the standard version, or attacks of your choice",
         build="prunekit_adversarial.autoattack:build_autoattack",

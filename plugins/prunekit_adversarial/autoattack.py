@@ -18,7 +18,7 @@ from pyautoattack import AutoAttack
 from torch import Tensor, nn
 
 from prunekit import read_json, write_json
-from prunekit.contracts import Context, Result, Threat
+from prunekit.contracts import EvaluatorContext, Result, Threat
 from prunekit.errors import UserError
 from prunekit.evaluation import eval_mode, proportion
 from prunekit_adversarial import ATTACKS, FEW_CLASSES, TARGETS, AutoAttackOptions
@@ -193,6 +193,6 @@ def listening(doubts: dict[str, str]) -> Iterator[None]:
         logger.removeHandler(listener)
 
 
-def build_autoattack(options: AutoAttackOptions, context: Context) -> Evaluation:
+def build_autoattack(options: AutoAttackOptions, context: EvaluatorContext) -> Evaluation:
     """Build the evaluator `autoattack`; raises `UserError` if there is no threat."""
     return Evaluation(check_threat(context.threat), options, context.scratch)

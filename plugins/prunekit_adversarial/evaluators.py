@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from prunekit import NoOptions, judge_batches
-from prunekit.contracts import Context, Evaluator, Result
+from prunekit.contracts import Evaluator, EvaluatorContext, Result
 from prunekit.evaluation import proportion
 from prunekit_adversarial import PgdOptions
 from prunekit_adversarial.attacks import Attack, climb, is_correct, plan_attack, predict
@@ -113,12 +113,12 @@ class Pgd:
         return fooled.index_fill(0, left[~last], True), flat
 
 
-def build_clean(options: NoOptions, context: Context) -> Evaluator:
+def build_clean(options: NoOptions, context: EvaluatorContext) -> Evaluator:
     """Build the evaluator `clean`."""
     return evaluate_clean
 
 
-def build_pgd(options: PgdOptions, context: Context) -> Pgd:
+def build_pgd(options: PgdOptions, context: EvaluatorContext) -> Pgd:
     """Build the evaluator `pgd`; raises `UserError` if there is no threat."""
     attack = plan_attack(context.threat, options.steps, options.step_size)
     return Pgd(attack, options.restarts, options.iterate, context.scratch)

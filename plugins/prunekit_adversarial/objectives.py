@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from prunekit import NoOptions
-from prunekit.contracts import Clock, Context, Loss
-from prunekit.errors import UserError
+from prunekit.contracts import Clock, Loss, ObjectiveContext
 from prunekit_adversarial import FreeAdvOptions, MartOptions, PgdAtOptions, TradesOptions
 from prunekit_adversarial.attacks import (
     L2,
@@ -218,23 +217,23 @@ def judge(model: nn.Module, x: Tensor, y: Tensor, attack: Attack) -> dict[str, T
     return {"accuracy": correct.float(), "robust_accuracy": robust.float()}
 
 
-def _plan(options: PgdAtOptions, context: Context) -> tuple[nn.Module, Attack, Attack]:
+def _plan(options: PgdAtOptions, context: ObjectiveContext) -> tuple[nn.Module, Attack, Attack]:
     """The fields of `Adversarial`; raises `UserError` if there is no threat."""
     attack = plan_attack(context.threat, options.steps, options.step_size)
     return context.model, attack, plan_attack(context.threat, options.validation_steps)
 
 
-def build_benign(options: NoOptions, context: Context) -> Benign:
+def build_benign(options: NoOptions, context: ObjectiveContext) -> Benign:
     """Build the objective `benign`."""
     return Benign(context.model)
 
 
-def build_pgd_at(options: PgdAtOptions, context: Context) -> PgdAt:
+def build_pgd_at(options: PgdAtOptions, context: ObjectiveContext) -> PgdAt:
     """Build the objective `pgd-at`; raises `UserError` if there is no threat."""
     return PgdAt(*_plan(options, context))
 
 
-def build_trades(options: TradesOptions, context: Context) -> Trades:
+def build_trades(options: TradesOptions, context: ObjectiveContext) -> Trades:
     """Build the objective `trades`; raises `UserError` if there is no threat."""
     model, attack, validation = _plan(options, context)
     if options.step_size is None and isinstance(attack.ball, L2):
@@ -243,18 +242,13 @@ def build_trades(options: TradesOptions, context: Context) -> Trades:
     return Trades(model, attack, validation, options.beta)
 
 
-def build_mart(options: MartOptions, context: Context) -> Mart:
+def build_mart(options: MartOptions, context: ObjectiveContext) -> Mart:
     """Build the objective `mart`; raises `UserError` if there is no threat."""
     return Mart(*_plan(options, context), options.beta)
 
 
-def build_free_adv(options: FreeAdvOptions, context: Context) -> FreeAdv:
-    """Build the objective `free-adv`; raises `UserError` unless there is an L-infinity threat."""
+def build_free_adv(options: FreeAdvOptions, context: ObjectiveContext) -> FreeAdv:
+    """Build the objective `free-adv`; raises `UserError` if there is no threat."""
     threat = check_threat(context.threat)
-    if threat.norm != "linf":
-        raise UserError(
-            "free-adv updates its noise by the sign of the gradient, which does not suit norm = "
-            f'"{threat.norm}"; write norm = "linf" and an eps for it, or use pgd-at'
-        )
     validation = plan_attack(threat, options.validation_steps)
     return FreeAdv(context.model, threat.eps, options.reset, validation)

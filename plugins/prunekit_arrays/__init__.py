@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from prunekit import Component, Facts, NoOptions, hookimpl, option
+from prunekit import DatasetComponent, Facts, NoOptions, hookimpl, option
 
 
 @dataclass(frozen=True)
@@ -39,22 +39,22 @@ def _describe_digits(options: NoOptions) -> Facts:
 
 
 @hookimpl
-def prunekit_datasets() -> Iterable[Component]:
+def prunekit_datasets() -> Iterable[DatasetComponent]:
     """Declare the data sets: the digits, `.npz` files, and extra training images."""
-    yield Component(
+    yield DatasetComponent(
         name="digits",
         summary="1,797 real handwritten digits, 8x8, no download",
         build="prunekit_arrays.digits:build",
         paper="Alpaydin & Kaynak, UCI Machine Learning Repository 1998, doi 10.24432/C50P49",
         facts=_describe_digits,
     )
-    yield Component(
+    yield DatasetComponent(
         name="npz",
         summary="Your own arrays, in an .npz file with the keys that Keras uses",
         build="prunekit_arrays.npz:build",
         options=NpzOptions,
     )
-    yield Component(
+    yield DatasetComponent(
         name="extra-images",
         summary="Extra training images from a file, added to another data set by its key extra",
         build="prunekit_arrays.extra:build",

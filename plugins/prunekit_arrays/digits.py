@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 
 from prunekit import NoOptions
-from prunekit.contracts import Context, Data
+from prunekit.contracts import Data, DatasetContext
 from prunekit_arrays.reading import to_data
 
 TEST_IMAGES_PER_CLASS = 36
 
 
-def build(options: NoOptions, context: Context) -> Data:
+def build(options: NoOptions, context: DatasetContext) -> Data:
     """1,437 training and 360 test images; the file's counts 0 to 16 are scaled to 0 to 255.
 
     The test images are the last 36 of each class. The file is ordered by writer, so a random split

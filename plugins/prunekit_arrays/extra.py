@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from prunekit import Arrays
-from prunekit.contracts import Context, Data
+from prunekit.contracts import Data, DatasetContext
 from prunekit.errors import UserError, relative
 from prunekit_arrays import ExtraOptions
 from prunekit_arrays.reading import read_arrays, to_split
@@ -27,11 +27,12 @@ PICKLE_KEYS = ("data", "extrapolated_targets")
 CONVERT = "numpy.savez_compressed(file, x_extra=..., y_extra=...)"
 
 
-def build(options: ExtraOptions, context: Context) -> Data:
+def build(options: ExtraOptions, context: DatasetContext) -> Data:
     """Extra images and labels to train on; the test part is empty.
 
-    Code in a pickle is never executed: see `read_pickle`. `context.shape` is (C, H, W) of the data
-    set that these images extend, if known. Raises `UserError` if the file cannot be used.
+    Code in a pickle is never executed: see `read_pickle`. Images that have the shape (C, H, W) of
+    those they extend are taken as they are, others as (H, W, C). Raises `UserError` if the file
+    cannot be used.
     """
     path = options.file
     name = relative(path)
@@ -44,7 +45,8 @@ def build(options: ExtraOptions, context: Context) -> Data:
         needed = " or ".join(" and ".join(keys) for keys in choices)
         raise UserError(f"{name} has no arrays {needed}; save extra images with {CONVERT}")
     images = arrays[found[0][0]]
-    first = images.ndim == 4 and images.shape[1:] == context.shape
+    known = context.extra_of
+    first = known is not None and images.ndim == 4 and images.shape[1:] == known.shape
     split = to_split(arrays, found[0], name, "first" if first else "last")
     _, c, h, w = split.images.shape
     none = Arrays(split.images[:0], split.labels[:0])

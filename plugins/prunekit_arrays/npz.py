@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from prunekit.contracts import Context, Data
+from prunekit.contracts import Data, DatasetContext
 from prunekit_arrays import NpzOptions
 from prunekit_arrays.reading import read_npz
 
 
-def build(options: NpzOptions, context: Context) -> Data:
+def build(options: NpzOptions, context: DatasetContext) -> Data:
     """Read the file; raises `UserError` if the file or its arrays cannot be used."""
     return read_npz(options.file, classes=options.classes, channels=options.channels)

@@ -4,31 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
-from prunekit import Component, Radius, hookimpl, option
+from prunekit import EvaluatorComponent, ObjectiveComponent, Threatened, hookimpl, option
 from prunekit.errors import OptionError
 
 # --no-deps: its own requirements name an old torch; of the others it only needs appdirs.
-_component = partial(
-    Component,
-    needs=("auto_LiRPA",),
-    install="pip install --no-deps auto_LiRPA==0.3 appdirs",
-    loads="prunekit_lirpa.versions:load",
-)
+_LIRPA: dict[str, Any] = {
+    "needs": ("auto_LiRPA",),
+    "install": "pip install --no-deps auto_LiRPA==0.3 appdirs",
+    "loads": "prunekit_lirpa.versions:load",
+}
 
 
 @dataclass(frozen=True)
-class ThreatOptions:
-    """The box around an image; unset options come from the recipe's [threat]."""
+class BoxOptions(Threatened):
+    """The box around an image, which is a ball in L-infinity."""
 
-    eps: Radius | None = option(None, help="radius of the box; default: eps of [threat]")
-    norm: Literal["linf"] | None = option(None, help="norm; default: norm of [threat]")
+    norms = ("linf",)
 
 
 @dataclass(frozen=True)
-class IbpOptions(ThreatOptions):
+class IbpOptions(BoxOptions):
     """Options of `ibp`."""
 
     ramp: float = option(
@@ -67,7 +64,7 @@ class CrownIbpOptions(IbpOptions):
 
 
 @dataclass(frozen=True)
-class MixTrainOptions(ThreatOptions):
+class MixTrainOptions(BoxOptions):
     """Options of `mixtrain`."""
 
     ramp: float = option(
@@ -93,7 +90,7 @@ Method = Literal["ibp", "crown-ibp", "crown", "alpha-crown"]
 
 
 @dataclass(frozen=True)
-class VerifiedOptions(ThreatOptions):
+class VerifiedOptions(BoxOptions):
     """Options of `verified`."""
 
     methods: tuple[Method, ...] = option(
@@ -121,34 +118,40 @@ class VerifiedOptions(ThreatOptions):
 
 
 @hookimpl
-def prunekit_objectives() -> Iterable[Component]:
+def prunekit_objectives() -> Iterable[ObjectiveComponent]:
     """Declare the objectives of certified training."""
-    yield _component(
+    yield ObjectiveComponent(
         name="ibp",
         summary="Certified training: the loss at the worst logits that interval bounds allow",
         build="prunekit_lirpa.objectives:build_ibp",
         options=IbpOptions,
         paper="Gowal et al., ICCV 2019, arXiv 1810.12715",
         forward_passes=lambda options: 3,
+        validates=("accuracy", "verified_accuracy"),
         select="verified_accuracy",
+        **_LIRPA,
     )
-    yield _component(
+    yield ObjectiveComponent(
         name="crown-ibp",
         summary="Certified training: interval bounds, tightened by CROWN while eps grows",
         build="prunekit_lirpa.objectives:build_crown_ibp",
         options=CrownIbpOptions,
         paper="Zhang et al., ICLR 2020, arXiv 1906.06316",
         forward_passes=lambda options: 3,
+        validates=("accuracy", "verified_accuracy"),
         select="verified_accuracy",
+        **_LIRPA,
     )
-    yield _component(
+    yield ObjectiveComponent(
         name="mixtrain",
         summary="Certified training: symbolic bounds for a few images of each batch",
         build="prunekit_lirpa.objectives:build_mixtrain",
         options=MixTrainOptions,
         paper="Wang et al., 2018, arXiv 1811.02625",
         forward_passes=lambda options: 1 + options.images,
+        validates=("accuracy", "verified_accuracy"),
         select="verified_accuracy",
+        **_LIRPA,
     )
 
 
@@ -166,9 +169,9 @@ def count_verified(options: VerifiedOptions) -> int:
 
 
 @hookimpl
-def prunekit_evaluators() -> Iterable[Component]:
+def prunekit_evaluators() -> Iterable[EvaluatorComponent]:
     """Declare the evaluator of certified accuracy."""
-    yield _component(
+    yield EvaluatorComponent(
         name="verified",
         summary="Verified accuracy: a proof that no image within the box is misclassified",
         build="prunekit_lirpa.evaluators:build_verified",
@@ -176,4 +179,5 @@ def prunekit_evaluators() -> Iterable[Component]:
         paper="Xu et al., NeurIPS 2020, arXiv 2002.12920",
         forward_passes=count_verified,
         judges="proof",
+        **_LIRPA,
     )

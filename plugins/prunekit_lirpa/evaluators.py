@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from prunekit import judge_batches
-from prunekit.contracts import Context, Result
+from prunekit.contracts import EvaluatorContext, Result
 from prunekit.errors import UserError
 from prunekit.evaluation import proportion
 from prunekit_lirpa import VerifiedOptions
@@ -173,6 +173,6 @@ def deadline(end: float | None) -> Iterator[None]:
             yield
 
 
-def build_verified(options: VerifiedOptions, context: Context) -> Verified:
+def build_verified(options: VerifiedOptions, context: EvaluatorContext) -> Verified:
     """Build the evaluator `verified`; raises `UserError` unless there is an L-infinity threat."""
     return Verified(check_threat(context.threat, "verified"), options, context.scratch)

@@ -33,18 +33,12 @@ def surround(x: Tensor, eps: float) -> Box:
 
 
 def check_threat(threat: Threat | None, owner: str) -> float:
-    """The radius of an L-infinity threat, in pixel units.
+    """The radius of the threat, in pixel units.
 
-    Raises `UserError` if there is no threat, or one in another norm; `owner` is the name of the
-    component in the message.
+    Raises `UserError` if there is no threat; `owner` is the name of the component in the message.
     """
     if threat is None:
         raise UserError(f'{owner} needs a radius; write [threat] with norm = "linf", eps = "2/255"')
-    if threat.norm != "linf":
-        raise UserError(
-            f'{owner} supports norm "linf", not "{threat.norm}"; write norm = "linf" and an eps '
-            "for it, or use smoothing for l2"
-        )
     return threat.eps
 
 

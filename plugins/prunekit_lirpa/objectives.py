@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from prunekit.contracts import Clock, Context, Loss
+from prunekit.contracts import Clock, Loss, ObjectiveContext
 from prunekit.errors import UserError
 from prunekit_lirpa import CrownIbpOptions, IbpOptions, MixTrainOptions
 from prunekit_lirpa.bounds import Bounds
@@ -54,7 +54,7 @@ class Ramp:
 NO_RAMP = Ramp(0.0, None)
 
 
-def choose_ramp(options: IbpOptions | MixTrainOptions, context: Context) -> Ramp:
+def choose_ramp(options: IbpOptions | MixTrainOptions, context: ObjectiveContext) -> Ramp:
     """The ramp of the options in pretraining, and no ramp in other stages."""
     return Ramp(options.ramp, options.ramp_epochs) if context.stage == "pretrain" else NO_RAMP
 
@@ -167,8 +167,8 @@ class MixTrain:
         return {"accuracy": correct.float(), "verified_accuracy": certain.float()}
 
 
-def build_ibp(options: IbpOptions, context: Context) -> Ibp:
-    """Build the objective `ibp`; raises `UserError` unless there is an L-infinity threat."""
+def build_ibp(options: IbpOptions, context: ObjectiveContext) -> Ibp:
+    """Build the objective `ibp`; raises `UserError` if there is no threat."""
     return Ibp(
         context.model,
         Bounds(context.model, context.shape),
@@ -178,8 +178,8 @@ def build_ibp(options: IbpOptions, context: Context) -> Ibp:
     )
 
 
-def build_crown_ibp(options: CrownIbpOptions, context: Context) -> Ibp:
-    """Build the objective `crown-ibp`; raises `UserError` unless there is an L-infinity threat."""
+def build_crown_ibp(options: CrownIbpOptions, context: ObjectiveContext) -> Ibp:
+    """Build the objective `crown-ibp`; raises `UserError` if there is no threat."""
     return Ibp(
         context.model,
         Bounds(context.model, context.shape),
@@ -190,8 +190,8 @@ def build_crown_ibp(options: CrownIbpOptions, context: Context) -> Ibp:
     )
 
 
-def build_mixtrain(options: MixTrainOptions, context: Context) -> MixTrain:
-    """Build the objective `mixtrain`; raises `UserError` unless there is an L-infinity threat."""
+def build_mixtrain(options: MixTrainOptions, context: ObjectiveContext) -> MixTrain:
+    """Build the objective `mixtrain`; raises `UserError` if there is no threat."""
     return MixTrain(
         context.model,
         Bounds(context.model, context.shape, "same-slope"),

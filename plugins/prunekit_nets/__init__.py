@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from prunekit import Component, hookimpl, option
+from prunekit import ArchitectureComponent, hookimpl, option
 
 VGG_DEPTHS = (2, 4, 6, 8, 11, 13, 16)
 RESNET_DEPTHS = (18, 34, 50, 101, 152)
@@ -48,14 +48,14 @@ class CnnOptions(NetOptions):
 
 def _declare(
     name: str, summary: str, build: str, paper: str = "", options: type = NetOptions
-) -> Component:
-    return Component(
+) -> ArchitectureComponent:
+    return ArchitectureComponent(
         name=name, summary=summary, build=f"prunekit_nets.{build}", options=options, paper=paper
     )
 
 
 @hookimpl
-def prunekit_architectures() -> Iterable[Component]:
+def prunekit_architectures() -> Iterable[ArchitectureComponent]:
     """Declare the networks."""
     summary = "3 convolutions, 2 linear layers; fast"
     yield _declare("small-cnn", summary, "small_cnns:small_cnn", options=CnnOptions)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from prunekit.contracts import Context
+from prunekit.contracts import ArchitectureContext
 from prunekit.errors import UserError
 
 
-def require_size(network: str, context: Context, smallest: int) -> None:
+def require_size(network: str, context: ArchitectureContext, smallest: int) -> None:
     """Raise `UserError` if the images' height or width is below `smallest` pixels."""
     _, height, width = context.shape
     if min(height, width) < smallest:

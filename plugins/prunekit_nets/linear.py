@@ -8,14 +8,14 @@ from math import prod
 
 from torch import nn
 
-from prunekit.contracts import Context
+from prunekit.contracts import ArchitectureContext
 from prunekit_nets import NetOptions
 from prunekit_nets.initialization import initialize
 
 HIDDEN = 100
 
 
-def build_linear(layers: int, options: NetOptions, context: Context) -> nn.Sequential:
+def build_linear(layers: int, options: NetOptions, context: ArchitectureContext) -> nn.Sequential:
     """A sequence of linear layers, all but the last with 100 outputs.
 
     State-dict keys `1.weight`, `1.bias`, `2.weight`, ... HYDRA's `lin_4` has three layers, like

@@ -10,7 +10,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from prunekit.contracts import Context
+from prunekit.contracts import ArchitectureContext
 from prunekit_nets import NetOptions
 from prunekit_nets.initialization import initialize
 
@@ -87,7 +87,7 @@ class Bottleneck(nn.Module):
         return out
 
 
-def build_resnet(depth: int, options: NetOptions, context: Context) -> nn.Sequential:
+def build_resnet(depth: int, options: NetOptions, context: ArchitectureContext) -> nn.Sequential:
     """The ResNet of this depth, for images of any size (global average pooling before `linear`).
 
     State-dict keys `conv1`, `bn1`, `layer1.0.conv1`, `layer2.0.shortcut.0`, ..., `linear`.

@@ -6,7 +6,7 @@ from functools import partial
 
 from torch import nn
 
-from prunekit.contracts import Context
+from prunekit.contracts import ArchitectureContext
 from prunekit_nets import CnnOptions, NetOptions
 from prunekit_nets.initialization import initialize
 from prunekit_nets.inputs import require_size
@@ -27,7 +27,7 @@ def finish(network: nn.Sequential, options: CnnOptions) -> nn.Sequential:
     return network
 
 
-def small_cnn(options: CnnOptions, context: Context) -> nn.Sequential:
+def small_cnn(options: CnnOptions, context: ArchitectureContext) -> nn.Sequential:
     """3x3 convolutions with 16, 32 and 32 channels, linear layers with 32 and K outputs.
 
     The second and third convolution halve the size, rounding up: with 10 classes and one channel,
@@ -52,7 +52,7 @@ def small_cnn(options: CnnOptions, context: Context) -> nn.Sequential:
     return finish(network, options)
 
 
-def build_small(name: str, options: CnnOptions, context: Context) -> nn.Sequential:
+def build_small(name: str, options: CnnOptions, context: ArchitectureContext) -> nn.Sequential:
     """4x4 convolutions of stride 2 with 16 and 32 channels, linear layers with 100 and K outputs.
 
     Raises `UserError` for images below 4x4 pixels; `name` is
@@ -76,7 +76,7 @@ def build_small(name: str, options: CnnOptions, context: Context) -> nn.Sequenti
 cifar_small, mnist_small = partial(build_small, "cifar-small"), partial(build_small, "mnist-small")
 
 
-def build_large(name: str, options: CnnOptions, context: Context) -> nn.Sequential:
+def build_large(name: str, options: CnnOptions, context: ArchitectureContext) -> nn.Sequential:
     """3x3 convolutions alternating with 4x4 ones of stride 2, with 32, 32, 64 and 64 channels.
 
     Linear layers with 512, 512 and K outputs follow. Raises `UserError`
@@ -106,7 +106,7 @@ def build_large(name: str, options: CnnOptions, context: Context) -> nn.Sequenti
 cifar_large, mnist_large = partial(build_large, "cifar-large"), partial(build_large, "mnist-large")
 
 
-def vgg4_without_maxpool(options: NetOptions, context: Context) -> nn.Sequential:
+def vgg4_without_maxpool(options: NetOptions, context: ArchitectureContext) -> nn.Sequential:
     """3x3 convolutions with 64, 64, 128 and 128 channels; every second one has stride 2.
 
     Linear layers with 256, 256 and K outputs follow. Unlike in `vgg4`, the convolutions have

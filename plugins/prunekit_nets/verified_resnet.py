@@ -9,7 +9,7 @@ from collections import OrderedDict
 
 from torch import Tensor, nn
 
-from prunekit.contracts import Context
+from prunekit.contracts import ArchitectureContext
 from prunekit_nets import NetOptions
 from prunekit_nets.initialization import initialize
 from prunekit_nets.inputs import require_size
@@ -59,7 +59,7 @@ def _block(inputs: int, outputs: int, *, halve: bool) -> list[nn.Module]:
     ]
 
 
-def cifar_resnet_verified(options: NetOptions, context: Context) -> Residual:
+def cifar_resnet_verified(options: NetOptions, context: ArchitectureContext) -> Residual:
     """A convolution, 16 residual blocks, and linear layers with 1000 and K outputs.
 
     Every layer has a bias; every shortcut is a convolution. State-dict keys `0`, `2.Ws.0`,

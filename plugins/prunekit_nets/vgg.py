@@ -11,7 +11,7 @@ from functools import partial
 
 from torch import nn
 
-from prunekit.contracts import Context
+from prunekit.contracts import ArchitectureContext
 from prunekit_nets import NetOptions
 from prunekit_nets.initialization import initialize
 from prunekit_nets.inputs import require_size
@@ -29,7 +29,7 @@ STAGES: dict[int, tuple[tuple[int, ...], ...]] = {
 
 
 def build_vgg(
-    depth: int, options: NetOptions, context: Context, *, batch_norm: bool = False
+    depth: int, options: NetOptions, context: ArchitectureContext, *, batch_norm: bool = False
 ) -> nn.Sequential:
     """The VGG of this depth; state-dict keys `features.N`, `classifier.N`.
 

@@ -7,7 +7,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from prunekit.contracts import Context
+from prunekit.contracts import ArchitectureContext
 from prunekit_nets import NetOptions
 from prunekit_nets.initialization import initialize
 
@@ -45,7 +45,7 @@ def _stack(blocks: int, inputs: int, outputs: int, stride: int) -> nn.Sequential
 
 
 def build_wide_resnet(
-    depth: int, width: int, options: NetOptions, context: Context
+    depth: int, width: int, options: NetOptions, context: ArchitectureContext
 ) -> nn.Sequential:
     """WRN-depth-width without dropout, for images of any size (global average pooling before `fc`).
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from prunekit import Component, OptionError, Use, hookimpl, option
+from prunekit import OptimizerComponent, OptionError, ScheduleComponent, Use, hookimpl, option
 from prunekit.contracts import Schedule
 
 
@@ -98,22 +98,47 @@ class AdamWOptions:
     schedule: Use[Schedule] = option("cosine", help="learning-rate schedule")
 
 
-def _declare(name: str, summary: str, options: type, function: str = "") -> Component:
-    build = f"prunekit_optimizers.optimizers:{function or name}"
-    return Component(name=name, summary=summary, build=build, options=options)
-
-
 @hookimpl
-def prunekit_optimizers() -> Iterable[Component]:
+def prunekit_optimizers() -> Iterable[OptimizerComponent]:
     """Declare the optimizers."""
-    yield _declare("sgd", "Stochastic gradient descent with momentum", SgdOptions)
-    yield _declare("adam", "Adam (Kingma 2015)", AdamOptions)
-    yield _declare("adamw", "Adam with decoupled weight decay", AdamWOptions)
+    yield OptimizerComponent(
+        name="sgd",
+        summary="Stochastic gradient descent with momentum",
+        build="prunekit_optimizers.optimizers:sgd",
+        options=SgdOptions,
+    )
+    yield OptimizerComponent(
+        name="adam",
+        summary="Adam (Kingma 2015)",
+        build="prunekit_optimizers.optimizers:adam",
+        options=AdamOptions,
+    )
+    yield OptimizerComponent(
+        name="adamw",
+        summary="Adam with decoupled weight decay",
+        build="prunekit_optimizers.optimizers:adamw",
+        options=AdamWOptions,
+    )
 
 
 @hookimpl
-def prunekit_schedules() -> Iterable[Component]:
+def prunekit_schedules() -> Iterable[ScheduleComponent]:
     """Declare the learning-rate schedules."""
-    yield _declare("constant", "The same rate throughout", ConstantOptions)
-    yield _declare("cosine", "Decays along half a cosine to a final rate", CosineOptions)
-    yield _declare("step", "Drops by a factor at milestones", StepOptions, "step_decay")
+    yield ScheduleComponent(
+        name="constant",
+        summary="The same rate throughout",
+        build="prunekit_optimizers.optimizers:constant",
+        options=ConstantOptions,
+    )
+    yield ScheduleComponent(
+        name="cosine",
+        summary="Decays along half a cosine to a final rate",
+        build="prunekit_optimizers.optimizers:cosine",
+        options=CosineOptions,
+    )
+    yield ScheduleComponent(
+        name="step",
+        summary="Drops by a factor at milestones",
+        build="prunekit_optimizers.optimizers:step_decay",
+        options=StepOptions,
+    )

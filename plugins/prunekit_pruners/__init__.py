@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from prunekit import Component, hookimpl, option
+from prunekit import PrunerComponent, hookimpl, option
 
 Start = Literal[
     "scaled", "kaiming-normal", "kaiming-uniform", "xavier-normal", "xavier-uniform", "snip"
@@ -26,9 +26,9 @@ class ScoreOptions:
 
 
 @hookimpl
-def prunekit_pruners() -> Iterator[Component]:
+def prunekit_pruners() -> Iterator[PrunerComponent]:
     """Declare the pruners."""
-    yield Component(
+    yield PrunerComponent(
         name="score",
         summary="Scores learned on the stage's objective, with straight-through gradients (HYDRA)",
         build="prunekit_pruners.scores:build_score",
@@ -36,19 +36,19 @@ def prunekit_pruners() -> Iterator[Component]:
         learns=True,
         paper=_HYDRA,
     )
-    yield Component(
+    yield PrunerComponent(
         name="lwm",
         summary="Least weight magnitude: keeps the largest weights, one-shot",
         build="prunekit_pruners.scores:build_lwm",
         paper="Han et al., NeurIPS 2015, arXiv 1506.02626; HYDRA's baseline",
     )
-    yield Component(
+    yield PrunerComponent(
         name="snip",
         summary="Sensitivity of the clean loss to each weight, on one batch, one-shot",
         build="prunekit_pruners.scores:build_snip",
         paper="Lee et al., SNIP, ICLR 2019, arXiv 1810.02340",
     )
-    yield Component(
+    yield PrunerComponent(
         name="random",
         summary="Uniformly random scores, one-shot: the simplest baseline",
         build="prunekit_pruners.scores:build_random",

@@ -7,10 +7,10 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from prunekit.contracts import Context
+from prunekit.contracts import PrunerContext
 
 
-def measure_sensitivity(context: Context) -> dict[str, Tensor]:
+def measure_sensitivity(context: PrunerContext) -> dict[str, Tensor]:
     """|dL/dw * w| of every prunable weight, where L is the cross-entropy of one training batch.
 
     This is the derivative with respect to a weight's mask at the dense network (Lee et al., ICLR

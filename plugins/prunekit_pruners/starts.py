@@ -9,7 +9,7 @@ from math import prod, sqrt
 import torch
 from torch import Tensor, nn
 
-from prunekit.contracts import Context
+from prunekit.contracts import PrunerContext
 from prunekit_pruners import Start
 from prunekit_pruners.sensitivity import measure_sensitivity
 
@@ -24,7 +24,7 @@ DRAWS: dict[str, Draw] = {
 """Random starts, drawn in place, with variance 2 / fan_in (Xavier: 4 / (fan_in + fan_out))."""
 
 
-def start_scores(start: Start, context: Context) -> dict[str, Tensor]:
+def start_scores(start: Start, context: PrunerContext) -> dict[str, Tensor]:
     """Initial scores with the keys and shapes of `context.weights`.
 
     Random scores are drawn from the context's generator.

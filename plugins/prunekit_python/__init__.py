@@ -8,7 +8,7 @@ from modulefinder import ModuleFinder
 from pathlib import Path
 from typing import Any
 
-from prunekit import Component, hookimpl, option
+from prunekit import ArchitectureComponent, DatasetComponent, hookimpl, option
 
 DETAILS = """\
 This is the only component with which a recipe runs code: the code in the file. `build` names a
@@ -66,9 +66,9 @@ def find_files(options: PythonOptions) -> list[Path]:
 
 
 @hookimpl
-def prunekit_architectures() -> Iterable[Component]:
+def prunekit_architectures() -> Iterable[ArchitectureComponent]:
     """Declare the architectures `python` and `given`."""
-    yield Component(
+    yield ArchitectureComponent(
         name="python",
         summary="A network of your own: a function or class in a Python file",
         build="prunekit_python.loading:build_python",
@@ -76,7 +76,7 @@ def prunekit_architectures() -> Iterable[Component]:
         details=DETAILS,
         files=find_files,
     )
-    yield Component(
+    yield ArchitectureComponent(
         name="given",
         summary="The network passed to prunekit.run(model=...) in Python",
         build="prunekit_python.handed_over:build_model",
@@ -87,9 +87,9 @@ def prunekit_architectures() -> Iterable[Component]:
 
 
 @hookimpl
-def prunekit_datasets() -> Iterable[Component]:
+def prunekit_datasets() -> Iterable[DatasetComponent]:
     """Declare the data set `given`."""
-    yield Component(
+    yield DatasetComponent(
         name="given",
         summary="The images and labels passed to prunekit.run(data=...) in Python",
         build="prunekit_python.handed_over:build_data",

@@ -11,11 +11,11 @@ from prunekit_arrays.reading import KEYS, Channels, to_data, to_split
 from torch import Tensor
 
 from prunekit import DataMissingError, NoOptions, UserError
-from prunekit.contracts import Context, Data
+from prunekit.contracts import ArchitectureContext, Data, DatasetContext
 from prunekit_python import GivenModelOptions
 
 
-def build_model(options: GivenModelOptions, context: Context) -> Any:
+def build_model(options: GivenModelOptions, context: ArchitectureContext) -> Any:
     """A copy of the network; raises `UserError` if none was passed in."""
     if context.value is None:
         raise UserError(
@@ -25,7 +25,7 @@ def build_model(options: GivenModelOptions, context: Context) -> Any:
     return copy.deepcopy(context.value)
 
 
-def build_data(options: NoOptions, context: Context) -> Data:
+def build_data(options: NoOptions, context: DatasetContext) -> Data:
     """A data set made from (x_train, y_train, x_test, y_test), or from (x, y) for evaluation only.
 
     Images are (N, C, H, W) if they are tensors, (N, H, W) or (N, H, W, C) if they are numpy arrays;
@@ -43,7 +43,7 @@ def build_data(options: NoOptions, context: Context) -> Data:
     if isinstance(data, Data):
         return data
     # Without training, (x, y) is enough.
-    sizes, wanted = ((2, 4), "(x, y), or ") if context.stage else ((4,), "")
+    sizes, wanted = ((2, 4), "(x, y), or ") if context.test_only else ((4,), "")
     if not isinstance(data, Sequence) or len(data) not in sizes:
         size = f" of {len(data)}" if isinstance(data, Sequence) else ""
         raise UserError(

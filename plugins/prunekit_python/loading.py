@@ -18,13 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from prunekit import suggest
-from prunekit.contracts import Context
+from prunekit.contracts import ArchitectureContext
 from prunekit.errors import UserError, relative
 from prunekit.evaluation import eval_mode
 from prunekit_python import PythonOptions, find_files
 
 
-def build_python(options: PythonOptions, context: Context) -> nn.Module:
+def build_python(options: PythonOptions, context: ArchitectureContext) -> nn.Module:
     """The network that the file makes, tested on two black images.
 
     Raises `UserError` with file and line if it cannot be made, is not a module, or does not return

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from prunekit import NoOptions, format_metric, format_setting, is_fraction, is_main
-from prunekit.contracts import Context
+from prunekit.contracts import ReporterContext
 from prunekit.errors import relative
 from prunekit.report import (
     EpochDone,
@@ -35,7 +35,7 @@ INTERVAL = 0.2
 """Seconds between two updates of the display; each takes milliseconds away from training."""
 
 
-def build(options: NoOptions, context: Context) -> Reporter:
+def build(options: NoOptions, context: ReporterContext) -> Reporter:
     """Build the reporter `console`; plain lines with NO_COLOR or without cursor control."""
     live = context.live and not os.environ.get("NO_COLOR")
     # `live` alone decides whether control characters are written, whatever FORCE_COLOR says.

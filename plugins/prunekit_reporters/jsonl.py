@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from prunekit import NoOptions
-from prunekit.contracts import Context
+from prunekit.contracts import ReporterContext
 from prunekit.report import (
     EpochDone,
     Event,
@@ -36,7 +36,7 @@ NAMES: Mapping[type, str] = {
 }
 
 
-def build(options: NoOptions, context: Context) -> Reporter:
+def build(options: NoOptions, context: ReporterContext) -> Reporter:
     """Build the reporter `jsonl`."""
     return Log()
 

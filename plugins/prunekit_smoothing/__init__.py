@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Literal
 
-from prunekit import Component, Radius, hookimpl, option
+from prunekit import EvaluatorComponent, ObjectiveComponent, Radius, hookimpl, option
 from prunekit.errors import OptionError
 
 CHUNK = 100
@@ -128,9 +128,9 @@ def reach(options: CertifyOptions) -> float:
 
 
 @hookimpl
-def prunekit_objectives() -> Iterable[Component]:
+def prunekit_objectives() -> Iterable[ObjectiveComponent]:
     """Declare the objective `smoothing`."""
-    yield Component(
+    yield ObjectiveComponent(
         name="smoothing",
         summary="Training for randomized smoothing: stability under noise, or noise augmentation",
         build="prunekit_smoothing.objectives:build_smoothing",
@@ -138,14 +138,15 @@ def prunekit_objectives() -> Iterable[Component]:
         paper="Carmon et al., NeurIPS 2019, arXiv 1905.13736; "
         "Cohen et al., ICML 2019, arXiv 1902.02918",
         forward_passes=lambda options: 2 if options.loss == "stability" else 1,
+        validates=("accuracy", "noisy_accuracy"),
         select="noisy_accuracy",
     )
 
 
 @hookimpl
-def prunekit_evaluators() -> Iterable[Component]:
+def prunekit_evaluators() -> Iterable[EvaluatorComponent]:
     """Declare the evaluator `certify`."""
-    yield Component(
+    yield EvaluatorComponent(
         name="certify",
         summary="Certified L2 radii of the smoothed classifier, by sampling (Cohen 2019)",
         build="prunekit_smoothing.certify:build_certify",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from prunekit import read_json, write_json
-from prunekit.contracts import Context, Result
+from prunekit.contracts import EvaluatorContext, Result
 from prunekit.evaluation import proportion
 from prunekit_smoothing import CHUNK, CertifyOptions, name_radius, plan_looks
 from prunekit_smoothing.bounds import certified_radius, lower_bound, upper_bound
@@ -242,6 +242,6 @@ def name_precision(model: nn.Module, x: Tensor) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def build_certify(options: CertifyOptions, context: Context) -> Certify:
+def build_certify(options: CertifyOptions, context: EvaluatorContext) -> Certify:
     """Build the evaluator `certify`."""
     return Certify(options, context.seed, context.scratch, context.pause)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from prunekit.contracts import Clock, Context, Loss
+from prunekit.contracts import Clock, Loss, ObjectiveContext
 from prunekit_smoothing import SmoothingOptions
 
 
@@ -81,7 +81,7 @@ class NoiseTraining(Smoothing):
         return Loss(F.cross_entropy(logits, y), logits.detach())
 
 
-def build_smoothing(options: SmoothingOptions, context: Context) -> Smoothing:
+def build_smoothing(options: SmoothingOptions, context: ObjectiveContext) -> Smoothing:
     """Build the objective `smoothing`, with the loss in the options."""
     common = (context.model, options.sigma, options.validation_draws)
     if options.beta is None:

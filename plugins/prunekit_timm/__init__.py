@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prunekit import Component, hookimpl, option
+from prunekit import ArchitectureComponent, hookimpl, option
 from prunekit.errors import OptionError
 
 LOCAL = "local-dir:"
@@ -79,9 +79,9 @@ def find_files(options: TimmOptions) -> list[Path]:
 
 
 @hookimpl
-def prunekit_architectures() -> Iterable[Component]:
+def prunekit_architectures() -> Iterable[ArchitectureComponent]:
     """Declare the architecture `timm`."""
-    yield Component(
+    yield ArchitectureComponent(
         name="timm",
         summary="Any image classifier in timm: ResNet, ConvNeXt, ViT, EfficientNet, ...",
         build="prunekit_timm.models:build_timm",

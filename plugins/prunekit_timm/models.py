@@ -14,7 +14,7 @@ import timm
 from timm.models import load_model_config_from_hf, save_for_hf
 
 from prunekit import find_fragile, normalize_inputs
-from prunekit.contracts import Context
+from prunekit.contracts import ArchitectureContext
 from prunekit.errors import UserError
 from prunekit_timm import LOCAL, TimmOptions
 
@@ -27,7 +27,7 @@ def list_names() -> list[str]:
     return timm.list_models()
 
 
-def build_timm(options: TimmOptions, context: Context) -> Any:
+def build_timm(options: TimmOptions, context: ArchitectureContext) -> Any:
     """The model for images of `context.shape` (C, H, W); its state-dict keys are those of timm.
 
     Raises `UserError` if there is no such model, if it does not accept `kwargs`, or if its

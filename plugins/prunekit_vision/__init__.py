@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prunekit import Component, Facts, hookimpl, option
+from prunekit import ArchitectureComponent, DatasetComponent, Facts, hookimpl, option
 from prunekit.errors import OptionError
 
 
@@ -177,10 +177,10 @@ def _tell(facts: Facts) -> Callable[[VisionOptions], Facts]:
 
 
 @hookimpl
-def prunekit_datasets() -> Iterable[Component]:
+def prunekit_datasets() -> Iterable[DatasetComponent]:
     """Declare torchvision's data sets and those in folders of images."""
     for known in VISION_SETS:
-        yield Component(
+        yield DatasetComponent(
             name=known.name,
             summary=known.summary,
             build=f"prunekit_vision.loading:{known.name.replace('-', '_')}",
@@ -190,7 +190,7 @@ def prunekit_datasets() -> Iterable[Component]:
             paper=known.paper,
             facts=_tell(known.facts),
         )
-    yield Component(
+    yield DatasetComponent(
         name="imagenet",
         summary="1.3 million photographs in 1000 classes, from the folders train and val",
         build="prunekit_vision.folders:imagenet",
@@ -199,7 +199,7 @@ def prunekit_datasets() -> Iterable[Component]:
         paper=IMAGENET_PAPER,
         facts=_describe_imagenet,
     )
-    yield Component(
+    yield DatasetComponent(
         name="image-folder",
         summary="Your own images, in a folder for each class",
         build="prunekit_vision.folders:image_folder",
@@ -209,9 +209,9 @@ def prunekit_datasets() -> Iterable[Component]:
 
 
 @hookimpl
-def prunekit_architectures() -> Iterable[Component]:
+def prunekit_architectures() -> Iterable[ArchitectureComponent]:
     """Declare torchvision's classifiers."""
-    yield Component(
+    yield ArchitectureComponent(
         name="torchvision",
         summary="Any image classifier in torchvision: ResNet, ConvNeXt, ViT, EfficientNet, ...",
         build="prunekit_vision.models:build_model",
@@ -221,7 +221,7 @@ def prunekit_architectures() -> Iterable[Component]:
         catalog="prunekit_vision.models:list_names",
     )
     for depth in RESNET_DEPTHS:
-        yield Component(
+        yield ArchitectureComponent(
             name=f"imagenet-resnet{depth}",
             summary=f"torchvision's ResNet-{depth} for color images, with ImageNet's normalization",
             build=f"prunekit_vision.resnet:imagenet_resnet{depth}",

@@ -18,7 +18,7 @@ from torchvision import transforms
 from torchvision.transforms import functional
 
 from prunekit import derive_seed
-from prunekit.contracts import Context, Data
+from prunekit.contracts import Data, DatasetContext
 from prunekit.errors import DataMissingError, RunError, UserError, relative
 from prunekit_vision import (
     IMAGENET_CLASSES,
@@ -240,12 +240,12 @@ def _to_split(listing: Listing, options: StreamOptions) -> Folder:
     return Folder(listing.folder, paths, labels, options.size, options.workers)
 
 
-def image_folder(options: FolderOptions, context: Context) -> Data:
+def image_folder(options: FolderOptions, context: DatasetContext) -> Data:
     """The user's own images; see `load_folders` for the folders and errors."""
     return load_folders("image-folder", options.root, options)
 
 
-def imagenet(options: ImageNetOptions, context: Context) -> Data:
+def imagenet(options: ImageNetOptions, context: DatasetContext) -> Data:
     """ImageNet with its 1000 classes, which the user has to download.
 
     See `load_folders` for the folders and errors. Also raises `UserError` if the number of classes

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from prunekit_arrays.reading import read_npz, to_data
 
-from prunekit.contracts import Context, Data
+from prunekit.contracts import Data, DatasetContext
 from prunekit.errors import DataMissingError, UserError, relative
 from prunekit_vision import VISION_SETS, VisionOptions, VisionSet, find_root
 
@@ -23,7 +23,7 @@ SILENCE_SECONDS = 20
 """How long to wait for a server that does not answer."""
 
 
-def load(known: VisionSet, options: VisionOptions, context: Context) -> Data:
+def load(known: VisionSet, options: VisionOptions, context: DatasetContext) -> Data:
     """Read `<root>/<name>.npz`, or torchvision's files in `<root>` or `<root>/torchvision`.
 
     Raises `DataMissingError` if there is neither and the files cannot be downloaded, and

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchvision import models
 
 from prunekit import find_fragile, normalize_inputs
-from prunekit.contracts import Context
+from prunekit.contracts import ArchitectureContext
 from prunekit.errors import UserError
 from prunekit_vision import ModelOptions
 from prunekit_vision.resnet import DEVIATION, MEAN
@@ -27,7 +27,7 @@ def list_names() -> list[str]:
     return names
 
 
-def build_model(options: ModelOptions, context: Context) -> Any:
+def build_model(options: ModelOptions, context: ArchitectureContext) -> Any:
     """The model for images of `context.shape` (C, H, W); its state-dict keys are torchvision's.
 
     Raises `UserError` if there is no such model or weights, if the model does not accept the images

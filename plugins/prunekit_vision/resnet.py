@@ -8,7 +8,7 @@ from torch import nn
 from torchvision import models
 
 from prunekit import NoOptions, normalize_inputs
-from prunekit.contracts import Context
+from prunekit.contracts import ArchitectureContext
 from prunekit.errors import UserError
 
 MEAN = (0.485, 0.456, 0.406)
@@ -16,7 +16,7 @@ DEVIATION = (0.229, 0.224, 0.225)
 """ImageNet's means and standard deviations per channel, as used by all published networks."""
 
 
-def build_resnet(depth: int, options: NoOptions, context: Context) -> nn.Module:
+def build_resnet(depth: int, options: NoOptions, context: ArchitectureContext) -> nn.Module:
     """The ResNet of this depth, with torchvision's initial weights (normal, variance 2 / fan_out).
 
     Source: He et al., CVPR 2016. Raises `UserError` if images do not have three channels.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from prunekit.contracts import Context, Loss
+from prunekit.contracts import Loss, NetworkContext
 from prunekit.steps import Now
 from prunekit_wrappers import AwpOptions
 
@@ -43,6 +43,6 @@ class Awp:
                     weight.copy_(before[name])
 
 
-def build(options: AwpOptions, context: Context) -> Awp:
+def build(options: AwpOptions, context: NetworkContext) -> Awp:
     """Build the wrapper `awp`."""
     return Awp(options)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from prunekit.contracts import Context
+from prunekit.contracts import NetworkContext
 from prunekit.steps import Now
 from prunekit_wrappers import EmaOptions
 
@@ -66,6 +66,6 @@ def _find_moving(model: nn.Module) -> dict[str, Tensor]:
     return trained | {n: b for n, b in model.named_buffers() if b.is_floating_point()}
 
 
-def build(options: EmaOptions, context: Context) -> Ema:
+def build(options: EmaOptions, context: NetworkContext) -> Ema:
     """Build the wrapper `ema`."""
     return Ema(options.decay)

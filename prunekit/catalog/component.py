@@ -5,47 +5,29 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import pluggy
 
+from prunekit.contexts import NetworkContext
+from prunekit.contracts import Norm
 from prunekit.errors import PluginError, explain_briefly
 
 if TYPE_CHECKING:
-    from prunekit.contracts import Context, Norm, Threat
+    from prunekit.contracts import Context, Threat
 
-API_VERSION = 2
+API_VERSION = 3
 """Version of the plugin API: declarations, hooks and contracts together.
 
-A plugin's module states the version that it was written for, `PRUNEKIT_API = 2`. A plugin for
+A plugin's module states the version that it was written for, `PRUNEKIT_API = 3`. A plugin for
 another version is listed as broken; one that states none is assumed to fit.
 """
 
 hookimpl = pluggy.HookimplMarker("prunekit")
 """Marks a function of a plugin's module as an implementation of a hook in `hookspecs`."""
-
-KINDS = (
-    "objective",
-    "pruner",
-    "architecture",
-    "dataset",
-    "evaluator",
-    "optimizer",
-    "schedule",
-    "budget",
-    "sparsity_schedule",
-    "rewirer",
-    "wrapper",
-    "reporter",
-)
-"""The kinds of components; each has a hook `prunekit_<kind>s`."""
-
-
-NOT_CALLED = ("dataset", "architecture", "optimizer", "wrapper")
-"""Kinds whose components are built as something that is no function."""
 
 
 @dataclass(frozen=True)
@@ -53,28 +35,17 @@ class NoOptions:
     """A component without options."""
 
 
-@dataclass(frozen=True)
-class Facts:
-    """What is known of a data set before any file is read.
-
-    `shape` is (C, H, W) of an image, `train` and `test` are numbers of images, and `augment` names
-    the augmentations that suit the data: "crop" (zero padding of 1/8, random crop), "flip".
-    """
-
-    shape: tuple[int, int, int]
-    classes: int
-    train: int
-    test: int
-    augment: tuple[str, ...] = ()
-
-
 @dataclass(frozen=True, kw_only=True)
 class Component:
-    """The declaration of one component: what a recipe calls it, its options, how to build it.
+    """What the declarations of all kinds share: the component's name, its options, how to build it.
 
-    >>> Component(name="lwm", summary="Least weight magnitude", build="my_package.lwm:build").name
-    'lwm'
+    Each kind has a class of its own in `kinds`.
     """
+
+    kind: ClassVar[str]
+    """What `Use`, the hook `prunekit_<kind>s` and messages call the kind."""
+    builds: ClassVar[type]
+    """The contract of what `build` returns; options name the kind by it: `Use[Pruner]`."""
 
     name: str
     """What a recipe writes after `use =`; kebab-case."""
@@ -104,72 +75,11 @@ class Component:
     files: Callable[[Any], Iterable[Path]] = lambda options: ()
     """options -> files that results depend on besides those that are options: what a file imports,
     the files of a folder. Their content is part of a stage's hash."""
-    identify: str = ""
-    """"module:function" -> options that identify what a Python program hands over in its place."""
-    catalog: str = ""
-    """"module:function" -> names that the option `model` takes, for `prunekit list --match`."""
-    exports: Mapping[str, str] = field(default_factory=dict)
-    """Architectures: format of `prunekit export` -> "module:function" that writes it, called as
-    `function(model, options, header, out)` with the header of the model file."""
-    forward_passes: Callable[[Any], int] = lambda options: 1
-    """options -> forward passes per image, in a training step or in an evaluation."""
-    attack_passes: Callable[[Any], int] = lambda options: 0
-    """Objectives: options -> those of the forward passes that `Attacking.prepare` makes."""
-    replays: Callable[[Any], int] = lambda options: 1
-    """Objectives: options -> optimizer steps on each batch. A recipe's epochs are divided by it."""
-    select: str = "accuracy"
-    """Objectives: the validation metric that selects the best epoch."""
-    learns: bool = False
-    """Pruners: scores are trained, so the stage needs `epochs` and an `optimizer`."""
-    allocates: bool = False
-    """Pruners, rewirers: `Scores.keep` says what each layer keeps, so a recipe gives no budget."""
-    facts: Callable[[Any], Facts] | None = None
-    """Data sets: options -> Facts; None if they are known only from the files."""
-    judges: Literal["", "attack", "proof"] = ""
-    """Evaluators: what its record of an image says about robustness under the threat model.
-
-    An "attack" records `correct`: it did not fool the network. A "proof" records `verified`: no
-    attack can. The core warns if the two contradict each other.
-    """
-    beats: tuple[str, ...] = ()
-    """Evaluators: names of weaker attacks, which should leave at least as many images correct."""
 
     @property
     def package(self) -> str:
         """The import name of the top-level package that implements it."""
         return self.build.partition(":")[0].partition(".")[0]
-
-
-@dataclass(frozen=True, kw_only=True)
-class BudgetComponent(Component):
-    """The declaration of a budget."""
-
-    compares: bool = False
-    """Scores of layers are compared: the core makes those comparable that are not."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SparsityScheduleComponent(Component):
-    """The declaration of a schedule of the sparsity."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RewirerComponent(Component):
-    """The declaration of a rewirer."""
-
-    gradients: bool = False
-    """It looks at the gradients of removed weights, in steps in which it is due."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class WrapperComponent(Component):
-    """The declaration of a wrapper of training steps."""
-
-    passes: Callable[[Any], int] = lambda options: 1
-    """options -> forward and backward passes in each step. More than one does not go with an
-    objective that takes several steps on a batch."""
-    averages: bool = False
-    """Its network is judged and stored in place of the trained one: one such a stage, at most."""
 
 
 class Radius(float):
@@ -187,19 +97,24 @@ class Use(Generic[Kind]):
     `prunekit.contracts`), or `tuple[Use[Evaluator], ...]`; the core resolves it.
     """
 
-    kind: str
-    component: Component
+    component: Any
+    """Its declaration, of the class of its kind."""
     options: Any
     plugin: str = ""
     """The plugin and its distribution, for messages: "adversarial (prunekit 0.1.0)"."""
     name: str = ""
     """What results are called in this recipe; by default the component's name."""
     threat: Threat | None = None
-    """The recipe's threat model, for components whose options `norm` and `eps` override it."""
+    """The threat model of a component whose options are `Threatened`."""
     reference: str = ""
     """What a recipe writes after `use =`, if that is more than the component's name."""
     value: Any = None
     """An object that a Python program passes instead; the implementation gets it in its context."""
+
+    @property
+    def kind(self) -> str:
+        """The kind of the component."""
+        return str(self.component.kind)
 
     def build(self, context: Context) -> Kind:
         """Import the implementation and build it.
@@ -208,7 +123,9 @@ class Use(Generic[Kind]):
         """
         module, _, function = self.component.build.partition(":")
         owner = f"{self.kind} '{self.component.name}' of plugin {self.plugin}"
-        context = dataclasses.replace(context, threat=self.threat, value=self.value)
+        context = dataclasses.replace(context, value=self.value)
+        if isinstance(context, NetworkContext):
+            context = dataclasses.replace(context, threat=self.threat)
         try:
             build = getattr(importlib.import_module(module), function)
         # A module may raise anything on import, even SystemExit.
@@ -224,7 +141,7 @@ class Use(Generic[Kind]):
         except ValueError:  # written in C, without a signature
             pass
         built: Kind = build(self.options, context)
-        if self.kind not in NOT_CALLED and not callable(built):
+        if "__call__" in vars(self.component.builds) and not callable(built):
             raise PluginError(f"{owner} is built as {built!r}, which cannot be called")
         return built
 
@@ -259,6 +176,21 @@ def option(
     if isinstance(default, dict):  # a component with options: mutable, so it needs a factory
         return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Threatened:
+    """Options of a component that acts under a threat model: that of the recipe, or its own.
+
+    The context then has the `threat`. A subclass that takes one norm only says so, and
+    `prunekit check` refuses the others: `norms = ("linf",)`.
+    """
+
+    norms: ClassVar[tuple[Norm, ...]] = ("linf", "l2")
+    """The norms that the component takes."""
+
+    eps: Radius | None = option(None, help="radius of the attack; default: eps of [threat]")
+    norm: Norm | None = option(None, help="norm of the attack; default: norm of [threat]")
 
 
 def default_of(field: dataclasses.Field[Any]) -> Any:

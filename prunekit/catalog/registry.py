@@ -17,7 +17,8 @@ from importlib.metadata import EntryPoint, entry_points
 import pluggy
 
 from prunekit.catalog import hookspecs
-from prunekit.catalog.component import API_VERSION, KINDS, Component
+from prunekit.catalog.component import API_VERSION, Component
+from prunekit.catalog.kinds import KINDS
 from prunekit.errors import UserError, explain_briefly, suggest
 
 GROUP = "prunekit"
@@ -27,12 +28,16 @@ GROUP = "prunekit"
 class Entry:
     """A registered component and where it comes from."""
 
-    kind: str
     component: Component
     plugin: str
     distribution: str
     problem: str = ""
     """Why it cannot be used although its plugin loads: two plugins claim its name."""
+
+    @property
+    def kind(self) -> str:
+        """The kind of the component."""
+        return self.component.kind
 
     @property
     def owner(self) -> str:
@@ -139,7 +144,7 @@ def load_registry(points: Iterable[EntryPoint] | None = None) -> Registry:
         except (Exception, SystemExit) as error:
             broken.append(BrokenPlugin(name, distribution, _explain(error)))
             continue
-        entries += [Entry(kind, c, name, distribution) for kind, c in found]
+        entries += [Entry(component, name, distribution) for component in found]
     return Registry(tuple(_mark_conflicts(entries)), tuple(broken))
 
 
@@ -157,7 +162,7 @@ class ApiError(Exception):
     """A plugin was written for another version of the plugin API. The message is for users."""
 
 
-def _load_plugin(point: EntryPoint) -> list[tuple[str, Component]]:
+def _load_plugin(point: EntryPoint) -> list[Component]:
     manager = pluggy.PluginManager(GROUP)
     manager.add_hookspecs(hookspecs)
     _check_api(point.module)
@@ -167,8 +172,8 @@ def _load_plugin(point: EntryPoint) -> list[tuple[str, Component]]:
     for kind in KINDS:
         for components in getattr(manager.hook, f"prunekit_{kind}s")():
             for component in components:
-                _check_declaration(f"prunekit_{kind}s", component)
-                found.append((kind, component))
+                _check_declaration(kind, component)
+                found.append(component)
     if not found:
         raise LookupError("declares no component; is @hookimpl missing, or a return?")
     return found
@@ -213,15 +218,19 @@ def _check_hooks(manager: pluggy.PluginManager) -> None:
     manager.check_pending()
 
 
-def _check_declaration(hook: str, component: object) -> None:
+def _check_declaration(kind: str, component: object) -> None:
     """Check what `prunekit list` relies on; `testing.check_component` checks more."""
-    if not isinstance(component, Component):
-        raise TypeError(f"{hook} gave a {type(component).__name__}, not a Component")
+    expected, given = KINDS[kind], type(component)
+    if not isinstance(component, expected):
+        way = f"prunekit_{kind}s yields {expected.__name__}s"
+        if isinstance(component, Component):
+            raise TypeError(f"{way}, but {component.name!r} is declared as {given.__name__}")
+        raise TypeError(f"{way}, not {given.__name__}")
     for field in ("name", "summary", "build"):
         if not isinstance(value := getattr(component, field), str):
             raise TypeError(f"{field} of {component.name!r} is not a str: {value!r}")
-    for field in ("needs", "sources", "beats"):
-        value = getattr(component, field)
+    for field in ("needs", "sources", "beats", "validates"):
+        value = getattr(component, field, ())
         # needs=("torch") lacks a comma, and a str is a sequence of letters.
         if not isinstance(value, tuple | list) or not all(isinstance(v, str) for v in value):
             raise TypeError(f'{field} of {component.name!r} is {value!r}; write ("...",)')

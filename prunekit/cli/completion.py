@@ -10,7 +10,7 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem, get_completion_class
 
-from prunekit.catalog.component import KINDS
+from prunekit.catalog.kinds import KINDS
 
 Complete = Callable[[click.Context, click.Parameter, str], list[CompletionItem]]
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]

@@ -12,7 +12,8 @@ from typing import Any, Literal, get_args, get_origin
 
 import click
 
-from prunekit.catalog.component import KINDS, Radius, Use, default_of
+from prunekit.catalog.component import Radius, Use, default_of
+from prunekit.catalog.kinds import KINDS, ArchitectureComponent, PrunerComponent
 from prunekit.catalog.registry import Entry, load_registry
 from prunekit.cli.completion import complete_components, complete_kinds
 from prunekit.cli.group import as_json, print_json, print_table
@@ -113,8 +114,11 @@ def find_matches(entries: Sequence[Entry], pattern: str) -> list[dict[str, str]]
     for entry in entries:
         if fnmatch(entry.component.name, pattern):
             found.append(summarize(entry))
-        if entry.component.catalog and entry.status == "ready":
-            module, _, function = entry.component.catalog.partition(":")
+        component = entry.component
+        if not isinstance(component, ArchitectureComponent) or entry.status != "ready":
+            continue
+        if component.catalog:
+            module, _, function = component.catalog.partition(":")
             for name in getattr(importlib.import_module(module), function)():
                 if fnmatch(name, pattern):
                     use = f'use = "{entry.reference}", model = "{name}"'
@@ -222,7 +226,8 @@ def fragment(entry: Entry, *, example: bool = True) -> str:
         return "\n".join([f"[{entry.kind}]", use, *pairs])
     inline = f"{{ {', '.join([use, *pairs])} }}" if pairs else f'"{entry.reference}"'
     text = FRAGMENTS[entry.kind].format(inline)
-    return text.replace("\npruner", "\nepochs = 20\npruner") if component.learns else text
+    learns = isinstance(component, PrunerComponent) and component.learns
+    return text.replace("\npruner", "\nepochs = 20\npruner") if learns else text
 
 
 def write_value(value: Any) -> str:

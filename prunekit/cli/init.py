@@ -9,6 +9,7 @@ from string import Template
 
 import click
 
+from prunekit.catalog.kinds import DatasetComponent
 from prunekit.catalog.registry import load_registry
 from prunekit.cli.completion import component_option
 from prunekit.cli.components import fragment
@@ -77,6 +78,7 @@ def write_recipe(file: Path, dataset: str, model: str | None, objective: str) ->
         raise UserError(f"{named!r} cannot stand alone in a recipe; choose another component")
     registry = load_registry()
     data, loss = registry.find("dataset", dataset), registry.find("objective", objective)
+    assert isinstance(data.component, DatasetComponent)
     facts = data.component.facts and data.component.facts(data.component.options())
     height = facts.shape[1] if facts else 0
     network = registry.find("architecture", model or _choose_model(height, dataset, objective))

@@ -14,7 +14,8 @@ from string import Template
 import click
 
 from prunekit import __version__
-from prunekit.catalog.component import API_VERSION, KINDS, Component
+from prunekit.catalog.component import API_VERSION
+from prunekit.catalog.kinds import KINDS
 from prunekit.catalog.registry import Entry, Registry, load_registry
 from prunekit.cli.components import fragment, with_article
 from prunekit.cli.group import PATH, as_json, print_json, warn
@@ -33,7 +34,7 @@ def new() -> None:
 @new.command("plugin")
 @click.argument("name")
 @click.option(
-    "--kind", type=click.Choice(KINDS), multiple=True, required=True, help="Can be repeated."
+    "--kind", type=click.Choice(list(KINDS)), multiple=True, required=True, help="Can be repeated."
 )
 @click.option("--into", type=PATH, default=".", help="Folder to create it in; by default this one.")
 @as_json
@@ -113,7 +114,7 @@ def write_files(name: str, package: str, kinds: Sequence[str]) -> dict[str, str]
     files: dict[str, str] = {}
     declarations = []
     # The reporter is first because a recipe's key `report` has to come before its tables.
-    kinds = sorted(dict.fromkeys(kinds), key=lambda kind: (kind != "reporter", KINDS.index(kind)))
+    kinds = [kind for kind in dict.fromkeys(("reporter", *KINDS)) if kind in kinds]
     for kind in kinds:
         for file, code in read_template(kind).items():
             code = code.replace(EXAMPLE, package)
@@ -140,7 +141,7 @@ def write_files(name: str, package: str, kinds: Sequence[str]) -> dict[str, str]
 
 
 def _write_fragment(kind: str, name: str) -> str:
-    recipe = fragment(Entry(kind, Component(name=name, summary="", build=""), "", ""))
+    recipe = fragment(Entry(KINDS[kind](name=name, summary="", build=""), "", ""))
     # Stages of one kind, beside those of an optimizer and a pruner, need names.
     named = f'[[stage]]\nname = "with-{kind}"\n'
     return recipe if kind in ("optimizer", "pruner") else recipe.replace("[[stage]]\n", named)
@@ -158,10 +159,10 @@ def _merge(docstring: str, declarations: Sequence[str]) -> str:
         bodies.append(body.strip("\n"))
     groups = ["", ""]  # imports from the standard library, then from prunekit
     for module, found in sorted(imports.items()):
-        names = ", ".join(sorted(found))
-        line = f"from {module} import {names}\n"
+        line = f"from {module} import {', '.join(sorted(found))}\n"
         if len(line) > 89:
-            line = f"from {module} import (\n    {names.replace(', ', f',{chr(10)}    ')},\n)\n"
+            names = "".join(f"    {name},\n" for name in sorted(found))
+            line = f"from {module} import (\n{names})\n"
         groups[module.startswith("prunekit")] += line
     head = "\n".join(filter(None, groups))
     return f"{docstring}\n\n{head}\n{marker}\n\n" + "\n\n\n".join(bodies) + "\n"

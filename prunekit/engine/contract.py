@@ -7,7 +7,7 @@ import copy
 import dataclasses
 import io
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +15,29 @@ import numpy as np
 import torch
 from torch import nn
 
-from prunekit import report as told
 from prunekit.catalog.component import Use
-from prunekit.contracts import Context, Data, Result
+from prunekit.contracts import (
+    ArchitectureContext,
+    Context,
+    Data,
+    DatasetContext,
+    EvaluatorContext,
+    NetworkContext,
+    ObjectiveContext,
+    PrunerContext,
+    ReporterContext,
+    Result,
+)
 from prunekit.data.batches import eval_batches
 from prunekit.data.seeds import seed_all
 from prunekit.engine import contract_moving as moving
 from prunekit.engine import contract_training as training
-from prunekit.engine.contract_training import BATCH, same, snapshot, tiny_batches, tiny_network
+from prunekit.engine.contract_training import same, snapshot
+from prunekit.engine.examples import BATCH, example_events, tiny_batches, tiny_network
 from prunekit.errors import DataMissingError
 
 
-def _check_architecture(use: Use[Any], context: Context) -> None:
+def _check_architecture(use: Use[Any], context: ArchitectureContext) -> None:
     seed_all(0)
     model = use.build(context)
     assert isinstance(model, nn.Module), "is not an nn.Module"
@@ -46,7 +57,7 @@ def _check_architecture(use: Use[Any], context: Context) -> None:
     twin.load_state_dict(copy.deepcopy(model.state_dict()))
 
 
-def _check_dataset(use: Use[Any], context: Context) -> None:
+def _check_dataset(use: Use[Any], context: DatasetContext) -> None:
     try:
         data = use.build(context)
     except DataMissingError:
@@ -72,14 +83,16 @@ def _check_dataset(use: Use[Any], context: Context) -> None:
         assert 0 <= float(x.min()) <= float(x.max()) <= 1, "pixels outside [0, 1]"
 
 
-def _check_evaluator(use: Use[Any], context: Context) -> None:
+def _check_evaluator(use: Use[Any], context: EvaluatorContext) -> None:
     model = tiny_network().eval()
     before, batches = snapshot(model), tiny_batches()
     results = []
+    context = dataclasses.replace(context, model=model, stage="evaluate")
     for _ in range(2):
-        seed_all(3)
-        evaluate = use.build(dataclasses.replace(context, model=model, stage="evaluate"))
-        results.append(evaluate(model, iter(batches)))
+        with tempfile.TemporaryDirectory() as scratch:
+            seed_all(3)
+            evaluate = use.build(dataclasses.replace(context, scratch=Path(scratch)))
+            results.append(evaluate(model, iter(batches)))
     result = results[0]
     assert isinstance(result, Result), f"gives a {type(result).__name__}, not a Result"
     assert result.metrics, "no metric"
@@ -95,22 +108,7 @@ def _check_evaluator(use: Use[Any], context: Context) -> None:
     assert not any(m.training for m in model.modules()), "left evaluation mode"
 
 
-def example_events(folder: Path) -> Iterator[Any]:
-    """One of every event, in an order that can happen."""
-    yield told.RunStarted("run", folder, ("pretrain", "evaluate"), {"seed": 0}, 1, 2, True)
-    yield told.Note("a note", warning=True)
-    yield told.StageStarted("pretrain", "pretrain", "0" * 32, 2, 3)
-    yield told.Progress("pretrain", 1, 3, 0, 2, {"loss": 1.0}, "training")
-    yield told.EpochDone("pretrain", 1, 2, {"loss": float("nan")}, True, 0.1, True)
-    yield told.EpochDone("pretrain", 2, 2, {"loss": 0.5}, False, 0.1)
-    yield told.StageDone("pretrain", "pretrain", "0" * 32, {"accuracy": 0.5}, 0.2)
-    yield told.StageDone("evaluate", "evaluate", "1" * 32, {"clean.accuracy": 0.5}, 0.2, True)
-    yield told.RunDone("run", folder, {"evaluate": {"clean.accuracy": 0.5}}, 1.0)
-    yield told.RunStarted("other", folder, ("pretrain",), {"seed": 1}, 2, 2)
-    yield told.RunFailed("other", folder, "the loss is not finite")
-
-
-def _check_reporter(use: Use[Any], context: Context) -> None:
+def _check_reporter(use: Use[Any], context: ReporterContext) -> None:
     out = io.StringIO()
     with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(out):
         report = use.build(dataclasses.replace(context, folder=Path(scratch)))
@@ -120,17 +118,18 @@ def _check_reporter(use: Use[Any], context: Context) -> None:
     assert not out.getvalue(), "writes to stdout, which is for results"
 
 
-CHECKS = {
-    "objective": training.check_objective,
-    "pruner": training.check_pruner,
-    "architecture": _check_architecture,
-    "dataset": _check_dataset,
-    "evaluator": _check_evaluator,
-    "optimizer": training.check_optimizer,
-    "schedule": training.check_schedule,
-    "budget": moving.check_budget,
-    "sparsity_schedule": moving.check_sparsity_schedule,
-    "rewirer": moving.check_rewirer,
-    "wrapper": moving.check_wrapper,
-    "reporter": _check_reporter,
+CHECKS: dict[str, tuple[type[Context], Callable[[Use[Any], Any], None]]] = {
+    "objective": (ObjectiveContext, training.check_objective),
+    "pruner": (PrunerContext, training.check_pruner),
+    "architecture": (ArchitectureContext, _check_architecture),
+    "dataset": (DatasetContext, _check_dataset),
+    "evaluator": (EvaluatorContext, _check_evaluator),
+    "optimizer": (Context, training.check_optimizer),
+    "schedule": (Context, training.check_schedule),
+    "budget": (Context, moving.check_budget),
+    "sparsity_schedule": (Context, moving.check_sparsity_schedule),
+    "rewirer": (NetworkContext, moving.check_rewirer),
+    "wrapper": (NetworkContext, moving.check_wrapper),
+    "reporter": (ReporterContext, _check_reporter),
 }
+"""Kind -> (the context that such a component is built with, what it must do in it)."""

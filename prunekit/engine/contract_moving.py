@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from prunekit.catalog.component import Use
-from prunekit.contracts import Clock, Context, Layers, Loss, OptimizerChoice, Scores
-from prunekit.engine.contract_training import same, snapshot, tiny_batches, tiny_network
+from prunekit.contracts import (
+    Clock,
+    Context,
+    Layers,
+    Loss,
+    NetworkContext,
+    OptimizerChoice,
+    Scores,
+)
+from prunekit.engine.contract_training import same, snapshot
+from prunekit.engine.examples import tiny_batches, tiny_network
 from prunekit.errors import RunError
 from prunekit.pruning.selection import Selection, select_masks
 from prunekit.steps import Around, Averaging, Following, Masking, Now
@@ -58,9 +67,8 @@ def check_budget(use: Use[Any], context: Context) -> None:
     assert abs(kept - 57) <= len(scores), f"keeps {kept} of 114 at sparsity 0.5, not about 57"
 
 
-def check_rewirer(use: Use[Any], context: Context) -> None:
+def check_rewirer(use: Use[Any], context: NetworkContext) -> None:
     """Twelve steps, of which some rewire: exact counts, zeros, and the target at the end."""
-    declared: Any = use.component
     results = []
     for _ in range(2):
         model = tiny_network()
@@ -72,7 +80,7 @@ def check_rewirer(use: Use[Any], context: Context) -> None:
             lambda clock: min(1.0, 0.5 + clock.fraction),
             names,
             (0, 0),
-            declared.gradients,
+            use.component.gradients,
         )
         try:
             results.append(_train_rewired(Rewired(model, {}, rewiring)))
@@ -102,12 +110,14 @@ def _train_rewired(masking: Rewired) -> dict[str, Tensor]:
     return {**masking.model.state_dict(), **{f"{n}.mask": m for n, m in masking.masks.items()}}
 
 
-def check_wrapper(use: Use[Any], context: Context) -> None:
+def check_wrapper(use: Use[Any], context: NetworkContext) -> None:
     """Steps on weights and on scores: what is changed comes back, and a resume gives the same."""
-    wrapper, declared = use.build(context), cast(Any, use.component)
+    wrapper = use.build(context)
     known = isinstance(wrapper, Around | Following)
     assert known, "has neither `around` nor `after_step`"
-    assert declared.averages == isinstance(wrapper, Averaging), "`averages` and `judged` differ"
+    assert use.component.averages == isinstance(wrapper, Averaging), (
+        "`averages` and `judged` differ"
+    )
     for learned in (False, True):
         model = tiny_network()
         wrapper = use.build(dataclasses.replace(context, model=model))
@@ -139,7 +149,6 @@ def _check_passes(use: Use[Any], wrapper: Any, masking: Masking, stepper: Steppe
     """What `around` does to weights and to the number of passes."""
     if not isinstance(wrapper, Around):
         return
-    declared: Any = use.component
     (x, y), _ = tiny_batches()
     clock, passes = Clock(STEPS - 1, STEPS, 10**6, 10**6 + 1), 0
     now = Now(clock, masking.model, masking.weights(), masking.masks, masking.gradients)
@@ -158,7 +167,9 @@ def _check_passes(use: Use[Any], wrapper: Any, masking: Masking, stepper: Steppe
         "`around` must return the loss of its last pass"
     )
     assert same(before, masking.weights()), "`around` does not bring the weights back to the bit"
-    assert passes == declared.passes(use.options), f"makes {passes} passes, and declares others"
+    assert passes == use.component.passes(use.options), (
+        f"makes {passes} passes, and declares others"
+    )
 
 
 def _make_stepper(masking: Masking, *wrappers: Any) -> Stepper:

@@ -12,37 +12,23 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.catalog.component import Use
-from prunekit.contracts import Attacking, Clock, Context, Loss, OptimizerChoice, Scores
-from prunekit.data.seeds import generator, seed_all
+from prunekit.contracts import (
+    Attacking,
+    Clock,
+    Context,
+    Loss,
+    ObjectiveContext,
+    OptimizerChoice,
+    PrunerContext,
+    Scores,
+)
+from prunekit.data.seeds import seed_all
+from prunekit.engine.examples import BATCH, CLASSES, tiny_batches, tiny_network
 from prunekit.errors import RunError
 from prunekit.evaluation import eval_mode
 from prunekit.pruning.selection import Selection, check_scores, meets
 from prunekit.steps import Masking
 from prunekit.training.masking import LearnedScores
-
-SHAPE, CLASSES, BATCH = (1, 8, 8), 3, 4
-
-
-def tiny_network(shape: tuple[int, int, int] = SHAPE, classes: int = CLASSES) -> nn.Module:
-    """A network with a convolution, batch normalization and a linear layer, seeded."""
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(shape[0], 4, 3, stride=2, padding=1),
-        nn.BatchNorm2d(4),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(2),
-        nn.Flatten(),
-        nn.Linear(16, classes),
-    )
-
-
-def tiny_batches(batches: int = 2) -> list[tuple[Tensor, Tensor]]:
-    """Random images and labels, seeded."""
-    g = torch.Generator().manual_seed(0)
-    return [
-        (torch.rand(BATCH, *SHAPE, generator=g), torch.randint(CLASSES, (BATCH,), generator=g))
-        for _ in range(batches)
-    ]
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
@@ -53,11 +39,11 @@ def same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-def check_objective(use: Use[Any], context: Context) -> None:
+def check_objective(use: Use[Any], context: ObjectiveContext) -> None:
     model = tiny_network()
     (x, y), _ = tiny_batches()
     images = x.clone()
-    objective = use.build(dataclasses.replace(context, model=model, stage="pretrain"))
+    objective = use.build(dataclasses.replace(context, model=model))
     model.train()
 
     def step() -> Loss:
@@ -100,10 +86,12 @@ def check_objective(use: Use[Any], context: Context) -> None:
         names = set(values)
     else:
         names = {"accuracy"}
+    declared = use.component.validates
+    assert names == set(declared), f"validates {sorted(names)}, but declares {sorted(declared)}"
     assert use.component.select in {*names, "last"}, "select is not a validation metric"
 
 
-def _check_scores_learn(use: Use[Any], context: Context, x: Tensor, y: Tensor) -> None:
+def _check_scores_learn(use: Use[Any], context: ObjectiveContext, x: Tensor, y: Tensor) -> None:
     """Scores get gradients through the objective, whichever forward pass comes first."""
     model = tiny_network()
     start = {n: torch.randn_like(p) for n, p in model.named_parameters() if p.dim() > 1}
@@ -116,10 +104,10 @@ def _check_scores_learn(use: Use[Any], context: Context, x: Tensor, y: Tensor) -
     )
 
 
-def check_pruner(use: Use[Any], context: Context) -> None:
-    model = tiny_network()
+def check_pruner(use: Use[Any], context: PrunerContext) -> None:
+    """Scores that fit; what it trains gets gradients; weights stay."""
+    model, weights = context.model, context.weights
     before = snapshot(model)
-    weights = {n: p.detach().clone() for n, p in model.named_parameters() if p.dim() > 1}
     learned: list[Masking] = []
     clock = Clock(0, 10, 0, 2)
 
@@ -133,7 +121,7 @@ def check_pruner(use: Use[Any], context: Context) -> None:
         masking.check()
         (x, y), _ = tiny_batches()
         with masking.effective(clock):
-            cross_entropy(x, y, clock).value.backward()
+            nn.functional.cross_entropy(model(x), y).backward()
         groups = masking.parameters()
         assert all(p.grad is not None for g in groups for p in g.parameters), (
             "something that it trains gets no gradient"
@@ -143,32 +131,18 @@ def check_pruner(use: Use[Any], context: Context) -> None:
         masking.detach()
         return masking.scores()
 
-    def cross_entropy(x: Tensor, y: Tensor, clock: Clock) -> Loss:
-        logits = model(x)
-        return Loss(nn.functional.cross_entropy(logits, y), logits)
-
-    context = dataclasses.replace(
-        context,
-        model=model,
-        weights=weights,
-        stage="prune",
-        sparsity=0.5,
-        attach=attach,
-        train=train,
-        objective=cross_entropy,
-        batches=lambda: iter(tiny_batches()),
-        generator=generator(0),
-    )
     model.train()
-    scores = use.build(context)(context)
+    scoring = dataclasses.replace(
+        context, stage="prune", threat=use.threat, attach=attach, train=train
+    )
+    scores = use.build(scoring)(scoring)
     assert isinstance(scores, Scores), f"gives a {type(scores).__name__}, not Scores"
     assert bool(learned) == use.component.learns, "`learns` and what it does disagree"
     allocates = scores.keep is not None
     assert allocates == use.component.allocates, "`allocates` and what it does disagree"
     _check_scores(scores, weights)
     after = snapshot(model)
-    same = [torch.equal(before[n], after[n]) for n in weights]
-    assert all(same), "scoring changed the weights"
+    assert all(torch.equal(before[n], after[n]) for n in weights), "scoring changed the weights"
 
 
 def _check_scores(scores: Scores, weights: Mapping[str, Tensor]) -> None:

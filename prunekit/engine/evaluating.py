@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from prunekit.catalog.component import Use
-from prunekit.contracts import Evaluator
+from prunekit.contracts import Evaluator, EvaluatorContext
 from prunekit.data import seeds
 from prunekit.data.batches import eval_batches
 from prunekit.engine.work import Loaded, Outcome, Work, describe_masks
@@ -50,8 +50,8 @@ def judge(state: State, stage: Stage, use: Use[Evaluator], work: Work) -> Outcom
     seed = (work.run.seed, "evaluate", use.component.name)
     seeds.seed_all(*seed)
     state.model.requires_grad_(False)
-    context = replace(
-        work.context(stage, state), scratch=work.folder.scratch(), pause=work.stop.check
+    context = EvaluatorContext(
+        **vars(work.context(stage, state)), scratch=work.folder.scratch(), pause=work.stop.check
     )
     evaluator = use.build(context)
     with eval_mode(state.model), warnings.catch_warnings(record=True) as caught:

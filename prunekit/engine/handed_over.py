@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.catalog.component import NoOptions, Use
+from prunekit.catalog.kinds import ArchitectureComponent
 from prunekit.catalog.registry import load_registry
-from prunekit.contracts import Context, Data
+from prunekit.contracts import Data, DatasetContext
 from prunekit.data.batches import Arrays, to_device
 from prunekit.engine.stages import STAGES
 from prunekit.engine.work import Loaded, Outcome, Work
@@ -50,6 +51,7 @@ def plan_recipe(
     if model is not None:
         check_model(model)
         given = load_registry().find("architecture", "given").component
+        assert isinstance(given, ArchitectureComponent)
         module, _, function = given.identify.partition(":")
         known = getattr(importlib.import_module(module), function)(model)
         unique = known.get("unique")
@@ -90,8 +92,8 @@ def read_images(data: Any, model: nn.Module | None = None) -> Data:
     Raises `UserError` where a network does not take them, or has fewer classes.
     """
     entry = load_registry().find("dataset", "given")
-    use: Use[Data] = Use("dataset", entry.component, NoOptions(), entry.owner, value=data)
-    found = use.build(Context(stage="evaluate"))
+    use: Use[Data] = Use(entry.component, NoOptions(), entry.owner, value=data)
+    found = use.build(DatasetContext(seed=0, folder=Path.cwd(), test_only=True))
     if model is None:
         return found
     device = next((p.device for p in model.parameters()), torch.device("cpu"))

@@ -71,7 +71,7 @@ def _key_evaluator(
         "images": stage.options.images,
         "limit": stage.limit,
         "component": [use.component.name, describe(use.options, hash_file)],
-        "threat": threat if hasattr(use.options, "eps") else None,
+        "threat": threat,
         **({} if upstream else _describe_network(run)),
     }
     uses = list(uses_in((run.dataset, run.architecture, use)))
@@ -97,7 +97,7 @@ def describe_stage(stage: Stage) -> dict[str, Any]:
     threats = [
         [use.kind, use.name, use.threat.norm, use.threat.eps]
         for use in uses_in(stage.options)
-        if use.threat is not None and hasattr(use.options, "eps")
+        if use.threat is not None
     ]
     return {
         "kind": stage.kind,

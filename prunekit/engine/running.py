@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from prunekit.catalog.component import Use
-from prunekit.contracts import Context
+from prunekit.contracts import ReporterContext
 from prunekit.engine.engine import Engine
 from prunekit.engine.keys import make_keys
 from prunekit.engine.work import Inputs
@@ -128,7 +128,7 @@ def reporters(plan: Plan, out: Path, tell: Tell) -> Iterator[Report]:
 
     for use in plan.reporters:
         try:
-            listeners.append((use, use.build(Context(folder=out, live=live))))
+            listeners.append((use, use.build(ReporterContext(seed=0, folder=out, live=live))))
         except (Exception, SystemExit) as error:
             if isinstance(error, UserError) and not isinstance(error, PluginError):
                 raise

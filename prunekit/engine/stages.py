@@ -10,7 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunekit.contracts import Context, Objective, Scores, read_ratio
+from prunekit.contracts import (
+    NetworkContext,
+    Objective,
+    ObjectiveContext,
+    PrunerContext,
+    Scores,
+    read_ratio,
+)
 from prunekit.data import seeds
 from prunekit.engine.evaluating import evaluate
 from prunekit.engine.work import Outcome, Work, describe_masks
@@ -41,11 +48,11 @@ from prunekit.training.rewiring import Rewired, Rewiring
 
 def train(state: State, stage: Stage, work: Work) -> Outcome:
     """Pretrain or finetune: train the weights; removed ones stay zero, or a rewirer moves masks."""
-    context = work.context(stage, state)
     masking = Weights(state.model, state.masks)
     if stage.prunes:
-        masking = _rewire(state, stage, work, context)
-    objective = stage.options.objective.build(context)
+        masking = _rewire(state, stage, work)
+    context = work.context(stage, state)
+    objective = stage.options.objective.build(ObjectiveContext(**vars(context)))
     try:
         history = _fit(masking, objective, stage, work, context)
     finally:
@@ -56,16 +63,16 @@ def train(state: State, stage: Stage, work: Work) -> Outcome:
     return Outcome({**_best(history, stage), **describe_masks(state)}, history)
 
 
-def _rewire(state: State, stage: Stage, work: Work, context: Context) -> Rewired:
+def _rewire(state: State, stage: Stage, work: Work) -> Rewired:
     """The masking of a stage whose masks a rewirer changes."""
     use = stage.options.rewire
-    selection = _choose_selection(stage, context)
+    selection = _choose_selection(stage, work)
     weights, followers = _find_structured(state, stage, work, selection)
     rewiring = Rewiring(
-        rewirer=use.build(context),
+        rewirer=use.build(work.context(stage, state)),
         name=use.name,
         selection=selection,
-        schedule=stage.options.sparsity_schedule.build(context),
+        schedule=stage.options.sparsity_schedule.build(work.plain_context()),
         weights=list(weights),
         seed=(work.run.seed, stage.position),
         gradients=use.component.gradients,
@@ -74,9 +81,9 @@ def _rewire(state: State, stage: Stage, work: Work, context: Context) -> Rewired
     return Rewired(state.model, state.masks, rewiring)
 
 
-def _choose_selection(stage: Stage, context: Context) -> Selection:
+def _choose_selection(stage: Stage, work: Work) -> Selection:
     options = stage.options
-    budget = options.budget.build(context)
+    budget = options.budget.build(work.plain_context())
     compares = options.budget.component.compares
     return Selection(stage.sparsity, budget, options.structure, compares)
 
@@ -90,12 +97,12 @@ def prune(state: State, stage: Stage, work: Work) -> Outcome:
     state.model.requires_grad_(True)
     state.model.train()
     context = work.context(stage, state)
-    selection = _choose_selection(stage, context)
+    selection = _choose_selection(stage, work)
     weights, followers = _find_structured(state, stage, work, selection)
     frozen = {name: weight.detach().clone() for name, weight in weights.items()}
     # Before scores are attached: an objective may trace the plain network.
-    objective = options.objective and options.objective.build(context)
-    schedule = options.sparsity_schedule.build(context)
+    objective = options.objective and options.objective.build(ObjectiveContext(**vars(context)))
+    schedule = options.sparsity_schedule.build(work.plain_context())
 
     def attach(start: Scores, kind: type[LearnedScores] = LearnedScores, **more: Any) -> Masking:
         check_scores(start, frozen, named)
@@ -121,8 +128,8 @@ def prune(state: State, stage: Stage, work: Work) -> Outcome:
 
     if not options.pruner.component.learns:
         work.report(StageStarted(stage.name, stage.kind, work.key))
-    scoring = replace(
-        context,
+    scoring = PrunerContext(
+        **{**vars(context), "threat": options.pruner.threat},
         weights=frozen,
         generator=seeds.generator(work.run.seed, stage.position, "pruner"),
         objective=objective,
@@ -230,14 +237,14 @@ STAGES: dict[str, Callable[[State, Stage, Work], Outcome]] = {
 
 
 def _fit(
-    masking: Masking, objective: Objective, stage: Stage, work: Work, context: Context
+    masking: Masking, objective: Objective, stage: Stage, work: Work, context: NetworkContext
 ) -> list[dict[str, Any]]:
     options = stage.options
     return fit(
         Fit(
             masking=masking,
             objective=objective,
-            optimizer=options.optimizer.build(context),
+            optimizer=options.optimizer.build(work.plain_context()),
             feed=work.feed(stage),
             epochs=stage.epochs,
             seed=(work.run.seed, stage.position),

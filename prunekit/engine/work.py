@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from prunekit.catalog.component import Facts, Use
-from prunekit.contracts import Context, Data, Split
+from prunekit.catalog.component import Use
+from prunekit.catalog.kinds import Facts
+from prunekit.contracts import Context, Data, DatasetContext, NetworkContext, Split
 from prunekit.data.batches import Arrays, Extra, Feed, fingerprint, hold_out, to_device
 from prunekit.errors import DataMissingError, UserError
 from prunekit.models.building import build_network
@@ -75,7 +76,7 @@ class Inputs:
         )
         name = str([describe(value) for value in shared])
         if name not in self._loaded:
-            data = self._build(run.dataset, run, Context(folder=run.folder))
+            data = self._build(run.dataset, run, DatasetContext(seed=0, folder=run.folder))
             if not len(data.test.labels):
                 way = "use it as the extra of another data set"
                 raise UserError(f"{run.dataset.name} has no test images; {way}")
@@ -95,7 +96,7 @@ class Inputs:
             self._loaded[name] = Loaded(data, validation, more, tuple(prints))
         return self._loaded[name]
 
-    def _build(self, use: Use[Data], run: Run, context: Context) -> Data:
+    def _build(self, use: Use[Data], run: Run, context: DatasetContext) -> Data:
         if self.preview and hasattr(use.options, "download"):
             use = replace(use, options=replace(use.options, download=False))
         try:
@@ -115,7 +116,7 @@ class Inputs:
             return Data(train, test, facts.shape, facts.classes, facts.augment, "missing")
 
     def _load_extra(self, use: Use[Data], run: Run, data: Data) -> Data:
-        context = Context(folder=run.folder, shape=data.shape, classes=data.classes)
+        context = DatasetContext(seed=0, folder=run.folder, extra_of=data)
         found = self._build(use, run, context)
         if not len(found.train.labels):
             raise UserError(f"extra {use.name} has no training images")
@@ -194,8 +195,12 @@ class Work:
     def device(self) -> torch.device:
         return self.compute.device
 
-    def context(self, stage: Stage, state: State) -> Context:
-        return Context(
+    def plain_context(self) -> Context:
+        """What components without a network of their own are built with."""
+        return Context(seed=self.run.seed, folder=self.run.folder)
+
+    def context(self, stage: Stage, state: State) -> NetworkContext:
+        return NetworkContext(
             seed=self.run.seed,
             folder=self.run.folder,
             shape=self.loaded.data.shape,

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from prunekit.contracts import Context
+from prunekit.contracts import ArchitectureContext, DatasetContext
 from prunekit.data import seeds
 from prunekit.errors import RunError
 from prunekit.evaluation import eval_mode
@@ -34,7 +34,9 @@ def build_network(
     use = run.architecture
     seeds.seed_all(run.seed, "architecture")
     model = use.build(
-        Context(seed=run.seed, folder=run.folder, shape=shape, classes=classes, fresh=fresh)
+        ArchitectureContext(
+            seed=run.seed, folder=run.folder, shape=shape, classes=classes, fresh=fresh
+        )
     )
     owner = f"architecture {use.component.name!r} of plugin {use.plugin}"
     if not isinstance(model, nn.Module):
@@ -130,7 +132,10 @@ def find_shape(run: Run) -> tuple[tuple[int, int, int], int]:
     The data is read only if the component does not declare them.
     """
     facts = run.dataset.component.facts
-    known = facts(run.dataset.options) if facts else run.dataset.build(Context(folder=run.folder))
+    if facts:
+        known = facts(run.dataset.options)
+    else:
+        known = run.dataset.build(DatasetContext(seed=0, folder=run.folder))
     return known.shape, known.classes
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from prunekit.catalog.component import Use
 from prunekit.catalog.registry import load_registry
-from prunekit.contracts import Context, Masks
+from prunekit.contracts import ArchitectureContext, Masks
 from prunekit.data import seeds
 from prunekit.errors import Place, RecipeError, UserError, relative
 from prunekit.recipe.resolver import Resolver
@@ -31,7 +31,7 @@ def load_network(network: Network, given: nn.Module | None = None) -> tuple[Any,
         seeds.seed_all(seed, "architecture")
         folder, classes = network.file.parent, header["classes"]
         model: Any = use.build(
-            Context(seed=seed, folder=folder, shape=shape, classes=classes, fresh=False)
+            ArchitectureContext(seed=seed, folder=folder, shape=shape, classes=classes, fresh=False)
         )
     else:
         model = copy.deepcopy(given).cpu()

@@ -221,7 +221,7 @@ def _note_threats(threat: Threat | None, stages: tuple[Stage, ...]) -> Iterator[
     """A component may have another threat model than the recipe; that is worth a note."""
     for stage in stages if threat else ():
         for use in uses_in(stage.options):
-            if threat and use.threat and use.threat != threat and hasattr(use.options, "eps"):
+            if threat and use.threat and use.threat != threat:
                 yield (
                     f"stage {stage.name!r}: {use.name!r} has norm {use.threat.norm}, eps "
                     f"{use.threat.eps:.6g}; the recipe's threat is {threat.norm}, {threat.eps:.6g}"

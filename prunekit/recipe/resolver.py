@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
-from prunekit import contracts, steps
-from prunekit.catalog.component import Radius, Use, default_of
+from prunekit.catalog.component import Radius, Threatened, Use, default_of
+from prunekit.catalog.kinds import KINDS
 from prunekit.catalog.registry import Registry
 from prunekit.contracts import Threat
 from prunekit.errors import OptionError, Place, Problem, UserError, explain_briefly
@@ -27,22 +27,8 @@ from prunekit.recipe.values import (
     read_radius,
     suggest,
 )
-from prunekit.report import Reporter
 
-KIND_OF: dict[Any, str] = {
-    contracts.Objective: "objective",
-    contracts.Pruner: "pruner",
-    contracts.Architecture: "architecture",
-    contracts.Data: "dataset",
-    contracts.Evaluator: "evaluator",
-    Reporter: "reporter",
-    contracts.OptimizerChoice: "optimizer",
-    contracts.Schedule: "schedule",
-    contracts.Budget: "budget",
-    contracts.SparsitySchedule: "sparsity_schedule",
-    steps.Rewirer: "rewirer",
-    steps.Wrapper: "wrapper",
-}
+KIND_OF: dict[Any, str] = {declaration.builds: kind for kind, declaration in KINDS.items()}
 """The kind of component that an option of type `Use[...]` names."""
 
 THREAT_EXAMPLE = 'write [threat] with norm = "linf" and eps = "8/255"'
@@ -112,7 +98,8 @@ class Resolver:
         for key in [key for key in table if key not in fields]:
             advice = suggest(key, (*fields, *core))
             self.problem((*path, key), f"unknown option {key!r} of {owner}; {advice}")
-        norm = table.get("norm") or (self.threat.norm if self.threat else "linf")
+        known = cls.norms[0] if issubclass(cls, Threatened) else "linf"
+        norm = table.get("norm") or (self.threat.norm if self.threat else known)
         for key, f in fields.items():
             value = default = default_of(f)
             if key in table:
@@ -168,16 +155,23 @@ class Resolver:
         if not isinstance(name, str) or not re.fullmatch(NAME, name):
             raise Mistake((*path, "name"), f"name of {owner} {NAME_RULE}, got {name!r}")
         threat = self._threat(options, path, owner)
-        return Use(kind, component, options, entry.owner, name, threat, entry.reference)
+        return Use(component, options, entry.owner, name, threat, entry.reference)
 
     def _threat(self, options: Any, path: KeyPath, owner: str) -> Threat | None:
         """The recipe's threat model, overridden by the component's own `norm` and `eps`."""
-        if not (hasattr(options, "eps") and hasattr(options, "norm")):
+        if not isinstance(options, Threatened):
             return None
         if self.threat is None and options.eps is None:
             raise Mistake(path, f"{owner} needs a threat model; {THREAT_EXAMPLE}")
-        base = self.threat or Threat("linf", 0.0)
-        return Threat(options.norm or base.norm, base.eps if options.eps is None else options.eps)
+        base = self.threat or Threat(options.norms[0], 0.0)
+        norm = options.norm or base.norm
+        if norm not in options.norms:
+            raise Mistake(
+                (*path, "norm") if options.norm else path,
+                f'{owner} does not take norm "{norm}"; write norm = "{options.norms[0]}" and an '
+                f"eps for it, or use another component",
+            )
+        return Threat(norm, base.eps if options.eps is None else options.eps)
 
     def _value(self, hint: Any, value: Any, slot: Slot) -> Any:
         """A value of the type `hint`. Raises `Mistake`, or `Recorded` for mistakes within lists."""

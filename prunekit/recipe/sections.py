@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from prunekit.catalog.component import Radius, Use, WrapperComponent, option
+from prunekit.catalog.component import Radius, Use, option
 from prunekit.contracts import (
     STRUCTURE,
     Budget,
@@ -78,8 +78,7 @@ class FitOptions:
     wrap: tuple[Use[Wrapper], ...] = option((), help="what goes around or follows training steps")
 
     def __post_init__(self) -> None:
-        declared = [use.component for use in self.wrap]
-        if sum(isinstance(c, WrapperComponent) and c.averages for c in declared) > 1:
+        if sum(use.component.averages for use in self.wrap) > 1:
             raise OptionError("wrap", "only one average can be judged and stored; keep one")
 
 

@@ -141,6 +141,8 @@ def resolve_stages(
                 message += 'use = "trades" for all stages, or objective = "..." in this one'
                 resolver.problem(path, message)
             options = dataclasses.replace(options, objective=objective)
+        if kind != "evaluate" and options.objective is not None:
+            _check_select(options, resolver, path, name)
         stages.append(Stage(kind, name, position, options, sparsity))
         _check_wrappers(stages[-1], resolver, path)
     return tuple(stages)
@@ -191,6 +193,20 @@ def _check_prune(options: Any, before: float, resolver: Resolver, path: KeyPath,
         )
 
 
+def _check_select(options: Any, resolver: Resolver, path: KeyPath, name: str) -> None:
+    component = options.objective.component
+    known = [*component.validates, "last"]
+    # The core adds it where the classes of the images are unbalanced.
+    if options.select not in (None, *known) and not (
+        options.select == "balanced_accuracy" and "accuracy" in known
+    ):
+        resolver.problem(
+            (*path, "select"),
+            f"stage {name!r}: objective {component.name!r} has no validation metric "
+            f"{options.select!r}; {suggest(options.select, known)}",
+        )
+
+
 def _drop_unused(
     kind: str,
     own: dict[str, Any],
@@ -216,7 +232,7 @@ def _drop_unused(
     value = own.get(key, "score")
     name = str(value.get("use") if isinstance(value, dict) else value)
     named = "rewirer" if key == "rewire" else "pruner"
-    found = [e.component for e in resolver.registry.search(name, named)]
+    found: list[Any] = [e.component for e in resolver.registry.search(name, named)]
     unused: dict[str, str] = {}
     if kind == "prune" and found and not found[0].learns:
         unused |= dict.fromkeys(find_unused(own), "is one-shot")

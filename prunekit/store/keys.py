@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 DECIDING = (
+    "contexts.py",
     "contracts.py",
     "data/",
     "engine/engine.py",

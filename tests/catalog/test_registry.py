@@ -6,16 +6,17 @@ from importlib.metadata import EntryPoint
 
 import pytest
 
-from prunekit.catalog.component import KINDS, Component, option
+from prunekit.catalog.component import option
+from prunekit.catalog.kinds import KINDS, PrunerComponent
 from prunekit.catalog.registry import load_registry
 from prunekit.errors import UserError
 
 GOOD = """
-from prunekit import Component, hookimpl
+from prunekit import PrunerComponent, hookimpl
 
 @hookimpl
 def prunekit_pruners():
-    yield Component(name="mine", summary="Mine", build="{module}:build")
+    yield PrunerComponent(name="mine", summary="Mine", build="{module}:build")
 """
 
 
@@ -56,7 +57,7 @@ def test_a_plugin_is_found_by_its_entry_point(plugin):
     assert registry.find("pruner", "a:mine") == entry
 
 
-IMPORTS = "from prunekit import Component, hookimpl\n"
+IMPORTS = "from prunekit import PrunerComponent, hookimpl\n"
 
 BROKEN = {
     "raise RuntimeError('no\\nluck')": "RuntimeError: no luck",
@@ -72,7 +73,12 @@ BROKEN = {
         "NameError: there is no hook 'prunekit_pruner'; did you mean 'prunekit_pruners'?"
     ),
     IMPORTS + "@hookimpl\ndef prunekit_pruners():\n    return ['score']": (
-        "TypeError: prunekit_pruners gave a str, not a Component"
+        "TypeError: prunekit_pruners yields PrunerComponents, not str"
+    ),
+    IMPORTS + "@hookimpl\ndef prunekit_objectives():\n    "
+    "yield PrunerComponent(name='x', summary='', build='m:b')": (
+        "TypeError: prunekit_objectives yields ObjectiveComponents, but 'x' is declared as "
+        "PrunerComponent"
     ),
     IMPORTS + "@hookimpl\ndef prunekit_pruners():\n    return 3": (
         "TypeError: 'int' object is not iterable"
@@ -81,7 +87,7 @@ BROKEN = {
         "ZeroDivisionError: division by zero"
     ),
     IMPORTS + "@hookimpl\ndef prunekit_pruners():\n    "
-    "return [Component(name='x', summary='', build='m:b', options=int)]": (
+    "return [PrunerComponent(name='x', summary='', build='m:b', options=int)]": (
         "TypeError: options of 'x' is not a dataclass: <class 'int'>"
     ),
 }  # fmt: skip
@@ -210,5 +216,5 @@ def test_a_component_knows_its_package():
     class Options:
         steps: int = option(1, help="steps")
 
-    component = Component(name="x", summary="X", build="a.b.c:d", options=Options)
+    component = PrunerComponent(name="x", summary="X", build="a.b.c:d", options=Options)
     assert component.package == "a"

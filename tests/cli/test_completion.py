@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from prunekit.catalog.component import KINDS
+from prunekit.catalog.kinds import KINDS
 from prunekit.catalog.registry import load_registry
 
 CODE = """

@@ -4,7 +4,7 @@ import textwrap
 
 import pytest
 
-from prunekit.catalog.component import KINDS
+from prunekit.catalog.kinds import KINDS
 from prunekit.catalog.registry import load_registry
 
 pytestmark = pytest.mark.usefixtures("here")

@@ -42,11 +42,13 @@ def install(site, name, declaration, parts=""):
 
 
 DECLARATION = """
-from prunekit import Component, hookimpl
+from prunekit import PrunerComponent, hookimpl
 
 @hookimpl
 def prunekit_pruners():
-    yield Component(name="{name}", summary="X", build="{plugin}_plugin.parts:build", needs={needs})
+    yield PrunerComponent(
+        name="{name}", summary="X", build="{plugin}_plugin.parts:build", needs={needs}
+    )
 """
 
 

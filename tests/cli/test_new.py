@@ -10,14 +10,15 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from prunekit.catalog.component import API_VERSION, KINDS
+from prunekit.catalog.component import API_VERSION
+from prunekit.catalog.kinds import KINDS
 from prunekit.catalog.registry import load_registry
 from prunekit.cli import new
 from prunekit.cli.group import main
 from prunekit.recipe.document import load_recipe
 from prunekit.recipe.plan import make_plan
 
-NAMES = {f"acme-{kind}".replace("_", "-"): (kind,) for kind in KINDS} | {"acme-all": KINDS}
+NAMES = {f"acme-{kind}".replace("_", "-"): (kind,) for kind in KINDS} | {"acme-all": tuple(KINDS)}
 
 
 def call(*arguments, code=0):

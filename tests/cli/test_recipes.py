@@ -189,16 +189,16 @@ def test_an_unknown_device(call):
 
 def test_a_run_that_fails_exits_with_1_and_the_others_go_on(here, call):
     (here / "s.toml").write_text(
-        'extends = "r.toml"\n[sweep]\n"pretrain.select" = ["nonsense", "accuracy"]\n'
+        'extends = "r.toml"\n[sweep]\n"pretrain.optimizer.lr" = [1e30, 0.1]\n'
     )
     out, err = call("run", "s.toml", "--device", "cpu", "--out", "out", code=1)
-    assert "prunekit: run 'select=nonsense' failed: " in err
-    assert "nonsense" in err.splitlines()[-1]
+    assert "prunekit: run 'lr=1e+30' failed: " in err
+    assert "not finite" in err.splitlines()[-1]
     told = {
-        label: json.loads((here / f"out/select={label}/run.json").read_text())["status"]
-        for label in ("nonsense", "accuracy")
+        label: json.loads((here / f"out/lr={label}/run.json").read_text())["status"]
+        for label in ("1e+30", "0.1")
     }
-    assert told == {"nonsense": "failed", "accuracy": "done"}
+    assert told == {"1e+30": "failed", "0.1": "done"}
     assert "accuracy" in out
 
 

@@ -5,7 +5,7 @@ import importlib
 import numpy as np
 import pytest
 
-from prunekit.catalog.component import Component
+from prunekit.catalog.kinds import KINDS
 from prunekit.catalog.registry import Entry, Registry, load_registry
 from prunekit.engine.engine import Engine
 from prunekit.engine.keys import make_keys
@@ -140,7 +140,7 @@ def fail():
 
 def find_registry():
     told = [
-        Entry(kind, Component(name="told", summary="Told", build=f"told_parts:build_{kind}"),
+        Entry(KINDS[kind](name="told", summary="Told", build=f"told_parts:build_{kind}"),
               "told", "told-dist 1.2")
         for kind in ("pruner", "evaluator", "objective", "dataset")
     ]  # fmt: skip

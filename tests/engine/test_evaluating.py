@@ -6,7 +6,8 @@ import torch
 from prunekit_adversarial import PgdOptions
 from prunekit_adversarial.evaluators import Pgd
 
-from prunekit.catalog.component import Component, Use
+from prunekit.catalog.component import Use
+from prunekit.catalog.kinds import EvaluatorComponent
 from prunekit.catalog.registry import Entry, Registry
 from prunekit.contracts import Result, Threat
 from prunekit.engine.evaluating import cross_examine, judge_batches
@@ -23,13 +24,13 @@ INDEX = np.array([0, 10, 20, 30])
 
 
 def attack(name, correct, threat=EPS, beats=()):
-    component = Component(name=name, summary="", build="a:b", judges="attack", beats=beats)
-    return Use("evaluator", component, None, name=name, threat=threat), f"{name}.correct", correct
+    component = EvaluatorComponent(name=name, summary="", build="a:b", judges="attack", beats=beats)
+    return Use(component, None, name=name, threat=threat), f"{name}.correct", correct
 
 
 def proof(name, verified, threat=EPS):
-    component = Component(name=name, summary="", build="a:b", judges="proof")
-    return Use("evaluator", component, None, name=name, threat=threat), f"{name}.verified", verified
+    component = EvaluatorComponent(name=name, summary="", build="a:b", judges="proof")
+    return Use(component, None, name=name, threat=threat), f"{name}.verified", verified
 
 
 def examine(*judged):
@@ -144,8 +145,7 @@ def test_contradicting_verdicts_are_told(bench, parts):
 
     def add(judges):
         return Entry(
-            "evaluator",
-            Component(name=judges, summary=judges, build=f"told_parts:build_{judges}",
+            EvaluatorComponent(name=judges, summary=judges, build=f"told_parts:build_{judges}",
                       options=PgdOptions, judges=judges),
             "told", "told-dist 1.2",
         )  # fmt: skip

@@ -11,15 +11,16 @@ from prunekit_nets.vgg import build_vgg
 from prunekit_nets.wide_resnet import wrn_28_1
 
 from prunekit.cli.group import main
-from prunekit.contracts import Context
+from prunekit.contracts import ArchitectureContext
 from prunekit.models.exporting import find_sparsity
 from prunekit.models.importing import count_imported, find_keep_ratio
 from prunekit.pruning.layers import find_prunable
 from prunekit.pruning.masks import apply_masks
 from prunekit.pruning.selection import count_kept
 from prunekit.store.checkpoint import read_checkpoint, read_masks, write_model
+from prunekit.testing import example_context
 
-CONTEXT = Context(shape=(1, 8, 8), classes=10)
+CONTEXT = example_context(ArchitectureContext, shape=(1, 8, 8), classes=10)
 
 
 @pytest.fixture(autouse=True)

@@ -15,9 +15,10 @@ OWNER = "signs (acme-signs 2.5)"
 
 DECLARATION = """
 from dataclasses import dataclass
-from prunekit import Component, Facts, hookimpl, option
+from prunekit import Facts, hookimpl, option
+from prunekit.catalog.kinds import KINDS
 
-PRUNEKIT_API = 2
+PRUNEKIT_API = 3
 
 @dataclass(frozen=True)
 class Options:
@@ -28,8 +29,8 @@ class Options:
             raise KeyError("thirteen")
 
 def declare(kind, **more):
-    return Component(name="signs", summary="Signs", build=f"acme_signs.parts:{kind}",
-                     options=Options, **more)
+    return KINDS[kind](name="signs", summary="Signs", build=f"acme_signs.parts:{kind}",
+                       options=Options, **more)
 
 @hookimpl
 def prunekit_objectives():
@@ -337,19 +338,19 @@ def broken(package, declaration):
 
 
 def test_a_plugin_for_another_version_of_the_api(package):
-    for version, way in ((3, "update prunekit"), (1, "update the plugin")):
-        text = DECLARATION.replace("PRUNEKIT_API = 2", f"PRUNEKIT_API = {version}")
-        reason = f"written for plugin API {version}, this prunekit has 2; {way}"
+    for version, way in ((4, "update prunekit"), (2, "update the plugin")):
+        text = DECLARATION.replace("PRUNEKIT_API = 3", f"PRUNEKIT_API = {version}")
+        reason = f"written for plugin API {version}, this prunekit has 3; {way}"
         assert broken(package, text) == reason
         # One for a later API may ask for what there is not yet.
         assert broken(package, "import prunekit.nothing\n" + text) == reason
-    text = DECLARATION.replace("PRUNEKIT_API = 2", "PRUNEKIT_API = '1'")
-    assert broken(package, text) == "PRUNEKIT_API is '1'; write PRUNEKIT_API = 2"
+    text = DECLARATION.replace("PRUNEKIT_API = 3", "PRUNEKIT_API = '1'")
+    assert broken(package, text) == "PRUNEKIT_API is '1'; write PRUNEKIT_API = 3"
     assert broken(package, "import prunekit.nothing\n" + DECLARATION) == (
         "ModuleNotFoundError: No module named 'prunekit.nothing'; plugins import from "
         "`prunekit` and the modules beside it, as docs/plugins.md says"
     )
-    package.write(declaration=DECLARATION.replace("PRUNEKIT_API = 2", ""))
+    package.write(declaration=DECLARATION.replace("PRUNEKIT_API = 3", ""))
     assert not load_registry().broken
 
 

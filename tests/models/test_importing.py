@@ -16,9 +16,10 @@ from torch import nn
 from torch.nn.utils import prune
 
 from prunekit.cli.group import main
-from prunekit.contracts import Context
+from prunekit.contracts import ArchitectureContext
 from prunekit.errors import UserError
 from prunekit.store.checkpoint import read_checkpoint, read_masks
+from prunekit.testing import example_context
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +44,7 @@ def take(kind, *arguments, model="lin-1", code=0):
 
 def make_net(seed=0):
     torch.manual_seed(seed)
-    return lin_1(NetOptions(), Context(shape=(1, 8, 8), classes=10))
+    return lin_1(NetOptions(), example_context(ArchitectureContext, shape=(1, 8, 8), classes=10))
 
 
 def write_hydra(net, path="x.pt", prefix="", extra=None):
@@ -70,7 +71,12 @@ def find_masks(folder="runs/x"):
 @pytest.mark.parametrize(("sparsity", "keep_ratio"), [(0.9, 0.1), (0.95, 0.05), (0.1, 0.9)])
 def test_the_masks_are_those_of_the_scores(sparsity, keep_ratio):
     torch.manual_seed(0)
-    net = build_vgg(2, NetOptions(), Context(shape=(1, 8, 8), classes=10), batch_norm=True)
+    net = build_vgg(
+        2,
+        NetOptions(),
+        example_context(ArchitectureContext, shape=(1, 8, 8), classes=10),
+        batch_norm=True,
+    )
     scores = write_hydra(net, prefix="module.")
     take("hydra", "--sparsity", sparsity, model="vgg2-bn")
     masks = find_masks()
@@ -125,7 +131,9 @@ def test_missing_keys_are_listed():
 
 def test_every_layer_of_hydra_has_scores_and_harp_may_leave_some_dense():
     torch.manual_seed(0)
-    net = build_vgg(2, NetOptions(), Context(shape=(1, 8, 8), classes=10))
+    net = build_vgg(
+        2, NetOptions(), example_context(ArchitectureContext, shape=(1, 8, 8), classes=10)
+    )
     layers = write_hydra(net)
     write_hydra(net, extra={f"{layer}.k_score": torch.tensor(0.0) for layer in layers})
     content = torch.load("x.pt", weights_only=True)
@@ -225,7 +233,9 @@ def test_malice_is_refused(kind, bare):
 
 def test_harp_layers_have_their_own_keep_ratio():
     torch.manual_seed(0)
-    net = build_vgg(2, NetOptions(), Context(shape=(1, 8, 8), classes=10))
+    net = build_vgg(
+        2, NetOptions(), example_context(ArchitectureContext, shape=(1, 8, 8), classes=10)
+    )
     rates = {"features.0": 0.0, "classifier.0": 2.0, "classifier.2": -20.0}
     scores = write_hydra(net)
     extra = {f"{layer}.k_score": torch.tensor(rates.get(layer, 0.0)) for layer in scores}

@@ -15,9 +15,9 @@ from prunekit_adversarial import ATTACKS, AutoAttackOptions, count_autoattack, p
 from torch import Tensor, nn
 
 from prunekit import Use, UserError
-from prunekit.contracts import Context, Threat
+from prunekit.contracts import EvaluatorContext, Threat
 from prunekit.errors import OptionError
-from prunekit.testing import check_component
+from prunekit.testing import check_component, example_context
 
 pyautoattack = pytest.importorskip("pyautoattack")
 
@@ -27,8 +27,8 @@ FEW = {"steps": 5, "queries": 20}
 
 
 def build(threat: Threat | None = LINF, **options: Any) -> Any:
-    use: Use[Any] = Use("evaluator", COMPONENT, COMPONENT.options(**options), threat=threat)
-    return use.build(Context())
+    use: Use[Any] = Use(COMPONENT, COMPONENT.options(**options), threat=threat)
+    return use.build(example_context(EvaluatorContext))
 
 
 def make_net(classes: int = 10) -> nn.Module:
@@ -244,4 +244,4 @@ def test_counts_its_passes() -> None:
 
 
 def test_contract() -> None:
-    check_component("evaluator", COMPONENT)
+    check_component(COMPONENT)

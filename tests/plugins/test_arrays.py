@@ -13,17 +13,18 @@ from prunekit_arrays import NpzOptions, prunekit_datasets
 from prunekit_arrays.reading import read_npz
 
 from prunekit.catalog.component import NoOptions, Use
-from prunekit.contracts import Context, Data
+from prunekit.contracts import Data, DatasetContext
 from prunekit.data.batches import Arrays
 from prunekit.errors import UserError
+from prunekit.testing import example_context
 
 COMPONENTS = {component.name: component for component in prunekit_datasets()}
 RANDOM = np.random.default_rng(0)
 
 
 def build(name: str, options: Any) -> Data:
-    use: Use[Data] = Use("dataset", COMPONENTS[name], options, "arrays")
-    return use.build(Context())
+    use: Use[Data] = Use(COMPONENTS[name], options, "arrays")
+    return use.build(example_context(DatasetContext))
 
 
 def images_of(split: object) -> torch.Tensor:

@@ -9,13 +9,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from prunekit_arrays import ExtraOptions
 from prunekit_arrays.extra import build
 
-from prunekit.contracts import Context
+from prunekit import Arrays
+from prunekit.contracts import Data, DatasetContext
 from prunekit.errors import UserError
 
-CONTEXT = Context(shape=(3, 8, 9), classes=10)
+NONE = Arrays(torch.empty(0), torch.empty(0, dtype=torch.int64))
+EXTENDED = Data(NONE, NONE, (3, 8, 9), 10)
+CONTEXT = DatasetContext(seed=0, folder=Path(), extra_of=EXTENDED)
 RANDOM = np.random.default_rng(0)
 IMAGES = RANDOM.integers(2, 256, (6, 8, 9, 3), dtype=np.uint8)
 LABELS = np.array([0, 9, 2, 0, 1, 5])

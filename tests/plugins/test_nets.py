@@ -12,8 +12,9 @@ from prunekit_nets import Initialization, prunekit_architectures
 from torch import nn
 
 from prunekit.catalog.component import Use
-from prunekit.contracts import Context
+from prunekit.contracts import ArchitectureContext
 from prunekit.errors import UserError
+from prunekit.testing import example_context
 
 DATA = Path(__file__).parents[1] / "data"
 COMPONENTS = {component.name: component for component in prunekit_architectures()}
@@ -35,8 +36,8 @@ def build(
     component = COMPONENTS[name]
     told = {"batch_norm": True} if batch_norm else {}
     options = component.options(initialize=how, keep_ratio=keep_ratio, **told)
-    use: Use[nn.Module] = Use("architecture", component, options, "nets")
-    return use.build(Context(shape=shape, classes=classes))
+    use: Use[nn.Module] = Use(component, options, "nets")
+    return use.build(example_context(ArchitectureContext, shape=shape, classes=classes))
 
 
 def outline(name: str, shape: Shape = CIFAR, classes: int = 10) -> nn.Module:

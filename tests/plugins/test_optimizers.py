@@ -9,6 +9,7 @@ from prunekit_optimizers import StepOptions, prunekit_optimizers, prunekit_sched
 from prunekit.catalog.component import Use
 from prunekit.contracts import Clock, Context
 from prunekit.errors import OptionError
+from prunekit.testing import example_context
 
 FOUND = {("optimizer", c.name): c for c in prunekit_optimizers()}
 FOUND |= {("schedule", c.name): c for c in prunekit_schedules()}
@@ -16,7 +17,7 @@ FOUND |= {("schedule", c.name): c for c in prunekit_schedules()}
 
 def build(kind, name, **options):
     component = FOUND[kind, name]
-    return Use(kind, component, component.options(**options)).build(Context())
+    return Use(component, component.options(**options)).build(example_context(Context))
 
 
 def factors(schedule, epochs, per_epoch):
@@ -77,7 +78,7 @@ def test_warmup_climbs_to_the_full_rate():
 )
 def test_optimizer_steps_by_hand(name, options, expected):
     name, _, twice = name.partition("-")
-    schedule = Use("schedule", FOUND["schedule", "cosine"], FOUND["schedule", "cosine"].options())
+    schedule = Use(FOUND["schedule", "cosine"], FOUND["schedule", "cosine"].options())
     choice = build("optimizer", name, lr=0.1, schedule=schedule, **options)
     assert choice.lr == 0.1
     weight = torch.nn.Parameter(torch.tensor([4.0], dtype=torch.float64))

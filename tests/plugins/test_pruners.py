@@ -13,9 +13,10 @@ from prunekit_pruners.starts import DRAWS, scale, start_scores
 from torch import nn
 
 from prunekit import NoOptions
-from prunekit.contracts import Context, Scores
+from prunekit.contracts import PrunerContext, Scores
 from prunekit.data.seeds import generator
 from prunekit.pruning.selection import Selection, select_masks
+from prunekit.testing import example_context
 
 
 def test_scaled_start_by_hand():
@@ -46,7 +47,9 @@ def test_the_start_does_not_share_the_weights():
 def test_the_start_selects_as_magnitude_does():
     weights = {"a": torch.randn(7, 9), "b": torch.randn(3, 2, 3, 3)}
     start = Scores({n: scale(w).abs() for n, w in weights.items()})
-    magnitude = build_lwm(NoOptions(), Context())(Context(weights=weights))
+    magnitude = build_lwm(NoOptions(), example_context(PrunerContext))(
+        example_context(PrunerContext, weights=weights)
+    )
     for name, mask in select_masks(start, Selection(0.8)).items():
         assert torch.equal(mask, select_masks(magnitude, Selection(0.8))[name])
 
@@ -59,8 +62,8 @@ def test_score_learns_from_the_scale():
         asked.append(start)
         return Scores({"a": torch.tensor([[0.25, 0.5]])}, layerwise=True)
 
-    result = build_score(ScoreOptions(), Context())(
-        Context(weights=weights, attach=lambda start: start, train=learn)
+    result = build_score(ScoreOptions(), example_context(PrunerContext))(
+        example_context(PrunerContext, weights=weights, train=learn)
     )
     assert result.values["a"].tolist() == [[0.25, 0.5]]
     (start,) = asked
@@ -69,7 +72,9 @@ def test_score_learns_from_the_scale():
 
 
 def test_lwm_is_the_magnitude():
-    scores = build_lwm(NoOptions(), Context())(Context(weights={"a": torch.tensor([-3.0, 2.0])}))
+    scores = build_lwm(NoOptions(), example_context(PrunerContext))(
+        example_context(PrunerContext, weights={"a": torch.tensor([-3.0, 2.0])})
+    )
     assert scores.values["a"].tolist() == [3.0, 2.0]
     assert not scores.layerwise
 
@@ -78,7 +83,7 @@ def test_random_follows_the_generator_alone():
     weights = {"a": torch.zeros(50), "b": torch.zeros(2, 3)}
 
     def draw(seed):
-        context = Context(weights=weights, generator=generator(seed))
+        context = example_context(PrunerContext, weights=weights, generator=generator(seed))
         return build_random(NoOptions(), context)(context).values
 
     first, again, other = draw(0), draw(0), draw(1)
@@ -99,7 +104,9 @@ RANDOM_STARTS = {
 
 @pytest.mark.parametrize("start", RANDOM_STARTS)
 def test_random_starts_have_their_variance(start):
-    context = Context(weights={"a": torch.zeros(64, 16, 3, 3)}, generator=generator(0))
+    context = example_context(
+        PrunerContext, weights={"a": torch.zeros(64, 16, 3, 3)}, generator=generator(0)
+    )
     values = start_scores(start, context)["a"]
     spread = RANDOM_STARTS[start]
     assert values.std().item() == pytest.approx(spread, rel=0.02)  # 9,216 draws: 0.7 %
@@ -117,7 +124,9 @@ def test_random_starts_follow_the_generator_alone(start):
 
     def draw(seed):
         torch.rand(1)
-        return start_scores(start, Context(weights=weights, generator=generator(seed)))
+        return start_scores(
+            start, example_context(PrunerContext, weights=weights, generator=generator(seed))
+        )
 
     first, again, other = draw(0), draw(0), draw(1)
     assert all(torch.equal(first[n], again[n]) for n in weights)
@@ -138,7 +147,7 @@ def linear_case(model, x, y):
 
     names = [n for n, p in model.named_parameters() if p.dim() > 1]
     weights = {n: p.detach().clone() for n, p in model.named_parameters() if n in names}
-    return Context(model=model.train(), weights=weights, batches=batches)
+    return example_context(PrunerContext, model=model.train(), weights=weights, batches=batches)
 
 
 def test_snip_by_hand():
@@ -148,7 +157,7 @@ def test_snip_by_hand():
         model.weight.copy_(torch.tensor([[3.0, -3.0], [3.0, -3.0]]))
     context = linear_case(model, torch.tensor([[1.0, 1.0], [2.0, 2.0]]), torch.tensor([0, 1]))
     # (p - onehot): (-1/2, 1/2) and (1/2, -1/2); with x: mean ((-1/2 + 1) / 2, (1/2 - 1) / 2).
-    scores = build_snip(NoOptions(), Context())(context)
+    scores = build_snip(NoOptions(), example_context(PrunerContext))(context)
     assert not scores.layerwise
     torch.testing.assert_close(scores.values["weight"], torch.full((2, 2), 0.75))
 
@@ -210,14 +219,10 @@ def test_score_learns_from_snip_rescaled():
         return start
 
     # |g w| = 3/4 ((0, 1), (0, 1 + ln 3)); then sqrt(6 / 2) / max.
-    context = Context(
-        model=model,
-        weights=context.weights,
-        batches=context.batches,
-        attach=lambda start: start,
-        train=learn,
+    context = example_context(
+        PrunerContext, model=model, weights=context.weights, batches=context.batches, train=learn
     )
-    build_score(ScoreOptions(start="snip"), Context())(context)
+    build_score(ScoreOptions(start="snip"), example_context(PrunerContext))(context)
     (start,) = asked
     assert start.layerwise
     expected = torch.tensor([[0.0, sqrt(3) / (1 + log(3))], [0.0, sqrt(3)]])

@@ -12,9 +12,9 @@ from prunekit_python.loading import build_python
 from safetensors.torch import load_file, save_file
 
 from prunekit.cli.group import main
-from prunekit.contracts import Context
+from prunekit.contracts import ArchitectureContext
 from prunekit.errors import UserError
-from prunekit.testing import check_component
+from prunekit.testing import check_component, example_context
 
 COMPONENT, _ = prunekit_architectures()
 
@@ -83,8 +83,8 @@ def write(name, text):
 
 def build(text=None, *, build="make", kwargs=None, shape=(1, 8, 8), classes=3):
     file = Path("mine/net.py").absolute() if text is None else write("net.py", text)
-    return build_python(PythonOptions(file, build, kwargs or {}),
-                        Context(shape=shape, classes=classes))  # fmt: skip
+    context = example_context(ArchitectureContext, shape=shape, classes=classes)
+    return build_python(PythonOptions(file, build, kwargs or {}), context)
 
 
 def call(*arguments, code=0):
@@ -101,7 +101,7 @@ def reused(folder):
 
 
 def test_contract(here):
-    check_component("architecture", COMPONENT, {"file": "mine/net.py"}, folder=here)
+    check_component(COMPONENT, {"file": "mine/net.py"}, folder=here)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,9 @@ def test_files_in_two_folders_keep_apart():
     first = build()
     write("../yours/blocks.py", BLOCKS.replace("ReLU", "Tanh"))
     file = write("../yours/net.py", NET)
-    second = build_python(PythonOptions(file), Context(shape=(1, 8, 8), classes=3))
+    second = build_python(
+        PythonOptions(file), example_context(ArchitectureContext, shape=(1, 8, 8), classes=3)
+    )
     assert [type(net[0][1]).__name__ for net in (first, second)] == ["ReLU", "Tanh"]
     assert type(build()[0][1]).__name__ == "ReLU"
     assert not list(Path("mine").glob("__pycache__"))

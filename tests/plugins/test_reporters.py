@@ -16,7 +16,7 @@ from prunekit_reporters import console, jsonl
 from rich.console import Console
 
 from prunekit.catalog.component import NoOptions
-from prunekit.contracts import Context
+from prunekit.contracts import ReporterContext
 from prunekit.report import (
     EpochDone,
     Event,
@@ -28,6 +28,7 @@ from prunekit.report import (
     StageDone,
     StageStarted,
 )
+from prunekit.testing import example_context
 
 
 def tell_run(folder: Path, *, smoke: bool = False) -> list[Event]:
@@ -77,7 +78,7 @@ def test_lines_are_plain_off_a_terminal_and_without_colour(
     monkeypatch.delenv("NO_COLOR", raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    report = console.build(NoOptions(), Context(live=live))
+    report = console.build(NoOptions(), example_context(ReporterContext, live=live))
     for event in tell_run(tmp_path):
         report(event)
     out, err = capsys.readouterr()
@@ -86,7 +87,7 @@ def test_lines_are_plain_off_a_terminal_and_without_colour(
 
 
 def test_smoke_and_failure_are_marked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    report = console.build(NoOptions(), Context())
+    report = console.build(NoOptions(), example_context(ReporterContext))
     report(RunStarted("quickstart", tmp_path, ("evaluate",), smoke=True))
     report(RunFailed("quickstart", tmp_path, "the loss is nan [step 3]"))
     assert capsys.readouterr().err == (
@@ -171,7 +172,7 @@ def test_validation_after_an_epoch_moves_no_bar() -> None:
 def test_where_a_stage_goes_on(
     started: StageStarted, line: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    console.build(NoOptions(), Context())(started)
+    console.build(NoOptions(), example_context(ReporterContext))(started)
     assert capsys.readouterr().err == line
 
 
@@ -184,7 +185,7 @@ def read_strictly(path: Path) -> list[dict[str, Any]]:
 
 
 def test_jsonl_has_every_event_but_progress_in_order(tmp_path: Path) -> None:
-    report = jsonl.build(NoOptions(), Context())
+    report = jsonl.build(NoOptions(), example_context(ReporterContext))
     for event in tell_run(tmp_path):
         report(event)
     lines = read_strictly(tmp_path / "metrics.jsonl")
@@ -217,7 +218,7 @@ def test_jsonl_is_there_line_by_line_and_starts_afresh_with_its_run(tmp_path: Pa
     first.mkdir()
     second.mkdir()
     (first / "metrics.jsonl").write_text("left by an earlier process\n")
-    report = jsonl.build(NoOptions(), Context(folder=tmp_path))
+    report = jsonl.build(NoOptions(), example_context(ReporterContext, folder=tmp_path))
     report(Note("before any run"))
     report(RunStarted("a", first, ("prune",), smoke=True))
     report(EpochDone("prune", 1, 2, {"loss": 1.0}))
@@ -232,7 +233,7 @@ def test_jsonl_is_there_line_by_line_and_starts_afresh_with_its_run(tmp_path: Pa
 
 
 def test_jsonl_is_strict_whatever_the_metrics_are(tmp_path: Path) -> None:
-    report = jsonl.build(NoOptions(), Context())
+    report = jsonl.build(NoOptions(), example_context(ReporterContext))
     report(RunStarted("a", tmp_path, ("prune",)))
     odd: dict[str, Any] = {
         "nan": float("nan"),

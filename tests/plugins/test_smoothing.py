@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from prunekit.catalog.component import Use
-from prunekit.contracts import Clock, Context
+from prunekit.contracts import Clock, EvaluatorContext
 from prunekit.errors import Interrupted, OptionError
+from prunekit.testing import example_context
 
 CLOCK = Clock(0, 1, 0, 1)
 COMPONENTS = {
@@ -35,8 +36,8 @@ COMPONENTS = {
 def build(name: str, model: nn.Module | None = None, context: Any = (), **options: Any) -> Any:
     """Build as the core does: from the declaration."""
     component = COMPONENTS[name]
-    use: Use[Any] = Use("any", component, component.options(**options))
-    return use.build(Context(model=model, **dict(context)))
+    use: Use[Any] = Use(component, component.options(**options))
+    return use.build(example_context(EvaluatorContext, model=model, **dict(context)))
 
 
 def make_net() -> nn.Module:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from prunekit.contracts import Clock, Context, Scores
+from prunekit.contracts import Clock, Scores
 from prunekit.data.seeds import generator
 from prunekit.pruning.budgets import count_kept
 from prunekit.pruning.selection import Selection
@@ -90,9 +90,9 @@ def test_they_are_short_and_import_the_public_list_alone(name, most):
 
 @pytest.mark.parametrize("package", ["acme_rigl", "acme_harp"])
 def test_they_keep_the_contract(package, installed):
-    for kind, component in find_components(package):
-        options = {"every": 3} if kind == "rewirer" else {}
-        check_component(kind, component, options)
+    for component in find_components(package):
+        options = {"every": 3} if component.kind == "rewirer" else {}
+        check_component(component, options)
 
 
 def test_rigl_drops_the_smallest_and_grows_by_gradient(installed):
@@ -100,7 +100,7 @@ def test_rigl_drops_the_smallest_and_grows_by_gradient(installed):
     from acme_rigl import RiglOptions
     from acme_rigl.rigl import Rigl
 
-    rewirer = Rigl(RiglOptions(every=1, fraction=0.34), Context())
+    rewirer = Rigl(RiglOptions(every=1, fraction=0.34), None)
     weight = torch.tensor([[9.0, -7.0, 1.0, 0.0, 0.0, 0.0]])
     mask = weight != 0
     gradient = torch.tensor([[8.0, 8.0, 3.0, 0.0, -5.0, 2.0]])

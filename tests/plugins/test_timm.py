@@ -20,7 +20,7 @@ from torch import nn
 from prunekit.catalog.component import Use
 from prunekit.catalog.registry import load_registry
 from prunekit.cli.group import main
-from prunekit.contracts import Clock, Context, Scores
+from prunekit.contracts import ArchitectureContext, Clock, Scores
 from prunekit.engine.engine import Engine
 from prunekit.errors import Interrupted, OptionError, UserError
 from prunekit.pruning.layers import find_prunable, find_unprunable
@@ -33,12 +33,12 @@ from prunekit.recipe.plan import make_plan
 from prunekit.recipe.resolver import describe
 from prunekit.report import EpochDone, Note
 from prunekit.store.stages import Store
-from prunekit.testing import check_component
+from prunekit.testing import check_component, example_context
 from prunekit.training.compute import open_compute
 from prunekit.training.masking import LearnedScores
 
 (COMPONENT,) = prunekit_architectures()
-CONTEXT = Context(shape=(3, 32, 32), classes=3)
+CONTEXT = example_context(ArchitectureContext, shape=(3, 32, 32), classes=3)
 
 FAMILIES = {
     "resnet": ("test_resnet", {}),
@@ -61,7 +61,7 @@ DENSE = {
 
 def build(model, *, shape=(3, 32, 32), classes=3, fresh=True, seed=0, **options):
     torch.manual_seed(seed)
-    context = Context(shape=shape, classes=classes, fresh=fresh)
+    context = example_context(ArchitectureContext, shape=shape, classes=classes, fresh=fresh)
     return build_timm(TimmOptions(model, **options), context)
 
 
@@ -215,7 +215,7 @@ def test_what_a_structure_does_not_suit_is_named(here):
 
 
 def test_contract():
-    check_component("architecture", COMPONENT, {"model": "test_vit"}, shape=(3, 32, 32))
+    check_component(COMPONENT, {"model": "test_vit"}, shape=(3, 32, 32))
 
 
 def test_keys_are_timms_and_images_are_normalised_inside():
@@ -374,7 +374,7 @@ def test_content_of_a_local_folder_is_an_input(tmp_path):
     options = TimmOptions(f"local-dir:{folder}")
     assert COMPONENT.files(options) == [folder / "config.json", folder / "model.safetensors"]
     assert COMPONENT.files(TimmOptions("resnet18")) == []
-    use = Use("architecture", COMPONENT, options)
+    use = Use(COMPONENT, options)
     assert describe(use)["model"] == f"local-dir:{folder}"
 
 

@@ -17,9 +17,10 @@ import torch
 from prunekit_vision import VisionOptions, prunekit_datasets
 
 from prunekit.catalog.component import Use
-from prunekit.contracts import Context, Data
+from prunekit.contracts import Data, DatasetContext
 from prunekit.data.batches import Arrays
 from prunekit.errors import DataMissingError, UserError
+from prunekit.testing import example_context
 
 COMPONENTS = {component.name: component for component in prunekit_datasets()}
 RANDOM = np.random.default_rng(0)
@@ -29,8 +30,8 @@ Parts = dict[str, np.ndarray]
 
 def build(name: str, root: Path | None, *, download: bool = False) -> Data:
     options = VisionOptions(root=root, download=download)
-    use: Use[Data] = Use("dataset", COMPONENTS[name], options, "vision")
-    return use.build(Context())
+    use: Use[Data] = Use(COMPONENTS[name], options, "vision")
+    return use.build(example_context(DatasetContext))
 
 
 def images_of(split: object) -> torch.Tensor:

@@ -13,18 +13,18 @@ from prunekit_vision import FolderOptions, ImageNetOptions, prunekit_datasets
 from prunekit_vision.folders import Folder
 
 from prunekit.catalog.component import Use
-from prunekit.contracts import Context, Data
+from prunekit.contracts import Data, DatasetContext
 from prunekit.data.batches import eval_batches, fingerprint, hold_out
 from prunekit.errors import DataMissingError, RunError, UserError
-from prunekit.testing import check_component
+from prunekit.testing import check_component, example_context
 
 COMPONENTS = {component.name: component for component in prunekit_datasets()}
 CLASSES = ("ant", "bee", "cat")
 
 
 def build(name: str, options: Any) -> Data:
-    use: Use[Data] = Use("dataset", COMPONENTS[name], options, "vision")
-    return use.build(Context())
+    use: Use[Data] = Use(COMPONENTS[name], options, "vision")
+    return use.build(example_context(DatasetContext))
 
 
 def colours(number: int, width: int, height: int) -> Image.Image:
@@ -120,7 +120,7 @@ def test_augmentation_follows_the_seed_of_the_batch_alone(root: Path) -> None:
 
 def test_held_out_images_and_the_contract(root: Path) -> None:
     options = {"root": str(root), "size": 16, "workers": 0}
-    check_component("dataset", COMPONENTS["image-folder"], options)
+    check_component(COMPONENTS["image-folder"], options)
     data = build("image-folder", FolderOptions(root=root, size=16, workers=0))
     train, validation = hold_out(data.train, 1.0, 0.2, seed=0)
     assert len(train.labels) == 12

@@ -17,12 +17,12 @@ from torch import nn
 from torchvision import models
 
 from prunekit.catalog.component import NoOptions, Use
-from prunekit.contracts import Clock, Context, Scores
+from prunekit.contracts import ArchitectureContext, Clock, Scores
 from prunekit.errors import OptionError, UserError
 from prunekit.pruning.layers import find_prunable, find_unprunable
 from prunekit.pruning.masks import apply_masks
 from prunekit.pruning.selection import Selection, select_masks
-from prunekit.testing import check_component
+from prunekit.testing import check_component, example_context
 from prunekit.training.masking import LearnedScores
 
 CLOCK = Clock(0, 10, 0, 2)
@@ -31,8 +31,8 @@ COMPONENTS = {c.name: c for c in prunekit_architectures() if c.name.startswith("
 
 
 def build(name: str, shape: tuple[int, int, int] = (3, 64, 64), classes: int = 1000) -> nn.Module:
-    use: Use[nn.Module] = Use("architecture", COMPONENTS[name], NoOptions(), "vision")
-    return use.build(Context(shape=shape, classes=classes))
+    use: Use[nn.Module] = Use(COMPONENTS[name], NoOptions(), "vision")
+    return use.build(example_context(ArchitectureContext, shape=shape, classes=classes))
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_images_are_normalised_inside() -> None:
 @pytest.mark.slow
 def test_contract_and_grey_images() -> None:
     for component in COMPONENTS.values():
-        check_component("architecture", component, shape=(3, 64, 64))
+        check_component(component, shape=(3, 64, 64))
     with pytest.raises(UserError) as error:
         build("imagenet-resnet18", (1, 28, 28))
     assert str(error.value) == (
@@ -88,7 +88,7 @@ def build_any(
 ) -> Any:
     torch.manual_seed(0)
     fresh = options.pop("fresh", True)
-    context = Context(shape=shape, classes=classes, fresh=fresh)
+    context = example_context(ArchitectureContext, shape=shape, classes=classes, fresh=fresh)
     return build_model(ModelOptions(model, **options), context)
 
 

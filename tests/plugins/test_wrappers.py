@@ -10,7 +10,7 @@ from prunekit_wrappers.ema import Ema
 from torch import nn
 from torch.nn import functional as F
 
-from prunekit.contracts import Clock, Context, Loss, OptimizerChoice, Scores, Threat
+from prunekit.contracts import Clock, Loss, ObjectiveContext, OptimizerChoice, Scores, Threat
 from prunekit.data.batches import Arrays, Feed
 from prunekit.data.seeds import generator, seed_all
 from prunekit.errors import Interrupted
@@ -18,6 +18,7 @@ from prunekit.pruning.masks import apply_masks
 from prunekit.pruning.selection import Selection, select_masks
 from prunekit.report import Stop
 from prunekit.steps import Now
+from prunekit.testing import example_context
 from prunekit.training.loop import Fit, fit
 from prunekit.training.masking import LearnedScores, Weights
 from prunekit.training.step import Stepper
@@ -48,7 +49,9 @@ def make_masking(kind):
 
 def make_trades(masking):
     options = TradesOptions(steps=2)
-    return build_trades(options, Context(model=masking.model, threat=Threat("linf", 0.1)))
+    return build_trades(
+        options, example_context(ObjectiveContext, model=masking.model, threat=Threat("linf", 0.1))
+    )
 
 
 def sgd(groups):

@@ -6,7 +6,8 @@ from typing import Any, Literal
 
 import pytest
 
-from prunekit.catalog.component import Component, Radius, Use, option
+from prunekit.catalog.component import Radius, Threatened, Use, option
+from prunekit.catalog.kinds import KINDS
 from prunekit.catalog.registry import Entry, Registry
 from prunekit.contracts import Evaluator, OptimizerChoice, Pruner, Schedule
 from prunekit.errors import Place
@@ -25,9 +26,8 @@ class OptimizerOptions:
 
 
 @dataclass(frozen=True)
-class AttackOptions:
-    eps: Radius | None = option(None, help="radius")
-    norm: Literal["linf", "l2"] | None = option(None, help="norm")
+class BoxOptions(Threatened):
+    norms = ("linf",)
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Options:
 def make_registry():
     def entry(kind, name, options=None):
         settings = {"options": options} if options else {}
-        return Entry(kind, Component(name=name, summary=name, build="m:b", **settings), "p", "d 1")
+        return Entry(KINDS[kind](name=name, summary=name, build="m:b", **settings), "p", "d 1")
 
     return Registry(
         (
@@ -63,7 +63,8 @@ def make_registry():
             entry("schedule", "step", ScheduleOptions),
             entry("pruner", "score", ScheduleOptions),
             entry("evaluator", "clean"),
-            entry("evaluator", "pgd", AttackOptions),
+            entry("evaluator", "pgd", Threatened),
+            entry("evaluator", "ibp", BoxOptions),
         )
     )
 

@@ -6,7 +6,7 @@ from importlib.metadata import EntryPoint, entry_points
 import pytest
 import tomli_w
 
-from prunekit.catalog.component import RewirerComponent
+from prunekit.catalog.kinds import RewirerComponent
 from prunekit.catalog.registry import Entry, Registry, load_registry
 from prunekit.errors import UserError
 from prunekit.recipe.document import load_recipe
@@ -215,6 +215,14 @@ def test_a_missing_threat_is_asked_for_wherever_it_is_needed(refuse):
     ]
 
 
+def test_a_norm_that_a_component_does_not_take(refuse):
+    way = 'does not take norm "l2"; write norm = "linf" and an eps for it, or use another component'
+    threat = '[threat]\nnorm = "l2"\neps = 0.5\n'
+    assert refuse(SMALL.replace("benign", "free-adv") + threat) == [
+        f"r.toml:3: objective 'free-adv' {way}"
+    ]
+
+
 def test_without_validation_the_best_epoch_cannot_be_chosen(refuse, plan):
     text = SMALL.replace('"digits"', '{ use = "digits", validation = 0 }')
     way = (
@@ -228,6 +236,19 @@ def test_without_validation_the_best_epoch_cannot_be_chosen(refuse, plan):
     assert plan(text, "pretrain.select=last", "prune.select=last").runs
     # A one-shot pruner has no epochs to choose from.
     assert plan(text, "pretrain.select=last", "prune.pruner=lwm").runs
+
+
+def test_a_metric_that_the_objective_does_not_validate(refuse, plan):
+    assert refuse(TOP + PRETRAIN + 'select = "acuracy"\n' + EVALUATE) == [
+        "r.toml:7: stage 'pretrain': objective 'benign' has no validation metric 'acuracy'; "
+        "did you mean 'accuracy'?"
+    ]
+    assert refuse(SMALL, "prune.select=robust_accuracy") == [
+        "--set prune.select=robust_accuracy: stage 'prune': objective 'benign' has no validation "
+        "metric 'robust_accuracy'; did you mean 'accuracy'?"
+    ]
+    # Where the classes are unbalanced, which the data says.
+    assert plan(SMALL, "pretrain.select=balanced_accuracy", "prune.select=last").runs
 
 
 def test_a_misspelt_prune_does_not_make_a_mistake_of_finetune(refuse):
@@ -294,9 +315,9 @@ def test_what_a_one_shot_pruner_does_not_need_is_noted_where_something_else_put_
 def test_two_plugins_of_one_name_are_told_apart(plan, refuse, here, monkeypatch):
     monkeypatch.syspath_prepend(here)
     (here / "rival_under_test.py").write_text(
-        "from prunekit import Component, hookimpl\n"
+        "from prunekit import PrunerComponent, hookimpl\n"
         "@hookimpl\ndef prunekit_pruners():\n"
-        "    return [Component(name='lwm', summary='Rival', build='rival_under_test:build')]\n"
+        "    yield PrunerComponent(name='lwm', summary='Rival', build='rival_under_test:build')\n"
     )
     points = [*entry_points(group="prunekit"), EntryPoint("rival", "rival_under_test", "prunekit")]
     registry = load_registry(points)
@@ -374,7 +395,7 @@ rewire = "told"
 def with_rewirer():
     told = RewirerComponent(name="told", summary="Told", build="m:b")
     own = RewirerComponent(name="own", summary="Its own counts", build="m:b", allocates=True)
-    entries = [Entry("rewirer", component, "told", "told 1.0") for component in (told, own)]
+    entries = [Entry(component, "told", "told 1.0") for component in (told, own)]
     return Registry((*REGISTRY.entries, *entries))
 
 

@@ -106,6 +106,22 @@ def test_a_missing_threat_is_asked_for(resolve):
     assert resolve({"with": [{"use": "pgd", "eps": 0.1}]})[1] == []
 
 
+def test_a_norm_that_a_component_does_not_take_is_refused_where_it_stands(resolve):
+    way = 'does not take norm "l2"; write norm = "linf" and an eps for it, or use another component'
+    assert resolve({"with": ["ibp"]}, threat=Threat("linf", 0.1))[1] == []
+    assert resolve({"with": ["pgd", "ibp"]}, threat=Threat("l2", 0.5))[1] == [
+        f"with.1: evaluator 'ibp' {way}"
+    ]
+    assert resolve({"with": [{"use": "ibp", "norm": "l2"}]}, threat=Threat("linf", 0.1))[1] == [
+        f"with.0.norm: evaluator 'ibp' {way}"
+    ]
+    table = {"with": [{"use": "ibp", "norm": "linf", "eps": 0.2}]}
+    options, problems = resolve(table, threat=Threat("l2", 0.5))
+    assert (problems, options.with_[0].threat) == ([], Threat("linf", 0.2))
+    # Without [threat], the norm is the first that it takes.
+    assert resolve({"with": [{"use": "ibp", "eps": 0.2}]})[0].with_[0].threat == Threat("linf", 0.2)
+
+
 def test_paths_start_at_the_file_that_says_them_or_where_the_command_is_given(
     tmp_path, monkeypatch, resolve
 ):

@@ -86,6 +86,7 @@ SHOWING = (
     "engine/contract_moving.py",
     "engine/contract_training.py",
     "engine/eval_plan.py",
+    "engine/examples.py",
     "engine/handed_over.py",
     "engine/preview.py",
     "engine/running.py",

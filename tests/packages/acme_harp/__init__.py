@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from prunekit import Component, hookimpl, option
+from prunekit import PrunerComponent, hookimpl, option
 
-PRUNEKIT_API = 2
+PRUNEKIT_API = 3
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class HarpOptions:
 
 @hookimpl
 def prunekit_pruners():
-    yield Component(
+    yield PrunerComponent(
         name="harp",
         summary="Scores and the keep rates of layers, learned together (Zhao 2023)",
         build="acme_harp.harp:build",

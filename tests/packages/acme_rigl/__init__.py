@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from prunekit import RewirerComponent, hookimpl, option
 
-PRUNEKIT_API = 2
+PRUNEKIT_API = 3
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,185 @@
+"""The kinds of components: what a plugin declares of each, beyond what all share.
+
+A new kind is a class here, a hook in `hookspecs`, a context in `prunekit.contracts` for what it may
+use, and a check in `engine/contract` of what it must do. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from prunekit import contracts, report, steps
+from prunekit.catalog.component import Component
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a data set before any file is read.
+
+    `shape` is (C, H, W) of an image, `train` and `test` are numbers of images, and `augment` names
+    the augmentations that suit the data: "crop" (zero padding of 1/8, random crop), "flip".
+    """
+
+    shape: tuple[int, int, int]
+    classes: int
+    train: int
+    test: int
+    augment: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveComponent(Component):
+    """The declaration of a training loss."""
+
+    kind = "objective"
+    builds = contracts.Objective
+
+    validates: tuple[str, ...] = ("accuracy",)
+    """Names of its validation metrics, each a fraction of the images."""
+    select: str = "accuracy"
+    """The one of them that chooses the best epoch, or "last"."""
+    replays: Callable[[Any], int] = lambda options: 1
+    """options -> optimizer steps on each batch. A recipe's epochs are divided by it."""
+    forward_passes: Callable[[Any], int] = lambda options: 1
+    """options -> forward passes per image in a training step."""
+    attack_passes: Callable[[Any], int] = lambda options: 0
+    """options -> those of them that `Attacking.prepare` makes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrunerComponent(Component):
+    """The declaration of scores of weights.
+
+    >>> PrunerComponent(name="lwm", summary="Least magnitude", build="my_package.lwm:build").kind
+    'pruner'
+    """
+
+    kind = "pruner"
+    builds = contracts.Pruner
+
+    learns: bool = False
+    """Scores are trained, so the stage needs `epochs` and an `optimizer`."""
+    allocates: bool = False
+    """`Scores.keep` says what each layer keeps, so a recipe gives no budget."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArchitectureComponent(Component):
+    """The declaration of a network."""
+
+    kind = "architecture"
+    builds = contracts.Architecture
+
+    catalog: str = ""
+    """"module:function" -> names that the option `model` takes, for `prunekit list --match`."""
+    exports: Mapping[str, str] = field(default_factory=dict)
+    """Format of `prunekit export` -> "module:function" that writes it, called as
+    `function(model, options, header, out)` with the header of the model file."""
+    identify: str = ""
+    """"module:function" -> options that identify what a Python program hands over in its place."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetComponent(Component):
+    """The declaration of labeled images."""
+
+    kind = "dataset"
+    builds = contracts.Data
+
+    facts: Callable[[Any], Facts] | None = None
+    """options -> Facts; None if they are known only from the files."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluatorComponent(Component):
+    """The declaration of an evaluation."""
+
+    kind = "evaluator"
+    builds = contracts.Evaluator
+
+    judges: Literal["", "attack", "proof"] = ""
+    """What its record of an image says about robustness under the threat model.
+
+    An "attack" records `correct`: it did not fool the network. A "proof" records `verified`: no
+    attack can. The core warns if the two contradict each other.
+    """
+    beats: tuple[str, ...] = ()
+    """Names of weaker attacks, which should leave at least as many images correct."""
+    forward_passes: Callable[[Any], int] = lambda options: 1
+    """options -> forward passes per image."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerComponent(Component):
+    """The declaration of an optimizer of weights or scores."""
+
+    kind = "optimizer"
+    builds = contracts.OptimizerChoice
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleComponent(Component):
+    """The declaration of a schedule of the learning rate."""
+
+    kind = "schedule"
+    builds = contracts.Schedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetComponent(Component):
+    """The declaration of how layers share the sparsity."""
+
+    kind = "budget"
+    builds = contracts.Budget
+
+    compares: bool = False
+    """Scores of layers are compared: the core makes those comparable that are not."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparsityScheduleComponent(Component):
+    """The declaration of how the sparsity grows during a stage."""
+
+    kind = "sparsity_schedule"
+    builds = contracts.SparsitySchedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewirerComponent(Component):
+    """The declaration of masks that change while weights train."""
+
+    kind = "rewirer"
+    builds = steps.Rewirer
+
+    gradients: bool = False
+    """It looks at the gradients of removed weights, in steps in which it is due."""
+    allocates: bool = False
+    """`Scores.keep` says what each layer keeps, so a recipe gives no budget."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WrapperComponent(Component):
+    """The declaration of what goes around training steps or follows them."""
+
+    kind = "wrapper"
+    builds = steps.Wrapper
+
+    passes: Callable[[Any], int] = lambda options: 1
+    """options -> forward and backward passes in each step. More than one does not go with an
+    objective that takes several steps on a batch."""
+    averages: bool = False
+    """Its network is judged and stored in place of the trained one: one such a stage, at most."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReporterComponent(Component):
+    """The declaration of a receiver of a run's events."""
+
+    kind = "reporter"
+    builds = report.Reporter
+
+
+KINDS = {declaration.kind: declaration for declaration in Component.__subclasses__()}
+"""Kind -> its declaration, for all kinds; each has a hook `prunekit_<kind>s`."""

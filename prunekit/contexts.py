@@ -1,0 +1,122 @@
+"""What `build(options, context)` may use: a context for each kind. Public in `prunekit.contracts`.
+
+Whatever a context has is always there. Shapes and units are those of `prunekit.contracts`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from prunekit.contracts import Data, Objective, Scores, Threat
+
+
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """What components of every kind may use; all there is for optimizers and schedules."""
+
+    seed: int
+    """The seed of the run; 0 for data sets and reporters, which serve runs of all seeds."""
+    folder: Path
+    """The folder of the recipe; for reporters that of the run."""
+    value: Any = None
+    """What a Python program hands over in place of the component "given"."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetContext(Context):
+    """What a data set may use."""
+
+    extra_of: Data | None = None
+    """The data set that these images extend, if they are the `extra` of one."""
+    test_only: bool = False
+    """Whether nothing is trained, so that images to judge on are enough."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArchitectureContext(Context):
+    """What an architecture may use."""
+
+    shape: tuple[int, int, int]
+    """(C, H, W) of an image."""
+    classes: int
+    """The number of classes."""
+    fresh: bool
+    """False where other weights replace the initial ones immediately."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkContext(Context):
+    """What all components around a network may use: objectives, pruners, evaluators."""
+
+    model: nn.Module
+    """The live network."""
+    device: torch.device
+    """Where the network and the images are."""
+    shape: tuple[int, int, int]
+    """(C, H, W) of an image."""
+    classes: int
+    """The number of classes."""
+    stage: str
+    """pretrain, prune, finetune or evaluate."""
+    sparsity: float
+    """Fraction of weights removed: the target in a prune stage, else the network's."""
+    threat: Threat | None = None
+    """The threat model of a component whose options are `Threatened`; None for others."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveContext(NetworkContext):
+    """What an objective may use."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrunerContext(NetworkContext):
+    """What a pruner may use, when it is built and when it scores."""
+
+    weights: Mapping[str, Tensor]
+    """The prunable weights by parameter name; read-only."""
+    generator: torch.Generator
+    """A seeded generator on the CPU."""
+    objective: Objective | None
+    """The stage's loss, if it has one; a stage whose pruner learns always has."""
+    batches: Callable[[], Iterator[tuple[Tensor, Tensor]]]
+    """An epoch of training batches (x, y), augmented, on the device; another one each call."""
+    attach: Callable[..., Any]
+    """`attach(start, kind=LearnedScores, **more)`: trained scores beside the frozen weights, from
+    the given start; `kind` is a class of your own for what learns more than scores."""
+    train: Callable[[Any], Scores]
+    """Trains what a `prunekit.steps.Masking` says on the stage's objective, then detaches it;
+    returns its scores in the best epoch."""
+
+    def learn(self, start: Scores) -> Scores:
+        """Train scores from the given start (HYDRA, section 3): the forward pass uses
+        weight * mask(|score|) under the stage's sparsity, budget and structure, and the gradient
+        goes straight through; returns |score| of the best epoch."""
+        return self.train(self.attach(start))
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluatorContext(NetworkContext):
+    """What an evaluator may use."""
+
+    scratch: Path
+    """A folder for intermediate results. It survives a killed process and is deleted when the
+    stage is done."""
+    pause: Callable[[], None]
+    """To be called, by what takes long over a batch, at points where nothing would be lost; raises
+    `Interrupted` if the user asked for a stop."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReporterContext(Context):
+    """What a reporter may use."""
+
+    live: bool
+    """Whether output goes to a terminal, so that progress may be animated."""

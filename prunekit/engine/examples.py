@@ -1,0 +1,114 @@
+"""Small examples of what components work with: networks, images, contexts, events."""
+
+from __future__ import annotations
+
+import atexit
+import dataclasses
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from prunekit import report as told
+from prunekit.contracts import Clock, Context, Loss, Scores
+
+SHAPE, CLASSES, BATCH = (1, 8, 8), 3, 4
+
+AnyContext = TypeVar("AnyContext", bound=Context)
+
+
+def tiny_network(shape: tuple[int, int, int] = SHAPE, classes: int = CLASSES) -> nn.Module:
+    """A network with a convolution, batch normalization and a linear layer, seeded."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(shape[0], 4, 3, stride=2, padding=1),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(16, classes),
+    )
+
+
+def tiny_batches(batches: int = 2) -> list[tuple[Tensor, Tensor]]:
+    """Random images and labels, seeded."""
+    g = torch.Generator().manual_seed(0)
+    return [
+        (torch.rand(BATCH, *SHAPE, generator=g), torch.randint(CLASSES, (BATCH,), generator=g))
+        for _ in range(batches)
+    ]
+
+
+def example_context(kind: type[AnyContext], **chosen: Any) -> AnyContext:
+    """A context of one kind, such as `ObjectiveContext`: what is not chosen has an example value.
+
+    >>> from prunekit.contracts import ArchitectureContext
+    >>> example_context(ArchitectureContext, classes=7).classes
+    7
+    """
+    missing = [
+        field.name
+        for field in dataclasses.fields(kind)
+        if field.default is dataclasses.MISSING and field.name not in chosen
+    ]
+    with torch.random.fork_rng(devices=[]):  # without a trace in the global generator
+        values = _example_values(chosen.get("model") or tiny_network())
+    return kind(**chosen, **{name: values[name]() for name in missing})
+
+
+def _example_values(model: nn.Module) -> dict[str, Callable[[], Any]]:
+    """Name of a field of a context -> an example value for it, around a network."""
+
+    def cross_entropy(x: Tensor, y: Tensor, clock: Clock) -> Loss:
+        logits = model(x)
+        return Loss(nn.functional.cross_entropy(logits, y), logits)
+
+    def train(start: Scores) -> Scores:
+        return Scores({n: v.abs() for n, v in start.values.items()}, start.layerwise)
+
+    def scratch() -> Path:
+        folder = tempfile.mkdtemp(prefix="prunekit-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        return Path(folder)
+
+    return {
+        "seed": lambda: 0,
+        "folder": Path.cwd,
+        "shape": lambda: SHAPE,
+        "classes": lambda: CLASSES,
+        "fresh": lambda: True,
+        "model": lambda: model,
+        "device": lambda: torch.device("cpu"),
+        "stage": lambda: "pretrain",
+        "sparsity": lambda: 0.5,
+        "weights": lambda: {
+            name: p.detach().clone() for name, p in model.named_parameters() if p.dim() > 1
+        },
+        "generator": lambda: torch.Generator().manual_seed(0),
+        "objective": lambda: cross_entropy,
+        "batches": lambda: lambda: iter(tiny_batches()),
+        "attach": lambda: lambda start: start,
+        "train": lambda: train,
+        "scratch": scratch,
+        "pause": lambda: lambda: None,
+        "live": lambda: False,
+    }
+
+
+def example_events(folder: Path) -> Iterator[Any]:
+    """One of every event, in an order that can happen."""
+    yield told.RunStarted("run", folder, ("pretrain", "evaluate"), {"seed": 0}, 1, 2, True)
+    yield told.Note("a note", warning=True)
+    yield told.StageStarted("pretrain", "pretrain", "0" * 32, 2, 3)
+    yield told.Progress("pretrain", 1, 3, 0, 2, {"loss": 1.0}, "training")
+    yield told.EpochDone("pretrain", 1, 2, {"loss": float("nan")}, True, 0.1, True)
+    yield told.EpochDone("pretrain", 2, 2, {"loss": 0.5}, False, 0.1)
+    yield told.StageDone("pretrain", "pretrain", "0" * 32, {"accuracy": 0.5}, 0.2)
+    yield told.StageDone("evaluate", "evaluate", "1" * 32, {"clean.accuracy": 0.5}, 0.2, True)
+    yield told.RunDone("run", folder, {"evaluate": {"clean.accuracy": 0.5}}, 1.0)
+    yield told.RunStarted("other", folder, ("pretrain",), {"seed": 1}, 2, 2)
+    yield told.RunFailed("other", folder, "the loss is not finite")
