@@ -35,6 +35,12 @@ class ObjectiveComponent(Component):
 
     kind = "objective"
     builds = contracts.Objective
+    abilities = (
+        contracts.Validating,
+        contracts.Settling,
+        contracts.Stepping,
+        contracts.Stateful,
+    )
 
     validates: tuple[str, ...] = ("accuracy",)
     """Names of its validation metrics, each a fraction of the images."""
@@ -129,6 +135,7 @@ class ReporterComponent(Component):
 
     kind = "reporter"
     builds = report.Reporter
+    abilities = (report.Closing,)
 
 
 KINDS = {declaration.kind: declaration for declaration in Component.__subclasses__()}

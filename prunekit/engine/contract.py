@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from prunekit.catalog.component import Use
 from prunekit.contracts import (
     ArchitectureContext,
+    Augmenting,
     Clock,
     Context,
     Data,
@@ -30,14 +31,18 @@ from prunekit.contracts import (
     ReporterContext,
     Result,
     Scores,
+    Split,
+    Validating,
 )
 from prunekit.data.batches import eval_batches
 from prunekit.data.seeds import seed_all
 from prunekit.engine.examples import BATCH, CLASSES, example_events, tiny_batches, tiny_network
+from prunekit.engine.methods import build, check_methods
 from prunekit.errors import DataMissingError
 from prunekit.evaluation import eval_mode
 from prunekit.pruning.learning import LearnedScores
 from prunekit.pruning.selection import Selection
+from prunekit.report import Closing
 
 
 def _snapshot(model: nn.Module) -> dict[str, Tensor]:
@@ -52,7 +57,7 @@ def _check_objective(use: Use[Any], context: ObjectiveContext) -> None:
     model = tiny_network()
     (x, y), _ = tiny_batches()
     images = x.clone()
-    objective = use.build(dataclasses.replace(context, model=model))
+    objective = build(use, dataclasses.replace(context, model=model))
     model.train()
 
     def step() -> Loss:
@@ -80,7 +85,7 @@ def _check_objective(use: Use[Any], context: ObjectiveContext) -> None:
     model.load_state_dict(tiny_network().state_dict())
     assert first == float(step().value.detach()), "not repeatable under one seed"
     _check_scores_learn(use, context, x, y)
-    if hasattr(objective, "validate"):
+    if isinstance(objective, Validating):
         before = _snapshot(model)
         with eval_mode(model):
             values = objective.validate(x, y)
@@ -99,7 +104,7 @@ def _check_scores_learn(use: Use[Any], context: ObjectiveContext, x: Tensor, y: 
     model = tiny_network()
     start = {n: torch.randn_like(p) for n, p in model.named_parameters() if p.dim() > 1}
     variables = LearnedScores(model, Scores(start), Selection(0.5), {}, "train")
-    objective = use.build(dataclasses.replace(context, model=model, stage="prune"))
+    objective = build(use, dataclasses.replace(context, model=model, stage="prune"))
     with variables.effective():
         objective(x, y, Clock(0, 10, 0, 2)).value.backward()
     assert all(part.score.grad is not None for part in variables.parts.values()), (
@@ -118,7 +123,7 @@ def _check_pruner(use: Use[Any], context: PrunerContext) -> None:
 
     model.train()
     scoring = dataclasses.replace(context, stage="prune", threat=use.threat, learn=learn)
-    scores = use.build(scoring)(scoring)
+    scores = build(use, scoring)(scoring)
     assert isinstance(scores, Scores), f"gives a {type(scores).__name__}, not Scores"
     assert bool(learned) == use.component.learns, "`learns` and what it does disagree"
     assert scores.values.keys() == weights.keys(), "must score every weight, and no other"
@@ -132,10 +137,10 @@ def _check_pruner(use: Use[Any], context: PrunerContext) -> None:
 
 def _check_architecture(use: Use[Any], context: ArchitectureContext) -> None:
     seed_all(0)
-    model = use.build(context)
+    model = build(use, context)
     assert isinstance(model, nn.Module), "is not an nn.Module"
     seed_all(0)
-    twin = use.build(context)
+    twin = build(use, context)
     assert _same(model.state_dict(), twin.state_dict()), "weights do not follow the seed"
     x = torch.rand(2, *context.shape, requires_grad=True)
     model.eval()
@@ -152,10 +157,12 @@ def _check_architecture(use: Use[Any], context: ArchitectureContext) -> None:
 
 def _check_dataset(use: Use[Any], context: DatasetContext) -> None:
     try:
-        data = use.build(context)
+        data = build(use, context)
     except DataMissingError:
         return
     assert isinstance(data, Data), f"gives a {type(data).__name__}, not Data"
+    for split in (data.train, data.test):
+        check_methods(split, Split, Augmenting)
     if use.component.facts is not None:
         facts = use.component.facts(use.options)
         declared = (facts.shape, facts.classes)
@@ -184,7 +191,7 @@ def _check_evaluator(use: Use[Any], context: EvaluatorContext) -> None:
     for _ in range(2):
         with tempfile.TemporaryDirectory() as scratch:
             seed_all(3)
-            evaluate = use.build(dataclasses.replace(context, scratch=Path(scratch)))
+            evaluate = build(use, dataclasses.replace(context, scratch=Path(scratch)))
             results.append(evaluate(model, iter(batches)))
     result = results[0]
     assert isinstance(result, Result), f"gives a {type(result).__name__}, not a Result"
@@ -202,7 +209,7 @@ def _check_evaluator(use: Use[Any], context: EvaluatorContext) -> None:
 
 
 def _check_schedule(use: Use[Any], context: Context) -> None:
-    schedule = use.build(context)
+    schedule = build(use, context)
     clocks = [Clock(step, 12, step // 3, 4) for step in range(12)]
     factors = [schedule(clock) for clock in clocks]
     assert all(np.isfinite(f) and f >= 0 for f in factors), "a factor is negative or not a number"
@@ -211,7 +218,7 @@ def _check_schedule(use: Use[Any], context: Context) -> None:
 
 def _check_optimizer(use: Use[Any], context: Context) -> None:
     """A step moves the weights, and a restored state continues to the same weights."""
-    choice = use.build(context)
+    choice = build(use, context)
     assert isinstance(choice, OptimizerChoice), "does not give an OptimizerChoice"
     assert choice.lr > 0, "its rate is not above 0"
 
@@ -237,10 +244,11 @@ def _check_optimizer(use: Use[Any], context: Context) -> None:
 def _check_reporter(use: Use[Any], context: ReporterContext) -> None:
     out = io.StringIO()
     with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(out):
-        report = use.build(dataclasses.replace(context, folder=Path(scratch)))
+        report = build(use, dataclasses.replace(context, folder=Path(scratch)))
         for event in example_events(Path(scratch)):
             report(event)
-        getattr(report, "close", lambda: None)()
+        if isinstance(report, Closing):
+            report.close()
     assert not out.getvalue(), "writes to stdout, which is for results"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunekit.contracts import Clock, Loss, Objective, OptimizerChoice
+from prunekit.contracts import (
+    Clock,
+    Loss,
+    Objective,
+    OptimizerChoice,
+    Settling,
+    Stepping,
+    Validating,
+)
 from prunekit.data import seeds
 from prunekit.data.batches import Feed
 from prunekit.errors import RunError, UserError
@@ -171,7 +179,8 @@ def _step(job: Fit, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, cloc
     if job.clip_norm is not None:
         nn.utils.clip_grad_norm_(job.variables.parameters(), job.clip_norm)
     optimizer.step()
-    getattr(job.objective, "after_step", lambda: None)()
+    if isinstance(job.objective, Stepping):
+        job.objective.after_step()
     return loss
 
 
@@ -213,9 +222,7 @@ def validate(job: Fit, epoch: int) -> dict[str, float]:
         with torch.no_grad():
             return {"accuracy": model(x).argmax(1) == y}
 
-    check: Callable[[Tensor, Tensor], Mapping[str, Tensor]] = getattr(
-        job.objective, "validate", classify
-    )
+    check = job.objective.validate if isinstance(job.objective, Validating) else classify
     found: dict[str, list[Tensor]] = {}
     labels: list[Tensor] = []
     with job.variables.effective(), eval_mode(model):
@@ -235,7 +242,6 @@ def validate(job: Fit, epoch: int) -> dict[str, float]:
 
 
 def _is_best(job: Fit, at: Position, row: Mapping[str, Any]) -> bool:
-    settled: Callable[[Clock], bool] = getattr(job.objective, "settled", lambda clock: True)
     value = float(at.epoch) if job.select == "last" else row.get(f"validation.{job.select}")
     if value is None:
         names = [k.removeprefix("validation.") for k in row if k.startswith("validation.")]
@@ -245,7 +251,8 @@ def _is_best(job: Fit, at: Position, row: Mapping[str, Any]) -> bool:
         )
     end = job.clock(at.epoch, job.feed.count() - 1, job.replays - 1)
     worse = at.best_value is not None and value < at.best_value
-    if not settled(end) or worse or not math.isfinite(value):
+    settled = not isinstance(job.objective, Settling) or job.objective.settled(end)
+    if not settled or worse or not math.isfinite(value):
         # There must be a best epoch at the end, even if nothing ever settles.
         return at.epoch + 1 == job.epochs and at.best_value is None
     at.best_value = value

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunekit.contracts import Objective
+from prunekit.contracts import Objective, Stateful
 from prunekit.store.checkpoint import read_checkpoint, write_checkpoint
 
 
@@ -43,7 +43,7 @@ def save(
                 tensors[f"optimizer/{index}/{name}"] = value
             elif value is not None:
                 scalars.setdefault(str(index), {})[name] = value
-    if hasattr(objective, "state_dict"):
+    if isinstance(objective, Stateful):
         tensors |= {f"objective/{k}": v for k, v in objective.state_dict().items()}
     write_checkpoint(path, tensors, {"at": vars(at), "optimizer": scalars})
 
@@ -70,6 +70,6 @@ def restore(
         state.setdefault(int(index), {})[name] = value
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
-    if hasattr(objective, "load_state_dict"):
+    if isinstance(objective, Stateful):
         objective.load_state_dict({n: v.to(device) for n, v in part("objective/").items()})
     return Position(**header["at"]), part("best/")
