@@ -84,13 +84,7 @@ class Loss:
 class Objective(Protocol):
     """A training loss: `objective(x, y, clock) -> Loss`, called in train mode.
 
-    It may also have any of these, found by name:
-
-    - `validate(x, y) -> dict[str, Tensor]`: (B,) values of each image, averaged over validation
-      images in eval mode; the component's `select` names one. Default: `accuracy`.
-    - `settled(clock) -> bool`: False while an epoch cannot be the best one (an eps ramp).
-    - `after_step()`: runs after each optimizer step (`Component.replays` says how many a batch).
-    - `state_dict() -> dict[str, Tensor]`, `load_state_dict(state)`: what a resume must restore.
+    It may also be any of the next four, by having their methods.
     """
 
     def __call__(self, x: Tensor, y: Tensor, clock: Clock) -> Loss: ...
@@ -106,6 +100,46 @@ class Attacking(Protocol):
 
     def loss(self, prepared: Any, clock: Clock) -> Loss:
         """The loss at what was prepared; it may be called several times."""
+
+
+@runtime_checkable
+class Validating(Protocol):
+    """An objective with validation metrics of its own; without, there is `accuracy`."""
+
+    def validate(self, x: Tensor, y: Tensor) -> Mapping[str, Tensor]:
+        """(B,) values of each image, in eval mode, for each name that the component `validates`;
+        they are averaged over the validation images."""
+        ...
+
+
+@runtime_checkable
+class Settling(Protocol):
+    """An objective that is not what it will be from the start, such as one with a ramp of eps."""
+
+    def settled(self, clock: Clock) -> bool:
+        """False while an epoch cannot be the best one."""
+        ...
+
+
+@runtime_checkable
+class Stepping(Protocol):
+    """An objective that follows the optimizer."""
+
+    def after_step(self) -> None:
+        """Runs after each optimizer step; the component's `replays` says how many a batch."""
+        ...
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """An objective or a wrapper with a state that a resumed run must restore."""
+
+    def state_dict(self) -> Mapping[str, Tensor]:
+        """The state, empty if there is none yet."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> object:
+        """Restore what `state_dict` returned; what it gives back is not used."""
         ...
 
 
@@ -169,8 +203,7 @@ class SparsitySchedule(Protocol):
 class Split(Protocol):
     """One part of a data set, labels (N,) int64 in memory, images fetched by index.
 
-    One that decodes files may also have `augmented_batches(indices, names, batch_seeds)`: the same
-    batches, augmented as `names` say, each decided by its seed alone.
+    One that decodes files may also be `Augmenting`.
     """
 
     @property
@@ -178,6 +211,17 @@ class Split(Protocol):
 
     def batches(self, indices: Sequence[Tensor]) -> Iterator[Tensor]:
         """For each index tensor (B,), the uint8 images (B, C, H, W), in order, on any device."""
+        ...
+
+
+@runtime_checkable
+class Augmenting(Protocol):
+    """A part of a data set that augments images where it decodes them."""
+
+    def augmented_batches(
+        self, indices: Sequence[Tensor], names: Sequence[str], batch_seeds: Sequence[int]
+    ) -> Iterator[Tensor]:
+        """The same as `batches`, augmented as `names` say, each batch decided by its seed alone."""
         ...
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from prunekit.errors import Interrupted
 
@@ -45,12 +45,18 @@ class Stop:
 
 
 class Reporter(Protocol):
-    """`reporter(event)`: called with every event; must not change results.
-
-    It may also have `close()`, called once after the last event, or after it raised.
-    """
+    """`reporter(event)`: called with every event; must not change results. It may be `Closing`."""
 
     def __call__(self, event: Event) -> None: ...
+
+
+@runtime_checkable
+class Closing(Protocol):
+    """A reporter with something to end, such as a live display."""
+
+    def close(self) -> None:
+        """Called once after the last event, or after the reporter raised."""
+        ...
 
 
 @dataclass(frozen=True)

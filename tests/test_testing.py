@@ -2,15 +2,16 @@
 
 import dataclasses
 import re
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 
-from prunekit import EvaluatorComponent, option
+from prunekit import Arrays, EvaluatorComponent, ObjectiveComponent, option
 from prunekit.catalog.kinds import KINDS
 from prunekit.catalog.registry import load_registry
-from prunekit.contracts import DatasetContext, Loss, PrunerContext, Result, Scores
+from prunekit.contracts import Data, DatasetContext, Loss, PrunerContext, Result, Scores
 from prunekit.testing import check_component, example_context, find_components
 
 REGISTRY = load_registry()
@@ -125,6 +126,91 @@ def detaches_scores(options, context):
     return step
 
 
+class Step:
+    """An objective without a mistake."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def __call__(self, x, y, clock):
+        logits = self.model(x)
+        return Loss(torch.nn.functional.cross_entropy(logits, y), logits)
+
+
+def misspells_a_method(options, context):
+    class Misspelt(Step):
+        def after_steps(self):
+            raise NotImplementedError
+
+    return Misspelt(context.model)
+
+
+def misspells_another_method(options, context):
+    class Misspelt(Step):
+        def setled(self, clock):
+            raise NotImplementedError
+
+    return Misspelt(context.model)
+
+
+def forgets_half_a_pair(options, context):
+    class Half(Step):
+        def state_dict(self):
+            return {}
+
+    return Half(context.model)
+
+
+def misspells_closing(options, context):
+    class Report:
+        def __call__(self, event): ...
+
+        @staticmethod
+        def closed(): ...
+
+    return Report()
+
+
+def misspells_a_part_of_the_data(options, context):
+    class Images(Arrays):
+        def augmented_batch(self, indices, names, batch_seeds): ...
+
+    images = Images(torch.zeros(4, 1, 8, 8, dtype=torch.uint8), torch.arange(4) % 2)
+    return Data(images, images, (1, 8, 8), 2)
+
+
+@dataclasses.dataclass
+class Helped(Step):
+    """What an objective holds and hides is no method of its own, nor what torch defines."""
+
+    model: torch.nn.Module
+    measure: Callable[[float], float] = lambda value: value
+
+    def _help(self): ...
+
+    @property
+    def name(self):
+        return "helped"
+
+
+class OfTorch(torch.nn.Module, Helped):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    __call__ = Step.__call__
+
+
+def makes_no_mistake(options, context):
+    return OfTorch(context.model)
+
+
+def test_only_methods_of_its_own_have_to_be_known():
+    check_component(
+        ObjectiveComponent(name="good", summary="Good", build=f"{__name__}:makes_no_mistake")
+    )
+
+
 def forgets_a_layer(options, context):
     def score(context):
         name, weight = next(iter(context.weights.items()))
@@ -147,6 +233,11 @@ def prints(options, context):
         ("objective", "changes_weights", "changed the weights"),
         ("objective", "leaves_eval_mode", "left train mode"),
         ("objective", "detaches_scores", "no gradient"),
+        ("objective", "misspells_a_method", "after_steps.*did you mean 'after_step'"),
+        ("objective", "misspells_another_method", "setled.*did you mean 'settled'"),
+        ("objective", "forgets_half_a_pair", r"Stateful: add load_state_dict\(\)"),
+        ("reporter", "misspells_closing", "closed.*did you mean 'close'"),
+        ("dataset", "misspells_a_part_of_the_data", "did you mean 'augmented_batches'"),
         ("pruner", "forgets_a_layer", "every weight"),
         ("evaluator", "forgets_an_image", "not one an image"),
         ("reporter", "prints", "stdout"),

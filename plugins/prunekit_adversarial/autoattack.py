@@ -69,21 +69,21 @@ class Evaluation:
             for x, y in batches:
                 seen += len(y)
                 if not classes:
-                    classes = self.count_classes(model, x)
+                    classes = self._count_classes(model, x)
                 if seen <= done:
                     continue
-                fooled += self.attack_batch(model, x, y, classes)
+                fooled += self._attack_batch(model, x, y, classes)
                 if kept is not None:
                     write_json(kept, [fooled, doubts])
         attack = np.array(fooled)
         correct = attack == ROBUST
-        self.warn(attack, self.choose(classes), doubts)
+        self._warn(attack, self._choose(classes), doubts)
         metrics = proportion("accuracy", correct)
-        metrics |= {"standard": float(self.is_standard(classes)), "seed": self.options.seed}
+        metrics |= {"standard": float(self._is_standard(classes)), "seed": self.options.seed}
         return Result(metrics, {"correct": correct, "attack": attack})
 
     @torch.no_grad()
-    def count_classes(self, model: nn.Module, x: Tensor) -> int:
+    def _count_classes(self, model: nn.Module, x: Tensor) -> int:
         """The number of classes K, read off the logits of one image of x (B, C, H, W).
 
         Raises `UserError` if an attack named in the recipe needs more classes.
@@ -96,22 +96,22 @@ class Evaluation:
             )
         return classes
 
-    def choose(self, classes: int) -> Sequence[str]:
+    def _choose(self, classes: int) -> Sequence[str]:
         """The names of the attacks for this number of classes, in order."""
         return self.options.attacks or (ATTACKS if classes >= 4 else FEW_CLASSES)
 
-    def is_standard(self, classes: int) -> bool:
+    def _is_standard(self, classes: int) -> bool:
         """Whether attacks and budgets are those of standard AutoAttack."""
         budgets = (self.options.steps, self.options.queries, self.options.restarts)
-        return tuple(self.choose(classes)) == ATTACKS and budgets == (100, 5000, 1)
+        return tuple(self._choose(classes)) == ATTACKS and budgets == (100, 5000, 1)
 
-    def attack_batch(self, model: nn.Module, x: Tensor, y: Tensor, classes: int) -> list[str]:
+    def _attack_batch(self, model: nn.Module, x: Tensor, y: Tensor, classes: int) -> list[str]:
         """The record `attack` of each image of x (B, C, H, W) in [0, 1], with labels y (B,)."""
         with torch.no_grad():
             correct = is_correct(predict(model, x), y).cpu().numpy()
         found = np.where(correct, ROBUST, MISCLASSIFIED).astype(object)
-        suite = self.make_suite(lambda images: predict(model, images), x.device, classes)
-        for name in self.choose(classes):
+        suite = self._make_suite(lambda images: predict(model, images), x.device, classes)
+        for name in self._choose(classes):
             left = np.flatnonzero(found == ROBUST)
             if not len(left):
                 break
@@ -124,7 +124,7 @@ class Evaluation:
             found[left[(prediction != y[index]).cpu().numpy()]] = name
         return list(found)
 
-    def make_suite(
+    def _make_suite(
         self, logits: Callable[[Tensor], Tensor], device: torch.device, classes: int
     ) -> AutoAttack:
         """AutoAttack with its standard settings, except for those in the options."""
@@ -146,7 +146,7 @@ class Evaluation:
         suite.square.n_queries = self.options.queries
         return suite
 
-    def warn(self, attack: np.ndarray, chosen: Sequence[str], doubts: dict[str, str]) -> None:
+    def _warn(self, attack: np.ndarray, chosen: Sequence[str], doubts: dict[str, str]) -> None:
         """Warn of AutoAttack's `doubts`, and if Square fooled many images (`SQUARE_GAIN`).
 
         `attack` (N,) is the record; `chosen` are the attacks that ran.

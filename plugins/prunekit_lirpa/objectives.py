@@ -87,13 +87,13 @@ class Ibp:
         with torch.set_grad_enabled(kappa > 0):
             logits = self.model(x).float()
             natural = F.cross_entropy(logits, y)
-        lower = self.bound(x, y, done * self.eps, blend(*self.mix, done))
+        lower = self._bound(x, y, done * self.eps, blend(*self.mix, done))
         robust = robust_cross_entropy(lower)
         value = kappa * natural + (1 - kappa) * robust
         terms = {"natural": natural.detach(), "robust": robust.detach()}
         return Loss(value, logits.detach(), terms)
 
-    def bound(self, x: Tensor, y: Tensor, eps: float, mix: float) -> Tensor:
+    def _bound(self, x: Tensor, y: Tensor, eps: float, mix: float) -> Tensor:
         """Lower bounds (B, K - 1) of the margins of x (B, C, H, W); `mix` as in the class."""
         box = surround(x, eps)
         if mix == 0:
@@ -109,7 +109,7 @@ class Ibp:
     def validate(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         """`accuracy` and `verified_accuracy` at the full eps, (B,) zeros and ones each."""
         correct = self.model(x).argmax(1) == y
-        certain = is_certain(self.bound(x, y, self.eps, self.mix[1]))
+        certain = is_certain(self._bound(x, y, self.eps, self.mix[1]))
         return {"accuracy": correct.float(), "verified_accuracy": (correct & certain).float()}
 
 
@@ -139,11 +139,11 @@ class MixTrain:
             drawn = torch.randint(len(y), (self.options.images,)).to(y.device)
             box = surround(x[drawn], self.ramp.by_epoch(clock) * self.eps)
             lower = self.bounds.margins(box, y[drawn], "crown")
-            robust = self.weight(clock) * robust_cross_entropy(lower)
+            robust = self._weight(clock) * robust_cross_entropy(lower)
         terms = {"natural": natural.detach(), "robust": robust.detach()}
         return Loss(natural + robust, logits.detach(), terms)
 
-    def weight(self, clock: Clock) -> float:
+    def _weight(self, clock: Clock) -> float:
         """The weight w of the robust loss."""
         since = max(0, clock.epoch - math.ceil(self.ramp.length(clock)))
         grown = self.options.weight * self.options.growth ** (since // self.options.every)

@@ -89,7 +89,7 @@ class Screen:
                 if self.live and self.part:
                     self.part = self.part.advance(event, clock)
                     if clock - self.drawn >= INTERVAL:
-                        self.draw(clock)
+                        self._draw(clock)
                 return
             case RunStarted():
                 self.run, self.part = event, None
@@ -101,7 +101,7 @@ class Screen:
                 self.part = None
             case RunDone() | RunFailed():
                 self.close()
-        line = self.describe(event)
+        line = self._describe(event)
         if line and self.live and isinstance(event, EpochDone):
             self.console.print(line, no_wrap=True, overflow="ellipsis")
         elif line:
@@ -109,7 +109,7 @@ class Screen:
         if isinstance(event, RunDone | RunFailed):
             self.run = None
         elif self.live:
-            self.draw(clock)
+            self._draw(clock)
 
     def close(self) -> None:
         """Remove the live display and restore the terminal's cursor; may be called twice."""
@@ -117,7 +117,7 @@ class Screen:
             self.display.stop()
         self.display = self.part = None
 
-    def draw(self, clock: float) -> None:
+    def _draw(self, clock: float) -> None:
         """Update the live display at the time `clock` (seconds, monotonic)."""
         if self.run is None:
             return
@@ -132,7 +132,7 @@ class Screen:
         self.display.update(make_display(self.run, self.part, clock), refresh=True)
         self.drawn = clock
 
-    def describe(self, event: Event) -> Text | None:
+    def _describe(self, event: Event) -> Text | None:
         """The line to print for an event, if it gets one."""
         match event:
             case RunStarted():

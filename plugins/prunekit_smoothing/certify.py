@@ -126,21 +126,21 @@ class Certify:
             # As many images at once as fill a forward pass with one chunk each.
             for part in torch.split(x, sampler.together):
                 if seen >= len(work.done):
-                    self.judge(sampler, part, work, keeper)
+                    self._judge(sampler, part, work, keeper)
                 seen += len(part)
-        return self.conclude(work.done, torch.cat(labels).numpy(), precision)
+        return self._conclude(work.done, torch.cat(labels).numpy(), precision)
 
-    def judge(self, sampler: Sampler, x: Tensor, work: Work, keeper: Keeper) -> None:
+    def _judge(self, sampler: Sampler, x: Tensor, work: Work, keeper: Keeper) -> None:
         """Sample the evaluation's next images x (B, C, H, W) and add their tallies to `work`."""
         first = len(work.done)
         if not work.group:
-            work.group, work.look = self.choose(sampler, x, first), 0
+            work.group, work.look = self._choose(sampler, x, first), 0
         while work.look < len(self.looks):
             chunks = [
                 chunk
                 for row, tally in enumerate(work.group)
                 if not tally.decided
-                for chunk in self.plan(row, first + row, tally.samples, self.looks[work.look])
+                for chunk in self._plan(row, first + row, tally.samples, self.looks[work.look])
             ]
             for found in sampler.sample(x, chunks, "estimate"):
                 for chunk, classes in found:
@@ -151,12 +151,12 @@ class Certify:
                 self.pause()
             for tally in work.group:
                 if not tally.decided:
-                    self.decide(tally)
+                    self._decide(tally)
             work.look += 1
         work.done += work.group
         work.group = []
 
-    def plan(self, row: int, image: int, start: int, stop: int) -> list[Chunk]:
+    def _plan(self, row: int, image: int, start: int, stop: int) -> list[Chunk]:
         """The chunks with the samples `start` to `stop` of an image.
 
         A `start` within a chunk can only be the end of all samples, which leaves no chunks.
@@ -164,14 +164,14 @@ class Certify:
         numbers = range(ceil(start / CHUNK), ceil(stop / CHUNK))
         return [Chunk(row, image, k, min(CHUNK, stop - k * CHUNK)) for k in numbers]
 
-    def choose(self, sampler: Sampler, x: Tensor, first: int) -> list[Tally]:
+    def _choose(self, sampler: Sampler, x: Tensor, first: int) -> list[Tally]:
         """Tallies with the most frequent class among `n0` samples; of several, the smallest.
 
         `first` is the number of the first image of x (B, C, H, W) in the evaluation.
         """
         votes: list[list[Tensor]] = [[] for _ in x]
         chunks = [
-            c for row in range(len(x)) for c in self.plan(row, first + row, 0, self.options.n0)
+            c for row in range(len(x)) for c in self._plan(row, first + row, 0, self.options.n0)
         ]
         for found in sampler.sample(x, chunks, "choose"):
             for chunk, classes in found:
@@ -179,7 +179,7 @@ class Certify:
         # If all outputs of an image are NaN, class 0 will do: it will not get any hits.
         return [Tally(int(torch.cat(v).bincount(minlength=1).argmax())) for v in votes]
 
-    def decide(self, tally: Tally) -> None:
+    def _decide(self, tally: Tally) -> None:
         """Update the bound of a tally with its samples so far, and whether it is decided."""
         n = self.options.n
         bound = lower_bound(tally.hits, tally.samples, self.alpha)
@@ -187,15 +187,15 @@ class Certify:
         plausible = upper_bound(tally.hits, tally.samples, self.options.alpha)
         hits = tally.hits + ceil((n - tally.samples) * plausible)
         best = max(tally.lower, lower_bound(hits, n, self.alpha))
-        reached = self.count_reached(tally.lower)
-        tally.decided = tally.samples == n or reached == self.count_reached(best)
+        reached = self._count_reached(tally.lower)
+        tally.decided = tally.samples == n or reached == self._count_reached(best)
 
-    def count_reached(self, p: float) -> int:
+    def _count_reached(self, p: float) -> int:
         """How many of the radii 0 and `options.radii` a lower bound p certifies."""
         radius = certified_radius(p, self.options.sigma)
         return sum(radius >= r for r in (0.0, *self.options.radii))
 
-    def conclude(self, tallies: Sequence[Tally], y: np.ndarray, precision: str) -> Result:
+    def _conclude(self, tallies: Sequence[Tally], y: np.ndarray, precision: str) -> Result:
         """Metrics and records of all images, with labels y (N,)."""
         options = self.options
         radius = np.array([certified_radius(t.lower, options.sigma) for t in tallies])

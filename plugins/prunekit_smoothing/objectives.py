@@ -24,11 +24,11 @@ class Smoothing:
     sigma: float
     draws: int
 
-    def add_noise(self, x: Tensor) -> Tensor:
+    def _add_noise(self, x: Tensor) -> Tensor:
         """x + N(0, sigma^2), both (B, C, H, W)."""
         return x + self.sigma * torch.randn_like(x)
 
-    def predict(self, x: Tensor) -> Tensor:
+    def _predict(self, x: Tensor) -> Tensor:
         """Logits (B, K) of images (B, C, H, W), in float32 or wider.
 
         In bfloat16, a softmax would lose small differences.
@@ -43,9 +43,9 @@ class Smoothing:
         Images x are (B, C, H, W), labels y (B,).
         """
         noisy = torch.stack(
-            [self.predict(self.add_noise(x)).argmax(1) == y for _ in range(self.draws)]
+            [self._predict(self._add_noise(x)).argmax(1) == y for _ in range(self.draws)]
         )
-        accuracy = (self.predict(x).argmax(1) == y).float()
+        accuracy = (self._predict(x).argmax(1) == y).float()
         return {"accuracy": accuracy, "noisy_accuracy": noisy.float().mean(0)}
 
 
@@ -62,8 +62,8 @@ class Stability(Smoothing):
     def __call__(self, x: Tensor, y: Tensor, clock: Clock) -> Loss:
         # Two forward passes rather than one over both: clean and noisy images have different batch
         # statistics.
-        logits = self.predict(x)
-        noisy = self.predict(self.add_noise(x))
+        logits = self._predict(x)
+        noisy = self._predict(self._add_noise(x))
         natural = F.cross_entropy(logits, y)
         stability = F.kl_div(
             noisy.log_softmax(1), logits.log_softmax(1), reduction="batchmean", log_target=True
@@ -77,7 +77,7 @@ class NoiseTraining(Smoothing):
     """CE(f(x + noise), y) (Cohen et al., ICML 2019, section 3.3); logits are those at x + noise."""
 
     def __call__(self, x: Tensor, y: Tensor, clock: Clock) -> Loss:
-        logits = self.predict(self.add_noise(x))
+        logits = self._predict(self._add_noise(x))
         return Loss(F.cross_entropy(logits, y), logits.detach())
 
 

@@ -46,6 +46,8 @@ class Component:
     """What `Use`, the hook `prunekit_<kind>s` and messages call the kind."""
     builds: ClassVar[type]
     """The contract of what `build` returns; options name the kind by it: `Use[Pruner]`."""
+    abilities: ClassVar[tuple[type, ...]] = ()
+    """Further contracts that it may satisfy, by having their methods."""
 
     name: str
     """What a recipe writes after `use =`; kebab-case."""

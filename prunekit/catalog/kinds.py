@@ -35,6 +35,13 @@ class ObjectiveComponent(Component):
 
     kind = "objective"
     builds = contracts.Objective
+    abilities = (
+        contracts.Attacking,
+        contracts.Validating,
+        contracts.Settling,
+        contracts.Stepping,
+        contracts.Stateful,
+    )
 
     validates: tuple[str, ...] = ("accuracy",)
     """Names of its validation metrics, each a fraction of the images."""
@@ -165,6 +172,7 @@ class WrapperComponent(Component):
 
     kind = "wrapper"
     builds = steps.Wrapper
+    abilities = (steps.Around, steps.Following, steps.Averaging, contracts.Stateful)
 
     passes: Callable[[Any], int] = lambda options: 1
     """options -> forward and backward passes in each step. More than one does not go with an
@@ -179,6 +187,7 @@ class ReporterComponent(Component):
 
     kind = "reporter"
     builds = report.Reporter
+    abilities = (report.Closing,)
 
 
 KINDS = {declaration.kind: declaration for declaration in Component.__subclasses__()}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from prunekit.contracts import Data, Split
+from prunekit.contracts import Augmenting, Data, Split
 from prunekit.data import seeds
 from prunekit.errors import UserError
 
@@ -58,7 +58,7 @@ def subset(split: Split, index: Tensor) -> Split:
     """A part of a split; arrays are copied, so that what is left out frees its memory."""
     if isinstance(split, Arrays):
         return Arrays(split.images[index], split.labels[index])
-    return (AugmentingSubset if hasattr(split, "augmented_batches") else Subset)(
+    return (AugmentingSubset if isinstance(split, Augmenting) else Subset)(
         split, index, split.labels[index]
     )
 
@@ -210,7 +210,7 @@ def _augmented(
     split: Split, indices: Sequence[Tensor], names: Sequence[str], batch_seeds: Sequence[int]
 ) -> Iterator[Tensor]:
     """Augmented uint8 batches; a split that streams may do it where it decodes."""
-    if names and hasattr(split, "augmented_batches"):
+    if names and isinstance(split, Augmenting):
         yield from split.augmented_batches(indices, names, batch_seeds)
         return
     for images, seed in zip(split.batches(indices), batch_seeds, strict=True):

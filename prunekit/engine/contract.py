@@ -18,6 +18,7 @@ from torch import nn
 from prunekit.catalog.component import Use
 from prunekit.contracts import (
     ArchitectureContext,
+    Augmenting,
     Context,
     Data,
     DatasetContext,
@@ -27,6 +28,7 @@ from prunekit.contracts import (
     PrunerContext,
     ReporterContext,
     Result,
+    Split,
 )
 from prunekit.data.batches import eval_batches
 from prunekit.data.seeds import seed_all
@@ -34,15 +36,17 @@ from prunekit.engine import contract_moving as moving
 from prunekit.engine import contract_training as training
 from prunekit.engine.contract_training import same, snapshot
 from prunekit.engine.examples import BATCH, example_events, tiny_batches, tiny_network
+from prunekit.engine.methods import build, check_methods
 from prunekit.errors import DataMissingError
+from prunekit.report import Closing
 
 
 def _check_architecture(use: Use[Any], context: ArchitectureContext) -> None:
     seed_all(0)
-    model = use.build(context)
+    model = build(use, context)
     assert isinstance(model, nn.Module), "is not an nn.Module"
     seed_all(0)
-    twin = use.build(context)
+    twin = build(use, context)
     assert same(model.state_dict(), twin.state_dict()), "weights do not follow the seed"
     x = torch.rand(2, *context.shape, requires_grad=True)
     model.eval()
@@ -59,10 +63,12 @@ def _check_architecture(use: Use[Any], context: ArchitectureContext) -> None:
 
 def _check_dataset(use: Use[Any], context: DatasetContext) -> None:
     try:
-        data = use.build(context)
+        data = build(use, context)
     except DataMissingError:
         return
     assert isinstance(data, Data), f"gives a {type(data).__name__}, not Data"
+    for split in (data.train, data.test):
+        check_methods(split, Split, Augmenting)
     if use.component.facts is not None:
         facts = use.component.facts(use.options)
         declared = (facts.shape, facts.classes)
@@ -91,7 +97,7 @@ def _check_evaluator(use: Use[Any], context: EvaluatorContext) -> None:
     for _ in range(2):
         with tempfile.TemporaryDirectory() as scratch:
             seed_all(3)
-            evaluate = use.build(dataclasses.replace(context, scratch=Path(scratch)))
+            evaluate = build(use, dataclasses.replace(context, scratch=Path(scratch)))
             results.append(evaluate(model, iter(batches)))
     result = results[0]
     assert isinstance(result, Result), f"gives a {type(result).__name__}, not a Result"
@@ -111,10 +117,11 @@ def _check_evaluator(use: Use[Any], context: EvaluatorContext) -> None:
 def _check_reporter(use: Use[Any], context: ReporterContext) -> None:
     out = io.StringIO()
     with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(out):
-        report = use.build(dataclasses.replace(context, folder=Path(scratch)))
+        report = build(use, dataclasses.replace(context, folder=Path(scratch)))
         for event in example_events(Path(scratch)):
             report(event)
-        getattr(report, "close", lambda: None)()
+        if isinstance(report, Closing):
+            report.close()
     assert not out.getvalue(), "writes to stdout, which is for results"
 
 

@@ -18,9 +18,11 @@ from prunekit.contracts import (
     NetworkContext,
     OptimizerChoice,
     Scores,
+    Stateful,
 )
 from prunekit.engine.contract_training import same, snapshot
 from prunekit.engine.examples import tiny_batches, tiny_network
+from prunekit.engine.methods import build
 from prunekit.errors import RunError
 from prunekit.pruning.selection import Selection, select_masks
 from prunekit.steps import Around, Averaging, Following, Masking, Now
@@ -37,7 +39,7 @@ def _clock(step: int) -> Clock:
 
 def check_sparsity_schedule(use: Use[Any], context: Context) -> None:
     """A function of the clock alone, in [0, 1], and 1 at the end."""
-    schedule = use.build(context)
+    schedule = build(use, context)
     clocks = [_clock(step) for step in range(STEPS + 1)]
     factors = [schedule(clock) for clock in clocks]
     assert all(0 <= f <= 1 for f in factors), "a fraction is not in [0, 1]"
@@ -47,7 +49,7 @@ def check_sparsity_schedule(use: Use[Any], context: Context) -> None:
 
 def check_budget(use: Use[Any], context: Context) -> None:
     """Counts that add up, or scores of the same shapes; alike for alike layers."""
-    budget = use.build(context)
+    budget = build(use, context)
     torch.manual_seed(0)
     scores = {"a": torch.rand(6, 4), "b": torch.rand(10, 6), "c": torch.rand(3, 10)}
     shapes = {name: score.shape for name, score in scores.items()}
@@ -74,7 +76,7 @@ def check_rewirer(use: Use[Any], context: NetworkContext) -> None:
         model = tiny_network()
         names = [name for name, p in model.named_parameters() if p.dim() > 1]
         rewiring = Rewiring(
-            use.build(context),
+            build(use, context),
             use.name,
             Selection(0.5),
             lambda clock: min(1.0, 0.5 + clock.fraction),
@@ -112,7 +114,7 @@ def _train_rewired(masking: Rewired) -> dict[str, Tensor]:
 
 def check_wrapper(use: Use[Any], context: NetworkContext) -> None:
     """Steps on weights and on scores: what is changed comes back, and a resume gives the same."""
-    wrapper = use.build(context)
+    wrapper = build(use, context)
     known = isinstance(wrapper, Around | Following)
     assert known, "has neither `around` nor `after_step`"
     assert use.component.averages == isinstance(wrapper, Averaging), (
@@ -120,7 +122,7 @@ def check_wrapper(use: Use[Any], context: NetworkContext) -> None:
     )
     for learned in (False, True):
         model = tiny_network()
-        wrapper = use.build(dataclasses.replace(context, model=model))
+        wrapper = build(use, dataclasses.replace(context, model=model))
         start = {n: p.detach().clone() for n, p in model.named_parameters() if p.dim() > 1}
         chosen = select_masks(Scores({n: v.abs() for n, v in start.items()}), Selection(0.5))
         masking: Masking = Weights(model, chosen)
@@ -139,8 +141,8 @@ def check_wrapper(use: Use[Any], context: NetworkContext) -> None:
             with wrapper.judged(model), masking.judged(_clock(2)):
                 assert not same(before, model.state_dict()), "its network is the trained one"
             assert same(before, model.state_dict()), "`judged` does not bring the weights back"
-        if hasattr(wrapper, "state_dict"):
-            twin: Any = use.build(dataclasses.replace(context, model=model))
+        if isinstance(wrapper, Stateful):
+            twin: Any = build(use, dataclasses.replace(context, model=model))
             twin.load_state_dict(copy.deepcopy(wrapper.state_dict()))
             assert same(wrapper.state_dict(), twin.state_dict()), "its state does not restore it"
 

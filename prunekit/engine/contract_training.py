@@ -21,9 +21,11 @@ from prunekit.contracts import (
     OptimizerChoice,
     PrunerContext,
     Scores,
+    Validating,
 )
 from prunekit.data.seeds import seed_all
 from prunekit.engine.examples import BATCH, CLASSES, tiny_batches, tiny_network
+from prunekit.engine.methods import build
 from prunekit.errors import RunError
 from prunekit.evaluation import eval_mode
 from prunekit.pruning.selection import Selection, check_scores, meets
@@ -43,7 +45,7 @@ def check_objective(use: Use[Any], context: ObjectiveContext) -> None:
     model = tiny_network()
     (x, y), _ = tiny_batches()
     images = x.clone()
-    objective = use.build(dataclasses.replace(context, model=model))
+    objective = build(use, dataclasses.replace(context, model=model))
     model.train()
 
     def step() -> Loss:
@@ -77,7 +79,7 @@ def check_objective(use: Use[Any], context: ObjectiveContext) -> None:
         again = objective.loss(prepared, Clock(0, 10, 0, 2)).value
         assert first == float(again.detach()), "`prepare` and `loss` are not what calling it does"
     _check_scores_learn(use, context, x, y)
-    if hasattr(objective, "validate"):
+    if isinstance(objective, Validating):
         before = snapshot(model)
         with eval_mode(model):
             values = objective.validate(x, y)
@@ -96,7 +98,7 @@ def _check_scores_learn(use: Use[Any], context: ObjectiveContext, x: Tensor, y: 
     model = tiny_network()
     start = {n: torch.randn_like(p) for n, p in model.named_parameters() if p.dim() > 1}
     variables = LearnedScores(model, Scores(start), Selection(0.5), {}, "train")
-    objective = use.build(dataclasses.replace(context, model=model, stage="prune"))
+    objective = build(use, dataclasses.replace(context, model=model, stage="prune"))
     with variables.effective(Clock(0, 10, 0, 2)):
         objective(x, y, Clock(0, 10, 0, 2)).value.backward()
     assert all(part.score.grad is not None for part in variables.parts.values()), (
@@ -135,7 +137,7 @@ def check_pruner(use: Use[Any], context: PrunerContext) -> None:
     scoring = dataclasses.replace(
         context, stage="prune", threat=use.threat, attach=attach, train=train
     )
-    scores = use.build(scoring)(scoring)
+    scores = build(use, scoring)(scoring)
     assert isinstance(scores, Scores), f"gives a {type(scores).__name__}, not Scores"
     assert bool(learned) == use.component.learns, "`learns` and what it does disagree"
     allocates = scores.keep is not None
@@ -154,7 +156,7 @@ def _check_scores(scores: Scores, weights: Mapping[str, Tensor]) -> None:
 
 
 def check_schedule(use: Use[Any], context: Context) -> None:
-    schedule = use.build(context)
+    schedule = build(use, context)
     clocks = [Clock(step, 12, step // 3, 4) for step in range(12)]
     factors = [schedule(clock) for clock in clocks]
     assert all(np.isfinite(f) and f >= 0 for f in factors), "a factor is negative or not a number"
@@ -163,7 +165,7 @@ def check_schedule(use: Use[Any], context: Context) -> None:
 
 def check_optimizer(use: Use[Any], context: Context) -> None:
     """A step moves the weights, and a restored state continues to the same weights."""
-    choice = use.build(context)
+    choice = build(use, context)
     assert isinstance(choice, OptimizerChoice), "does not give an OptimizerChoice"
     assert choice.lr > 0, "its rate is not above 0"
 

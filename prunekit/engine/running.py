@@ -16,7 +16,7 @@ from prunekit.engine.keys import make_keys
 from prunekit.engine.work import Inputs
 from prunekit.errors import Interrupted, PluginError, UserError, explain_briefly
 from prunekit.recipe.plan import Plan
-from prunekit.report import Event, Note, Report, Reporter, Stop, Tell
+from prunekit.report import Closing, Event, Note, Report, Reporter, Stop, Tell
 from prunekit.store.runs import OutFolder, RunFolder
 from prunekit.store.stages import Store
 from prunekit.training.compute import Compute, open_compute
@@ -152,4 +152,5 @@ def reporters(plan: Plan, out: Path, tell: Tell) -> Iterator[Report]:
 
 def _close(listener: Reporter) -> None:
     with suppress(Exception, SystemExit):
-        getattr(listener, "close", lambda: None)()
+        if isinstance(listener, Closing):
+            listener.close()

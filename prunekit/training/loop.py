@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunekit.contracts import Clock, Loss, Objective, OptimizerChoice
+from prunekit.contracts import (
+    Clock,
+    Loss,
+    Objective,
+    OptimizerChoice,
+    Settling,
+    Validating,
+)
 from prunekit.data import seeds
 from prunekit.data.batches import Feed
 from prunekit.errors import RunError, UserError
@@ -209,9 +216,7 @@ def validate(job: Fit, epoch: int) -> dict[str, float]:
         with torch.no_grad():
             return {"accuracy": model(x).argmax(1) == y}
 
-    check: Callable[[Tensor, Tensor], Mapping[str, Tensor]] = getattr(
-        job.objective, "validate", classify
-    )
+    check = job.objective.validate if isinstance(job.objective, Validating) else classify
     found: dict[str, list[Tensor]] = {}
     labels: list[Tensor] = []
     with eval_mode(model):
@@ -231,7 +236,6 @@ def validate(job: Fit, epoch: int) -> dict[str, float]:
 
 
 def _is_best(job: Fit, at: Position, row: Mapping[str, Any]) -> bool:
-    settled: Callable[[Clock], bool] = getattr(job.objective, "settled", lambda clock: True)
     value = float(at.epoch) if job.select == "last" else row.get(f"validation.{job.select}")
     if value is None:
         names = [k.removeprefix("validation.") for k in row if k.startswith("validation.")]
@@ -241,7 +245,9 @@ def _is_best(job: Fit, at: Position, row: Mapping[str, Any]) -> bool:
         )
     end = job.end(at.epoch)
     worse = at.best_value is not None and value < at.best_value
-    if not (settled(end) and job.masking.settled(end)) or worse or not math.isfinite(value):
+    settled = not isinstance(job.objective, Settling) or job.objective.settled(end)
+    settled = settled and job.masking.settled(end)
+    if not settled or worse or not math.isfinite(value):
         # There must be a best epoch at the end, even if nothing ever settles.
         return at.epoch + 1 == job.epochs and at.best_value is None
     at.best_value = value

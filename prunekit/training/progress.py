@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prunekit.contracts import Stateful
 from prunekit.store.checkpoint import read_checkpoint, write_checkpoint
 from prunekit.training.step import Stepper
 
@@ -81,5 +82,5 @@ def _find_stateful(stepper: Stepper) -> Iterator[tuple[str, Any]]:
     owners: dict[str, Any] = {"objective": stepper.objective}
     owners |= {f"wrap-{number}": wrapper for number, wrapper in enumerate(stepper.wrappers)}
     for name, owner in owners.items():
-        if hasattr(owner, "state_dict"):
+        if isinstance(owner, Stateful):
             yield name, owner

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunekit.contracts import Attacking, Clock, Loss, Objective, OptimizerChoice
+from prunekit.contracts import Attacking, Clock, Loss, Objective, OptimizerChoice, Stepping
 from prunekit.data import seeds
 from prunekit.steps import Around, Following, Masking, Now, Wrapper
 from prunekit.training.rewiring import Rewired
@@ -82,7 +82,8 @@ class Stepper:
                 nn.utils.clip_grad_norm_(self._parameters, self.clip_norm)
             optimizer.step()
             masking.after_step()
-        getattr(self.objective, "after_step", lambda: None)()
+        if isinstance(self.objective, Stepping):
+            self.objective.after_step()
         for wrapper in self.wrappers:
             if isinstance(wrapper, Following):
                 wrapper.after_step(now)

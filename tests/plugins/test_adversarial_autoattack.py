@@ -53,7 +53,7 @@ def make_batches(model: nn.Module, sizes: tuple[int, ...] = (24, 9)) -> list[tup
 
 @pytest.mark.parametrize("threat", [LINF, BALL], ids=["linf", "l2"])
 def test_standard_has_the_settings_of_the_reference(threat: Threat) -> None:
-    suite = build(threat).make_suite(make_net(), torch.device("cpu"), 10)
+    suite = build(threat)._make_suite(make_net(), torch.device("cpu"), 10)
     norm = {"linf": "Linf", "l2": "L2"}[threat.norm]
     reference = pyautoattack.AutoAttack(
         make_net(), norm=norm, eps=threat.eps, seed=0, device=torch.device("cpu")
@@ -66,7 +66,7 @@ def test_standard_has_the_settings_of_the_reference(threat: Threat) -> None:
             k: v for k, v in expected.items() if k not in left_out
         }
     shorter = pyautoattack.autopgd_base.APGDAttack(make_net(), n_iter=40, eps=0.1)
-    found = build(steps=40).make_suite(make_net(), torch.device("cpu"), 10).apgd_targeted
+    found = build(steps=40)._make_suite(make_net(), torch.device("cpu"), 10).apgd_targeted
     for name in ("n_iter", "n_iter_2", "n_iter_min", "size_decr"):
         assert getattr(found, name) == getattr(shorter, name)
 
@@ -81,7 +81,7 @@ def test_attacks_follow_each_other_as_in_the_reference(threat: Threat) -> None:
         result = evaluate(model, iter(batches))
     expected = []
     for x, y in batches:
-        suite = evaluate.make_suite(model, torch.device("cpu"), 10)
+        suite = evaluate._make_suite(model, torch.device("cpu"), 10)
         suite.attacks_to_run = list(ATTACKS)
         _, prediction = suite.run_standard_evaluation(x, y, batch_size=len(x))
         expected += (prediction == y).tolist()
@@ -97,12 +97,12 @@ def test_attacks_follow_each_other_as_in_the_reference(threat: Threat) -> None:
 
 
 def test_standard_is_a_label_for_nothing_less() -> None:
-    assert build().is_standard(10)
-    assert build().is_standard(4)
-    assert build(attacks=ATTACKS).is_standard(10)
-    assert not build().is_standard(3)
+    assert build()._is_standard(10)
+    assert build()._is_standard(4)
+    assert build(attacks=ATTACKS)._is_standard(10)
+    assert not build()._is_standard(3)
     for options in ({"steps": 99}, {"queries": 10}, {"restarts": 2}, {"attacks": ("apgd-ce",)}):
-        assert not build(**options).is_standard(10)
+        assert not build(**options)._is_standard(10)
 
 
 @pytest.mark.parametrize(
@@ -114,8 +114,8 @@ def test_standard_is_a_label_for_nothing_less() -> None:
 def test_any_number_of_classes(classes: int, chosen: str, targets: int) -> None:
     model = make_net(classes)
     evaluate = build(**FEW, seed=3)
-    assert " ".join(evaluate.choose(classes)) == chosen
-    suite = evaluate.make_suite(model, torch.device("cpu"), classes)
+    assert " ".join(evaluate._choose(classes)) == chosen
+    suite = evaluate._make_suite(model, torch.device("cpu"), classes)
     assert suite.apgd_targeted.n_target_classes == suite.fab.n_target_classes == targets
     x = torch.rand(4, 1, 8, 8)
     with warnings.catch_warnings():

@@ -130,7 +130,7 @@ def test_mixtrain_ramps_by_epochs_and_grows_its_weight_after() -> None:
             torch.testing.assert_close(loss.value, natural + weight * robust_cross_entropy(lower))
     assert [objective.settled(at(step)) for step in (9, 19, 20)] == [False, False, True]
     later = build("mixtrain", net, "finetune", ramp_epochs=2, every=2)
-    assert [later.weight(at(step)) for step in (0, 20)] == pytest.approx([0.1, 0.25])
+    assert [later._weight(at(step)) for step in (0, 20)] == pytest.approx([0.1, 0.25])
     assert later.settled(at(0))
 
 

@@ -212,7 +212,7 @@ def simulate(p: float, runs: int, **options: Any) -> tuple[np.ndarray, np.ndarra
         tally = Tally(0)
         for tally.samples, k in zip(rule.looks, row, strict=True):
             tally.hits = int(k)
-            rule.decide(tally)
+            rule._decide(tally)
             if tally.decided:
                 break
         bounds[run], used[run] = tally.lower, tally.samples

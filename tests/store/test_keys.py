@@ -88,6 +88,7 @@ SHOWING = (
     "engine/eval_plan.py",
     "engine/examples.py",
     "engine/handed_over.py",
+    "engine/methods.py",
     "engine/preview.py",
     "engine/running.py",
     "errors.py",
