@@ -1,4 +1,4 @@
-"""What every evaluation needs: evaluation mode, and fractions with confidence intervals."""
+"""What every evaluation needs: a network that stands still, and fractions with intervals."""
 
 from __future__ import annotations
 
@@ -27,6 +27,24 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[nn.Module]:
+    """The network as a function of pixels while its weights stand, for attacks and judgements.
+
+    Yields what to call: in evaluation mode, with gradients to the input only. Afterwards every
+    submodule is back in its own mode, and every parameter trains that trained.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    with eval_mode(model):
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        try:
+            yield model
+        finally:
+            for parameter in trained:
+                parameter.requires_grad_(True)
 
 
 def wilson(count: int, n: int, z: float = Z95) -> tuple[float, float]:

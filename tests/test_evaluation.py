@@ -2,8 +2,17 @@
 
 import numpy as np
 import pytest
+import torch
 
-from prunekit.evaluation import Z95, balance, balanced_proportion, is_unbalanced, proportion, wilson
+from prunekit.evaluation import (
+    Z95,
+    balance,
+    balanced_proportion,
+    frozen,
+    is_unbalanced,
+    proportion,
+    wilson,
+)
 
 
 def test_wilson_of_eight_in_ten():
@@ -48,3 +57,19 @@ def test_the_balanced_interval_covers():
         told = balanced_proportion("x", draw.random(320) < chances[labels], labels)
         inside += told["x_low"] <= chances.mean() <= told["x_high"]
     assert inside / 2000 == pytest.approx(0.95, abs=0.02)
+
+
+def test_a_frozen_network_is_a_function_of_pixels(make_normed_net):
+    net = make_normed_net().train()
+    net[1].eval()
+    net[4].weight.requires_grad_(False)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    x = torch.rand(4, 6, requires_grad=True)
+    with frozen(net) as network:
+        network(x).sum().backward()
+        assert not any(m.training for m in net.modules())
+    assert x.grad is not None
+    assert all(p.grad is None for p in net.parameters())
+    assert [m.training for m in (net, net[0], net[1], net[3])] == [True, True, False, True]
+    assert [p.requires_grad for p in net[4].parameters()] == [False, True]
+    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from prunekit.contracts import Threat
 from prunekit.errors import UserError
-from prunekit.evaluation import eval_mode
+from prunekit.evaluation import frozen
 
 START_NOISE = 0.001
 """Standard deviation of the starting noise of TRADES and MART: at x itself the KL is flat."""
@@ -176,9 +176,9 @@ def pgd(
     """
     loss = partial(F.cross_entropy, target=y, reduction="sum")
     adversarial = attack.ball.start(x) if start is None else start
-    with eval_mode(model):
+    with frozen(model) as network:
         for _ in range(attack.steps):
-            adversarial, _, _ = climb(model, x, adversarial, loss, attack)
+            adversarial, _, _ = climb(network, x, adversarial, loss, attack)
     return adversarial
 
 
@@ -194,10 +194,10 @@ def maximize_kl(model: nn.Module, x: Tensor, attack: Attack) -> Tensor:
     steps and projections of the authors' code, which `L2` implements).
     """
     adversarial = near(x)
-    with eval_mode(model):
+    with frozen(model) as network:
         # Not under no_grad: weights cached there by parametrize.cached() or autocast (pytorch issue
         # 112583) would have no gradient in the loss that follows.
-        loss = partial(kl_divergence, predict(model, x).detach())
+        loss = partial(kl_divergence, predict(network, x).detach())
         for _ in range(attack.steps):
-            adversarial, _, _ = climb(model, x, adversarial, loss, attack)
+            adversarial, _, _ = climb(network, x, adversarial, loss, attack)
     return adversarial

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from prunekit import read_json, write_json
 from prunekit.contracts import EvaluatorContext, Result, Threat
 from prunekit.errors import UserError
-from prunekit.evaluation import eval_mode, proportion
+from prunekit.evaluation import frozen, proportion
 from prunekit_adversarial import ATTACKS, FEW_CLASSES, TARGETS, AutoAttackOptions
 from prunekit_adversarial.attacks import check_threat, is_correct, predict
 
@@ -65,7 +65,7 @@ class Evaluation:
         if kept is not None and kept.exists():
             fooled, doubts = read_json(kept)
         done, seen, classes = len(fooled), 0, 0
-        with frozen(model), eval_mode(model), listening(doubts):
+        with frozen(model) as model, listening(doubts):
             for x, y in batches:
                 seen += len(y)
                 if not classes:
@@ -161,19 +161,6 @@ class Evaluation:
             )
         for text in texts:
             warnings.warn(f"autoattack: {text}", stacklevel=3)
-
-
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """Inside, no parameter collects gradients: FAB calls `backward()`, which would leave some."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    for p in trained:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p in trained:
-            p.requires_grad_(True)
 
 
 @contextmanager

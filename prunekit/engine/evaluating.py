@@ -20,7 +20,7 @@ from prunekit.data import seeds
 from prunekit.data.batches import eval_batches
 from prunekit.engine.work import Loaded, Outcome, Work, describe_masks
 from prunekit.errors import RunError
-from prunekit.evaluation import balanced_proportion, eval_mode, is_unbalanced
+from prunekit.evaluation import balanced_proportion, frozen, is_unbalanced
 from prunekit.pruning.masks import State, describe_counts, find_broken
 from prunekit.recipe.plan import Run
 from prunekit.recipe.stages import Stage
@@ -49,14 +49,13 @@ def judge(state: State, stage: Stage, use: Use[Evaluator], work: Work) -> Outcom
     index = _choose_images(stage, work.run, work.loaded)
     seed = (work.run.seed, "evaluate", use.component.name)
     seeds.seed_all(*seed)
-    state.model.requires_grad_(False)
     context = EvaluatorContext(
         **vars(work.context(stage, state)), scratch=work.folder.scratch(), pause=work.stop.check
     )
     evaluator = use.build(context)
-    with eval_mode(state.model), warnings.catch_warnings(record=True) as caught:
+    with frozen(state.model) as model, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        result = evaluator(state.model, _watched(work, stage, use.name, index, seed))
+        result = evaluator(model, _watched(work, stage, use.name, index, seed))
     owner = f"evaluator {use.component.name!r} of plugin {use.plugin}"
     for name, value in result.metrics.items():
         if not math.isfinite(value):

@@ -24,7 +24,7 @@ from prunekit.contracts import (
 from prunekit.data import seeds
 from prunekit.data.batches import Feed
 from prunekit.errors import RunError, UserError
-from prunekit.evaluation import balance, eval_mode, is_unbalanced
+from prunekit.evaluation import balance, frozen, is_unbalanced
 from prunekit.report import EpochDone, Progress, Report, StageStarted, Stop
 from prunekit.steps import Averaging, Masking, Wrapper
 from prunekit.training.progress import Position, restore, save
@@ -219,7 +219,7 @@ def validate(job: Fit, epoch: int) -> dict[str, float]:
     check = job.objective.validate if isinstance(job.objective, Validating) else classify
     found: dict[str, list[Tensor]] = {}
     labels: list[Tensor] = []
-    with eval_mode(model):
+    with frozen(model):
         for number, (x, y) in enumerate(job.feed.validate()):
             seeds.seed_all(*job.seed, "validation", number)
             for name, value in check(x, y).items():
