@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from math import sqrt
 
 import numpy as np
+import torch
 from torch import nn
 
 Z95 = 1.959963984540054
@@ -36,6 +37,12 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
     Yields what to call: in evaluation mode, with gradients to the input only. Afterwards every
     submodule is back in its own mode, and every parameter trains that trained.
     """
+    # Where weights are made once for a whole step (parametrize.cached), they are made now: frozen,
+    # they would be without a graph for the rest of the step.
+    with torch.enable_grad():
+        for module in model.modules():
+            for name in getattr(module, "parametrizations", ()):
+                getattr(module, name)
     trained = [p for p in model.parameters() if p.requires_grad]
     with eval_mode(model):
         for parameter in trained:
