@@ -63,7 +63,9 @@ def find_files(out: Path) -> dict[tuple[str, str, str], Path]:
     files: dict[tuple[str, str, str], Path] = {}
     for record in sorted(out.rglob("run.json")):
         told = json.loads(record.read_text())
-        places = [(stage["name"], stored.get(stage["key"])) for stage in told["stages"]]
+        # What evaluators recorded is in the run's own file, wherever a store keeps it.
+        made = [stage for stage in told["stages"] if stage.get("kind") != "evaluate"]
+        places = [(stage["name"], stored.get(stage["key"])) for stage in made]
         for stage, folder in [*places, ("(run)", record.parent)]:
             found = [name for name in READERS if folder and (folder / name).is_file()]
             if folder is None or not found:  # a store of another layout would pass unseen

@@ -158,46 +158,10 @@ class Scores:
     keep: Mapping[str, int] | None = None
 
 
-@dataclass(frozen=True)
-class Layers:
-    """What a budget shares out: the units of all layers that are pruned.
-
-    Units are weights, or output channels (O,). `scores` has their importance in the layer's shape,
-    -inf for those that are gone; `alive` says which are left where a stage before pruned (layers
-    that it did not prune are absent); `shapes` are those of the weights. `sparsity` is the fraction
-    of units to remove, and `total` how many are kept in all.
-    """
-
-    scores: Mapping[str, Tensor]
-    alive: Mapping[str, Tensor]
-    shapes: Mapping[str, torch.Size]
-    sparsity: float
-    total: int
-
-
-class Budget(Protocol):
-    """How layers share the sparsity: `budget(layers)`.
-
-    Gives the number of units that each layer keeps (its best), or scores of the layers' shapes that
-    compare across layers: then the `total` best of all are kept, whichever layer they are in.
-    """
-
-    def __call__(self, layers: Layers) -> Mapping[str, int] | Mapping[str, Tensor]: ...
-
-
 class Pruner(Protocol):
     """`pruner(context) -> Scores`; turning scores into masks is the core's."""
 
     def __call__(self, context: PrunerContext) -> Scores: ...
-
-
-class SparsitySchedule(Protocol):
-    """`schedule(clock)`: the fraction of the stage's sparsity that holds at that moment, in [0, 1].
-
-    It is 1 at the end, that is at `Clock(steps, steps, epochs, epochs)`.
-    """
-
-    def __call__(self, clock: Clock) -> float: ...
 
 
 class Split(Protocol):
@@ -240,12 +204,61 @@ class Data:
     fingerprint: str = ""
 
 
+MetricKind = Literal["result", "diagnosis", "setting"]
+
+
+class Metric(float):
+    """A number that was measured, with what it means; it computes and compares as a float.
+
+    `n` is the number of images behind it, `low` and `high` are the ends of its 95 % interval.
+    `unit` is "fraction" or "sparsity" (shown in percent), "pixels", or nothing. A "diagnosis"
+    counts images that limit how far results can be trusted, and `note` says why; a "setting" says
+    how results were measured, and `note` what to say of rows where it is 0.
+
+    >>> accuracy = Metric(0.5, n=2, low=0.1, high=0.9, unit="fraction")
+    >>> accuracy + 0.25, accuracy.n
+    (0.75, 2)
+    """
+
+    n: int | None
+    low: float | None
+    high: float | None
+    unit: str
+    kind: MetricKind
+    note: str
+
+    def __new__(
+        cls,
+        value: float,
+        *,
+        n: int | None = None,
+        low: float | None = None,
+        high: float | None = None,
+        unit: str = "",
+        kind: MetricKind = "result",
+        note: str = "",
+    ) -> Metric:
+        self = super().__new__(cls, value)
+        vars(self).update(n=n, low=low, high=high, unit=unit, kind=kind, note=note)
+        return self
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"a Metric is not changed; make another one to set its {name}")
+
+    def __getnewargs_ex__(self) -> tuple[tuple[float], dict[str, object]]:
+        return (float(self),), dict(vars(self))
+
+    def describe(self) -> dict[str, object]:
+        """It as plain data: its value, and whatever else is said of it."""
+        return {"value": float(self)} | {k: v for k, v in vars(self).items() if v not in (None, "")}
+
+
 @dataclass(frozen=True)
 class Result:
-    """What an evaluator found: numbers, and for each image (first axis N) the records behind them.
+    """What an evaluator found: metrics, and for each image (first axis N) the records behind them.
 
-    A metric that is a mean over images comes with its `n` and 95 % interval through
-    `prunekit.evaluation.proportion`.
+    A metric that is a mean over images comes from `prunekit.evaluation.proportion`; a plain number
+    is a result without further words.
     """
 
     metrics: Mapping[str, float]

@@ -9,6 +9,9 @@ from math import sqrt
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
+
+from prunekit.contracts import Metric
 
 Z95 = 1.959963984540054
 """95 % of a normal distribution lie within this many standard deviations."""
@@ -40,8 +43,8 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
     # Where weights are made once for a whole step (parametrize.cached), they are made now: frozen,
     # they would be without a graph for the rest of the step.
     with torch.enable_grad():
-        for module in model.modules():
-            for name in getattr(module, "parametrizations", ()):
+        for module in filter(parametrize.is_parametrized, model.modules()):
+            for name in module.parametrizations:  # type: ignore[union-attr]
                 getattr(module, name)
     trained = [p for p in model.parameters() if p.requires_grad]
     with eval_mode(model):
@@ -66,15 +69,15 @@ def wilson(count: int, n: int, z: float = Z95) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def proportion(name: str, correct: np.ndarray) -> dict[str, float]:
-    """Metrics of a per-image verdict (N,) of booleans: the fraction, its interval, and n.
+def proportion(correct: np.ndarray) -> Metric:
+    """The metric of a per-image verdict (N,) of booleans: the fraction, its interval, and n.
 
-    >>> proportion("accuracy", np.array([True, False]))["accuracy"]
-    0.5
+    >>> proportion(np.array([True, False])), proportion(np.array([True, False])).n
+    (0.5, 2)
     """
     n, count = len(correct), int(np.count_nonzero(correct))
     low, high = wilson(count, n)
-    return {name: count / n, f"{name}_low": low, f"{name}_high": high, "n": n}
+    return Metric(count / n, n=n, low=low, high=high, unit="fraction")
 
 
 def is_unbalanced(labels: np.ndarray) -> bool:
@@ -105,13 +108,12 @@ def balance(values: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
     return float(np.mean(means)), sqrt(sum(variances)) / len(means)
 
 
-def balanced_proportion(name: str, correct: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """As `proportion`, every class counting alike; a normal 95 % interval, without n.
+def balanced_proportion(correct: np.ndarray, labels: np.ndarray) -> Metric:
+    """As `proportion`, every class counting alike; with a normal 95 % interval.
 
-    >>> result = balanced_proportion("a", np.array([True, False]), np.array([0, 1]))
-    >>> result["a"], result["a_high"] - result["a"] < 0.5
-    (0.5, True)
+    >>> balanced_proportion(np.array([True, False]), np.array([0, 1]))
+    0.5
     """
     mean, error = balance(correct, labels)
-    low, high = mean - Z95 * error, mean + Z95 * error
-    return {name: mean, f"{name}_low": max(0.0, low), f"{name}_high": min(1.0, high)}
+    low, high = max(0.0, mean - Z95 * error), min(1.0, mean + Z95 * error)
+    return Metric(mean, n=len(correct), low=low, high=high, unit="fraction")

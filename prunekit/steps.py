@@ -1,4 +1,4 @@
-"""The contracts of a training step: what it trains, what rewires it, what goes around it.
+"""The contracts of a training step: what it trains, how masks follow it, what goes around it.
 
 Shapes and units as in `prunekit.contracts`.
 """
@@ -15,6 +15,42 @@ from prunekit.contracts import Clock, Loss, Masks, Scores
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Layers:
+    """What a budget shares out: the units of all layers that are pruned.
+
+    Units are weights, or output channels (O,). `scores` has their importance in the layer's shape,
+    -inf for those that are gone; `alive` says which are left where a stage before pruned (layers
+    that it did not prune are absent); `shapes` are those of the weights. `sparsity` is the fraction
+    of units to remove, and `total` how many are kept in all.
+    """
+
+    scores: Mapping[str, Tensor]
+    alive: Mapping[str, Tensor]
+    shapes: Mapping[str, torch.Size]
+    sparsity: float
+    total: int
+
+
+class Budget(Protocol):
+    """How layers share the sparsity: `budget(layers)`.
+
+    Gives the number of units that each layer keeps (its best), or scores of the layers' shapes that
+    compare across layers: then the `total` best of all are kept, whichever layer they are in.
+    """
+
+    def __call__(self, layers: Layers) -> Mapping[str, int] | Mapping[str, Tensor]: ...
+
+
+class SparsitySchedule(Protocol):
+    """`schedule(clock)`: the fraction of the stage's sparsity that holds at that moment, in [0, 1].
+
+    It is 1 at the end, that is at `Clock(steps, steps, epochs, epochs)`.
+    """
+
+    def __call__(self, clock: Clock) -> float: ...
 
 
 @dataclass(frozen=True)

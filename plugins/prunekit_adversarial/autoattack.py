@@ -18,7 +18,7 @@ from pyautoattack import AutoAttack
 from torch import Tensor, nn
 
 from prunekit import read_json, write_json
-from prunekit.contracts import EvaluatorContext, Result, Threat
+from prunekit.contracts import EvaluatorContext, Metric, Result, Threat
 from prunekit.errors import UserError
 from prunekit.evaluation import frozen, proportion
 from prunekit_adversarial import ATTACKS, FEW_CLASSES, TARGETS, AutoAttackOptions
@@ -78,8 +78,15 @@ class Evaluation:
         attack = np.array(fooled)
         correct = attack == ROBUST
         self._warn(attack, self._choose(classes), doubts)
-        metrics = proportion("accuracy", correct)
-        metrics |= {"standard": float(self._is_standard(classes)), "seed": self.options.seed}
+        metrics = {
+            "accuracy": proportion(correct),
+            "standard": Metric(
+                self._is_standard(classes),
+                kind="setting",
+                note="not its standard attacks and budgets in all rows; compare only like rows",
+            ),
+            "seed": Metric(self.options.seed, kind="setting"),
+        }
         return Result(metrics, {"correct": correct, "attack": attack})
 
     @torch.no_grad()

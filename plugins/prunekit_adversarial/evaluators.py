@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from prunekit import NoOptions, judge_batches
-from prunekit.contracts import Evaluator, EvaluatorContext, Result
+from prunekit.contracts import Evaluator, EvaluatorContext, Metric, Result
 from prunekit.evaluation import proportion
 from prunekit_adversarial import PgdOptions
 from prunekit_adversarial.attacks import Attack, climb, is_correct, plan_attack, predict
@@ -37,7 +37,7 @@ def evaluate_clean(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -
         verdicts.append(is_correct(logits, y).cpu().numpy())
     correct = np.concatenate(verdicts)
     return Result(
-        proportion("accuracy", correct),
+        {"accuracy": proportion(correct)},
         {"prediction": np.concatenate(predictions), "correct": correct},
     )
 
@@ -65,8 +65,12 @@ class Pgd:
     def __call__(self, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Result:
         found = judge_batches(partial(self._attack_batch, model), batches, self.scratch)
         found["correct"] = found["restart"] == ROBUST
-        zeros = int(found["zero_gradient"].sum())
-        return Result(proportion("accuracy", found["correct"]) | {"zero_gradient": zeros}, found)
+        zeros = Metric(
+            found["zero_gradient"].sum(),
+            kind="diagnosis",
+            note="gave no gradient; its accuracy may be overestimated, try another attack",
+        )
+        return Result({"accuracy": proportion(found["correct"]), "zero_gradient": zeros}, found)
 
     def _attack_batch(self, model: nn.Module, x: Tensor, y: Tensor) -> dict[str, np.ndarray]:
         """The records `restart` and `zero_gradient`, (B,) each, of a batch.

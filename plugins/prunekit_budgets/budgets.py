@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from prunekit import NoOptions, share_out, uniform
-from prunekit.contracts import Budget, Context, Layers
+from prunekit.contracts import Context
 from prunekit.errors import RunError
+from prunekit.steps import Budget, Layers
 
 
 def build_layer(options: NoOptions, context: Context) -> Budget:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from prunekit import judge_batches
-from prunekit.contracts import EvaluatorContext, Result
+from prunekit.contracts import EvaluatorContext, Metric, Result
 from prunekit.errors import UserError
 from prunekit.evaluation import proportion
 from prunekit_lirpa import VerifiedOptions
@@ -122,15 +122,18 @@ class Verified:
             if text:
                 warnings.warn(text, stacklevel=3)
         verified = np.isin(method, self.options.methods)
-        metrics = proportion("verified", verified)
+        metrics = {"verified": proportion(verified)}
         for number, name in enumerate(self.options.methods, 1):
             so_far = np.isin(method, self.options.methods[:number])
-            metrics |= proportion(f"{name}_verified", so_far)
-        metrics |= proportion("accuracy", method != MISCLASSIFIED)
-        metrics |= {
-            "errors": int((method == FAILED).sum()),
-            "timeouts": int((method == LATE).sum()),
-        }
+            metrics[f"{name}_verified"] = proportion(so_far)
+        metrics["accuracy"] = proportion(method != MISCLASSIFIED)
+        open_ = "they count as not verified but may be robust"
+        for count, word, what in (
+            ("errors", FAILED, "made the verifier fail"),
+            ("timeouts", LATE, "ran out of time"),
+        ):
+            images = (method == word).sum()
+            metrics[count] = Metric(images, kind="diagnosis", note=f"{what}; {open_}")
         records = {"verified": verified, "method": method, "margin": margin}
         return Result(metrics, records)
 

@@ -155,7 +155,7 @@ class Screen:
                 metrics = {
                     name: value
                     for name, value in event.metrics.items()
-                    if event.kind == "evaluate" or is_fraction(name)
+                    if event.kind == "evaluate" or is_fraction(value)
                 }
                 return Text("  ".join([event.stage, how, *format_metrics(metrics)]), "bold")
             case Note():
@@ -210,9 +210,9 @@ def make_display(run: RunStarted, part: Part | None, clock: float) -> Group:
 def format_metrics(metrics: Mapping[str, Any]) -> list[str]:
     """The main metrics as texts "name value", fractions (accuracies) before losses."""
     return [
-        f"{name} {format_metric(name, value)}"
-        for name, value in sorted(metrics.items(), key=lambda item: not is_fraction(item[0]))
-        if isinstance(value, int | float) and is_main(name)
+        f"{name} {format_metric(value)}"
+        for name, value in sorted(metrics.items(), key=lambda item: not is_fraction(item[1]))
+        if isinstance(value, int | float) and is_main(value)
     ]
 
 

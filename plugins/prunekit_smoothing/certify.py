@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from prunekit import read_json, write_json
-from prunekit.contracts import EvaluatorContext, Result
+from prunekit.contracts import EvaluatorContext, Metric, Result
 from prunekit.evaluation import proportion
 from prunekit_smoothing import CHUNK, CertifyOptions, name_radius, plan_looks
 from prunekit_smoothing.bounds import certified_radius, lower_bound, upper_bound
@@ -207,20 +207,21 @@ class Certify:
         prediction = np.array([t.prediction for t in tallies])
         samples = np.array([t.samples for t in tallies])
         correct = (prediction == y) & ~abstained
-        metrics = proportion("accuracy", correct) | proportion("abstained", abstained)
+        metrics = {"accuracy": proportion(correct), "abstained": proportion(abstained)}
         for r in options.radii:
-            metrics |= proportion(f"certified@{name_radius(r)}", correct & (radius >= r))
+            metrics[f"certified@{name_radius(r)}"] = proportion(correct & (radius >= r))
         if options.sequential:
-            metrics["passes"] = options.n0 + float(samples.mean())
+            metrics["passes"] = Metric(options.n0 + samples.mean(), n=len(y))
         else:
-            metrics["acr"] = float((radius * correct).mean())
-        metrics |= {
+            metrics["acr"] = Metric((radius * correct).mean(), n=len(y), unit="pixels")
+        settings = {
             "sigma": options.sigma,
             "alpha": options.alpha,
             "n0": options.n0,
             "samples": options.n,
-            "sequential": float(options.sequential),
+            "sequential": options.sequential,
         }
+        metrics |= {name: Metric(value, kind="setting") for name, value in settings.items()}
         records = {
             "prediction": prediction,
             "count": np.array([t.hits for t in tallies]),

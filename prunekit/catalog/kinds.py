@@ -139,7 +139,7 @@ class BudgetComponent(Component):
     """The declaration of how layers share the sparsity."""
 
     kind = "budget"
-    builds = contracts.Budget
+    builds = steps.Budget
 
     compares: bool = False
     """Scores of layers are compared: the core makes those comparable that are not."""
@@ -150,7 +150,7 @@ class SparsityScheduleComponent(Component):
     """The declaration of how the sparsity grows during a stage."""
 
     kind = "sparsity_schedule"
-    builds = contracts.SparsitySchedule
+    builds = steps.SparsitySchedule
 
 
 @dataclass(frozen=True, kw_only=True)

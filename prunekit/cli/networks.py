@@ -124,6 +124,7 @@ def evaluate(run: Path, evaluators: str, store: Path | None, as_json: bool, **re
     the run.
     """
     from prunekit.engine.eval_plan import EvalRequest, evaluate_network
+    from prunekit.store.metrics import write_metrics
     from prunekit.store.networks import read_network
     from prunekit.store.records import read_run
 
@@ -138,7 +139,7 @@ def evaluate(run: Path, evaluators: str, store: Path | None, as_json: bool, **re
     )
     metrics = read_run(folder).stages[0].metrics
     if as_json:
-        group.print_json({"evaluation": str(folder), "metrics": metrics})
+        group.print_json({"evaluation": str(folder), "metrics": write_metrics(metrics)})
     else:
         titles = ("evaluator", "metric", "value", "95 % interval", "n")
         group.print_table(titles, list(list_metrics(metrics)))
@@ -146,14 +147,19 @@ def evaluate(run: Path, evaluators: str, store: Path | None, as_json: bool, **re
 
 
 def list_metrics(metrics: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
-    """Rows (evaluator, metric, value, 95 % interval, n) of the results and diagnoses."""
-    from prunekit.results.metrics import format_metric, is_part, split_metric
+    """Rows (evaluator, metric, value, 95 % interval, n) of what evaluators found."""
+    from prunekit.contracts import Metric
+    from prunekit.results.metrics import format_metric
+    from prunekit.store.metrics import split_metric
 
     for name, value in metrics.items():
         owner, metric = split_metric(name)
-        if not owner or isinstance(value, str) or is_part(name):
-            continue
-        ends: list[Any] = [metrics.get(f"{name}_{end}") for end in ("low", "high")]
-        interval = "" if None in ends else " to ".join(format_metric(name, end) for end in ends)
-        n = str(metrics.get(f"{owner}.n") or "")
-        yield owner, metric, format_metric(name, value), interval, n
+        if owner and isinstance(value, Metric):
+            ends = [Metric(e, unit=value.unit) for e in (value.low, value.high) if e is not None]
+            yield (
+                owner,
+                metric,
+                format_metric(value),
+                " to ".join(map(format_metric, ends)),
+                str(value.n or ""),
+            )

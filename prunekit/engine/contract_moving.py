@@ -13,7 +13,6 @@ from prunekit.catalog.component import Use
 from prunekit.contracts import (
     Clock,
     Context,
-    Layers,
     Loss,
     NetworkContext,
     OptimizerChoice,
@@ -25,7 +24,7 @@ from prunekit.engine.examples import tiny_batches, tiny_network
 from prunekit.engine.methods import build
 from prunekit.errors import RunError
 from prunekit.pruning.selection import Selection, select_masks
-from prunekit.steps import Around, Averaging, Following, Masking, Now
+from prunekit.steps import Around, Averaging, Following, Layers, Masking, Now
 from prunekit.training.masking import LearnedScores, Weights
 from prunekit.training.rewiring import Rewired, Rewiring
 from prunekit.training.step import Stepper

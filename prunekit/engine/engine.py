@@ -230,7 +230,7 @@ class Engine:
                 **describe_model(at.run, at.loaded.data.shape, at.loaded.data.classes),
                 "stage": describe_stage(stage),
                 # No stage has pruned what `init` brought pruned.
-                "sparsity": stage.sparsity or outcome.metrics["sparsity"],
+                "sparsity": stage.sparsity or float(outcome.metrics["sparsity"]),
                 "smoke": self.smoke,
             }
             write_model(stored.model, state.model, state.masks, header)

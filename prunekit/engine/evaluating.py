@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from prunekit.catalog.component import Use
-from prunekit.contracts import Evaluator, EvaluatorContext
+from prunekit.contracts import Evaluator, EvaluatorContext, Metric
 from prunekit.data import seeds
 from prunekit.data.batches import eval_batches
 from prunekit.engine.work import Loaded, Outcome, Work, describe_masks
@@ -65,7 +65,8 @@ def judge(state: State, stage: Stage, use: Use[Evaluator], work: Work) -> Outcom
             raise RunError(f"{owner} gave {len(values)} records {name!r} for {len(index)} images")
     notes = tuple(dict.fromkeys(str(w.message) for w in caught))
     network = {**describe_masks(state), "counts": describe_counts(state)}
-    return Outcome({**result.metrics, NETWORK: network}, records=result.records, notes=notes)
+    metrics = {k: v if isinstance(v, Metric) else Metric(v) for k, v in result.metrics.items()}
+    return Outcome({**metrics, NETWORK: network}, records=result.records, notes=notes)
 
 
 NETWORK = "network"
@@ -84,11 +85,11 @@ def assemble(stage: Stage, run: Run, loaded: Loaded, found: Mapping[str, Outcome
         own = found[use.name]
         metrics |= {f"{use.name}.{k}": v for k, v in own.metrics.items() if k != NETWORK}
         if use.threat is not None and use.component.judges:
-            metrics[f"{use.name}.eps"] = use.threat.eps
+            metrics[f"{use.name}.eps"] = Metric(use.threat.eps, unit="pixels", kind="setting")
         records |= {f"{use.name}.{name}": values for name, values in own.records.items()}
         if unbalanced and "accuracy" in own.metrics and "correct" in own.records:
-            correct, name = np.asarray(own.records["correct"]), f"{use.name}.balanced_accuracy"
-            metrics |= balanced_proportion(name, correct, labels)
+            correct = np.asarray(own.records["correct"])
+            metrics[f"{use.name}.balanced_accuracy"] = balanced_proportion(correct, labels)
         notes += [f"{use.name}: {text}" for text in own.notes]
     notes += cross_examine(stage.options.with_, records)
     network = next(iter(found.values())).metrics[NETWORK]

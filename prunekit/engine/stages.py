@@ -41,7 +41,7 @@ from prunekit.pruning.structures import find_followers, find_structured, follow
 from prunekit.recipe.stages import Stage
 from prunekit.report import Note, StageStarted
 from prunekit.steps import Masking
-from prunekit.training.loop import Fit, fit
+from prunekit.training.loop import Fit, fit, read_metrics
 from prunekit.training.masking import LearnedScores, Weights
 from prunekit.training.rewiring import Rewired, Rewiring
 
@@ -267,10 +267,8 @@ def _best(history: list[dict[str, Any]], stage: Stage) -> dict[str, Any]:
     rows = [row for row in history if row["best"]]
     if not rows:
         return {}
-    return {
-        **{k: v for k, v in rows[-1].items() if k != "best"},
-        "select": _selecting_metric(stage),
-    }
+    epoch, select = rows[-1]["epoch"], _selecting_metric(stage)
+    return {"epoch": epoch, **read_metrics(rows[-1]), "select": select}
 
 
 def _selecting_metric(stage: Stage) -> str:

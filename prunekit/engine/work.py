@@ -11,7 +11,7 @@ import torch
 
 from prunekit.catalog.component import Use
 from prunekit.catalog.kinds import Facts
-from prunekit.contracts import Context, Data, DatasetContext, NetworkContext, Split
+from prunekit.contracts import Context, Data, DatasetContext, Metric, NetworkContext, Split
 from prunekit.data.batches import Arrays, Extra, Feed, fingerprint, hold_out, to_device
 from prunekit.errors import DataMissingError, UserError
 from prunekit.models.building import build_network
@@ -239,4 +239,5 @@ class Outcome:
 def describe_masks(state: State) -> dict[str, Any]:
     """Metrics of a stage about its masks: the sparsity of the network, and their hash."""
     counts = count_weights(state.model, state.masks)
-    return {"sparsity": measure_sparsity(counts), "masks": hash_masks(state.masks)}
+    sparsity = Metric(measure_sparsity(counts), unit="sparsity")
+    return {"sparsity": sparsity, "masks": hash_masks(state.masks)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from prunekit.contracts import Layers
+from prunekit.steps import Layers
 
 
 def count_kept(n: int, sparsity: float) -> int:

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunekit.contracts import Budget, Layers, Masks, Scores, read_ratio
+from prunekit.contracts import Masks, Scores, read_ratio
 from prunekit.errors import RunError
 from prunekit.pruning.budgets import count_kept, uniform
 from prunekit.pruning.structures import keep_n_of_m, score_channels
+from prunekit.steps import Budget, Layers
 
 
 @dataclass(frozen=True)

@@ -10,18 +10,16 @@ from typing import Literal
 from prunekit.catalog.component import Radius, Use, option
 from prunekit.contracts import (
     STRUCTURE,
-    Budget,
     Data,
     Evaluator,
     Norm,
     Objective,
     OptimizerChoice,
     Pruner,
-    SparsitySchedule,
     read_ratio,
 )
 from prunekit.errors import OptionError
-from prunekit.steps import Rewirer, Wrapper
+from prunekit.steps import Budget, Rewirer, SparsitySchedule, Wrapper
 
 
 @dataclass(frozen=True, kw_only=True)

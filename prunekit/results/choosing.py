@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from prunekit.contracts import Metric
 from prunekit.errors import UserError
 from prunekit.results.comparison import freeze
 from prunekit.results.metrics import format_metric, format_setting
@@ -112,7 +113,8 @@ def tell(choice: Choice) -> str:
         return ", ".join(pairs)
 
     compared = ", ".join(
-        f"{words(values)}: {format_metric(choice.metric, score)}" for values, score in choice.scores
+        f"{words(values)}: {format_metric(Metric(score, unit='fraction'))}"
+        for values, score in choice.scores
     )
     where = words(choice.others) or choice.others["name"]
     return f"{where}: {words(choice.chosen)} by {choice.metric} ({compared})"

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from prunekit.results.metrics import is_part, split_metric
+from prunekit.contracts import Metric
 from prunekit.store.records import RunRecord, StageRecord
 
 
@@ -18,15 +18,12 @@ from prunekit.store.records import RunRecord, StageRecord
 class Value:
     """A metric over seeds: mean and sample standard deviation (n - 1), None for a single seed.
 
-    `low` and `high` (the 95 % interval) and `images` are known only for a single seed.
+    The interval and the number of images of `mean` are known only for a single seed.
     """
 
-    mean: float
+    mean: Metric
     sd: float | None = None
     seeds: int = 1
-    low: float | None = None
-    high: float | None = None
-    images: float | None = None
 
 
 @dataclass(frozen=True)
@@ -72,7 +69,7 @@ def compare(runs: Sequence[RunRecord]) -> list[Row]:
             address: -1 if value is None else columns[address].index(freeze(value))
             for address, value in row.settings.items()
         }
-        dense = "sparsity" in row.metrics and row.metrics["sparsity"].mean == 0
+        dense = "sparsity" in row.metrics and not row.metrics["sparsity"].mean
         recipe = rank.pop("name", 0)
         return recipe, not dense, *rank.values(), stages.index(row.stage), row.seeds
 
@@ -122,20 +119,9 @@ def _make_row(pairs: Sequence[tuple[RunRecord, StageRecord]], columns: Iterable[
 
 
 def _read_metrics(metrics: Mapping[str, Any]) -> dict[str, Value]:
-    """The finite numbers of a stage, with interval and number of images if they are known."""
-    numbers = {
-        name: value
-        for name, value in metrics.items()
-        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    }
-    values = {}
-    for name, number in numbers.items():
-        if not is_part(name):
-            owner, _ = split_metric(name)
-            images = numbers.get(f"{owner}.n" if owner else "n")
-            low, high = numbers.get(f"{name}_low"), numbers.get(f"{name}_high")
-            values[name] = Value(number, low=low, high=high, images=images)
-    return values
+    """The finite metrics of a stage."""
+    found = {k: v for k, v in metrics.items() if isinstance(v, Metric) and math.isfinite(v)}
+    return {name: Value(metric) for name, metric in found.items()}
 
 
 def _average_seeds(rows: Iterable[Row]) -> list[Row]:
@@ -163,4 +149,6 @@ def _average(metric: str, rows: Sequence[Row]) -> Value:
     if len(values) == 1:
         return values[0]
     means = [value.mean for value in values]
-    return Value(statistics.fmean(means), statistics.stdev(means), len(means))
+    told = {key: getattr(means[0], key) for key in ("unit", "kind", "note")}
+    mean = Metric(statistics.fmean(means), **told)
+    return Value(mean, statistics.stdev(means), len(means))

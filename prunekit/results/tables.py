@@ -5,27 +5,20 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
 from typing import Any
 
+from prunekit.contracts import Metric
 from prunekit.errors import relative
 from prunekit.results.comparison import Row
-from prunekit.results.metrics import (
-    DIAGNOSTICS,
-    format_metric,
-    format_setting,
-    is_diagnosis,
-    is_fraction,
-    is_main,
-    split_metric,
-)
+from prunekit.results.metrics import format_metric, format_setting, is_fraction
+from prunekit.store.metrics import split_metric
 
 
 def tabulate(rows: Sequence[Row], plus_minus: str = "±") -> list[list[str]]:
     """The cells of the table as text, titles first; "-" if there is no value."""
     addresses = dict.fromkeys(address for row in rows for address in row.settings)
-    metrics = _list_metrics(rows, is_main)
+    metrics = _list_metrics(rows, "result")
     seeds = len({row.seeds for row in rows if row.seeds}) > 1 or any(len(r.seeds) > 1 for r in rows)
     marks = any(row.smoke or row.status != "done" for row in rows)
     taken = [a.rpartition(".")[2] for a in addresses] + [*metrics, "stage", "seed", "status"]
@@ -35,17 +28,19 @@ def tabulate(rows: Sequence[Row], plus_minus: str = "±") -> list[list[str]]:
         return last if taken.count(last) == 1 else address.replace(".", "\n")
 
     def entitle(metric: str) -> str:
-        return "\n".join(split_metric(metric)).lstrip() + (" %" if is_fraction(metric) else "")
+        values = (row.metrics[metric].mean for row in rows if metric in row.metrics)
+        percent = " %" if any(map(is_fraction, values)) else ""
+        return "\n".join(split_metric(metric)).lstrip() + percent
 
     def fill(metric: str, row: Row) -> str:
         value = row.metrics.get(metric)
         if value is None:
             return "-"
-        text = format_metric(metric, value.mean, unit="")
+        text = format_metric(value.mean, unit="")
         # The sparsity is normally the same for every seed, so a deviation of 0 is left out.
         if value.sd is not None and (value.sd or metric != "sparsity"):
-            fraction = is_fraction(metric)
-            sd = format_metric(metric, value.sd, unit="") if fraction else f"{value.sd:.2g}"
+            spread = Metric(value.sd, unit=value.mean.unit)
+            sd = format_metric(spread, unit="") if is_fraction(spread) else f"{value.sd:.2g}"
             text += f" {plus_minus} {sd}"
         return text + (f" ({value.seeds})" if value.seeds < len(row.seeds) else "")
 
@@ -63,9 +58,11 @@ def tabulate(rows: Sequence[Row], plus_minus: str = "±") -> list[list[str]]:
     return [titles + ["status"] * marks, *cells]
 
 
-def _list_metrics(rows: Sequence[Row], wanted: Callable[[str], bool]) -> list[str]:
-    """Names of metrics in order of first appearance, the network's sparsity first."""
-    names = dict.fromkeys(name for row in rows for name in row.metrics if wanted(name))
+def _list_metrics(rows: Sequence[Row], kind: str) -> list[str]:
+    """Names of metrics of a kind in order of first appearance, the network's sparsity first."""
+    names = dict.fromkeys(
+        name for row in rows for name, v in row.metrics.items() if v.mean.kind == kind
+    )
     return sorted(names, key=lambda name: name != "sparsity")
 
 
@@ -76,18 +73,16 @@ def write_notes(rows: Sequence[Row]) -> list[str]:
         for row in rows
         if not row.stage
     ]
-    for name in _list_metrics(rows, is_diagnosis):
+    for name in _list_metrics(rows, "diagnosis"):
         most = max(row.metrics[name].mean for row in rows if name in row.metrics)
         if most > 0:
-            owner, measure = split_metric(name)
-            images = f"up to {most:.4g} images of a network"
-            notes.append(f"{owner}: {images} {DIAGNOSTICS[measure]}")
-    for name in _list_metrics(rows, lambda name: split_metric(name)[1] == "standard"):
-        if any(row.metrics[name].mean < 1 for row in rows if name in row.metrics):
-            owner = split_metric(name)[0]
-            notes.append(
-                f"{owner}: not its standard attacks and budgets in all rows; compare only like rows"
-            )
+            images = f"up to {float(most):.4g} images of a network"
+            notes.append(f"{split_metric(name)[0]}: {images} {most.note}")
+    for name in _list_metrics(rows, "setting"):
+        for mean in (row.metrics[name].mean for row in rows if name in row.metrics):
+            if mean.note and mean < 1:
+                notes.append(f"{split_metric(name)[0]}: {mean.note}")
+                break
     if any(row.smoke for row in rows):
         notes.append("SMOKE: runs shortened to try a recipe; their numbers mean nothing")
     return notes
@@ -95,7 +90,16 @@ def write_notes(rows: Sequence[Row]) -> list[str]:
 
 def to_json(rows: Sequence[Row]) -> dict[str, Any]:
     """The rows as plain values for `json.dumps`."""
-    return {"rows": [{**asdict(row), "runs": list(map(str, row.runs))} for row in rows]}
+
+    def plain(row: Row) -> dict[str, Any]:
+        metrics = {}
+        for name, value in row.metrics.items():
+            told = vars(value.mean) | {"images": value.mean.n}
+            del told["n"], told["note"]
+            metrics[name] = {**vars(value), "mean": float(value.mean), **told}
+        return {**vars(row), "metrics": metrics, "runs": list(map(str, row.runs))}
+
+    return {"rows": [plain(row) for row in rows]}
 
 
 def to_csv(rows: Sequence[Row]) -> str:

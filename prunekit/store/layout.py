@@ -6,7 +6,7 @@ STORE = ".stages"
 STORE_FORMAT = 2
 """Version of the store, which keeps the stages of each version in a folder of its own."""
 
-RUN_FORMAT = 1
+RUN_FORMAT = 2
 """Version of run.json and plan.json."""
 
 RUN, PLAN, RECIPE = "run.json", "plan.json", "recipe.toml"

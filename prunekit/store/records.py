@@ -11,6 +11,7 @@ from typing import Any
 from prunekit.errors import UserError, relative
 from prunekit.store.files import read_json
 from prunekit.store.layout import RUN, RUN_FORMAT
+from prunekit.store.metrics import read_metrics, read_old_metrics
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ def read_run(folder: Path) -> RunRecord:
     """The run of a folder. Raises `UserError` if its `run.json` cannot be read."""
     advice = "run the recipe again"
     told = read_record(folder / RUN, advice)
+    read = read_old_metrics if told["format"] == 1 else read_metrics
     try:
         return RunRecord(
             folder=folder,
@@ -71,7 +73,7 @@ def read_run(folder: Path) -> RunRecord:
             seed=int(told["seed"]),
             settings=dict(told["settings"]),
             stages=tuple(
-                StageRecord(s["name"], s["kind"], s["key"], dict(s.get("metrics") or {}))
+                StageRecord(s["name"], s["kind"], s["key"], read(s.get("metrics") or {}))
                 for s in told["stages"]
             ),
             error=told.get("error") or "",
@@ -92,7 +94,7 @@ def read_record(path: Path, advice: str) -> dict[str, Any]:
     told = read_json(path, advice)
     if not isinstance(told, dict) or "format" not in told:
         raise UserError(f"{relative(path)} was not written by prunekit; {advice}")
-    if told["format"] != RUN_FORMAT:
+    if told["format"] not in (1, RUN_FORMAT):
         raise UserError(
             f"{relative(path)} has format {told['format']!r}, and this prunekit reads "
             f"{RUN_FORMAT}; use the version that wrote it"

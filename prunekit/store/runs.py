@@ -24,6 +24,7 @@ from prunekit.report import Tell
 from prunekit.store.files import copy, make_folder, write_json, write_npz, write_text
 from prunekit.store.keys import find_versions
 from prunekit.store.layout import MODEL, PLAN, RECIPE, RECORDS, RUN, RUN_FORMAT, RUN_LOCK
+from prunekit.store.metrics import write_metrics
 from prunekit.store.records import read_record
 from prunekit.store.stages import StageResult
 
@@ -101,7 +102,7 @@ class RunFolder:
                 "reused": reused,
                 "notes": result.notes,
                 "versions": dict(result.versions),
-                "metrics": metrics,
+                "metrics": write_metrics(metrics),
             }
         )
         self.metrics[stage.name] = metrics

@@ -26,6 +26,7 @@ from prunekit.store.layout import (
     STORE,
     STORE_FORMAT,
 )
+from prunekit.store.metrics import read_metrics, write_metrics
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,8 @@ class StageFolder:
             raise UserError(f"{relative(self.path)} holds no result")
         if content["sizes"] != self._measure():
             raise UserError(f"{relative(self.path)} holds files that are cut off")
-        return StageResult(**{name: content[name] for name in names})
+        result = {name: content[name] for name in names}
+        return StageResult(**{**result, "metrics": read_metrics(result["metrics"])})
 
     def _measure(self) -> dict[str, int]:
         """Bytes of the files that belong to the result."""
@@ -92,7 +94,8 @@ class StageFolder:
 
     def finish(self, result: StageResult, description: Mapping[str, Any]) -> None:
         """Write the result, which marks the stage as done, and delete its checkpoint."""
-        content = {**vars(result), "stage": description, "sizes": self._measure()}
+        told = {**vars(result), "metrics": write_metrics(result.metrics)}
+        content = {**told, "stage": description, "sizes": self._measure()}
         write_json(self.path / RESULT, content)
         self.progress.unlink(missing_ok=True)
         shutil.rmtree(self.path / SCRATCH, ignore_errors=True)

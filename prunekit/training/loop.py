@@ -16,6 +16,7 @@ from torch import Tensor
 from prunekit.contracts import (
     Clock,
     Loss,
+    Metric,
     Objective,
     OptimizerChoice,
     Settling,
@@ -137,7 +138,9 @@ def fit(job: Fit) -> list[dict[str, Any]]:
         at.epoch, at.batch, at.sums = at.epoch + 1, 0, {}
         save(job.checkpoint, stepper, at, best)
         spent = time.monotonic() - started
-        job.report(EpochDone(job.stage, at.epoch, job.epochs, _metrics(row), row["best"], spent))
+        job.report(
+            EpochDone(job.stage, at.epoch, job.epochs, read_metrics(row), row["best"], spent)
+        )
         job.stop.check()
     model.load_state_dict(best)
     return at.history
@@ -168,7 +171,7 @@ def _train_epoch(job: Fit, stepper: Stepper, at: Position, best: Mapping[str, Te
             _check_finite(job, int(bad_step), at.epoch)
         if now - told > 0.2 or last:
             told, read = now, sums.read()
-            means = {k: v / read[IMAGES] for k, v in read.items() if k != IMAGES}
+            means = read_metrics({k: v / read[IMAGES] for k, v in read.items() if k != IMAGES})
             progress = (at.batch, batches, at.epoch, job.epochs)
             job.report(Progress(job.stage, *progress, means, "training"))
         if halt:
@@ -254,10 +257,17 @@ def _is_best(job: Fit, at: Position, row: Mapping[str, Any]) -> bool:
     return True
 
 
-def _metrics(row: Mapping[str, Any]) -> dict[str, float]:
-    return {k: v for k, v in row.items() if k not in ("epoch", "best")}
+def read_metrics(row: Mapping[str, Any]) -> dict[str, float]:
+    """The metrics of an epoch; accuracies, and all validation metrics, are fractions of images."""
+    return {
+        name: Metric(value, unit="fraction")
+        if name == "accuracy" or name.startswith("validation.")
+        else value
+        for name, value in row.items()
+        if name not in ("epoch", "best")
+    }
 
 
 def retell(stage: str, epochs: int, row: Mapping[str, Any]) -> EpochDone:
     """The event of an epoch that an earlier process computed."""
-    return EpochDone(stage, row["epoch"], epochs, _metrics(row), row["best"], stored=True)
+    return EpochDone(stage, row["epoch"], epochs, read_metrics(row), row["best"], stored=True)

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from prunekit.contracts import Clock, Masks, Scores, SparsitySchedule
+from prunekit.contracts import Clock, Masks, Scores
 from prunekit.pruning.learning import (
     ChannelGate,
     ScoredWeight,
@@ -21,7 +21,7 @@ from prunekit.pruning.learning import (
 )
 from prunekit.pruning.masks import assert_masked
 from prunekit.pruning.selection import Selection, check_layers, select_masks
-from prunekit.steps import ParamGroup
+from prunekit.steps import ParamGroup, SparsitySchedule
 
 
 class Weights:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunekit.contracts import Clock, Masks, Scores, SparsitySchedule
+from prunekit.contracts import Clock, Masks, Scores
 from prunekit.data import seeds
 from prunekit.errors import RunError
 from prunekit.pruning.learning import LEAK
@@ -21,7 +21,7 @@ from prunekit.pruning.selection import (
     select_masks,
 )
 from prunekit.pruning.structures import follow
-from prunekit.steps import Moment, Rewirer
+from prunekit.steps import Moment, Rewirer, SparsitySchedule
 from prunekit.training.masking import Weights
 
 

@@ -104,7 +104,7 @@ def test_the_masks_and_the_accuracy_are_those_of_the_run(run):
     metrics = read(run, "--with", "clean", "--images", 20)["metrics"]
     expected = told[-1]["metrics"]
     assert {name: metrics[name] for name in expected} == expected
-    assert metrics["sparsity"] > 0
+    assert metrics["sparsity"]["value"] > 0
 
 
 def test_the_same_again_is_stored(run):
@@ -126,14 +126,15 @@ def test_another_network_in_its_place_is_judged_anew(run):
               with_header)  # fmt: skip
     second = read(run, "--with", "clean")
     assert second["evaluation"] == first["evaluation"]
-    assert second["metrics"]["clean.accuracy"] < first["metrics"]["clean.accuracy"]
+    old, new = (found["metrics"]["clean.accuracy"]["value"] for found in (first, second))
+    assert new < old
 
 
 def test_a_lone_file_says_what_it_is(run):
     shutil.copy(run / "model.safetensors", "lone.safetensors")
     shutil.rmtree("runs")
     out = read("lone.safetensors", "--with", "pgd", "--images", 20, "--set", "pgd.steps=2")
-    assert out["metrics"]["pgd.n"] == 20
+    assert out["metrics"]["pgd.accuracy"]["n"] == 20
     assert Path(out["evaluation"]).parent == Path("evaluations").absolute()
 
 
@@ -145,7 +146,7 @@ def test_a_file_that_says_nothing_is_asked_about(run):
         "lone.safetensors", "--with", "clean", "--dataset", "digits", code=2)[1]  # fmt: skip
     known = ("lone.safetensors", "--dataset", "digits", "--model", "lin-1", "--images", 20)
     assert "give --eps" in judge(*known, "--with", "pgd", code=2)[1]
-    assert read(*known, "--with", "pgd", "--eps", "8/255")["metrics"]["pgd.n"] == 20
+    assert read(*known, "--with", "pgd", "--eps", "8/255")["metrics"]["pgd.accuracy"]["n"] == 20
     wrong = judge("lone.safetensors", "--dataset", "digits", "--model", "lin-2", "--with", "clean",
                   code=1)[1]  # fmt: skip
     assert "does not fit the network" in wrong

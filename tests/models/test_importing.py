@@ -308,7 +308,7 @@ def test_an_imported_run_evaluates_and_finetunes():
     header = read_checkpoint(Path("runs/go/model.safetensors"))[1]
     assert header["sparsity"] == pytest.approx(0.9)
     told = json.loads(Path("runs/go/run.json").read_text())
-    assert told["stages"][-1]["metrics"]["sparsity"] == pytest.approx(0.9)
+    assert told["stages"][-1]["metrics"]["sparsity"]["value"] == pytest.approx(0.9)
 
 
 def test_without_a_file_to_start_from_finetune_needs_a_prune_stage():

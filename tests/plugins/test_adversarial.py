@@ -599,8 +599,9 @@ def test_clean_records_predictions() -> None:
     assert result.records["prediction"].tolist() == [0, 0, 1, 1]
     assert result.records["correct"].tolist() == [True, False, True, False]
     assert result.metrics["accuracy"] == 0.5
-    assert result.metrics["n"] == 4
-    assert result.metrics["accuracy_low"] < 0.5 < result.metrics["accuracy_high"]
+    accuracy = result.metrics["accuracy"]
+    assert accuracy.n == 4
+    assert accuracy.low < 0.5 < accuracy.high
 
 
 def test_losses_are_taken_in_float32_under_autocast() -> None:
@@ -631,7 +632,7 @@ def test_pgd_finds_the_closed_form_of_a_linear_network(threat: Threat, iterate: 
     assert result.records["restart"].dtype == np.int16
     assert result.records["restart"].tolist() == [-2, 0, 0, 0, -1, -1, -1]
     assert result.metrics["accuracy"] == pytest.approx(3 / 7)
-    assert result.metrics["n"] == 7
+    assert result.metrics["accuracy"].n == 7
     assert result.metrics["zero_gradient"] == 0
     assert all(p.grad is None for p in model.parameters())
 

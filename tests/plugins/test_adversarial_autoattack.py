@@ -92,8 +92,8 @@ def test_attacks_follow_each_other_as_in_the_reference(threat: Threat) -> None:
     assert {"robust", "apgd-ce"} <= {*attack} <= {"robust", "misclassified", *ATTACKS}
     assert (result.records["correct"] == (attack == "robust")).all()
     assert result.metrics["accuracy"] == pytest.approx(np.mean(expected))
-    assert result.metrics["n"] == 33
-    assert result.metrics["accuracy_low"] < result.metrics["accuracy"]
+    assert result.metrics["accuracy"].n == 33
+    assert result.metrics["accuracy"].low < result.metrics["accuracy"]
 
 
 def test_standard_is_a_label_for_nothing_less() -> None:

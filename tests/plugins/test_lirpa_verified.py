@@ -69,11 +69,15 @@ def test_each_image_is_proved_by_the_cheapest_bound_that_can() -> None:
     assert set(expected) == {MISCLASSIFIED, OPEN, "ibp", "crown-ibp", "crown"}
     assert result.metrics["verified"] == result.metrics["crown_verified"]
     assert result.metrics["accuracy"] == pytest.approx(38 / 40)
-    assert (result.metrics["errors"], result.metrics["timeouts"], result.metrics["n"]) == (0, 0, 40)
+    assert (result.metrics["errors"], result.metrics["timeouts"], result.metrics["verified"].n) == (
+        0,
+        0,
+        40,
+    )
     assert (
-        result.metrics["verified_low"]
+        result.metrics["verified"].low
         < result.metrics["verified"]
-        < result.metrics["verified_high"]
+        < result.metrics["verified"].high
     )
     assert (result.records["verified"] == np.isin(expected, ("ibp", "crown-ibp", "crown"))).all()
     margin = result.records["margin"]

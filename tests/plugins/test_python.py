@@ -172,7 +172,7 @@ def test_a_run_its_evaluation_and_an_import(here):
          "--set", "architecture.file=mine/net.py")  # fmt: skip
     told = json.loads(call("eval", "runs/theirs", "--with", "clean", "--json")[0])["metrics"]
     assert told["clean.accuracy"] == metrics["clean.accuracy"]
-    assert told["sparsity"] == 0.5
+    assert told["sparsity"]["value"] == 0.5
     (here / "mine").rename(here / "moved")
     told = call("eval", "runs/r", "--with", "clean", "--images", "4", code=2)[1]
     assert "there is no" in told

@@ -16,7 +16,7 @@ from prunekit_reporters import console, jsonl
 from rich.console import Console
 
 from prunekit.catalog.component import NoOptions
-from prunekit.contracts import ReporterContext
+from prunekit.contracts import Metric, ReporterContext
 from prunekit.report import (
     EpochDone,
     Event,
@@ -36,16 +36,35 @@ def tell_run(folder: Path, *, smoke: bool = False) -> list[Event]:
     return [
         RunStarted("a", folder, ("pretrain", "prune", "evaluate"), settings, 2, 6, smoke),
         StageStarted("pretrain", "pretrain", "k0"),
-        StageDone("pretrain", "pretrain", "k0", {"accuracy": 0.91}, reused=True),
+        StageDone(
+            "pretrain", "pretrain", "k0", {"accuracy": Metric(0.91, unit="fraction")}, reused=True
+        ),
         Note("runs on a CPU"),
         Note("3 layers left dense", warning=True),
         StageStarted("prune", "prune", "k1", epochs=10, batches=20, epoch=8, batch=4),
         EpochDone("prune", 8, 10, {"loss": 0.7}, stored=True),
         Progress("prune", 5, 20, epoch=8, epochs=10, metrics={"loss": 0.6}),
-        EpochDone("prune", 9, 10, {"loss": 0.56789, "accuracy": 0.8125}, seconds=12.34),
-        EpochDone("prune", 10, 10, {"loss": 0.5, "accuracy": 0.875}, best=True, seconds=9),
+        EpochDone(
+            "prune",
+            9,
+            10,
+            {"loss": 0.56789, "accuracy": Metric(0.8125, unit="fraction")},
+            seconds=12.34,
+        ),
+        EpochDone(
+            "prune",
+            10,
+            10,
+            {"loss": 0.5, "accuracy": Metric(0.875, unit="fraction")},
+            best=True,
+            seconds=9,
+        ),
         StageDone(
-            "prune", "prune", "k1", {"sparsity": 0.9, "loss": 0.5, "layers": {"0": 1}}, seconds=75
+            "prune",
+            "prune",
+            "k1",
+            {"sparsity": Metric(0.9, unit="sparsity"), "loss": 0.5, "layers": {"0": 1}},
+            seconds=75,
         ),
         RunDone("a", folder, {}, seconds=7260),
     ]
@@ -133,7 +152,16 @@ def test_live_display_shows_place_numbers_and_time_left(
     screen(RunStarted("a", tmp_path, ("pretrain", "prune")))
     screen(StageStarted("prune", "prune", "k", epochs=10, batches=20, epoch=2))
     # From 2 to 3.5 of 10 epochs in 30 s: at 20 s an epoch the other 6.5 take 130 s.
-    screen(Progress("prune", 10, 20, epoch=3, epochs=10, metrics={"loss": 0.25, "accuracy": 0.5}))
+    screen(
+        Progress(
+            "prune",
+            10,
+            20,
+            epoch=3,
+            epochs=10,
+            metrics={"loss": 0.25, "accuracy": Metric(0.5, unit="fraction")},
+        )
+    )
     drawn = file.getvalue()
     assert "prune  2/2  epoch 4/10  batch 10/20" in drawn
     assert "2m10s left" in drawn

@@ -336,11 +336,11 @@ def test_certified_radius_of_a_linear_network_is_below_the_true_one() -> None:
         assert (records["correct"] == right).all()
         certified = (right & (records["radius"] >= 0.25)).mean()
         assert result.metrics["certified@0.25"] == pytest.approx(certified)
-        low, high = (result.metrics[f"certified@0.25_{end}"] for end in ("low", "high"))
-        assert low < certified < high
+        found = result.metrics["certified@0.25"]
+        assert found.low < certified < found.high
         assert result.metrics["accuracy"] == pytest.approx(right.mean())
         assert result.metrics["abstained"] == pytest.approx(records["abstained"].mean())
-        assert result.metrics["n"] == 40
+        assert result.metrics["accuracy"].n == 40
         assert result.metrics["sigma"] == 0.25
         assert (result.metrics["alpha"], result.metrics["n0"]) == (0.001, 100)
 

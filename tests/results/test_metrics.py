@@ -1,28 +1,32 @@
-"""What the name of a metric says."""
-
-from __future__ import annotations
+"""Metrics and settings as text."""
 
 import pytest
 
-from prunekit.results.metrics import is_fraction, is_main
+from prunekit.contracts import Metric
+from prunekit.results.metrics import format_metric, format_setting, is_fraction, is_main
 
 
 @pytest.mark.parametrize(
-    ("metric", "main", "fraction"),
+    ("value", "text"),
     [
-        ("pgd.accuracy", True, True),
-        ("pgd-0.031.accuracy", True, True),
-        ("certify.certified@0.25", True, True),
-        ("certify.certified@0.25_low", False, True),
-        ("certify.acr", True, False),
-        ("pgd.n", False, False),
-        ("pgd.zero_gradient", False, False),
-        ("verified.crown-ibp_verified", True, True),
-        ("verified.errors", False, False),
-        ("verified.timeouts", False, False),
-        ("sparsity", True, True),
-        ("accuracy-of-names.loss", True, False),
+        (Metric(0.7144, unit="fraction"), "71.4%"),
+        (Metric(0.98765, unit="sparsity"), "98.77%"),
+        (Metric(0.61512, unit="pixels"), "0.6151"),
+        (Metric(123456.7), "123457"),
+        (0.5, "0.5"),
     ],
 )
-def test_what_a_metrics_name_says(metric: str, main: bool, fraction: bool) -> None:
-    assert (is_main(metric), is_fraction(metric)) == (main, fraction)
+def test_a_number_is_shown_by_its_unit(value, text):
+    assert format_metric(value) == text
+
+
+def test_what_is_a_result_and_what_a_fraction():
+    fraction, diagnosis = Metric(0.5, unit="fraction"), Metric(3, kind="diagnosis")
+    setting = Metric(0.1, kind="setting")
+    assert [is_main(v) for v in (fraction, diagnosis, setting, 0.5)] == [True, False, False, True]
+    assert [is_fraction(v) for v in (fraction, setting, 0.5)] == [True, False, False]
+
+
+def test_settings_as_text():
+    assert format_setting({"use": "snip", "batches": 2}) == "snip(batches=2)"
+    assert format_setting(None) == "-"

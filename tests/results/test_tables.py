@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from prunekit.contracts import Metric
 from prunekit.results.comparison import Row, Value, compare
 from prunekit.results.tables import tabulate, to_csv, to_json
 from prunekit.store.records import find_runs
@@ -44,7 +45,15 @@ def test_table_text(tmp_path: Path, write_sweep) -> None:
 
 def test_titles_are_short_where_that_is_clear() -> None:
     settings = {"prune.pruner": "snip", "prune.epochs": 1, "finetune.epochs": 2}
-    row = Row("evaluate", "done", False, settings, (0,), {"sparsity": Value(0.9)}, (Path("a"),))
+    row = Row(
+        "evaluate",
+        "done",
+        False,
+        settings,
+        (0,),
+        {"sparsity": Value(Metric(0.9, unit="sparsity"))},
+        (Path("a"),),
+    )
     assert tabulate([row])[0] == [
         "stage",
         "pruner",
@@ -67,6 +76,8 @@ def test_json_is_strict_and_complete(tmp_path: Path, write_run, write_sweep) -> 
         "low": None,
         "high": None,
         "images": None,
+        "unit": "sparsity",
+        "kind": "result",
     }
     assert [row["status"] for row in told["rows"]] == ["done", "done", "interrupted", "done"]
     assert told["rows"][2]["runs"] == [str(tmp_path / "x")]

@@ -109,6 +109,7 @@ SHOWING = (
     "store/files.py",
     "store/keys.py",
     "store/layout.py",
+    "store/metrics.py",
     "store/networks.py",
     "store/records.py",
     "store/runs.py",

@@ -15,7 +15,7 @@ from prunekit.store.records import find_runs
     [
         ("{", "cannot be read"),
         ("[]", "was not written by prunekit"),
-        ('{"format": 2}', "has format 2, and this prunekit reads 1"),
+        ('{"format": 3}', "has format 3, and this prunekit reads 2"),
         ('{"format": 1, "name": "a"}', "lacks 'status'"),
         (
             '{"format": 1, "name": "a", "status": "done", "smoke": false, "seed": 0,'
