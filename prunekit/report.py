@@ -74,7 +74,10 @@ class RunStarted:
 
 @dataclass(frozen=True)
 class StageStarted:
-    """A stage begins, or resumes at the `epoch` and `batch` that an earlier process reached."""
+    """A stage begins, or resumes at the `epoch` and `batch` that an earlier process reached.
+
+    `stored`: nothing is computed, what follows was stored by an earlier process.
+    """
 
     stage: str
     kind: str
@@ -83,6 +86,7 @@ class StageStarted:
     batches: int = 0
     epoch: int = 0
     batch: int = 0
+    stored: bool = False
 
 
 @dataclass(frozen=True)

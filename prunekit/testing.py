@@ -21,7 +21,7 @@ from typing import Any
 
 from prunekit.catalog.component import Component, Threatened, Use
 from prunekit.catalog.kinds import KINDS
-from prunekit.catalog.registry import Entry, Registry, load_registry
+from prunekit.catalog.registry import Entry, Registry, list_declared, load_registry
 from prunekit.contracts import Threat
 from prunekit.engine.contract import CHECKS
 from prunekit.engine.examples import (
@@ -57,10 +57,7 @@ TAKEN = {
 
 def find_components(module: str) -> list[Component]:
     """All components that a plugin's module declares."""
-    plugin = importlib.import_module(module)
-    found: list[Component] = []
-    for kind in KINDS:
-        found += getattr(plugin, f"prunekit_{kind}s", list)()
+    found = list_declared(importlib.import_module(module), module)
     assert found, f"{module} declares no component"
     return found
 

@@ -93,7 +93,7 @@ class Screen:
                 return
             case RunStarted():
                 self.run, self.part = event, None
-            case StageStarted():
+            case StageStarted(stored=False):
                 total = max(event.epochs, 1)
                 first = (event.epoch + event.batch / max(event.batches, 1)) / total
                 self.part = Part(event, clock, first=first, fraction=first)

@@ -38,35 +38,31 @@ NAMES: Mapping[type, str] = {
 
 def build(options: NoOptions, context: ReporterContext) -> Reporter:
     """Build the reporter `jsonl`."""
-    return Log()
+    return Log(context.folder / "metrics.jsonl")
 
 
 class Log:
-    """Writes `metrics.jsonl` into each run's folder, from scratch whenever the run starts.
+    """Writes `metrics.jsonl` into the run's folder, from scratch whenever the run starts.
 
     A line has the event's fields and its metrics. When a run is resumed, the core reports its
     stored epochs again, so the file is always complete and in order.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, file: Path) -> None:
+        self.file = file
         self.run: RunStarted | None = None
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, RunStarted):
             self.run = event
-            get_path(event).write_text("", encoding="utf-8")
+            self.file.write_text("", encoding="utf-8")
         if self.run is None or isinstance(event, Progress):
             return
         # Opened for each line, so that nothing waits in a buffer when the process dies.
-        with get_path(self.run).open("a", encoding="utf-8") as file:
+        with self.file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(describe(event, self.run), allow_nan=False) + "\n")
         if isinstance(event, RunDone | RunFailed):
             self.run = None
-
-
-def get_path(run: RunStarted) -> Path:
-    """The file of a run."""
-    return run.folder / "metrics.jsonl"
 
 
 def describe(event: Event, run: RunStarted) -> dict[str, Any]:

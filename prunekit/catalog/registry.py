@@ -163,10 +163,18 @@ class ApiError(Exception):
 
 
 def _load_plugin(point: EntryPoint) -> list[Component]:
+    _check_api(point.module)
+    found = list_declared(point.load(), point.name)
+    if not found:
+        raise LookupError("declares no component; is @hookimpl missing, or a return?")
+    return found
+
+
+def list_declared(plugin: object, name: str) -> list[Component]:
+    """What the hooks of a plugin's module declare. Raises whatever is wrong with them."""
     manager = pluggy.PluginManager(GROUP)
     manager.add_hookspecs(hookspecs)
-    _check_api(point.module)
-    manager.register(point.load(), name=point.name)
+    manager.register(plugin, name=name)
     _check_hooks(manager)
     found = []
     for kind in KINDS:
@@ -174,8 +182,6 @@ def _load_plugin(point: EntryPoint) -> list[Component]:
             for component in components:
                 _check_declaration(kind, component)
                 found.append(component)
-    if not found:
-        raise LookupError("declares no component; is @hookimpl missing, or a return?")
     return found
 
 

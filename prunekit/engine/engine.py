@@ -155,6 +155,7 @@ class Engine:
         with self._open(stage, key) as stored:
             if reused := stored.done:
                 result = stored.read()
+                self.report(StageStarted(stage.name, stage.kind, key, stage.epochs, stored=True))
                 for row in result.history:
                     self.report(retell(stage.name, stage.epochs, row))
             else:
@@ -183,6 +184,8 @@ class Engine:
                 found[use.name] = Outcome(dict(result.metrics), [], records, tuple(result.notes))
         outcome = assemble(stage, at.run, at.loaded, found)
         new = [result for known, result in results if not known]
+        if not new:
+            self.report(StageStarted(stage.name, stage.kind, key.key, stored=True))
         whole = StageResult(
             outcome.metrics,
             seconds=sum(result.seconds for result in new or [r for _, r in results]),

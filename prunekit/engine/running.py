@@ -16,7 +16,7 @@ from prunekit.engine.keys import make_keys
 from prunekit.engine.work import Inputs
 from prunekit.errors import Interrupted, PluginError, UserError, explain_briefly
 from prunekit.recipe.plan import Plan
-from prunekit.report import Closing, Event, Note, Report, Reporter, Stop, Tell
+from prunekit.report import Closing, Event, Note, Report, Reporter, RunStarted, Stop, Tell
 from prunekit.store.runs import OutFolder, RunFolder
 from prunekit.store.stages import Store
 from prunekit.training.compute import Compute, open_compute
@@ -113,28 +113,41 @@ def _is_current(
 def reporters(plan: Plan, out: Path, tell: Tell) -> Iterator[Report]:
     """One report function for all reporters; a reporter that fails is dropped with a message.
 
-    Raises `UserError` if a reporter says so when it is built.
+    They are built anew for each run, with its folder; what is told before the first run goes to
+    that run's. Raises `UserError` if a reporter says so when it is built.
     """
     live = (
         sys.stderr.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
     )
+    kept = list(plan.reporters)
     listeners: list[tuple[Use[Reporter], Reporter]] = []
 
     def drop(use: Use[Reporter], error: BaseException) -> None:
+        kept.remove(use)
         told = f"reporter {use.component.name!r} of plugin {use.plugin} failed: "
         told += explain_briefly(error)
         told = str(error) if isinstance(error, PluginError) else told
         tell(f"{told}; the run goes on without it")
 
-    for use in plan.reporters:
-        try:
-            listeners.append((use, use.build(ReporterContext(seed=0, folder=out, live=live))))
-        except (Exception, SystemExit) as error:
-            if isinstance(error, UserError) and not isinstance(error, PluginError):
-                raise
-            drop(use, error)
+    def build(folder: Path) -> None:
+        for use in list(kept):
+            try:
+                listeners.append(
+                    (use, use.build(ReporterContext(seed=0, folder=folder, live=live)))
+                )
+            except (Exception, SystemExit) as error:
+                if isinstance(error, UserError) and not isinstance(error, PluginError):
+                    raise
+                drop(use, error)
+
+    def close() -> None:
+        while listeners:
+            _close(listeners.pop()[1])
 
     def report(event: Event) -> None:
+        if isinstance(event, RunStarted) and event.number > 1:
+            close()
+            build(event.folder)
         for use, listener in list(listeners):
             try:
                 listener(event)
@@ -143,11 +156,11 @@ def reporters(plan: Plan, out: Path, tell: Tell) -> Iterator[Report]:
                 _close(listener)
                 drop(use, error)
 
+    build(out / plan.runs[0].label if plan.swept else out)
     try:
         yield report
     finally:
-        for _, listener in listeners:
-            _close(listener)
+        close()
 
 
 def _close(listener: Reporter) -> None:

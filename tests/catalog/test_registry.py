@@ -10,6 +10,7 @@ from prunekit.catalog.component import option
 from prunekit.catalog.kinds import KINDS, PrunerComponent
 from prunekit.catalog.registry import load_registry
 from prunekit.errors import UserError
+from prunekit.testing import find_components
 
 GOOD = """
 from prunekit import PrunerComponent, hookimpl
@@ -58,6 +59,24 @@ def test_a_plugin_is_found_by_its_entry_point(plugin):
 
 
 IMPORTS = "from prunekit import PrunerComponent, hookimpl\n"
+
+TWICE = """
+@hookimpl
+def prunekit_pruners():
+    yield PrunerComponent(name="one", summary="One", build="m:b")
+
+
+@hookimpl(specname="prunekit_pruners")
+def more():
+    yield PrunerComponent(name="two", summary="Two", build="m:b")
+"""
+
+
+def test_a_second_implementation_of_a_hook_counts(plugin):
+    point = plugin("a", IMPORTS + TWICE)
+    assert sorted(names(load_registry([point]))) == ["one", "two"]
+    assert sorted(component.name for component in find_components(point.value)) == ["one", "two"]
+
 
 BROKEN = {
     "raise RuntimeError('no\\nluck')": "RuntimeError: no luck",
