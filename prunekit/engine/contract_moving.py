@@ -82,6 +82,7 @@ def check_rewirer(use: Use[Any], context: NetworkContext) -> None:
             names,
             (0, 0),
             use.component.gradients,
+            use.component.allocates,
         )
         try:
             results.append(_train_rewired(Rewired(model, {}, rewiring)))

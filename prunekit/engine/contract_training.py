@@ -97,8 +97,9 @@ def _check_scores_learn(use: Use[Any], context: ObjectiveContext, x: Tensor, y: 
     """Scores get gradients through the objective, whichever forward pass comes first."""
     model = tiny_network()
     start = {n: torch.randn_like(p) for n, p in model.named_parameters() if p.dim() > 1}
-    variables = LearnedScores(model, Scores(start), Selection(0.5), {}, "train")
+    # As in a stage: before scores are attached.
     objective = build(use, dataclasses.replace(context, model=model, stage="prune"))
+    variables = LearnedScores(model, Scores(start), Selection(0.5), {}, "train")
     with variables.effective(Clock(0, 10, 0, 2)):
         objective(x, y, Clock(0, 10, 0, 2)).value.backward()
     assert all(part.score.grad is not None for part in variables.parts.values()), (
@@ -140,19 +141,13 @@ def check_pruner(use: Use[Any], context: PrunerContext) -> None:
     scores = build(use, scoring)(scoring)
     assert isinstance(scores, Scores), f"gives a {type(scores).__name__}, not Scores"
     assert bool(learned) == use.component.learns, "`learns` and what it does disagree"
-    allocates = scores.keep is not None
-    assert allocates == use.component.allocates, "`allocates` and what it does disagree"
-    _check_scores(scores, weights)
-    after = snapshot(model)
-    assert all(torch.equal(before[n], after[n]) for n in weights), "scoring changed the weights"
-
-
-def _check_scores(scores: Scores, weights: Mapping[str, Tensor]) -> None:
     try:
-        check_scores(scores, weights, "it")
+        check_scores(scores, weights, "it", allocates=use.component.allocates)
     except RunError as error:
         raise AssertionError(str(error)) from None
     assert scores.keep is None or meets(scores, Selection(0.5)), "`keep` misses the sparsity"
+    after = snapshot(model)
+    assert all(torch.equal(before[n], after[n]) for n in weights), "scoring changed the weights"
 
 
 def check_schedule(use: Use[Any], context: Context) -> None:

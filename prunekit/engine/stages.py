@@ -16,7 +16,6 @@ from prunekit.contracts import (
     ObjectiveContext,
     PrunerContext,
     Scores,
-    read_ratio,
 )
 from prunekit.data import seeds
 from prunekit.engine.evaluating import evaluate
@@ -76,6 +75,7 @@ def _rewire(state: State, stage: Stage, work: Work) -> Rewired:
         weights=list(weights),
         seed=(work.run.seed, stage.position),
         gradients=use.component.gradients,
+        allocates=use.component.allocates,
         followers=followers,
     )
     return Rewired(state.model, state.masks, rewiring)
@@ -105,7 +105,7 @@ def prune(state: State, stage: Stage, work: Work) -> Outcome:
     schedule = options.sparsity_schedule.build(work.plain_context())
 
     def attach(start: Scores, kind: type[LearnedScores] = LearnedScores, **more: Any) -> Masking:
-        check_scores(start, frozen, named)
+        check_scores(start, frozen, named, allocates=start.keep is not None)
         bn, alive = options.bn, state.masks
         return kind(state.model, start, selection, alive, bn, followers, schedule, **more)
 
@@ -139,9 +139,12 @@ def prune(state: State, stage: Stage, work: Work) -> Outcome:
     )
     seeds.seed_all(work.run.seed, stage.position, "pruner")
     scores = options.pruner.build(scoring)(scoring)
-    check_scores(scores, frozen, named)
-    if scores.keep is not None:
-        _check_keep(scores, selection, stage, named)
+    check_scores(scores, frozen, named, allocates=options.pruner.component.allocates)
+    if scores.keep is not None and not meets(scores, selection):
+        raise RunError(
+            f"{named} keeps {sum(scores.keep.values())} in all, which is not what sparsity "
+            f"{selection.sparsity:g} leaves"
+        )
     masks = select_masks(scores, selection, state.masks)
     check_layers(masks, selection.sparsity)
     state.masks = {**state.masks, **masks, **follow(masks, followers)}
@@ -151,19 +154,6 @@ def prune(state: State, stage: Stage, work: Work) -> Outcome:
         seeds.seed_all(work.run.seed, stage.position, "recalibrate")
         _recalibrate(state.model, batches)
     return Outcome({**_best(history, stage), **describe_masks(state)}, history)
-
-
-def _check_keep(scores: Scores, selection: Selection, stage: Stage, named: str) -> None:
-    """Raise `RunError` for counts that a recipe decides otherwise, or that miss the sparsity."""
-    if not stage.options.pruner.component.allocates:
-        raise RunError(f"{named} says what layers keep, which its declaration must: allocates=True")
-    if read_ratio(selection.structure):
-        raise RunError(f"{named} says what layers keep, and so does {selection.structure}")
-    if not meets(scores, selection):
-        raise RunError(
-            f"{named} keeps {sum((scores.keep or {}).values())} in all, which is not "
-            f"what sparsity {selection.sparsity:g} leaves"
-        )
 
 
 def _tell_sparsity(state: State, stage: Stage, work: Work) -> None:

@@ -90,8 +90,19 @@ def _widen(channels: Tensor, weight: Tensor) -> Tensor:
     return channels.view(-1, *[1] * (weight.dim() - 1)).expand_as(weight)
 
 
-def check_scores(scores: Scores, weights: Mapping[str, Tensor], owner: str) -> None:
-    """Raise `RunError` where scores do not fit the weights; `owner` is called so in messages."""
+def check_scores(
+    scores: Scores, weights: Mapping[str, Tensor], owner: str, *, allocates: bool
+) -> None:
+    """Raise `RunError` where scores do not fit the weights; `owner` is called so in messages.
+
+    `allocates` is what its declaration says: whether the scores say what each layer keeps.
+    """
+    if allocates != (scores.keep is not None):
+        says = "do not say" if allocates else "say"
+        raise RunError(
+            f"{owner}: its scores {says} what layers keep, its declaration differs; "
+            "write allocates=True where Scores has keep="
+        )
     for found in (scores.values, scores.values if scores.keep is None else scores.keep):
         if wrong := sorted(found.keys() ^ weights.keys()):
             raise RunError(

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from prunekit.catalog.component import Use
+from prunekit.contracts import read_ratio
 from prunekit.recipe.resolver import NAME, NAME_RULE, Resolver, describe
 from prunekit.recipe.sections import SELECTION_KEYS, STAGE_OPTIONS
 from prunekit.recipe.values import KeyPath, Mistake, suggest
@@ -53,11 +54,12 @@ class Stage:
             table = {k: v for k, v in table.items() if k not in find_unused(table)}
         if self.kind in REWIRING and self.options.rewire is None:
             table = {k: v for k, v in table.items() if k not in SELECTION_KEYS}
-        if any(use.component.allocates for use in self._choosing()):
+        if any(use.component.allocates for use in self.choosing):
             table.pop("budget")
         return table
 
-    def _choosing(self) -> list[Use[Any]]:
+    @property
+    def choosing(self) -> list[Use[Any]]:
         """The pruner or the rewirer."""
         named = (getattr(self.options, key, None) for key in ("pruner", "rewire"))
         return [use for use in named if use is not None]
@@ -65,7 +67,7 @@ class Stage:
     @property
     def prunes(self) -> bool:
         """Whether masks come out of this stage, with a pruner or with a rewirer."""
-        return bool(self._choosing())
+        return bool(self.choosing)
 
 
 def find_unused(table: Mapping[str, Any]) -> list[str]:
@@ -145,7 +147,19 @@ def resolve_stages(
             _check_select(options, resolver, path, name)
         stages.append(Stage(kind, name, position, options, sparsity))
         _check_wrappers(stages[-1], resolver, path)
+        _check_counts(stages[-1], resolver, path)
     return tuple(stages)
+
+
+def _check_counts(stage: Stage, resolver: Resolver, path: KeyPath) -> None:
+    """A ratio n:m decides what layers keep, and so does a component that allocates."""
+    for use in stage.choosing:
+        if use.component.allocates and read_ratio(stage.options.structure):
+            resolver.problem(
+                (*path, "structure"),
+                f"{use.kind} {use.name!r} says itself what each layer keeps, and so does "
+                f'{stage.options.structure}; write structure = "element"',
+            )
 
 
 def _check_wrappers(stage: Stage, resolver: Resolver, path: KeyPath) -> None:

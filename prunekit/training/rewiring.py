@@ -40,6 +40,7 @@ class Rewiring:
     weights: Sequence[str]
     seed: tuple[int, int]
     gradients: bool = False
+    allocates: bool = False
     followers: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
@@ -115,7 +116,7 @@ class Rewired(Weights):
             final=final,
         )
         scores = plan.rewirer(moment)
-        check_scores(scores, weights, f"rewirer {plan.name!r}")
+        check_scores(scores, weights, f"rewirer {plan.name!r}", allocates=plan.allocates)
         chosen = select_masks(scores, replace(plan.selection, sparsity=sparsity))
         check_layers(chosen, sparsity)
         reached = meets(scores, plan.selection) if scores.keep else sparsity == target

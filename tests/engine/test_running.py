@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from prunekit.catalog.component import Use
+from prunekit.catalog.component import NoOptions, Use
 from prunekit.catalog.kinds import ReporterComponent
 from prunekit.engine.running import run_plan
 from prunekit.report import EpochDone, Note, RunDone, RunStarted, StageDone, StageStarted
@@ -31,7 +31,7 @@ def listen(tmp_path, monkeypatch):
     component = ReporterComponent(name="listen", summary="Listens", build="listening:build")
 
     def run(bench, plan, out):
-        plan = dataclasses.replace(plan, reporters=(Use(component, None, "test"),))
+        plan = dataclasses.replace(plan, reporters=(Use(component, NoOptions(), "test"),))
         store = bench.folder / "store"
         run_plan(plan, bench.folder / out, store, force=False, resume="", tell=print)
         found = list(listening.told)

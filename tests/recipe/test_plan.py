@@ -425,6 +425,12 @@ def test_what_rewiring_stages_need_and_what_others_do_not_take(refuse, with_rewi
     assert "removes 0.5, not 0.8" in found or "fixes the sparsity" in found
 
 
+def test_a_ratio_and_counts_of_its_own_are_refused(refuse, with_rewirer):
+    own = REWIRED.replace('"told"', '"own"').replace("sparsity = 0.8\n", "")
+    (found,) = refuse(TOP + own + 'structure = "2:4"\n', registry=with_rewirer)
+    assert "rewirer 'own' says itself what each layer keeps, and so does 2:4" in found
+
+
 def test_a_plan_of_a_rewiring_stage_comes_back_from_its_description(plan, with_rewirer, here):
     first = plan(TOP + REWIRED, registry=with_rewirer)
     text = tomli_w.dumps(first.describe(first.runs[0]))

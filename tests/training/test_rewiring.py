@@ -194,17 +194,11 @@ def test_the_last_step_ends_at_the_target():
 
 
 def test_counts_of_its_own_may_drift_and_must_end_at_the_target():
-    masking = make_rewired(
-        Told(
-            {1},
-            lambda m: Scores(
-                magnitude(m).values,
-                keep=(
-                    {"1.weight": 50, "4.weight": 7} if m.final else {"1.weight": 20, "4.weight": 5}
-                ),
-            ),
-        )
-    )
+    def keep(moment):
+        first, second = (50, 7) if moment.final else (20, 5)
+        return Scores(magnitude(moment).values, keep={"1.weight": first, "4.weight": second})
+
+    masking = make_rewired(Told({1}, keep), allocates=True)
     stepper = make_stepper(masking)
     masking.rewire(Clock(0, 3, 0, 1), stepper.optimizer)
     counts = []
@@ -212,14 +206,19 @@ def test_counts_of_its_own_may_drift_and_must_end_at_the_target():
         take(stepper, step, steps=3)
         counts.append([int(masking.masks[n].sum()) for n in ("1.weight", "4.weight")])
     assert counts == [[20, 5], [20, 5], [50, 7]]
-    wrong = make_rewired(
-        Told(set(), lambda m: Scores(magnitude(m).values, keep=dict.fromkeys(m.weights, 4)))
-    )
+
+    def few(moment):
+        return Scores(magnitude(moment).values, keep=dict.fromkeys(moment.weights, 4))
+
+    wrong = make_rewired(Told(set(), few), allocates=True)
     stepper = make_stepper(wrong)
     wrong.rewire(Clock(0, 2, 0, 1), stepper.optimizer)
     take(stepper, 0, steps=2)
     with pytest.raises(RunError, match=r"rewirer 'told' does not end at sparsity 0\.5"):
         take(stepper, 1, steps=2)
+    with pytest.raises(RunError, match=r"rewirer 'told': its scores say what layers keep"):
+        undeclared = make_rewired(Told(set(), few))
+        undeclared.rewire(Clock(0, 2, 0, 1), make_stepper(undeclared).optimizer)
 
 
 def test_a_channel_that_grows_again_can_learn():
@@ -230,7 +229,7 @@ def test_a_channel_that_grows_again_can_learn():
     rewirer = Told({1}, lambda m: Scores({"1.weight": next(wanted)}))
     followers = {"1.weight": ["1.bias", "2.weight", "2.bias"]}
     plan = Rewiring(rewirer, "told", Selection(0.5, structure="channel"), lambda clock: 1.0,
-                    ["1.weight"], (0, 0), False, followers)  # fmt: skip
+                    ["1.weight"], (0, 0), followers=followers)  # fmt: skip
     masking = Rewired(make_net(), {}, plan)
     net, stepper = masking.model, make_stepper(masking)
     masking.rewire(Clock(0, 10, 0, 1), stepper.optimizer)
