@@ -216,9 +216,10 @@ def test_counts_of_its_own_may_drift_and_must_end_at_the_target():
     take(stepper, 0, steps=2)
     with pytest.raises(RunError, match=r"rewirer 'told' does not end at sparsity 0\.5"):
         take(stepper, 1, steps=2)
+    undeclared = make_rewired(Told(set(), few))
+    optimizer = make_stepper(undeclared).optimizer
     with pytest.raises(RunError, match=r"rewirer 'told': its scores say what layers keep"):
-        undeclared = make_rewired(Told(set(), few))
-        undeclared.rewire(Clock(0, 2, 0, 1), make_stepper(undeclared).optimizer)
+        undeclared.rewire(Clock(0, 2, 0, 1), optimizer)
 
 
 def test_a_channel_that_grows_again_can_learn():
