@@ -22,7 +22,7 @@ from prunekit.models.failures import explain, release
 from prunekit.pruning.masks import State, describe_counts
 from prunekit.recipe.plan import Plan, Run
 from prunekit.recipe.reduction import reduce_run
-from prunekit.recipe.stages import Stage, uses_in
+from prunekit.recipe.stages import Stage
 from prunekit.report import (
     Event,
     Note,
@@ -243,7 +243,7 @@ class Engine:
             [_finite(row) for row in outcome.history],
             time.monotonic() - started,
             list(outcome.notes),
-            {n: version_of(n) for use in uses_in(stage.options) for n in use.component.needs},
+            {n: version_of(n) for use in stage.uses() for n in use.component.needs},
         )
         stored.finish(result, describe_stage(stage))
         return result

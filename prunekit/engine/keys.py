@@ -46,7 +46,7 @@ def make_keys(run: Run, loaded: Loaded, compute: Compute) -> list[StageKey]:
             keys.append(StageKey(hash_stage(upstream, {"evaluators": named}, set(), {}), (*parts,)))
             continue
         content = {"start": start, **describe_stage(stage)}
-        uses = list(uses_in((run.dataset, run.data, run.architecture, stage.options)))
+        uses = [*uses_in((run.dataset, run.data, run.architecture)), *stage.uses()]
         upstream = _hash_uses(upstream, content, uses, compute)
         keys.append(StageKey(upstream, (upstream,)))
     return keys
@@ -96,13 +96,13 @@ def describe_stage(stage: Stage) -> dict[str, Any]:
     """What a stage computes, threats resolved: part of its key, and of what is stored of it."""
     threats = [
         [use.kind, use.name, use.threat.norm, use.threat.eps]
-        for use in uses_in(stage.options)
+        for use in stage.uses()
         if use.threat is not None
     ]
     return {
         "kind": stage.kind,
         "position": stage.position,
-        "options": describe(stage.options, hash_file),
+        "options": stage.describe_options(hash_file),
         "threats": threats,
         "limit": stage.limit,
     }

@@ -48,8 +48,8 @@ class Run:
 
     def uses(self) -> list[Use[Any]]:
         """All components that the run names, at any depth."""
-        options = tuple(stage.options for stage in self.stages)
-        return list(uses_in((self.dataset, self.data, self.architecture, options)))
+        used = [use for stage in self.stages for use in stage.uses()]
+        return [*uses_in((self.dataset, self.data, self.architecture)), *used]
 
     def describe(self) -> dict[str, Any]:
         """The run as a recipe: defaults written out, sweep and overrides applied."""

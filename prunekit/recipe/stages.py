@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from prunekit.catalog.component import Use
 from prunekit.contracts import read_ratio
-from prunekit.recipe.resolver import NAME, NAME_RULE, Resolver, describe
+from prunekit.recipe.resolver import NAME, NAME_RULE, Resolver, describe, key_of
 from prunekit.recipe.sections import SELECTION_KEYS, STAGE_OPTIONS
 from prunekit.recipe.values import KeyPath, Mistake, suggest
 
@@ -48,15 +49,30 @@ class Stage:
 
     def describe(self) -> dict[str, Any]:
         """The stage as a recipe would write it, defaults included."""
-        table = {"kind": self.kind, "name": self.name, **describe(self.options)}
-        if self.kind == "prune" and not self.options.pruner.component.learns:
-            # A recipe that gives these keys to a one-shot pruner is rejected.
-            table = {k: v for k, v in table.items() if k not in find_unused(table)}
+        return {"kind": self.kind, "name": self.name, **self.describe_options()}
+
+    def describe_options(self, of_path: Callable[[Path], Any] = str) -> dict[str, Any]:
+        """Its options as plain data, without those that have no effect in it; see `describe`."""
+        table = describe(self.options, of_path)
+        return {key: value for key, value in table.items() if key not in self._unused}
+
+    def uses(self) -> Iterator[Use[Any]]:
+        """The components that it names, at any depth, without those that have no effect in it."""
+        for field in dataclasses.fields(self.options):
+            if key_of(field.name) not in self._unused:
+                yield from uses_in(getattr(self.options, field.name))
+
+    @property
+    def _unused(self) -> set[str]:
+        """Keys that a recipe cannot give to this stage, as its kind has them for others."""
         if self.kind in REWIRING and self.options.rewire is None:
-            table = {k: v for k, v in table.items() if k not in SELECTION_KEYS}
+            return set(SELECTION_KEYS)
+        unused: set[str] = set()
+        if self.kind == "prune" and not self.options.pruner.component.learns:
+            unused |= set(find_unused(describe(self.options)))
         if any(use.component.allocates for use in self.choosing):
-            table.pop("budget")
-        return table
+            unused.add("budget")
+        return unused
 
     @property
     def choosing(self) -> list[Use[Any]]:

@@ -136,3 +136,13 @@ def test_starting_weights_are_taken(bench):
     state = build_state(run, data, bench.compute)
     assert all(torch.equal(v, trained[k]) for k, v in state.model.state_dict().items())
     assert state.masks == {}
+
+
+def test_what_has_no_effect_in_a_stage_is_in_no_key(bench, monkeypatch):
+    """A pretraining names no budget, a one-shot pruner no optimizer."""
+    (run,) = bench.plan().runs
+    pretrain, prune, *_ = run.stages
+    assert {use.kind for use in pretrain.uses()} == {"objective", "optimizer", "schedule"}
+    assert {use.kind for use in prune.uses()} == {"objective", "pruner", "budget"}
+    assert "budget" not in pretrain.describe_options()
+    assert "optimizer" not in prune.describe_options()
