@@ -57,15 +57,9 @@ def plan_evaluation(network: Network, request: EvalRequest) -> Plan:
     if request.images is not None:
         stage["images"] = given["evaluate.images"] = request.images
     label, seed, settings = _identify(network)
-    others = []
     for text in request.settings:
         address, _, value = text.partition("=")
-        first, _, option = address.strip().partition(".")
         given[address.strip()] = parse_value(value)
-        if first in names and option:
-            stage["with"][names.index(first)][option] = parse_value(value)
-        else:
-            others.append(text)
     data = {"name": label, "seed": seed, **sections, "stage": [stage], "report": ["console"]}
     if request.device is not None:
         data["compute"] = {"device": request.device}
@@ -79,7 +73,7 @@ def plan_evaluation(network: Network, request: EvalRequest) -> Plan:
     }
     folder = network.run or network.file.parent
     recipe = Recipe(folder / RECIPE, data, locate_options(options))
-    override(recipe, others)
+    override(recipe, request.settings)
     try:
         plan = make_plan(recipe, load_registry())
     except RecipeError as error:
@@ -88,6 +82,8 @@ def plan_evaluation(network: Network, request: EvalRequest) -> Plan:
                 "the network does not say which threat model it was trained for; give --eps 8/255"
             ) from None
         raise
+    if plan.swept:
+        raise UserError("prunekit eval judges once: give one value to each --set")
     run = dataclasses.replace(plan.runs[0], settings={**settings, **given})
     notes = (*plan.notes, *_note_training(network, run.threat))
     return dataclasses.replace(plan, runs=(run,), notes=notes)

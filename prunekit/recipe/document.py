@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from prunekit.errors import Place, Problem, RecipeError, relative
+from prunekit.recipe.addresses import resolve_address
 from prunekit.recipe.sections import DATA_KEYS
 from prunekit.recipe.toml_lines import read_toml
-from prunekit.recipe.values import KeyPath, suggest
+from prunekit.recipe.values import KeyPath
 
 FORMAT = 1
 """Version of the recipe format."""
-
-SECTIONS = ("compute", "dataset", "architecture", "threat", "objective")
 
 
 @dataclass(frozen=True)
@@ -60,27 +59,26 @@ class Recipe:
             return [Problem(setting.place, path)]
         here: Any = self.data
         for depth, key in enumerate(path[:-1], start=1):
-            if isinstance(here, dict):
-                if key not in here:
-                    here[key] = {}
-                    self.places[path[:depth]] = setting.place
-                _name_component(here, key)
+            if isinstance(here, dict) and key not in here:
+                here[key] = {}
+                self.places[path[:depth]] = setting.place
+            _name_component(here, key)
             here = here[key]
-            # The only list that an address leads into is the list of stages.
-            if not isinstance(here, dict) and path[:depth] != ("stage",):
-                what = "a list; set the whole list" if isinstance(here, list) else "not a table"
-                return [Problem(setting.place, f"{setting.address!r}: {key!r} is {what}")]
+            # Lists that an address leads into are those of stages and of components.
+            if not isinstance(here, dict | list):
+                message = f"{setting.address!r}: {key!r} is not a table"
+                return [Problem(setting.place, message)]
         self.replace(here, path, copy.deepcopy(setting.value), {path: setting.place})
         return []
 
     def replace(
-        self, table: dict[Any, Any], path: KeyPath, value: Any, places: Mapping[KeyPath, Place]
+        self, table: Any, path: KeyPath, value: Any, places: Mapping[KeyPath, Place]
     ) -> None:
-        """Set the last key of `path`, in its `table`; `places` are those of the new value.
+        """Set the last key of `path`, in its table or list; `places` are those of the new value.
 
         A new data set keeps the core's keys, such as the batch size, from the one before.
         """
-        old, kept = table.get(path[-1]), []
+        old, kept = table.get(path[-1]) if isinstance(table, dict) else None, []
         if path == ("dataset",) and isinstance(old, dict) and isinstance(value, dict | str):
             value = {"use": value} if isinstance(value, str) else value
             kept = [key for key in old if key in DATA_KEYS and key not in value]
@@ -90,6 +88,39 @@ class Recipe:
             if _is_below(known, path) and not any(_is_below(known, (*path, k)) for k in kept):
                 del self.places[known]
         self.places |= places
+
+    def narrow_sweep(self, setting: Setting) -> bool:
+        """Put a list of values in the place of those that the sweep lists for this address.
+
+        An option that takes lists is swept by a list of lists.
+        """
+        target, sweep = resolve_address(self.data, setting.address), self.data.get("sweep")
+        axes = {k: v for k, v in sweep.items() if k != "case"} if isinstance(sweep, dict) else {}
+        for path, values in flatten(axes, ("sweep",)):
+            address = ".".join(map(str, path[1:]))
+            if isinstance(values, list) and resolve_address(self.data, address) == target:
+                lists = any(isinstance(value, list) for value in values)
+                given = setting.value
+                if isinstance(given, list) and (
+                    not lists or all(isinstance(value, list) for value in given)
+                ):
+                    table: Any = self.data
+                    for key in path[:-1]:
+                        table = table[key]
+                    self.replace(table, path, list(given), {path: setting.place})
+                    return True
+        return False
+
+    def sweep_over(self, setting: Setting) -> None:
+        """Make an axis of the sweep from a setting that was given a list of values."""
+        self.overrides.remove(setting)
+        values: list[Any] = setting.value
+        if not values:
+            message = f"{setting.address} lists no values to try; add some"
+            raise RecipeError([Problem(setting.place, message)])
+        self.assign(Setting(setting.address, values[0], setting.place))
+        self.data.setdefault("sweep", {})[setting.address] = list(values)
+        self.places[("sweep", setting.address)] = setting.place
 
     def drop_from_sweep(self, address: str) -> None:
         """Remove an address from the sweep, because `--set` has decided its value."""
@@ -146,6 +177,8 @@ def apply(recipe: Recipe, settings: Iterable[Setting]) -> None:
     """
     problems = []
     for setting in settings:
+        if recipe.narrow_sweep(setting):
+            continue
         wrong = recipe.assign(setting)
         problems += wrong
         if not wrong:
@@ -215,9 +248,9 @@ def _merge(
         base.replace(into, here, value, places)
 
 
-def _name_component(table: dict[Any, Any], key: Any) -> None:
+def _name_component(table: Any, key: Any) -> None:
     """Write a component that is a bare name as a table, so that it can take options."""
-    if isinstance(table.get(key), str):
+    if (isinstance(table, list) or key in table) and isinstance(table[key], str):
         table[key] = {"use": table[key]}
 
 
@@ -234,27 +267,3 @@ def flatten(table: Mapping[str, Any], path: KeyPath = ()) -> list[tuple[KeyPath,
         else:
             found.append(((*path, key), value))
     return found
-
-
-def resolve_address(data: Mapping[str, Any], address: str) -> KeyPath | str:
-    """The key path of an address such as "prune.sparsity" or "seed", or a message if there is none.
-
-    The first word is a section, the name of a stage, or its kind if only one stage has that.
-    """
-    first, *rest = address.removesuffix(".use").split(".")
-    listed = data.get("stage")
-    stages = [s if isinstance(s, dict) else {} for s in listed] if isinstance(listed, list) else []
-    names = [s.get("name", s.get("kind")) for s in stages]
-    kinds = [s.get("kind") for s in stages]
-    if first in names and rest:
-        if names.count(first) > 1:
-            return f"{address!r}: {names.count(first)} stages are called {first!r}; give them names"
-        return ("stage", names.index(first), *rest)
-    if rest and kinds.count(first) == 1:
-        return ("stage", kinds.index(first), *rest)
-    if first in (*SECTIONS, "seed", "name", "report"):
-        return (first, *rest)
-    if first in names:
-        return f"{address!r} is a stage; name one of its options, such as {first}.epochs"
-    words = {*SECTIONS, "seed", *(str(name) for name in names if name)}
-    return f"{address!r} names no stage and no section; {suggest(first, words)}"

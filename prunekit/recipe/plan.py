@@ -13,7 +13,8 @@ from prunekit.catalog.component import Use
 from prunekit.catalog.registry import Registry
 from prunekit.contracts import Architecture, Data, Threat
 from prunekit.errors import RecipeError
-from prunekit.recipe.document import FORMAT, SECTIONS, Recipe
+from prunekit.recipe.addresses import SECTIONS, resolve_address, takes_list
+from prunekit.recipe.document import FORMAT, Recipe
 from prunekit.recipe.resolver import THREAT_EXAMPLE, Resolver, describe
 from prunekit.recipe.sections import (
     ArchitectureOptions,
@@ -94,6 +95,7 @@ def make_plan(recipe: Recipe, registry: Registry) -> Plan:
 
     Raises `RecipeError` with every problem that was found.
     """
+    _sweep_lists(recipe, registry)
     top = Resolver(registry, recipe.path.parent, recipe.locate)
     _check_top(recipe, top)
     reporters = _resolve_reporters(recipe, top)
@@ -114,6 +116,17 @@ def make_plan(recipe: Recipe, registry: Registry) -> Plan:
     document = {key: _with_whole_paths(document[key], top.files) for key in document}
     told = tuple(dict.fromkeys(notes))
     return Plan(name, recipe.path, tuple(runs), reporters, document, compute, told)
+
+
+def _sweep_lists(recipe: Recipe, registry: Registry) -> None:
+    """A list for an option that takes none is a list of values to try; so is a list of lists."""
+    for setting in list(recipe.overrides):
+        value, path = setting.value, resolve_address(recipe.data, setting.address)
+        if not isinstance(value, list) or isinstance(path, str):
+            continue
+        lists = bool(value) and all(isinstance(item, list) for item in value)
+        if lists or not takes_list(recipe.data, path, registry):
+            recipe.sweep_over(setting)
 
 
 def _with_whole_paths(value: Any, files: Mapping[tuple[str, str], str], key: str = "") -> Any:

@@ -28,9 +28,11 @@ def unroll(recipe: Recipe, problems: list[Problem]) -> Iterator[tuple[dict[str, 
             continue
         seen.append(settings)
         variant = Recipe(recipe.path, copy.deepcopy(plain), dict(recipe.places))
-        # A component comes before its options, whatever the order they are written in.
-        ordered = sorted(combination, key=lambda s: s.address.removesuffix(".use").count("."))
-        wrong = [p for s in (*ordered, *recipe.overrides) for p in variant.assign(s)]
+        # A component comes before its options, whatever the order they are written in, and whether
+        # the sweep or `--set` says so.
+        both = [*combination, *recipe.overrides]
+        ordered = sorted(both, key=lambda s: s.address.removesuffix(".use").count("."))
+        wrong = [p for s in ordered for p in variant.assign(s)]
         problems += wrong
         if not wrong:
             yield settings, variant

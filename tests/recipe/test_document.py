@@ -230,10 +230,13 @@ THERE = (
     [
         ("pretrain.epochs", "write ADDRESS=VALUE, such as prune.sparsity=0.95"),
         ("pretrian.epochs=1", f"'pretrian.epochs' {NOTHING}; did you mean 'pretrain'?"),
-        ("evaluate.images=1", f"'evaluate.images' {NOTHING}; {THERE}"),
+        (
+            "evaluate.images=1",
+            "'evaluate.images': 2 stages have that; write dense.images or pruned.images",
+        ),
         ("x=1", f"'x' {NOTHING}; {THERE}"),
         ("pretrain=1", "'pretrain' is a stage; name one of its options, such as pretrain.epochs"),
-        ("dense.with.0.steps=1", "'dense.with.0.steps': 'with' is a list; set the whole list"),
+        ("dense.with.0.steps=1", "'dense.with.0.steps': '0' is not in the list; there are: clean"),
         ("objective.beta.x=1", "'objective.beta.x': 'beta' is not a table"),
     ],
 )

@@ -96,6 +96,7 @@ SHOWING = (
     "models/failures.py",
     "models/importing.py",
     "models/stored.py",
+    "recipe/addresses.py",
     "recipe/document.py",
     "recipe/plan.py",
     "recipe/reduction.py",
