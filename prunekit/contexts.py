@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from prunekit.contracts import Data, Objective, Scores, Threat
+    from prunekit.contracts import Data, Masks, Objective, Scores, Threat
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +82,8 @@ class PrunerContext(NetworkContext):
 
     weights: Mapping[str, Tensor]
     """The prunable weights by parameter name; read-only."""
+    masks: Masks
+    """What earlier stages left of them; a weight that they did not prune is absent."""
     generator: torch.Generator
     """A seeded generator on the CPU."""
     objective: Objective | None
@@ -92,8 +94,8 @@ class PrunerContext(NetworkContext):
     """`attach(start, kind=LearnedScores, **more)`: trained scores beside the frozen weights, from
     the given start; `kind` is a class of your own for what learns more than scores."""
     train: Callable[[Any], Scores]
-    """Trains what a `prunekit.steps.Masking` says on the stage's objective, then detaches it;
-    returns its scores in the best epoch."""
+    """Trains what a `prunekit.steps.Masking`, as `attach` makes one, says on the stage's objective,
+    then detaches it; returns its scores in the best epoch."""
 
     def learn(self, start: Scores) -> Scores:
         """Train scores from the given start (HYDRA, section 3): the forward pass uses

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from math import sqrt
 
 import numpy as np
-import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -37,16 +36,18 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 def frozen(model: nn.Module) -> Iterator[nn.Module]:
     """The network as a function of pixels while its weights stand, for attacks and judgements.
 
-    Yields what to call: in evaluation mode, with gradients to the input only. Afterwards every
+    Yields what to call: in evaluation mode, and plain parameters take no gradient. Afterwards every
     submodule is back in its own mode, and every parameter trains that trained.
     """
-    # Where weights are made once for a whole step (parametrize.cached), they are made now: frozen,
-    # they would be without a graph for the rest of the step.
-    with torch.enable_grad():
-        for module in filter(parametrize.is_parametrized, model.modules()):
-            for name in module.parametrizations:  # type: ignore[union-attr]
-                getattr(module, name)
-    trained = [p for p in model.parameters() if p.requires_grad]
+    # What weights are made from trains on: a weight that parametrize.cached() makes in here first
+    # would be without a graph for the rest of the step.
+    made_from = {
+        parameter
+        for module in model.modules()
+        if isinstance(module, parametrize.ParametrizationList)
+        for parameter in module.parameters()
+    }
+    trained = [p for p in model.parameters() if p.requires_grad and p not in made_from]
     with eval_mode(model):
         for parameter in trained:
             parameter.requires_grad_(False)

@@ -3,11 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from prunekit.evaluation import (
     Z95,
     balance,
     balanced_proportion,
+    eval_mode,
     frozen,
     is_unbalanced,
     proportion,
@@ -72,4 +74,18 @@ def test_a_frozen_network_is_a_function_of_pixels(make_normed_net):
     assert all(p.grad is None for p in net.parameters())
     assert [m.training for m in (net, net[0], net[1], net[3])] == [True, True, False, True]
     assert [p.requires_grad for p in net[4].parameters()] == [False, True]
+    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
+
+
+def test_a_frozen_network_that_makes_its_weights_stays_what_it_is():
+    """Spectral normalization moves its buffers whenever it is read in training mode."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(4, 3))).train()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    x = torch.rand(2, 4)
+    with eval_mode(net):
+        expected = net(x)
+    for _ in range(2):
+        with frozen(net) as network:
+            assert torch.equal(network(x), expected)
     assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())

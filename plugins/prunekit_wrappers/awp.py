@@ -24,7 +24,7 @@ class Awp:
     options: AwpOptions
 
     def around(self, go: Callable[[], Loss], now: Now) -> Loss:
-        """Two passes, the second at the perturbed weights; they come back by copy."""
+        """Two passes, the second at the perturbed weights, which are then restored by copy."""
         if now.clock.epoch < self.options.start:
             return go()
         go()

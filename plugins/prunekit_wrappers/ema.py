@@ -20,7 +20,7 @@ class Ema:
 
     t counts the steps from 0; the average starts at the values after the first. Averaged are the
     parameters that train (scores too), and the buffers of floats, such as running statistics. What
-    a mask removes is zero in the average, so that it starts at zero where it grows again.
+    a mask removes is zero in the average, and starts at its value where it grows again.
     """
 
     decay: float
@@ -34,9 +34,13 @@ class Ema:
             self.average = {name: value.detach().clone() for name, value in values.items()}
         step = now.clock.step
         decay = min(self.decay, (1 + step) / (10 + step))
+        masked = now.masks.keys() & self.average.keys()
         for name, value in values.items():
-            self.average[name].lerp_(value.detach(), 1 - decay)
-        for name in now.masks.keys() & self.average.keys():
+            average = self.average[name]
+            if name in masked:  # what grows again starts at its value, as the average did
+                average.copy_(torch.where(average == 0, value, average))
+            average.lerp_(value.detach(), 1 - decay)
+        for name in masked:
             self.average[name].masked_fill_(~now.masks[name], 0)
 
     @contextmanager

@@ -122,13 +122,13 @@ def check_wrapper(use: Use[Any], context: NetworkContext) -> None:
     )
     for learned in (False, True):
         model = tiny_network()
-        wrapper = build(use, dataclasses.replace(context, model=model))
         start = {n: p.detach().clone() for n, p in model.named_parameters() if p.dim() > 1}
         chosen = select_masks(Scores({n: v.abs() for n, v in start.items()}), Selection(0.5))
         masking: Masking = Weights(model, chosen)
         if learned:
             masking = LearnedScores(model, Scores(start), Selection(0.5), {})
         masking.after_step()
+        wrapper = build(use, dataclasses.replace(context, model=model))
         stepper = _make_stepper(masking, wrapper)
         _check_passes(use, wrapper, masking, stepper)
         for step in range(3):

@@ -25,7 +25,7 @@ from prunekit.contracts import (
 )
 from prunekit.data.seeds import seed_all
 from prunekit.engine.examples import BATCH, CLASSES, tiny_batches, tiny_network
-from prunekit.engine.methods import build
+from prunekit.engine.methods import build, check_methods
 from prunekit.errors import RunError
 from prunekit.evaluation import eval_mode
 from prunekit.pruning.selection import Selection, check_scores, meets
@@ -121,6 +121,8 @@ def check_pruner(use: Use[Any], context: PrunerContext) -> None:
 
     def train(masking: Masking) -> Scores:
         learned.append(masking)
+        own = (LearnedScores,) if isinstance(masking, LearnedScores) else ()
+        check_methods(masking, Masking, *own)
         masking.check()
         (x, y), _ = tiny_batches()
         with masking.effective(clock):

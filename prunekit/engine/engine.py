@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from prunekit.catalog.component import Use
 from prunekit.engine.evaluating import assemble, judge
 from prunekit.engine.keys import StageKey, describe_stage, make_keys
 from prunekit.engine.stages import STAGES
@@ -22,7 +23,7 @@ from prunekit.models.failures import explain, release
 from prunekit.pruning.masks import State, describe_counts
 from prunekit.recipe.plan import Plan, Run
 from prunekit.recipe.reduction import reduce_run
-from prunekit.recipe.stages import Stage
+from prunekit.recipe.stages import Stage, uses_in
 from prunekit.report import (
     Event,
     Note,
@@ -160,7 +161,8 @@ class Engine:
                     self.report(retell(stage.name, stage.epochs, row))
             else:
                 state = at.open()
-                result = self._store(stage, key, stored, at, partial(STAGES[stage.kind], state))
+                work = partial(STAGES[stage.kind], state)
+                result = self._store(stage, key, stored, at, work, stage.uses())
             at.move(stored, reused)
         return result, reused, stored
 
@@ -176,7 +178,8 @@ class Engine:
                     if all(known for known, _ in results):
                         self.report(StageStarted(stage.name, stage.kind, key.key))
                     work = partial(judge, at.open(), use=use)
-                    results.append((False, self._store(stage, part, stored, at, work)))
+                    own = self._store(stage, part, stored, at, work, uses_in((use,)))
+                    results.append((False, own))
                 else:
                     results.append((True, stored.read()))
                 result = results[-1][1]
@@ -214,8 +217,9 @@ class Engine:
         stored: StageFolder,
         at: _Place,
         compute: Callable[..., Outcome],
+        uses: Iterable[Use[Any]],
     ) -> StageResult:
-        """Compute a result, `compute(stage=, work=)`, and store it."""
+        """Compute a result, `compute(stage=, work=)`, with the components `uses`, and store it."""
         started = time.monotonic()
         work = Work(at.run, at.loaded, self.compute, stored, key, self.report, self.stop)
         try:
@@ -243,7 +247,7 @@ class Engine:
             [_finite(row) for row in outcome.history],
             time.monotonic() - started,
             list(outcome.notes),
-            {n: version_of(n) for use in stage.uses() for n in use.component.needs},
+            {n: version_of(n) for use in uses for n in use.component.needs},
         )
         stored.finish(result, describe_stage(stage))
         return result

@@ -60,6 +60,8 @@ def judge(state: State, stage: Stage, use: Use[Evaluator], work: Work) -> Outcom
     for name, value in result.metrics.items():
         if not math.isfinite(value):
             raise RunError(f"{owner} gave {name} = {value}")
+    if NETWORK in result.metrics:
+        raise RunError(f"{owner}: a metric cannot be called {NETWORK!r}")
     for name, values in result.records.items():
         if len(values) != len(index):
             raise RunError(f"{owner} gave {len(values)} records {name!r} for {len(index)} images")
@@ -92,7 +94,9 @@ def assemble(stage: Stage, run: Run, loaded: Loaded, found: Mapping[str, Outcome
             metrics[f"{use.name}.balanced_accuracy"] = balanced_proportion(correct, labels)
         notes += [f"{use.name}: {text}" for text in own.notes]
     notes += cross_examine(stage.options.with_, records)
-    network = next(iter(found.values())).metrics[NETWORK]
+    network = dict(next(iter(found.values())).metrics[NETWORK])
+    # What was stored is a plain number again.
+    network["sparsity"] = Metric(network["sparsity"], unit="sparsity")
     return Outcome({**metrics, **network}, records=records, notes=tuple(notes))
 
 

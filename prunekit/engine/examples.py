@@ -88,6 +88,7 @@ def _example_values(model: nn.Module) -> dict[str, Callable[[], Any]]:
         "weights": lambda: {
             name: p.detach().clone() for name, p in model.named_parameters() if p.dim() > 1
         },
+        "masks": dict,
         "generator": lambda: torch.Generator().manual_seed(0),
         "objective": lambda: cross_entropy,
         "batches": lambda: lambda: iter(tiny_batches()),

@@ -61,7 +61,9 @@ def _key_evaluator(
     run: Run, stage: Stage, use: Use[Any], upstream: str, loaded: Loaded, compute: Compute
 ) -> str:
     """The key of one evaluator's result: not of what it is called, nor of where it stands."""
-    threat = use.threat and [use.threat.norm, use.threat.eps]
+    threats = [
+        [u.kind, u.component.name, u.threat.norm, u.threat.eps] for u in uses_in(use) if u.threat
+    ]
     content = {
         "kind": "evaluate",
         "seed": run.seed,
@@ -71,7 +73,7 @@ def _key_evaluator(
         "images": stage.options.images,
         "limit": stage.limit,
         "component": [use.component.name, describe(use.options, hash_file)],
-        "threat": threat,
+        "threats": threats,
         **({} if upstream else _describe_network(run)),
     }
     uses = list(uses_in((run.dataset, run.architecture, use)))

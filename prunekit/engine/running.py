@@ -129,14 +129,14 @@ def reporters(plan: Plan, out: Path, tell: Tell) -> Iterator[Report]:
         told = str(error) if isinstance(error, PluginError) else told
         tell(f"{told}; the run goes on without it")
 
-    def build(folder: Path) -> None:
+    def build(folder: Path, *, first: bool = False) -> None:
         for use in list(kept):
             try:
                 listeners.append(
                     (use, use.build(ReporterContext(seed=0, folder=folder, live=live)))
                 )
             except (Exception, SystemExit) as error:
-                if isinstance(error, UserError) and not isinstance(error, PluginError):
+                if first and isinstance(error, UserError) and not isinstance(error, PluginError):
                     raise
                 drop(use, error)
 
@@ -156,7 +156,7 @@ def reporters(plan: Plan, out: Path, tell: Tell) -> Iterator[Report]:
                 _close(listener)
                 drop(use, error)
 
-    build(out / plan.runs[0].label if plan.swept else out)
+    build(out / plan.runs[0].label if plan.swept else out, first=True)
     try:
         yield report
     finally:

@@ -67,6 +67,9 @@ def _rewire(state: State, stage: Stage, work: Work) -> Rewired:
     use = stage.options.rewire
     selection = _choose_selection(stage, work)
     weights, followers = _find_structured(state, stage, work, selection)
+    if any(mask.dim() == 1 for mask in state.masks.values()):
+        # A channel that an earlier stage removed comes back with its bias, scale and shift.
+        followers = {n: v for n, v in _find_followers(state, work).items() if n in weights}
     rewiring = Rewiring(
         rewirer=use.build(work.context(stage, state)),
         name=use.name,
@@ -77,6 +80,7 @@ def _rewire(state: State, stage: Stage, work: Work) -> Rewired:
         gradients=use.component.gradients,
         allocates=use.component.allocates,
         followers=followers,
+        rehearsed=stage.limit is not None,
     )
     return Rewired(state.model, state.masks, rewiring)
 
@@ -131,6 +135,7 @@ def prune(state: State, stage: Stage, work: Work) -> Outcome:
     scoring = PrunerContext(
         **{**vars(context), "threat": options.pruner.threat},
         weights=frozen,
+        masks=state.masks,
         generator=seeds.generator(work.run.seed, stage.position, "pruner"),
         objective=objective,
         batches=lambda: batches(next(epochs)),
@@ -147,6 +152,13 @@ def prune(state: State, stage: Stage, work: Work) -> Outcome:
         )
     masks = select_masks(scores, selection, state.masks)
     check_layers(masks, selection.sparsity)
+    for name, count in (scores.keep or {}).items():
+        mask = masks[name].flatten(1).any(1) if options.structure == "channel" else masks[name]
+        if int(mask.sum()) != count:
+            raise RunError(
+                f"{named} keeps {count} of {name}, where earlier stages left {int(mask.sum())}; "
+                "what is left is in context.masks"
+            )
     state.masks = {**state.masks, **masks, **follow(masks, followers)}
     apply_masks(state.model, state.masks)
     _tell_sparsity(state, stage, work)
@@ -169,9 +181,7 @@ def _find_structured(
     weights = _find_unstructured(state.model, stage.options.exclude, work)
     if selection.structure == "element":
         return weights, {}
-    with eval_mode(state.model):
-        example = torch.zeros(1, *work.loaded.data.shape, device=work.device)
-        followers = find_followers(state.model, example)
+    followers = _find_followers(state, work)
     names = find_structured(weights, selection.structure, list(followers))
     if not names:
         raise RunError(f"structure {selection.structure!r} fits no layer of this network")
@@ -179,6 +189,12 @@ def _find_structured(
         work.report(Note(f"structure {selection.structure!r} leaves dense: {', '.join(left)}"))
     chosen = followers if selection.structure == "channel" else {}
     return {name: weights[name] for name in names}, {n: v for n, v in chosen.items() if n in names}
+
+
+def _find_followers(state: State, work: Work) -> dict[str, list[str]]:
+    with eval_mode(state.model):
+        example = torch.zeros(1, *work.loaded.data.shape, device=work.device)
+        return find_followers(state.model, example)
 
 
 def _find_unstructured(

@@ -18,7 +18,7 @@ from prunekit.steps import Budget, Layers
 
 @dataclass(frozen=True)
 class Selection:
-    """How much is kept (`sparsity` is removed), who shares it, and what goes together.
+    """How much is kept (`sparsity` is removed), how layers share it, and what goes together.
 
     `compares` says that the budget compares the scores of layers. structure: "element", "channel"
     or "n:m", whose ratio is the budget.

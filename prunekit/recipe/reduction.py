@@ -33,7 +33,9 @@ def reduce_run(run: Run, batches: int, batch_size: int | None = None) -> Run:
         options = reduce_options(stage.options)
         if getattr(options, "epochs", None) is not None:
             options = dataclasses.replace(options, epochs=1)
-        stages.append(dataclasses.replace(stage, options=options, limit=batches))
+        # A rewirer is called before the first step, and in the last.
+        limit = max(batches, 2) if getattr(options, "rewire", None) else batches
+        stages.append(dataclasses.replace(stage, options=options, limit=limit))
     data = dataclasses.replace(run.data, batch_size=size)
     return dataclasses.replace(run, stages=tuple(stages), data=data)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from prunekit.catalog.component import Radius, Use, option
 from prunekit.contracts import (
@@ -111,9 +111,9 @@ class SelectionOptions(FitOptions):
         n, m = ratio
         if n >= m:
             raise OptionError("structure", f"{n} of every {m} removes nothing; write a smaller n")
-        if self.budget.component.name != "layer":
+        if self.budget.component.name != _default(self, "budget"):
             raise OptionError("budget", f"{n}:{m} fixes what every layer keeps; remove budget")
-        if self.sparsity_schedule.component.name != "constant":
+        if self.sparsity_schedule.component.name != _default(self, "sparsity_schedule"):
             raise OptionError(
                 "sparsity_schedule", f"{n}:{m} fixes the sparsity; remove sparsity_schedule"
             )
@@ -166,6 +166,10 @@ class PruneOptions(SelectionOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         _need_sparsity(self.sparsity)
+
+
+def _default(options: SelectionOptions, name: str) -> Any:
+    return next(f.default for f in dataclasses.fields(options) if f.name == name)
 
 
 def _need_sparsity(sparsity: float | None) -> None:

@@ -21,7 +21,7 @@ class Compute:
     threads: int = field(default_factory=torch.get_num_threads)
 
     def key(self) -> dict[str, Any]:
-        """What of it decides the bits of a result; threads are recorded with it instead."""
+        """The part of it that decides the bits of a result; threads are only recorded."""
         return {"device": self.device.type, "precision": "fp32", "ranks": 1}
 
     def describe(self) -> dict[str, Any]:

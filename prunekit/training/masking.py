@@ -170,14 +170,16 @@ class LearnedScores:
         for weight in self._frozen.values() if gated else ():
             # Gates act on outputs, so that their weights enter the graph as they are.
             weight.requires_grad_(True).grad = None
-        with effective_weights(self.model) as made:
-            if lend:
-                self._lent = made if not gated else [(w, w) for w in self._frozen.values()]
-                for _, masked in self._lent:
-                    masked.retain_grad()
-            yield
-        for weight in self._frozen.values() if gated else ():
-            weight.requires_grad_(False)
+        try:
+            with effective_weights(self.model) as made:
+                if lend:
+                    self._lent = made if not gated else [(w, w) for w in self._frozen.values()]
+                    for _, masked in self._lent:
+                        masked.retain_grad()
+                yield
+        finally:
+            for weight in self._frozen.values() if gated else ():
+                weight.requires_grad_(False)
 
     def gradients(self) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
@@ -216,3 +218,5 @@ class LearnedScores:
         """Give the model its plain weights back."""
         for undo in self._undo:
             undo()
+        for weight in self._frozen.values():
+            weight.grad = None

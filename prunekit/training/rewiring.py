@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunekit.contracts import Clock, Masks, Scores
+from prunekit.contracts import Clock, Masks
 from prunekit.data import seeds
 from prunekit.errors import RunError
 from prunekit.pruning.learning import LEAK
@@ -42,6 +42,8 @@ class Rewiring:
     gradients: bool = False
     allocates: bool = False
     followers: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    rehearsed: bool = False
+    """The stage is tried on a few batches: its last step rewires in any case."""
 
 
 class Rewired(Weights):
@@ -67,7 +69,7 @@ class Rewired(Weights):
 
     def due(self, clock: Clock) -> bool:
         """Whether this step rewires; the last one does if the masks are not at the target."""
-        if clock.step + 1 == clock.steps and not self._at_target:
+        if clock.step + 1 == clock.steps and (self.rewiring.rehearsed or not self._at_target):
             return True
         return clock.step > 0 and self.rewiring.rewirer.due(clock)
 
@@ -115,6 +117,7 @@ class Rewired(Weights):
             first=gradients is None,
             final=final,
         )
+        seeds.seed_all(*plan.seed, "rewire", clock.step)
         scores = plan.rewirer(moment)
         check_scores(scores, weights, f"rewirer {plan.name!r}", allocates=plan.allocates)
         chosen = select_masks(scores, replace(plan.selection, sparsity=sparsity))
@@ -147,11 +150,6 @@ class Rewired(Weights):
             for name in [n for n in module._buffers if n.endswith("_kept")]:
                 del module._buffers[name]
         del self.model._buffers["rewired"]
-
-    def scores(self) -> Scores:
-        """The magnitudes of the weights that are kept."""
-        weights = {name: self._named[name].detach().abs() for name in self.rewiring.weights}
-        return Scores(weights)
 
 
 def _shaped_like(weight: Tensor, states: Iterable[Any]) -> list[Tensor]:

@@ -24,10 +24,10 @@ class Step(nn.Module):
         self.model = model
         self._objective = (objective,)
 
-    def forward(self, x: Tensor, y: Tensor, clock: Clock, prepared: Any = None) -> Loss:
+    def forward(self, x: Tensor, y: Tensor, clock: Clock, *prepared: Any) -> Loss:
         """The loss at images x (B, C, H, W) with labels y (B,), or at what was `prepared`."""
         objective: Any = self._objective[0]
-        loss: Loss = objective(x, y, clock) if prepared is None else objective.loss(prepared, clock)
+        loss: Loss = objective.loss(*prepared, clock) if prepared else objective(x, y, clock)
         return loss
 
 
@@ -44,11 +44,12 @@ class Stepper:
     optimizer: torch.optim.Optimizer = field(init=False)
 
     def __post_init__(self) -> None:
-        self._groups = [g for g in self.masking.parameters() if g.parameters]
-        self._parameters = [p for group in self._groups for p in group.parameters]
+        groups = [g for g in self.masking.parameters() if g.parameters]
+        self._parameters = [p for group in groups for p in group.parameters]
+        self._rates = {id(p): group.rate for group in groups for p in group.parameters}
         own = [
             {"params": list(g.parameters)} | ({} if g.decay is None else {"weight_decay": g.decay})
-            for g in self._groups
+            for g in groups
         ]
         if own:
             self.optimizer = self.choice.make(own)
@@ -66,8 +67,9 @@ class Stepper:
         """One step at the schedule's rate, on images x (B, C, H, W) with labels y (B,)."""
         masking, optimizer = self.masking, self.optimizer
         rate = self.choice.lr * self.choice.schedule(clock)
-        for group, own in zip(optimizer.param_groups, self._groups, strict=True):
-            group["lr"] = rate * own.rate
+        for group in optimizer.param_groups:
+            # An optimizer may form groups of its own, within those that it was given.
+            group["lr"] = rate * self._rates[id(group["params"][0])]
         rewired = masking if isinstance(masking, Rewired) and masking.due(clock) else None
         dense: dict[str, Tensor] = {}
         now = Now(clock, masking.model, masking.weights(), masking.masks, masking.gradients)
@@ -76,7 +78,9 @@ class Stepper:
             go = partial(outer.around, go, now)
         loss = go()
         if rewired is not None:
-            rewired.rewire(clock, optimizer, history, dense)
+            # Of a loss that is not finite the loop tells; masks would follow its gradients.
+            if loss.value.isfinite():
+                rewired.rewire(clock, optimizer, history, dense)
         else:
             if self.clip_norm is not None:
                 nn.utils.clip_grad_norm_(self._parameters, self.clip_norm)
@@ -96,12 +100,13 @@ class Stepper:
 
         It puts the gradients at all weights that are `rewired` into `dense`.
         """
-        masking, prepared = self.masking, None
+        masking = self.masking
+        prepared: tuple[Any, ...] = ()
         before: dict[str, Tensor] = {}
         if self._around:
             if isinstance(self.objective, Attacking):
                 with masking.effective(clock):
-                    prepared = self.objective.prepare(x, y, clock)
+                    prepared = (self.objective.prepare(x, y, clock),)
             before = {name: b.clone() for name, b in masking.model.named_buffers()}
 
         def go() -> Loss:
@@ -110,8 +115,8 @@ class Stepper:
                 for name, buffer in masking.model.named_buffers():
                     buffer.copy_(before[name])
             self.optimizer.zero_grad(set_to_none=True)
-            with masking.effective(clock, lend=bool(self.wrappers)):
-                loss: Loss = self._module(x, y, clock, prepared)
+            with masking.effective(clock, lend=bool(self._around)):
+                loss: Loss = self._module(x, y, clock, *prepared)
                 if penalties := masking.penalty(clock):
                     value = loss.value + sum(penalties.values())
                     loss = replace(loss, value=value, terms={**loss.terms, **penalties})

@@ -1,15 +1,18 @@
 """Evaluators on the same images: their records, and contradictions between them told."""
 
+import dataclasses
+import json
+
 import numpy as np
 import pytest
 import torch
 from prunekit_adversarial import PgdOptions
 from prunekit_adversarial.evaluators import Pgd
 
-from prunekit.catalog.component import Use
+from prunekit.catalog.component import Use, option
 from prunekit.catalog.kinds import EvaluatorComponent
 from prunekit.catalog.registry import Entry, Registry
-from prunekit.contracts import Result, Threat
+from prunekit.contracts import Objective, Result, Threat
 from prunekit.engine.evaluating import cross_examine, judge_batches
 from prunekit.errors import Interrupted, RunError
 from prunekit.recipe.document import load_recipe
@@ -297,3 +300,40 @@ def test_batches_that_are_kept_are_read_and_not_judged(tmp_path):
     assert found["a"].tolist() == [0, 10, 20]
     assert found["b"].tolist() == ["xx", "xx", "x"]
     assert judge_batches(judge, batches, None)["a"].tolist() == [0, 10, 20]
+
+
+def test_a_judgement_that_was_stored_says_as_much(bench):
+    (first,) = bench.run()
+    (again,) = bench.run(out="again")
+    for folder in (first, again):
+        (found,) = [s for s in read_run(folder.path).stages if s.kind == "evaluate"]
+        assert found.metrics["sparsity"].unit == "sparsity"
+        assert found.metrics["clean.accuracy"].n == 10
+    assert again.metrics["evaluate"] == first.metrics["evaluate"]
+
+
+def test_a_key_holds_the_threats_of_components_within_an_evaluator(bench):
+    @dataclasses.dataclass(frozen=True)
+    class Nested:
+        inner: Use[Objective] = option("trades", help="an objective inside")
+
+    component = EvaluatorComponent(
+        name="nested", summary="Nested", build="told_parts:build_evaluator", options=Nested
+    )
+    registry = bench.registry()
+    registry = Registry((*registry.entries, Entry(component, "told", "told-dist 1.2")))
+    path = bench.folder / "r.toml"
+    path.write_text(bench.recipe.replace('["clean"]', '["nested"]'))
+    keys = []
+    for eps in (0.01, 0.3):
+        (run,) = make_plan(load_recipe(path, [f"threat.eps={eps}"]), registry).runs
+        keys.append(bench.make_keys(run)[-1])
+    assert keys[0] != keys[1]
+
+
+def test_a_stored_judgement_has_the_versions_of_its_own_evaluator_alone(bench):
+    attack = '{ use = "autoattack", attacks = ["square"], queries = 2 }'
+    bench.run(recipe=bench.recipe.replace('"clean"', f'"clean", {attack}'), out="both")
+    (again,) = bench.run(out="again")
+    stage = json.loads((again.path / "run.json").read_text())["stages"][-1]
+    assert (stage["reused"], stage["versions"]) == (True, {})

@@ -63,3 +63,22 @@ def test_what_is_stored_is_told_from_its_start(bench, listen):
     assert all(e.reused for e in events if isinstance(e, StageDone))
     kinds = [type(e) for e in events if isinstance(e, StageStarted | StageDone)]
     assert kinds == [StageStarted, StageDone] * 4
+
+
+def test_a_reporter_that_cannot_be_built_for_a_later_run_is_left_out(bench, tmp_path, monkeypatch):
+    (tmp_path / "picky.py").write_text(
+        "from prunekit import UserError\n"
+        "def build(options, context):\n"
+        "    if 'seed=1' in str(context.folder):\n"
+        "        raise UserError('not there')\n"
+        "    return lambda event: None\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    component = ReporterComponent(name="picky", summary="Picky", build="picky:build")
+    plan = bench.plan(recipe=bench.recipe + "[sweep]\nseed = [0, 1]\n")
+    plan = dataclasses.replace(plan, reporters=(Use(component, NoOptions(), "test"),))
+    told = []
+    out, store = bench.folder / "out", bench.folder / "store"
+    folders = run_plan(plan, out, store, force=False, resume="", tell=told.append)
+    assert [folder.status for folder in folders] == ["done", "done"]
+    assert [text for text in told if "picky" in text and "goes on without it" in text]

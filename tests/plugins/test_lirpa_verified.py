@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from prunekit import Use, UserError
 from prunekit.contracts import EvaluatorContext, Result, Threat
-from prunekit.errors import OptionError
+from prunekit.errors import Interrupted, OptionError
 from prunekit.testing import example_context
 
 SHAPE, K, EPS = (2, 6, 6), 3, 0.02
@@ -189,3 +190,30 @@ def test_a_threat_that_can_be_verified() -> None:
     use: Use[Any] = Use(COMPONENT, VerifiedOptions())
     with pytest.raises(UserError, match=r"\[threat\]"):
         use.build(example_context(EvaluatorContext, model=make_net()))
+
+
+def test_a_verification_that_was_stopped_goes_on_with_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net = make_net()
+    x, y = make_batch(net, 24)
+    batches = list(zip(x.split(8), y.split(8), strict=True))
+    whole = verify(net, *batches)
+    judged: list[int] = []
+    original = evaluators.Verified._verify
+
+    def stop(self: Any, bounds: Bounds, x: Tensor, y: Tensor) -> dict[str, np.ndarray]:
+        judged.append(len(y))
+        if len(judged) == 2:
+            raise Interrupted
+        return original(self, bounds, x, y)
+
+    monkeypatch.setattr(evaluators.Verified, "_verify", stop)
+    evaluator = evaluators.Verified(EPS, VerifiedOptions(), tmp_path)
+    with pytest.raises(Interrupted):
+        evaluator(net, batches)
+    again = evaluator(net, batches)
+    assert judged == [8, 8, 8, 8]
+    for name, values in whole.records.items():
+        np.testing.assert_array_equal(again.records[name], values)
+    assert again.metrics == whole.metrics

@@ -285,3 +285,51 @@ def test_the_average_is_what_is_stored_under_its_exact_masks(kind, tmp_path):
     else:
         chosen = select_masks(job.masking.scores(), Selection(0.5))
         assert all(torch.equal(chosen[n], mask) for n, mask in job.masking.masks.items())
+
+
+def test_what_grows_again_is_in_the_average_as_it_is():
+    """A scale that starts at 1 again must not creep up from 0."""
+    net = nn.BatchNorm1d(2)
+    masks, ema = {"weight": torch.tensor([True, False])}, Ema(0.9)
+    with torch.no_grad():
+        net.weight[1] = 0
+    for step in range(3):
+        ema.after_step(Now(Clock(step, 9, 0, 1), net, {}, masks, dict))
+    assert ema.average["weight"].tolist() == [1, 0]
+    masks["weight"][1] = True
+    with torch.no_grad():
+        net.weight[1] = 1
+    ema.after_step(Now(Clock(3, 9, 0, 1), net, {}, masks, dict))
+    assert ema.average["weight"].tolist() == [1, 1]
+
+
+def test_nothing_stays_on_frozen_weights_after_a_stage():
+    masking = make_masking("channels")
+    stepper = Stepper(masking, Noisy(masking.model), CHOICE, (0, 0), wrappers=[Awp(AwpOptions())])
+    stepper.take(*batch(), CLOCK, [])
+    weight = masking.model[0].weight
+    masking.detach()
+    assert weight.grad is None
+    assert not weight.requires_grad
+
+
+def test_an_attack_that_prepares_nothing_is_made_once():
+    class Nothing(Noisy):
+        attacks = 0
+
+        def prepare(self, x, y, clock):
+            self.attacks += 1
+            self.batch = x, y
+
+        def loss(self, prepared, clock):
+            assert prepared is None
+            return super().__call__(*self.batch, clock)
+
+        def __call__(self, x, y, clock):
+            return self.loss(self.prepare(x, y, clock), clock)
+
+    masking = make_masking("weights")
+    objective = Nothing(masking.model)
+    stepper = Stepper(masking, objective, CHOICE, (0, 0), wrappers=[Awp(AwpOptions())])
+    stepper.take(*batch(), CLOCK, [])
+    assert objective.attacks == 1

@@ -12,6 +12,7 @@ from prunekit.errors import Interrupted, RunError
 from prunekit.pruning.selection import Selection
 from prunekit.report import EpochDone, Stop
 from prunekit.training.loop import Fit, fit
+from prunekit.training.masking import Weights
 from prunekit.training.rewiring import Rewired, Rewiring
 from prunekit.training.step import Stepper
 
@@ -303,3 +304,82 @@ def test_an_epoch_above_the_target_is_never_the_best(tmp_path):
     fit(job)
     assert [e.best for e in seen if isinstance(e, EpochDone)] == [False, False, True]
     assert int(job.masking.masks["1.weight"].sum()) == 48
+
+
+def test_vectors_that_an_earlier_stage_masked_follow_single_weights():
+    """Channels 0 to 2 were removed, with bias, scale and shift; a weight of channel 0 grows."""
+    closed = torch.ones(6, dtype=torch.bool)
+    closed[:3] = False
+    masks = {name: closed.clone() for name in ("1.bias", "2.weight", "2.bias")}
+    masks["1.weight"] = closed[:, None].expand(6, 16).clone()
+    wanted = torch.zeros(6, 16)
+    wanted[0, :8] = wanted[3:, :14] = 1
+    wanted[5] = 0
+    rewirer = Told(set(), lambda m: Scores({"1.weight": wanted}))
+    plan = Rewiring(rewirer, "told", Selection(0.5), lambda clock: 1.0, ["1.weight"], (0, 0),
+                    followers={"1.weight": list(masks)[:3]})  # fmt: skip
+    masking = Rewired(make_net(), masks, plan)
+    masking.after_step()
+    masking.rewire(Clock(0, 10, 0, 1), make_stepper(masking).optimizer)
+    kept = masking.masks["1.weight"].any(1)
+    assert kept[0]
+    for name in ("1.bias", "2.weight", "2.bias"):
+        assert torch.equal(masking.masks[name], kept)
+    assert masking.model[2].weight[0] == 1
+
+
+def test_a_rewirer_draws_from_the_generators_of_its_step():
+    """Whatever was drawn before."""
+    found = []
+    for seed in (1, 2):
+        masking = make_rewired(
+            Told(set(), lambda m: Scores({n: torch.rand_like(w) for n, w in m.weights.items()}))
+        )
+        stepper = make_stepper(masking)
+        torch.manual_seed(seed)
+        masking.rewire(Clock(0, 10, 0, 1), stepper.optimizer)
+        found.append(masking.masks["1.weight"].clone())
+    assert torch.equal(*found)
+
+
+def test_masks_do_not_follow_a_loss_that_is_not_finite():
+    rewirer = Told({0}, magnitude)
+    masking = make_rewired(rewirer)
+    stepper = make_stepper(masking)
+    masking.rewire(Clock(0, 10, 0, 1), stepper.optimizer)
+    x, y = batch(0)
+    loss = stepper.take(x * float("nan"), y, Clock(1, 10, 0, 1), [])
+    assert loss.value.isnan()
+    rewirer.steps = {2}
+    stepper.take(x * float("nan"), y, Clock(2, 10, 0, 1), [])
+    assert len(rewirer.moments) == 1
+
+
+def test_a_rehearsal_reaches_the_call_with_gradients():
+    rewirer = Told(set(), magnitude)
+    masking = make_rewired(rewirer, rehearsed=True)
+    stepper = make_stepper(masking)
+    masking.rewire(Clock(0, 2, 0, 1), stepper.optimizer)
+    for step in range(2):
+        take(stepper, step, steps=2)
+    assert [moment.first for moment in rewirer.moments] == [True, False]
+    assert rewirer.moments[1].gradients
+
+
+def test_an_optimizer_may_form_groups_of_its_own():
+    def make(groups):
+        (group,) = groups
+        matrices = [p for p in group["params"] if p.dim() > 1]
+        vectors = [p for p in group["params"] if p.dim() == 1]
+        return torch.optim.SGD(
+            [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}],
+            lr=0.1,
+            weight_decay=0.1,
+        )
+
+    masking = Weights(make_net(), {})
+    stepper = Stepper(
+        masking, Objective(masking.model), OptimizerChoice(make, 0.1, lambda c: 0.5), (0, 0)
+    )
+    take(stepper, 0)
+    assert [group["lr"] for group in stepper.optimizer.param_groups] == [0.05, 0.05]
