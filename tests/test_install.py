@@ -152,7 +152,7 @@ def test_the_third_party_runs_in_a_recipe(environment):
     assert len(content["rows"]) == 1
     record = json.loads((environment / "runs/r-smoke/run.json").read_text())
     assert record["status"] == "done"
-    assert abs(record["stages"][-1]["metrics"]["sparsity"] - 0.5) < 0.01
+    assert abs(record["stages"][-1]["metrics"]["sparsity"]["value"] - 0.5) < 0.01
 
 
 def test_a_broken_third_party_is_contained(environment):
