@@ -22,15 +22,15 @@ from typing import Any
 from prunekit.catalog.component import Component, Threatened, Use
 from prunekit.catalog.kinds import KINDS
 from prunekit.catalog.registry import Entry, Registry, list_declared, load_registry
-from prunekit.contracts import Threat
-from prunekit.engine.contract import CHECKS
-from prunekit.engine.examples import (
+from prunekit.checks.components import CHECKS
+from prunekit.checks.examples import (
     SHAPE,
     example_context,
     example_events,
     tiny_batches,
     tiny_network,
 )
+from prunekit.contracts import Threat
 from prunekit.errors import Place, RecipeError
 from prunekit.recipe.reduction import reduce_options
 from prunekit.recipe.resolver import Resolver, field_types

@@ -1,7 +1,7 @@
 """The kinds of components: what a plugin declares of each, beyond what all share.
 
 A new kind is a class here, a hook in `hookspecs`, a context in `prunekit.contracts` for what it may
-use, and a check in `engine/contract` of what it must do. Nothing here imports torch.
+use, and a check in `checks/` of what it must do. Nothing here imports torch.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ from prunekit.pruning.structures import find_followers, find_structured, follow
 from prunekit.recipe.stages import Stage
 from prunekit.report import Note, StageStarted
 from prunekit.steps import Masking
-from prunekit.training.loop import Fit, fit, read_metrics
+from prunekit.training.loop import Fit, fit, label_metrics
 from prunekit.training.masking import LearnedScores, Weights
 from prunekit.training.rewiring import Rewired, Rewiring
 
@@ -274,7 +274,7 @@ def _best(history: list[dict[str, Any]], stage: Stage) -> dict[str, Any]:
     if not rows:
         return {}
     epoch, select = rows[-1]["epoch"], _selecting_metric(stage)
-    return {"epoch": epoch, **read_metrics(rows[-1]), "select": select}
+    return {"epoch": epoch, **label_metrics(rows[-1]), "select": select}
 
 
 def _selecting_metric(stage: Stage) -> str:

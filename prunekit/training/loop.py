@@ -139,7 +139,7 @@ def fit(job: Fit) -> list[dict[str, Any]]:
         save(job.checkpoint, stepper, at, best)
         spent = time.monotonic() - started
         job.report(
-            EpochDone(job.stage, at.epoch, job.epochs, read_metrics(row), row["best"], spent)
+            EpochDone(job.stage, at.epoch, job.epochs, label_metrics(row), row["best"], spent)
         )
         job.stop.check()
     model.load_state_dict(best)
@@ -171,7 +171,7 @@ def _train_epoch(job: Fit, stepper: Stepper, at: Position, best: Mapping[str, Te
             _check_finite(job, int(bad_step), at.epoch)
         if now - told > 0.2 or last:
             told, read = now, sums.read()
-            means = read_metrics({k: v / read[IMAGES] for k, v in read.items() if k != IMAGES})
+            means = label_metrics({k: v / read[IMAGES] for k, v in read.items() if k != IMAGES})
             progress = (at.batch, batches, at.epoch, job.epochs)
             job.report(Progress(job.stage, *progress, means, "training"))
         if halt:
@@ -257,7 +257,7 @@ def _is_best(job: Fit, at: Position, row: Mapping[str, Any]) -> bool:
     return True
 
 
-def read_metrics(row: Mapping[str, Any]) -> dict[str, float]:
+def label_metrics(row: Mapping[str, Any]) -> dict[str, float]:
     """The metrics of an epoch; accuracies, and all validation metrics, are fractions of images."""
     return {
         name: Metric(value, unit="fraction")
@@ -270,4 +270,4 @@ def read_metrics(row: Mapping[str, Any]) -> dict[str, float]:
 
 def retell(stage: str, epochs: int, row: Mapping[str, Any]) -> EpochDone:
     """The event of an epoch that an earlier process computed."""
-    return EpochDone(stage, row["epoch"], epochs, read_metrics(row), row["best"], stored=True)
+    return EpochDone(stage, row["epoch"], epochs, label_metrics(row), row["best"], stored=True)

@@ -76,19 +76,15 @@ def test_what_decides_is_in_the_key_and_what_shows_is_not(tmp_path, monkeypatch)
 
 
 SHOWING = (
+    "checks/",
     "__init__.py",
     "__main__.py",
     "api.py",
     "catalog/",
     "cli/",
-    "engine/contract.py",
     "engine/keys.py",
-    "engine/contract_moving.py",
-    "engine/contract_training.py",
     "engine/eval_plan.py",
-    "engine/examples.py",
     "engine/handed_over.py",
-    "engine/methods.py",
     "engine/preview.py",
     "engine/running.py",
     "errors.py",

@@ -10,6 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.catalog.component import Use
+from prunekit.checks.examples import tiny_batches, tiny_network
+from prunekit.checks.methods import build
+from prunekit.checks.training import same, snapshot
 from prunekit.contracts import (
     Clock,
     Context,
@@ -19,9 +22,6 @@ from prunekit.contracts import (
     Scores,
     Stateful,
 )
-from prunekit.engine.contract_training import same, snapshot
-from prunekit.engine.examples import tiny_batches, tiny_network
-from prunekit.engine.methods import build
 from prunekit.errors import RunError
 from prunekit.pruning.selection import Selection, select_masks
 from prunekit.steps import Around, Averaging, Following, Layers, Masking, Now

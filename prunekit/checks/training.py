@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.catalog.component import Use
+from prunekit.checks.examples import BATCH, CLASSES, tiny_batches, tiny_network
+from prunekit.checks.methods import build, check_methods
 from prunekit.contracts import (
     Attacking,
     Clock,
@@ -24,8 +26,6 @@ from prunekit.contracts import (
     Validating,
 )
 from prunekit.data.seeds import seed_all
-from prunekit.engine.examples import BATCH, CLASSES, tiny_batches, tiny_network
-from prunekit.engine.methods import build, check_methods
 from prunekit.errors import RunError
 from prunekit.evaluation import eval_mode
 from prunekit.pruning.selection import Selection, check_scores, meets

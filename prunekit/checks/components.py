@@ -16,6 +16,10 @@ import torch
 from torch import nn
 
 from prunekit.catalog.component import Use
+from prunekit.checks import moving, training
+from prunekit.checks.examples import BATCH, example_events, tiny_batches, tiny_network
+from prunekit.checks.methods import build, check_methods
+from prunekit.checks.training import same, snapshot
 from prunekit.contracts import (
     ArchitectureContext,
     Augmenting,
@@ -32,11 +36,6 @@ from prunekit.contracts import (
 )
 from prunekit.data.batches import eval_batches
 from prunekit.data.seeds import seed_all
-from prunekit.engine import contract_moving as moving
-from prunekit.engine import contract_training as training
-from prunekit.engine.contract_training import same, snapshot
-from prunekit.engine.examples import BATCH, example_events, tiny_batches, tiny_network
-from prunekit.engine.methods import build, check_methods
 from prunekit.errors import DataMissingError
 from prunekit.report import Closing
 

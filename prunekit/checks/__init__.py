@@ -1,0 +1,1 @@
+"""What components must do, kind by kind: the contract test behind `prunekit.testing`."""
