@@ -107,8 +107,7 @@ class Validating(Protocol):
     """An objective with validation metrics of its own; without, there is `accuracy`."""
 
     def validate(self, x: Tensor, y: Tensor) -> Mapping[str, Tensor]:
-        """(B,) values of each image, in eval mode, for each name that the component `validates`;
-        they are averaged over the validation images."""
+        """(B,) values of each image, in eval mode, for each name that the component `validates`."""
         ...
 
 
@@ -215,9 +214,8 @@ class Metric(float):
     counts images that limit how far results can be trusted, and `note` says why; a "setting" says
     how results were measured, and `note` what to say of rows where it is 0.
 
-    >>> accuracy = Metric(0.5, n=2, low=0.1, high=0.9, unit="fraction")
-    >>> accuracy + 0.25, accuracy.n
-    (0.75, 2)
+    >>> Metric(0.5, n=2, low=0.1, high=0.9, unit="fraction") + 0.25
+    0.75
     """
 
     n: int | None
@@ -294,8 +292,7 @@ class Schedule(Protocol):
 
 @dataclass(frozen=True)
 class OptimizerChoice:
-    """What an optimizer component builds: how to make the optimizer, its learning rate, and its
-    schedule."""
+    """What an optimizer component builds: the optimizer, its learning rate, and its schedule."""
 
     make: Callable[[Iterable[Any]], torch.optim.Optimizer]
     """From parameters, or from groups {"params": ..., "weight_decay": ...}, as torch's take."""
