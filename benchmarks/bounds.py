@@ -23,7 +23,8 @@ from prunekit_lirpa.margins import compare_classes, robust_cross_entropy, surrou
 from torch import Tensor, nn
 
 from prunekit.catalog.registry import load_registry
-from prunekit.contracts import ArchitectureContext, Scores
+from prunekit.contexts import ArchitectureContext
+from prunekit.contracts import Scores
 from prunekit.pruning.layers import find_prunable
 from prunekit.pruning.learning import LearnedScores, effective_parameters
 from prunekit.pruning.selection import Selection

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from prunekit.catalog.kinds import Facts
 from prunekit.catalog.registry import load_registry
-from prunekit.contracts import ArchitectureContext, Clock, Context, DatasetContext
+from prunekit.contexts import ArchitectureContext, Context, DatasetContext
+from prunekit.contracts import Clock
 from prunekit.testing import example_context
 
 SIGMA, N0, N, ALPHA = 0.25, 100, 10_000, 0.001

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from prunekit import contracts
+from prunekit import contexts
 from prunekit.catalog.component import Component, NoOptions
 from prunekit.catalog.kinds import KINDS
 from prunekit.catalog.registry import load_registry
@@ -88,13 +88,13 @@ OPTIONS = {
 }
 
 CONTEXTS = {
-    "all kinds": contracts.Context,
-    "dataset": contracts.DatasetContext,
-    "architecture": contracts.ArchitectureContext,
-    "objective, pruner, evaluator": contracts.NetworkContext,
-    "pruner": contracts.PrunerContext,
-    "evaluator": contracts.EvaluatorContext,
-    "reporter": contracts.ReporterContext,
+    "all kinds": contexts.Context,
+    "dataset": contexts.DatasetContext,
+    "architecture": contexts.ArchitectureContext,
+    "objective, pruner, evaluator": contexts.NetworkContext,
+    "pruner": contexts.PrunerContext,
+    "evaluator": contexts.EvaluatorContext,
+    "reporter": contexts.ReporterContext,
 }
 
 GENERATED: dict[Path, dict[str, Callable[[], str]]] = {

@@ -1,4 +1,4 @@
-"""What `build(options, context)` may use: a context for each kind. Public in `prunekit.contracts`.
+"""What `build(options, context)` may use: a context for each kind.
 
 Whatever a context has is always there. Shapes and units are those of `prunekit.contracts`.
 """

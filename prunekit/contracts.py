@@ -12,15 +12,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_checkable
 
-from prunekit.contexts import ArchitectureContext as ArchitectureContext
-from prunekit.contexts import Context as Context
-from prunekit.contexts import DatasetContext as DatasetContext
-from prunekit.contexts import EvaluatorContext as EvaluatorContext
-from prunekit.contexts import NetworkContext as NetworkContext
-from prunekit.contexts import ObjectiveContext as ObjectiveContext
-from prunekit.contexts import PrunerContext as PrunerContext
-from prunekit.contexts import ReporterContext as ReporterContext
-
 if TYPE_CHECKING:
     import numpy as np
     import torch
@@ -155,12 +146,6 @@ class Scores:
     values: Mapping[str, Tensor]
     layerwise: bool = False
     keep: Mapping[str, int] | None = None
-
-
-class Pruner(Protocol):
-    """`pruner(context) -> Scores`; turning scores into masks is the core's."""
-
-    def __call__(self, context: PrunerContext) -> Scores: ...
 
 
 class Split(Protocol):

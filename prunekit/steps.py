@@ -1,4 +1,4 @@
-"""The contracts of a training step: what it trains, how masks follow it, what goes around it.
+"""The contracts of masks and training steps: who scores, shares, rewires, wraps, and what trains.
 
 Shapes and units as in `prunekit.contracts`.
 """
@@ -15,6 +15,14 @@ from prunekit.contracts import Clock, Loss, Masks, Scores
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
+
+    from prunekit.contexts import PrunerContext
+
+
+class Pruner(Protocol):
+    """`pruner(context) -> Scores`; turning scores into masks is the core's."""
+
+    def __call__(self, context: PrunerContext) -> Scores: ...
 
 
 @dataclass(frozen=True)

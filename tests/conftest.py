@@ -126,7 +126,7 @@ def choose():
     """Makes a selection with the budget of that name."""
     from prunekit import NoOptions
     from prunekit.catalog.registry import load_registry
-    from prunekit.contracts import Context
+    from prunekit.contexts import Context
     from prunekit.pruning.selection import Selection
     from prunekit.testing import example_context
 

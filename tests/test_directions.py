@@ -7,9 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 CORE = ROOT / "prunekit"
-LOW = {"contracts", "errors", "evaluation", "report", "steps"}
-PARTS = {"contexts": "contracts"}
-"""Two files of one unit: protocols name contexts, and contexts hold what protocols exchange."""
+LOW = {"contexts", "contracts", "errors", "evaluation", "report", "steps"}
 TABLE = re.findall(r"^\| `(\w+)` \|(.*)\|$", (ROOT / "docs/architecture.md").read_text(), re.M)
 ALLOWED = {folder: set(re.findall(r"`(\w+)`", may)) | LOW for folder, may in TABLE}
 ALLOWED |= dict.fromkeys(LOW, LOW) | {"api": set(ALLOWED) | LOW, "testing": set(ALLOWED) | LOW}
@@ -18,8 +16,7 @@ ALLOWED["__init__"] = set(ALLOWED) - {"cli"}
 
 def unit(file: Path) -> str:
     """The folder that a file counts as, or the file where it stands at the root."""
-    name = file.relative_to(CORE).parts[0].removesuffix(".py")
-    return PARTS.get(name, name)
+    return file.relative_to(CORE).parts[0].removesuffix(".py")
 
 
 def imports(file: Path) -> set[str]:
@@ -35,7 +32,7 @@ def imports(file: Path) -> set[str]:
                 [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
             )
             found |= {n.split(".")[1] for n in names if n and n.startswith("prunekit.")}
-    return {PARTS.get(name, name) for name in found} - {unit(file)}
+    return found - {unit(file)}
 
 
 def test_imports_go_the_way_of_the_table():

@@ -11,7 +11,8 @@ import torch
 from prunekit import Arrays, EvaluatorComponent, ObjectiveComponent, option
 from prunekit.catalog.kinds import KINDS
 from prunekit.catalog.registry import load_registry
-from prunekit.contracts import Data, DatasetContext, Loss, PrunerContext, Result, Scores
+from prunekit.contexts import DatasetContext, PrunerContext
+from prunekit.contracts import Data, Loss, Result, Scores
 from prunekit.testing import check_component, example_context, find_components
 
 REGISTRY = load_registry()

@@ -18,7 +18,8 @@ from pyautoattack import AutoAttack
 from torch import Tensor, nn
 
 from prunekit import read_json, write_json
-from prunekit.contracts import EvaluatorContext, Metric, Result, Threat
+from prunekit.contexts import EvaluatorContext
+from prunekit.contracts import Metric, Result, Threat
 from prunekit.errors import UserError
 from prunekit.evaluation import frozen, proportion
 from prunekit_adversarial import ATTACKS, FEW_CLASSES, TARGETS, AutoAttackOptions

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from prunekit import NoOptions, judge_batches
-from prunekit.contracts import Evaluator, EvaluatorContext, Metric, Result
+from prunekit.contexts import EvaluatorContext
+from prunekit.contracts import Evaluator, Metric, Result
 from prunekit.evaluation import proportion
 from prunekit_adversarial import PgdOptions
 from prunekit_adversarial.attacks import Attack, climb, is_correct, plan_attack, predict

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from prunekit import NoOptions
-from prunekit.contracts import Clock, Loss, ObjectiveContext
+from prunekit.contexts import ObjectiveContext
+from prunekit.contracts import Clock, Loss
 from prunekit_adversarial import FreeAdvOptions, MartOptions, PgdAtOptions, TradesOptions
 from prunekit_adversarial.attacks import (
     L2,

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from prunekit import NoOptions
-from prunekit.contracts import Data, DatasetContext
+from prunekit.contexts import DatasetContext
+from prunekit.contracts import Data
 from prunekit_arrays.reading import to_data
 
 TEST_IMAGES_PER_CLASS = 36

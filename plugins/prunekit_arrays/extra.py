@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from prunekit import Arrays
-from prunekit.contracts import Data, DatasetContext
+from prunekit.contexts import DatasetContext
+from prunekit.contracts import Data
 from prunekit.errors import UserError, relative
 from prunekit_arrays import ExtraOptions
 from prunekit_arrays.reading import read_arrays, to_split

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from prunekit.contracts import Data, DatasetContext
+from prunekit.contexts import DatasetContext
+from prunekit.contracts import Data
 from prunekit_arrays import NpzOptions
 from prunekit_arrays.reading import read_npz
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from prunekit import NoOptions, share_out, uniform
-from prunekit.contracts import Context
+from prunekit.contexts import Context
 from prunekit.errors import RunError
 from prunekit.steps import Budget, Layers
 

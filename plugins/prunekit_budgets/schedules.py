@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from prunekit import NoOptions
-from prunekit.contracts import Clock, Context
+from prunekit.contexts import Context
+from prunekit.contracts import Clock
 from prunekit.steps import SparsitySchedule
 from prunekit_budgets import RampOptions
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from prunekit import judge_batches
-from prunekit.contracts import EvaluatorContext, Metric, Result
+from prunekit.contexts import EvaluatorContext
+from prunekit.contracts import Metric, Result
 from prunekit.errors import UserError
 from prunekit.evaluation import proportion
 from prunekit_lirpa import VerifiedOptions

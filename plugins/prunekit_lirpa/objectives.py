@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from prunekit.contracts import Clock, Loss, ObjectiveContext
+from prunekit.contexts import ObjectiveContext
+from prunekit.contracts import Clock, Loss
 from prunekit.errors import UserError
 from prunekit_lirpa import CrownIbpOptions, IbpOptions, MixTrainOptions
 from prunekit_lirpa.bounds import Bounds

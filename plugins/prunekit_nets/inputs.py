@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from prunekit.contracts import ArchitectureContext
+from prunekit.contexts import ArchitectureContext
 from prunekit.errors import UserError
 
 

@@ -8,7 +8,7 @@ from math import prod
 
 from torch import nn
 
-from prunekit.contracts import ArchitectureContext
+from prunekit.contexts import ArchitectureContext
 from prunekit_nets import NetOptions
 from prunekit_nets.initialization import initialize
 

@@ -10,7 +10,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from prunekit.contracts import ArchitectureContext
+from prunekit.contexts import ArchitectureContext
 from prunekit_nets import NetOptions
 from prunekit_nets.initialization import initialize
 

@@ -11,7 +11,7 @@ from functools import partial
 
 from torch import nn
 
-from prunekit.contracts import ArchitectureContext
+from prunekit.contexts import ArchitectureContext
 from prunekit_nets import NetOptions
 from prunekit_nets.initialization import initialize
 from prunekit_nets.inputs import require_size

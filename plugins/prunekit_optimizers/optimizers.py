@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from prunekit.contracts import Clock, Context, OptimizerChoice, Schedule
+from prunekit.contexts import Context
+from prunekit.contracts import Clock, OptimizerChoice, Schedule
 from prunekit_optimizers import (
     AdamOptions,
     AdamWOptions,

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 
 from prunekit import NoOptions
-from prunekit.contracts import Pruner, PrunerContext, Scores
+from prunekit.contexts import PrunerContext
+from prunekit.contracts import Scores
+from prunekit.steps import Pruner
 from prunekit_pruners import ScoreOptions
 from prunekit_pruners.sensitivity import measure_sensitivity
 from prunekit_pruners.starts import start_scores

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from prunekit.contracts import PrunerContext
+from prunekit.contexts import PrunerContext
 
 
 def measure_sensitivity(context: PrunerContext) -> dict[str, Tensor]:

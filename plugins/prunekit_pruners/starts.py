@@ -9,7 +9,7 @@ from math import prod, sqrt
 import torch
 from torch import Tensor, nn
 
-from prunekit.contracts import PrunerContext
+from prunekit.contexts import PrunerContext
 from prunekit_pruners import Start
 from prunekit_pruners.sensitivity import measure_sensitivity
 

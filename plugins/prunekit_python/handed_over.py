@@ -11,7 +11,8 @@ from prunekit_arrays.reading import KEYS, Channels, to_data, to_split
 from torch import Tensor
 
 from prunekit import DataMissingError, NoOptions, UserError
-from prunekit.contracts import ArchitectureContext, Data, DatasetContext
+from prunekit.contexts import ArchitectureContext, DatasetContext
+from prunekit.contracts import Data
 from prunekit_python import GivenModelOptions
 
 

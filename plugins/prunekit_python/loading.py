@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from prunekit import suggest
-from prunekit.contracts import ArchitectureContext
+from prunekit.contexts import ArchitectureContext
 from prunekit.errors import UserError, relative
 from prunekit.evaluation import eval_mode
 from prunekit_python import PythonOptions, find_files

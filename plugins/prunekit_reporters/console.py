@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from prunekit import NoOptions, format_metric, format_setting, is_fraction, is_main
-from prunekit.contracts import ReporterContext
+from prunekit.contexts import ReporterContext
 from prunekit.errors import relative
 from prunekit.report import (
     EpochDone,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from prunekit import NoOptions
-from prunekit.contracts import ReporterContext
+from prunekit.contexts import ReporterContext
 from prunekit.report import (
     EpochDone,
     Event,

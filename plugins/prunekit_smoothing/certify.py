@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from prunekit import read_json, write_json
-from prunekit.contracts import EvaluatorContext, Metric, Result
+from prunekit.contexts import EvaluatorContext
+from prunekit.contracts import Metric, Result
 from prunekit.evaluation import proportion
 from prunekit_smoothing import CHUNK, CertifyOptions, name_radius, plan_looks
 from prunekit_smoothing.bounds import certified_radius, lower_bound, upper_bound

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from prunekit.contracts import Clock, Loss, ObjectiveContext
+from prunekit.contexts import ObjectiveContext
+from prunekit.contracts import Clock, Loss
 from prunekit_smoothing import SmoothingOptions
 
 

@@ -14,7 +14,7 @@ import timm
 from timm.models import load_model_config_from_hf, save_for_hf
 
 from prunekit import find_fragile, normalize_inputs
-from prunekit.contracts import ArchitectureContext
+from prunekit.contexts import ArchitectureContext
 from prunekit.errors import UserError
 from prunekit_timm import LOCAL, TimmOptions
 

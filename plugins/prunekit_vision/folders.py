@@ -18,7 +18,8 @@ from torchvision import transforms
 from torchvision.transforms import functional
 
 from prunekit import derive_seed
-from prunekit.contracts import Data, DatasetContext
+from prunekit.contexts import DatasetContext
+from prunekit.contracts import Data
 from prunekit.errors import DataMissingError, RunError, UserError, relative
 from prunekit_vision import (
     IMAGENET_CLASSES,

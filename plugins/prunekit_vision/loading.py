@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 from prunekit_arrays.reading import read_npz, to_data
 
-from prunekit.contracts import Data, DatasetContext
+from prunekit.contexts import DatasetContext
+from prunekit.contracts import Data
 from prunekit.errors import DataMissingError, UserError, relative
 from prunekit_vision import VISION_SETS, VisionOptions, VisionSet, find_root
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchvision import models
 
 from prunekit import find_fragile, normalize_inputs
-from prunekit.contracts import ArchitectureContext
+from prunekit.contexts import ArchitectureContext
 from prunekit.errors import UserError
 from prunekit_vision import ModelOptions
 from prunekit_vision.resnet import DEVIATION, MEAN

@@ -8,7 +8,7 @@ from torch import nn
 from torchvision import models
 
 from prunekit import NoOptions, normalize_inputs
-from prunekit.contracts import ArchitectureContext
+from prunekit.contexts import ArchitectureContext
 from prunekit.errors import UserError
 
 MEAN = (0.485, 0.456, 0.406)

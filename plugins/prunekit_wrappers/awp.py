@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from prunekit.contracts import Loss, NetworkContext
+from prunekit.contexts import NetworkContext
+from prunekit.contracts import Loss
 from prunekit.steps import Now
 from prunekit_wrappers import AwpOptions
 

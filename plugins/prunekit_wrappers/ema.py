@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from prunekit.contracts import NetworkContext
+from prunekit.contexts import NetworkContext
 from prunekit.steps import Now
 from prunekit_wrappers import EmaOptions
 

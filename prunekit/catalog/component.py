@@ -17,7 +17,8 @@ from prunekit.contracts import Norm
 from prunekit.errors import PluginError, explain_briefly
 
 if TYPE_CHECKING:
-    from prunekit.contracts import Context, Threat
+    from prunekit.contexts import Context
+    from prunekit.contracts import Threat
 
 API_VERSION = 3
 """Version of the plugin API: declarations, hooks and contracts together.

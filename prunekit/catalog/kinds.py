@@ -64,7 +64,7 @@ class PrunerComponent(Component):
     """
 
     kind = "pruner"
-    builds = contracts.Pruner
+    builds = steps.Pruner
 
     learns: bool = False
     """Scores are trained, so the stage needs `epochs` and an `optimizer`."""

@@ -20,20 +20,17 @@ from prunekit.checks import moving, training
 from prunekit.checks.examples import BATCH, example_events, tiny_batches, tiny_network
 from prunekit.checks.methods import build, check_methods
 from prunekit.checks.training import same, snapshot
-from prunekit.contracts import (
+from prunekit.contexts import (
     ArchitectureContext,
-    Augmenting,
     Context,
-    Data,
     DatasetContext,
     EvaluatorContext,
     NetworkContext,
     ObjectiveContext,
     PrunerContext,
     ReporterContext,
-    Result,
-    Split,
 )
+from prunekit.contracts import Augmenting, Data, Result, Split
 from prunekit.data.batches import eval_batches
 from prunekit.data.seeds import seed_all
 from prunekit.errors import DataMissingError

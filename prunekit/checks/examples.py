@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from prunekit import report as told
-from prunekit.contracts import Clock, Context, Loss, Scores
+from prunekit.contexts import Context
+from prunekit.contracts import Clock, Loss, Scores
 
 SHAPE, CLASSES, BATCH = (1, 8, 8), 3, 4
 

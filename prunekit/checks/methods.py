@@ -8,7 +8,7 @@ from types import FunctionType
 from typing import Any
 
 from prunekit.catalog.component import Use
-from prunekit.contracts import Context
+from prunekit.contexts import Context
 from prunekit.errors import suggest
 
 

@@ -13,15 +13,8 @@ from prunekit.catalog.component import Use
 from prunekit.checks.examples import tiny_batches, tiny_network
 from prunekit.checks.methods import build
 from prunekit.checks.training import same, snapshot
-from prunekit.contracts import (
-    Clock,
-    Context,
-    Loss,
-    NetworkContext,
-    OptimizerChoice,
-    Scores,
-    Stateful,
-)
+from prunekit.contexts import Context, NetworkContext
+from prunekit.contracts import Clock, Loss, OptimizerChoice, Scores, Stateful
 from prunekit.errors import RunError
 from prunekit.pruning.selection import Selection, select_masks
 from prunekit.steps import Around, Averaging, Following, Layers, Masking, Now

@@ -14,17 +14,8 @@ from torch import Tensor, nn
 from prunekit.catalog.component import Use
 from prunekit.checks.examples import BATCH, CLASSES, tiny_batches, tiny_network
 from prunekit.checks.methods import build, check_methods
-from prunekit.contracts import (
-    Attacking,
-    Clock,
-    Context,
-    Loss,
-    ObjectiveContext,
-    OptimizerChoice,
-    PrunerContext,
-    Scores,
-    Validating,
-)
+from prunekit.contexts import Context, ObjectiveContext, PrunerContext
+from prunekit.contracts import Attacking, Clock, Loss, OptimizerChoice, Scores, Validating
 from prunekit.data.seeds import seed_all
 from prunekit.errors import RunError
 from prunekit.evaluation import eval_mode

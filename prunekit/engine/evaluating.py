@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from prunekit.catalog.component import Use
-from prunekit.contracts import Evaluator, EvaluatorContext, Metric
+from prunekit.contexts import EvaluatorContext
+from prunekit.contracts import Evaluator, Metric
 from prunekit.data import seeds
 from prunekit.data.batches import eval_batches
 from prunekit.engine.work import Loaded, Outcome, Work, describe_masks

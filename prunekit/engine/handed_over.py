@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from prunekit.catalog.component import NoOptions, Use
 from prunekit.catalog.kinds import ArchitectureComponent
 from prunekit.catalog.registry import load_registry
-from prunekit.contracts import Data, DatasetContext
+from prunekit.contexts import DatasetContext
+from prunekit.contracts import Data
 from prunekit.data.batches import Arrays, to_device
 from prunekit.engine.stages import STAGES
 from prunekit.engine.work import Loaded, Outcome, Work

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from prunekit.catalog.component import Use
-from prunekit.contracts import ReporterContext
+from prunekit.contexts import ReporterContext
 from prunekit.engine.engine import Engine
 from prunekit.engine.keys import make_keys
 from prunekit.engine.work import Inputs

@@ -10,13 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunekit.contracts import (
-    NetworkContext,
-    Objective,
-    ObjectiveContext,
-    PrunerContext,
-    Scores,
-)
+from prunekit.contexts import NetworkContext, ObjectiveContext, PrunerContext
+from prunekit.contracts import Objective, Scores
 from prunekit.data import seeds
 from prunekit.engine.evaluating import evaluate
 from prunekit.engine.work import Outcome, Work, describe_masks

@@ -11,7 +11,8 @@ import torch
 
 from prunekit.catalog.component import Use
 from prunekit.catalog.kinds import Facts
-from prunekit.contracts import Context, Data, DatasetContext, Metric, NetworkContext, Split
+from prunekit.contexts import Context, DatasetContext, NetworkContext
+from prunekit.contracts import Data, Metric, Split
 from prunekit.data.batches import Arrays, Extra, Feed, fingerprint, hold_out, to_device
 from prunekit.errors import DataMissingError, UserError
 from prunekit.models.building import build_network

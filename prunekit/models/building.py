@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from prunekit.contracts import ArchitectureContext, DatasetContext
+from prunekit.contexts import ArchitectureContext, DatasetContext
 from prunekit.data import seeds
 from prunekit.errors import RunError
 from prunekit.evaluation import eval_mode

@@ -10,7 +10,8 @@ from torch import nn
 
 from prunekit.catalog.component import Use
 from prunekit.catalog.registry import load_registry
-from prunekit.contracts import ArchitectureContext, Masks
+from prunekit.contexts import ArchitectureContext
+from prunekit.contracts import Masks
 from prunekit.data import seeds
 from prunekit.errors import Place, RecipeError, UserError, relative
 from prunekit.recipe.resolver import Resolver

@@ -15,11 +15,10 @@ from prunekit.contracts import (
     Norm,
     Objective,
     OptimizerChoice,
-    Pruner,
     read_ratio,
 )
 from prunekit.errors import OptionError
-from prunekit.steps import Budget, Rewirer, SparsitySchedule, Wrapper
+from prunekit.steps import Budget, Pruner, Rewirer, SparsitySchedule, Wrapper
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from prunekit_nets.vgg import build_vgg
 from prunekit_nets.wide_resnet import wrn_28_1
 
 from prunekit.cli.group import main
-from prunekit.contracts import ArchitectureContext
+from prunekit.contexts import ArchitectureContext
 from prunekit.models.exporting import find_sparsity
 from prunekit.models.importing import count_imported, find_keep_ratio
 from prunekit.pruning.layers import find_prunable

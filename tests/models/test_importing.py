@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from prunekit.cli.group import main
-from prunekit.contracts import ArchitectureContext
+from prunekit.contexts import ArchitectureContext
 from prunekit.errors import UserError
 from prunekit.store.checkpoint import read_checkpoint, read_masks
 from prunekit.testing import example_context

@@ -28,7 +28,8 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from prunekit import Use, UserError
-from prunekit.contracts import Clock, EvaluatorContext, Threat
+from prunekit.contexts import EvaluatorContext
+from prunekit.contracts import Clock, Threat
 from prunekit.testing import example_context
 
 COMPONENTS = {

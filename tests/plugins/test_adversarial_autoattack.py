@@ -15,7 +15,8 @@ from prunekit_adversarial import ATTACKS, AutoAttackOptions, count_autoattack, p
 from torch import Tensor, nn
 
 from prunekit import Use, UserError
-from prunekit.contracts import EvaluatorContext, Threat
+from prunekit.contexts import EvaluatorContext
+from prunekit.contracts import Threat
 from prunekit.errors import OptionError
 from prunekit.testing import check_component, example_context
 

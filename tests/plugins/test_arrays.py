@@ -13,7 +13,8 @@ from prunekit_arrays import NpzOptions, prunekit_datasets
 from prunekit_arrays.reading import read_npz
 
 from prunekit.catalog.component import NoOptions, Use
-from prunekit.contracts import Data, DatasetContext
+from prunekit.contexts import DatasetContext
+from prunekit.contracts import Data
 from prunekit.data.batches import Arrays
 from prunekit.errors import UserError
 from prunekit.testing import example_context

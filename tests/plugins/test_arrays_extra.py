@@ -14,7 +14,8 @@ from prunekit_arrays import ExtraOptions
 from prunekit_arrays.extra import build
 
 from prunekit import Arrays
-from prunekit.contracts import Data, DatasetContext
+from prunekit.contexts import DatasetContext
+from prunekit.contracts import Data
 from prunekit.errors import UserError
 
 NONE = Arrays(torch.empty(0), torch.empty(0, dtype=torch.int64))

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from prunekit import Use, UserError
-from prunekit.contracts import Clock, ObjectiveContext, Scores, Threat
+from prunekit.contexts import ObjectiveContext
+from prunekit.contracts import Clock, Scores, Threat
 from prunekit.pruning.layers import find_prunable
 from prunekit.pruning.masks import apply_masks
 from prunekit.pruning.selection import Selection

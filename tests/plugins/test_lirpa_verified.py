@@ -17,7 +17,8 @@ from prunekit_lirpa.margins import surround
 from torch import Tensor, nn
 
 from prunekit import Use, UserError
-from prunekit.contracts import EvaluatorContext, Result, Threat
+from prunekit.contexts import EvaluatorContext
+from prunekit.contracts import Result, Threat
 from prunekit.errors import Interrupted, OptionError
 from prunekit.testing import example_context
 

@@ -12,7 +12,7 @@ from prunekit_nets import Initialization, prunekit_architectures
 from torch import nn
 
 from prunekit.catalog.component import Use
-from prunekit.contracts import ArchitectureContext
+from prunekit.contexts import ArchitectureContext
 from prunekit.errors import UserError
 from prunekit.testing import example_context
 

@@ -7,7 +7,8 @@ import torch
 from prunekit_optimizers import StepOptions, prunekit_optimizers, prunekit_schedules
 
 from prunekit.catalog.component import Use
-from prunekit.contracts import Clock, Context
+from prunekit.contexts import Context
+from prunekit.contracts import Clock
 from prunekit.errors import OptionError
 from prunekit.testing import example_context
 

@@ -13,7 +13,8 @@ from prunekit_pruners.starts import DRAWS, scale, start_scores
 from torch import nn
 
 from prunekit import NoOptions
-from prunekit.contracts import PrunerContext, Scores
+from prunekit.contexts import PrunerContext
+from prunekit.contracts import Scores
 from prunekit.data.seeds import generator
 from prunekit.pruning.selection import Selection, select_masks
 from prunekit.testing import example_context

@@ -12,7 +12,7 @@ from prunekit_python.loading import build_python
 from safetensors.torch import load_file, save_file
 
 from prunekit.cli.group import main
-from prunekit.contracts import ArchitectureContext
+from prunekit.contexts import ArchitectureContext
 from prunekit.errors import UserError
 from prunekit.testing import check_component, example_context
 

@@ -16,7 +16,8 @@ from prunekit_reporters import console, jsonl
 from rich.console import Console
 
 from prunekit.catalog.component import NoOptions
-from prunekit.contracts import Metric, ReporterContext
+from prunekit.contexts import ReporterContext
+from prunekit.contracts import Metric
 from prunekit.report import (
     EpochDone,
     Event,

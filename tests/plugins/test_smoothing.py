@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from prunekit.catalog.component import Use
-from prunekit.contracts import Clock, EvaluatorContext
+from prunekit.contexts import EvaluatorContext
+from prunekit.contracts import Clock
 from prunekit.errors import Interrupted, OptionError
 from prunekit.testing import example_context
 

@@ -20,7 +20,8 @@ from torch import nn
 from prunekit.catalog.component import Use
 from prunekit.catalog.registry import load_registry
 from prunekit.cli.group import main
-from prunekit.contracts import ArchitectureContext, Clock, Scores
+from prunekit.contexts import ArchitectureContext
+from prunekit.contracts import Clock, Scores
 from prunekit.engine.engine import Engine
 from prunekit.errors import Interrupted, OptionError, UserError
 from prunekit.pruning.layers import find_prunable, find_unprunable

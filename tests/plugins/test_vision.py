@@ -17,7 +17,8 @@ import torch
 from prunekit_vision import VisionOptions, prunekit_datasets
 
 from prunekit.catalog.component import Use
-from prunekit.contracts import Data, DatasetContext
+from prunekit.contexts import DatasetContext
+from prunekit.contracts import Data
 from prunekit.data.batches import Arrays
 from prunekit.errors import DataMissingError, UserError
 from prunekit.testing import example_context

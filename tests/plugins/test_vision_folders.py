@@ -13,7 +13,8 @@ from prunekit_vision import FolderOptions, ImageNetOptions, prunekit_datasets
 from prunekit_vision.folders import Folder
 
 from prunekit.catalog.component import Use
-from prunekit.contracts import Data, DatasetContext
+from prunekit.contexts import DatasetContext
+from prunekit.contracts import Data
 from prunekit.data.batches import eval_batches, fingerprint, hold_out
 from prunekit.errors import DataMissingError, RunError, UserError
 from prunekit.testing import check_component, example_context

@@ -17,7 +17,8 @@ from torch import nn
 from torchvision import models
 
 from prunekit.catalog.component import NoOptions, Use
-from prunekit.contracts import ArchitectureContext, Clock, Scores
+from prunekit.contexts import ArchitectureContext
+from prunekit.contracts import Clock, Scores
 from prunekit.errors import OptionError, UserError
 from prunekit.pruning.layers import find_prunable, find_unprunable
 from prunekit.pruning.masks import apply_masks

@@ -10,7 +10,8 @@ from prunekit_wrappers.ema import Ema
 from torch import nn
 from torch.nn import functional as F
 
-from prunekit.contracts import Clock, Loss, ObjectiveContext, OptimizerChoice, Scores, Threat
+from prunekit.contexts import ObjectiveContext
+from prunekit.contracts import Clock, Loss, OptimizerChoice, Scores, Threat
 from prunekit.data.batches import Arrays, Feed
 from prunekit.data.seeds import generator, seed_all
 from prunekit.errors import Interrupted

@@ -9,9 +9,10 @@ import pytest
 from prunekit.catalog.component import Radius, Threatened, Use, option
 from prunekit.catalog.kinds import KINDS
 from prunekit.catalog.registry import Entry, Registry
-from prunekit.contracts import Evaluator, OptimizerChoice, Pruner, Schedule
+from prunekit.contracts import Evaluator, OptimizerChoice, Schedule
 from prunekit.errors import Place
 from prunekit.recipe.resolver import Resolver
+from prunekit.steps import Pruner
 
 
 @dataclass(frozen=True)
