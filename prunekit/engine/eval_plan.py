@@ -59,7 +59,10 @@ def plan_evaluation(network: Network, request: EvalRequest) -> Plan:
     label, seed, settings = _identify(network)
     for text in request.settings:
         address, _, value = text.partition("=")
-        given[address.strip()] = parse_value(value)
+        # However it was addressed, one option is one setting of the results.
+        short = address.strip().removeprefix("evaluate.").removeprefix("with.")
+        known = short.partition(".")[0] in names
+        given[short if known else address.strip()] = parse_value(value)
     data = {"name": label, "seed": seed, **sections, "stage": [stage], "report": ["console"]}
     if request.device is not None:
         data["compute"] = {"device": request.device}
