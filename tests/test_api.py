@@ -197,6 +197,25 @@ def test_a_run_is_that_of_the_command(here):
     assert np.array_equal(np.random.get_state()[1], state[2])
 
 
+def test_what_the_network_freezes_stays_as_it_is_through_every_stage(here):
+    """And is told, and left dense."""
+    net = make_net()
+    net.conv.requires_grad_(False)
+    before = copy.deepcopy(net.state_dict())
+    found = prunekit.run("r.toml", model=net, data=DATA, quiet=True)
+    assert found.masks.keys() == {"fc.weight"}
+    after = found.model.state_dict()
+    kept = {name for name in before if torch.equal(before[name], after[name])}
+    assert kept == {"conv.weight", "conv.bias"}
+    told = json.loads((found.folder / "run.json").read_text())["stages"][0]["notes"]
+    assert told == ["frozen by the network, neither trained nor pruned: conv.weight, conv.bias"]
+    with pytest.warns(UserWarning, match="frozen by the network, neither"):
+        assert prunekit.make_masks(net, 0.5).keys() == {"fc.weight"}
+    net.fc.weight.requires_grad_(False)
+    with pytest.raises(UserError, match="nothing to prune: the network freezes every weight"):
+        prunekit.make_masks(net, 0.5)
+
+
 def test_the_same_call_finds_its_result_and_another_network_or_image_does_not(here):
     arguments = {"data": DATA, "quiet": True}
     first = prunekit.run("r.toml", model=make_net(), out="runs/a", **arguments)
@@ -474,10 +493,18 @@ def test_what_changes_a_network_changes_its_hash(change):
     assert "unique" not in identify(third)
 
 
-def test_the_mode_and_gradients_change_nothing():
-    net = make_net()
-    net.eval().requires_grad_(False)
-    assert content(net) == content(make_net())
+def test_the_mode_changes_nothing():
+    assert content(make_net().eval()) == content(make_net())
+
+
+def test_frozen_is_not_trained_and_a_parameter_is_no_buffer():
+    def hold(make):
+        net = make_net()
+        net.frozen = make(torch.ones(2))
+        return content(net)
+
+    trained, frozen = nn.Parameter, lambda value: nn.Parameter(value, requires_grad=False)
+    assert len({hold(trained), hold(frozen), hold(torch.clone)}) == 3
 
 
 def test_tied_weights_are_not_two_equal_ones():

@@ -57,7 +57,8 @@ class _Describer(pickle.Pickler):
             self._seen[value] = len(self._seen)
         if isinstance(value, Tensor):
             bits = value.detach().cpu().contiguous().flatten().view(uint8).numpy().tobytes()
-            return str(value.dtype), tuple(value.shape), hashlib.sha256(bits).digest()
+            trained = isinstance(value, nn.Parameter) and value.requires_grad
+            return str(value.dtype), tuple(value.shape), trained, hashlib.sha256(bits).digest()
         if isinstance(value, set | frozenset):
             return "set", sorted(value, key=repr)
         if isinstance(value, MethodType):

@@ -78,7 +78,11 @@ def _print_networks(networks: list[dict[str, Any]]) -> None:
             f"  {found['architecture']}: {found['parameters']:,} parameters, "
             f"{found['prunable']:,} prunable in {group.count(found['layers'], 'layer')}"
         )
-        for word, key in (("left dense", "dense"), ("never pruned", "unprunable")):
+        for word, key in (
+            ("left dense", "dense"),
+            ("frozen by the network", "frozen"),
+            ("never pruned", "unprunable"),
+        ):
             if found[key]:
                 click.echo(f"    {word}: {', '.join(found[key])}")
 

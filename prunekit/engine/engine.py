@@ -143,8 +143,9 @@ class Engine:
             else:
                 result, reused, stored = self._train(stage, key.key, at)
                 files = {"model": stored.model}
-            for text in result.notes:
-                self.report(Note(text, warning=True))
+            judged = stage.kind == "evaluate"
+            for text in result.notes if judged or reused else ():
+                self.report(Note(text, warning=judged))
             spent = 0.0 if reused else result.seconds
             told = (stage.name, stage.kind, key.key, result.metrics, spent, reused)
             self.report(StageDone(*told))
@@ -221,7 +222,14 @@ class Engine:
     ) -> StageResult:
         """Compute a result, `compute(stage=, work=)`, with the components `uses`, and store it."""
         started = time.monotonic()
-        work = Work(at.run, at.loaded, self.compute, stored, key, self.report, self.stop)
+        told: list[str] = []
+
+        def report(event: Event) -> None:
+            if isinstance(event, Note):
+                told.append(event.text)
+            self.report(event)
+
+        work = Work(at.run, at.loaded, self.compute, stored, key, report, self.stop)
         try:
             outcome = compute(stage=stage, work=work)
         except (Exception, SystemExit) as error:
@@ -246,7 +254,7 @@ class Engine:
             metrics,
             [_finite(row) for row in outcome.history],
             time.monotonic() - started,
-            list(outcome.notes),
+            list(dict.fromkeys((*told, *outcome.notes))),
             {n: version_of(n) for use in uses for n in use.component.needs},
         )
         stored.finish(result, describe_stage(stage))

@@ -64,7 +64,7 @@ def _preview_run(
     return {
         "run": run.label,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "prunable": sum(w.numel() for w in find_prunable(model).values()),
+        "prunable": sum(w.numel() for w in find_prunable(model).values() if w.requires_grad),
         "recipe": run.describe(),
         "stages": stages,
     }

@@ -42,6 +42,7 @@ from prunekit.training.rewiring import Rewired, Rewiring
 
 def train(state: State, stage: Stage, work: Work) -> Outcome:
     """Pretrain or finetune: train the weights; removed ones stay zero, or a rewirer moves masks."""
+    _thaw(state, work)
     masking = Weights(state.model, state.masks)
     if stage.prunes:
         masking = _rewire(state, stage, work)
@@ -92,9 +93,7 @@ def prune(state: State, stage: Stage, work: Work) -> Outcome:
     options = stage.options
     named = f"pruner {options.pruner.component.name!r}"
     history: list[dict[str, Any]] = []
-    # Whatever stages came before.
-    state.model.requires_grad_(True)
-    state.model.train()
+    _thaw(state, work)
     context = work.context(stage, state)
     selection = _choose_selection(stage, work)
     weights, followers = _find_structured(state, stage, work, selection)
@@ -173,7 +172,13 @@ def _find_structured(
     state: State, stage: Stage, work: Work, selection: Selection
 ) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
     """(weights that the stage prunes, vectors that go with their channels)."""
-    weights = _find_unstructured(state.model, stage.options.exclude, work)
+    found = _find_unstructured(state.model, stage.options.exclude, work)
+    weights = {name: weight for name, weight in found.items() if name not in state.frozen}
+    if not weights:
+        raise RunError(
+            "there is nothing to prune: the network freezes every weight; set requires_grad where "
+            "it may change"
+        )
     if selection.structure == "element":
         return weights, {}
     followers = _find_followers(state, work)
@@ -184,6 +189,15 @@ def _find_structured(
         work.report(Note(f"structure {selection.structure!r} leaves dense: {', '.join(left)}"))
     chosen = followers if selection.structure == "channel" else {}
     return {name: weights[name] for name in names}, {n: v for n, v in chosen.items() if n in names}
+
+
+def _thaw(state: State, work: Work) -> None:
+    """Begin a stage that trains; tells what the network itself keeps as it is."""
+    state.thaw()
+    if state.frozen:
+        named = ", ".join(state.frozen[:8])
+        more = f" and {len(state.frozen) - 8} more" if len(state.frozen) > 8 else ""
+        work.report(Note(f"frozen by the network, neither trained nor pruned: {named}{more}"))
 
 
 def _find_followers(state: State, work: Work) -> dict[str, list[str]]:

@@ -121,7 +121,7 @@ def inspect_networks(plan: Plan) -> list[dict[str, Any]]:
     """
     distinct = {}
     for run in plan.runs:
-        patterns = [s.options.exclude for s in run.stages if s.kind == "prune"]
+        patterns = [s.options.exclude for s in run.stages if s.prunes]
         distinct[str([describe(run.dataset), describe(run.architecture), patterns])] = run
     return [_inspect(run) for run in distinct.values()]
 
@@ -142,10 +142,11 @@ def find_shape(run: Run) -> tuple[tuple[int, int, int], int]:
 def _inspect(run: Run) -> dict[str, Any]:
     shape, classes = find_shape(run)
     model = build_network(run, shape, classes)
-    weights = find_prunable(model)
+    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+    weights = {n: w for n, w in find_prunable(model).items() if n not in frozen}
     dense: dict[str, None] = {}
     for stage in run.stages:
-        if stage.kind == "prune":
+        if stage.prunes:
             exclude = stage.options.exclude
             chosen = getattr(model, "leave_dense", ()) if exclude is None else exclude
             kept = find_prunable(model, chosen)
@@ -157,5 +158,6 @@ def _inspect(run: Run) -> dict[str, Any]:
         "prunable": sum(weight.numel() for weight in weights.values()),
         "layers": len(weights),
         "dense": list(dense),
+        "frozen": frozen,
         "unprunable": [f"{name} ({layer})" for name, layer in find_unprunable(model).items()],
     }

@@ -17,10 +17,22 @@ from prunekit.pruning.layers import find_prunable
 
 @dataclass
 class State:
-    """The network between stages; changed in place by them."""
+    """The network between stages, as it was built at first; changed in place by them."""
 
     model: nn.Module
     masks: Masks = field(default_factory=dict)
+    frozen: tuple[str, ...] = field(init=False)
+    """Parameters that the network does not train (requires_grad=False): no stage does."""
+
+    def __post_init__(self) -> None:
+        named = self.model.named_parameters()
+        self.frozen = tuple(name for name, p in named if not p.requires_grad)
+
+    def thaw(self) -> None:
+        """Let train what the network trains, in train mode, whatever came before."""
+        self.model.train()
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(name not in self.frozen)
 
 
 def describe_counts(state: State) -> dict[str, Any]:

@@ -25,16 +25,14 @@ from prunekit.steps import ParamGroup, SparsitySchedule
 
 
 class Weights:
-    """Trains the weights; those that `masks` remove stay exactly zero."""
+    """Trains the parameters that take a gradient; weights that `masks` remove stay exactly zero."""
 
     def __init__(self, model: nn.Module, masks: Masks) -> None:
         self.model, self.masks = model, masks
-        self.model.requires_grad_(True)
-        self.model.train()
         self._named = dict(model.named_parameters())
 
     def parameters(self) -> list[ParamGroup]:
-        return [ParamGroup(list(self.model.parameters()))]
+        return [ParamGroup([p for p in self.model.parameters() if p.requires_grad])]
 
     def weights(self) -> dict[str, Tensor]:
         return {name: p.detach() for name, p in self._named.items() if p.dim() > 1}
@@ -111,12 +109,14 @@ class LearnedScores:
         named = dict(model.named_parameters())
         self._frozen = {name: named[name] for name in start.values}
         self._lent: list[tuple[Tensor, Tensor]] = []
+        trains = {parameter for parameter in model.parameters() if parameter.requires_grad}
         model.requires_grad_(False)
         model.train()
         for module in model.modules():
             if isinstance(module, NORMS):
                 module.train(bn != "freeze")
-                module.requires_grad_(bn != "freeze")
+                for parameter in trains.intersection(module.parameters()):
+                    parameter.requires_grad_(bn != "freeze")
         self._rates = dict(rates or {})
         known = {name: self._rates.get(name) for name in start.values}
         self.parts: dict[str, ScoredWeight] | dict[str, ChannelGate]

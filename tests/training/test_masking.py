@@ -9,7 +9,7 @@ from prunekit.contracts import Clock, Scores
 from prunekit.errors import RunError
 from prunekit.evaluation import eval_mode
 from prunekit.pruning.layers import find_prunable
-from prunekit.pruning.masks import apply_masks
+from prunekit.pruning.masks import State, apply_masks
 from prunekit.pruning.selection import Selection
 from prunekit.training.masking import LearnedScores, Weights
 
@@ -86,13 +86,39 @@ def test_a_broken_promise_is_loud(make_normed_net):
         Weights(net, chosen).check()
 
 
-def test_weights_train_everything(make_normed_net):
-    net = make_normed_net().requires_grad_(False).eval()
-    trained = Weights(net, {})
+def test_weights_train_all_that_the_network_trains(make_normed_net):
+    net = make_normed_net()
+    state = State(net)
+    net.requires_grad_(False).eval()  # as an earlier stage may have left it
+    state.thaw()
     before = snapshot(net)
+    trained = Weights(net, {})
     train(trained, OPTIMIZERS["sgd"](flat(trained)))
     assert changed(before, net) == set(before)
     assert all(m.training for m in net.modules())
+
+
+@pytest.mark.parametrize("kind", ["weights", "scores"])
+def test_what_the_network_freezes_no_stage_trains(kind, make_normed_net):
+    """A weight, and the scale of a normalization."""
+    net = make_normed_net()
+    net[0].weight.requires_grad_(False)
+    net[1].weight.requires_grad_(False)
+    state = State(net)
+    assert state.frozen == ("0.weight", "1.weight")
+    net.requires_grad_(True)
+    state.thaw()
+    before = snapshot(net)
+    if kind == "weights":
+        trained = Weights(net, {})
+    else:
+        start = {"4.weight": net[4].weight.detach().clone()}
+        trained = LearnedScores(net, Scores(start, layerwise=True), Selection(0.5), {})
+    train(trained, OPTIMIZERS["sgd"](flat(trained)))
+    trained.detach()
+    moved = changed(before, net)
+    assert not {"0.weight", "1.weight"} & moved
+    assert {"1.bias", "3.weight"} <= moved
 
 
 @pytest.mark.parametrize(
