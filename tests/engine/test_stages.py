@@ -46,6 +46,23 @@ def test_a_pruner_sees_batches_and_numbers_that_the_seed_decides(bench, parts):
     assert all(a != b for a, b in zip(first[:3], other[:3], strict=True))
 
 
+def test_every_call_of_batches_is_another_epoch(bench, parts):
+    """All images each time, in orders that the seed decides."""
+    looks = []
+
+    def look(context):
+        looks.append([torch.cat([x for x, _ in context.batches()]) for _ in range(2)])
+
+    parts.act["look"] = look
+    recipe = bench.recipe.replace('"lwm"', '"told"')
+    for store in ("a", "b"):
+        bench.run(recipe=recipe, out=store, store=store)
+    (one, two), again = looks[1::2]  # rehearsals between them
+    assert not torch.equal(one, two)
+    assert sorted(x.double().sum().item() for x in one) == sorted(x.double().sum().item() for x in two)
+    assert torch.equal(torch.stack([one, two]), torch.stack(again))
+
+
 def test_training_never_touches_the_test_images_nor_judging_others(bench, parts):
     recipe = (
         bench.scored.replace('use = "npz"', 'use = "told"').replace('file = "images.npz"', "")
