@@ -98,7 +98,7 @@ def suggest(word: str, words: Iterable[str]) -> str:
 def relative(path: Path) -> str:
     """The path relative to the current folder if it lies below it, otherwise unchanged."""
     try:
-        return str(path.resolve().relative_to(Path.cwd()))
+        return str(path.absolute().relative_to(Path.cwd()))
     # It lies elsewhere, or below a folder that may not be read.
     except (ValueError, OSError):
         return str(path)

@@ -269,6 +269,8 @@ def test_what_is_wrong_is_said(here):
     with pytest.raises(UserError, match=r"prune\.sparsty: .* mean 'sparsity'"):
         prunekit.run("r.toml", model=net, data=DATA, settings={"prune.sparsty": 0.5})
     with pytest.raises(RunError, match=r"gives \(2, 3\) for 2 images and 4 classes"):
+        prunekit.run("r.toml", model=net, data=(X, np.arange(30) % 4, X, Y), quiet=True)
+    with pytest.raises(UserError, match="no training image has label 0: number the classes 0, 1"):
         prunekit.run("r.toml", model=net, data=(X, Y + 1, X, Y + 1), quiet=True)
     with pytest.raises(UserError, match="not multiples of 1/255"):
         prunekit.run("r.toml", model=net, data=(X / 255.5, Y, X / 255, Y))

@@ -15,7 +15,7 @@ class NpzOptions:
     """Options of `npz`: a file with the arrays x_train, y_train, x_test, y_test."""
 
     file: Path = option(help="the .npz file: x_train, y_train, x_test, y_test", exists=True)
-    classes: int | None = option(None, help="number of classes; default: largest label + 1", low=2)
+    classes: int | None = option(None, help="number of classes; default: as many as labels", low=2)
     channels: Literal["last", "first"] = option(
         "last", help="layout of color images: last is (N, H, W, C), first is (N, C, H, W)"
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -85,8 +86,8 @@ def to_data(
 
     With `channels="first"`, color images are (N, C, H, W). Pixels are integers from 0 to 255, or
     floats in [0, 1] that are multiples of 1/255. Labels are integers from 0 to K - 1; K is
-    `classes`, by default the largest label plus 1. `source` says in messages where the arrays come
-    from.
+    `classes`; by default there are as many as labels, without gaps. `source` says in messages
+    where the arrays come from.
 
     Raises `UserError` if an array is missing or cannot be used.
     """
@@ -106,6 +107,7 @@ def to_data(
     largest = max(int(train.labels.max()), int(test.labels.max()))
     if classes is None:
         classes = largest + 1
+        _check_gaps(train.labels, classes, source)
     if largest >= classes:
         raise UserError(
             f"{source}: there is a label {largest}, but {classes} classes have the labels 0 to "
@@ -115,6 +117,19 @@ def to_data(
         raise UserError(f"{source}: all labels are 0; a classifier needs at least two classes")
     _, c, h, w = train.images.shape
     return Data(train, test, shape=(c, h, w), classes=classes)
+
+
+def _check_gaps(labels: Tensor, classes: int, source: str) -> None:
+    """Refuse labels from 1, or with gaps, where nobody said how many classes there are."""
+    there = set(labels.unique().tolist())
+    if len(there) < classes and classes > 1:
+        missing = islice((k for k in range(classes) if k not in there), 3)
+        raise UserError(
+            f"{source}: the largest label is {classes - 1}, and no training image has label "
+            f"{', '.join(map(str, missing))}{', ...' if classes - len(there) > 3 else ''}: number "
+            "the classes 0, 1, 2, ... without gaps (numpy.unique(y, return_inverse=True)[1]), or "
+            "say how many there are (classes of npz)"
+        )
 
 
 def to_split(

@@ -164,6 +164,13 @@ class ModelOptions:
             raise OptionError("kwargs", f"kwargs cannot hold {name}: {MODEL_TAKEN[name]}")
 
 
+FOLDER_DETAILS = """\
+The names of the class folders, in order, are the classes 0, 1, 2, ...; numbers in names count as
+numbers, so that folder 2 comes before folder 10. Files and folders whose names begin with a dot are
+left out. Grey images of 16 bits become 8 bits; images of 32 bits and of floats are refused, because
+no value of theirs means white. Transparency is dropped, and the orientation in a photograph's
+metadata is not applied, as with torchvision's ImageFolder."""
+
 STREAM_AUGMENT = ("resized-crop", "flip")
 
 
@@ -205,6 +212,7 @@ def prunekit_datasets() -> Iterable[DatasetComponent]:
         build="prunekit_vision.folders:image_folder",
         options=FolderOptions,
         needs=("torchvision", "PIL"),
+        details=FOLDER_DETAILS,
     )
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import signal
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -29,10 +28,7 @@ from prunekit_vision import (
     StreamOptions,
     find_root,
 )
-
-ENDINGS = frozenset(
-    (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif")
-)
+from prunekit_vision.listing import Listing, hash_images, list_images, tell_order
 
 Key = tuple[int, int | None]
 """An image's number in the split, and the seed of its augmentation; None without augmentation."""
@@ -60,7 +56,7 @@ class Decoder:
         path = self.root / os.fsdecode(self.paths[number])
         try:
             with Image.open(path) as file:
-                image = file.convert("RGB")
+                image = _to_rgb(file)
         # For damaged files, PIL may raise anything.
         except Exception as error:
             reason = " ".join(str(error).split()) or type(error).__name__
@@ -83,6 +79,20 @@ class Decoder:
             if "flip" in self.augment:
                 image = transforms.RandomHorizontalFlip()(image)
             return image
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """8 bits a channel; PIL alone would clip 16 bits to white instead of scaling them.
+
+    Raises `ValueError` for pixels of which no value means white.
+    """
+    # Some versions of PIL open 16 bits of grey as 32.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        levels = np.rint(np.asarray(image) / 257).astype(np.uint8)
+        return Image.fromarray(levels).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ValueError(f"no value of its {image.mode}-mode pixels means white")
+    return image.convert("RGB")
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,57 +163,11 @@ def _count_processors() -> int:
     return os.cpu_count() or 1
 
 
-@dataclass(frozen=True)
-class Listing:
-    """The files of one split: sorted paths relative to its folder, with class numbers and sizes."""
-
-    folder: Path
-    classes: tuple[str, ...]
-    paths: list[str] = field(default_factory=list)
-    labels: list[int] = field(default_factory=list)
-    sizes: list[int] = field(default_factory=list)
-
-
-def list_images(folder: Path) -> Listing:
-    """All images in the subfolders of `folder`, at any depth; their names are the classes.
-
-    Raises `UserError` if there are fewer than two classes, or a class without images.
-    """
-    classes = tuple(sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()))
-    if len(classes) < 2:
-        raise UserError(
-            f"{relative(folder)} has {len(classes)} folders; put the images of each class in its "
-            "own folder there, named after the class"
-        )
-    listing = Listing(folder, classes)
-    for label, name in enumerate(classes):
-        before = len(listing.paths)
-        for path, size in _walk(folder / name):
-            listing.paths.append(os.path.relpath(path, folder))
-            listing.labels.append(label)
-            listing.sizes.append(size)
-        if len(listing.paths) == before:
-            raise UserError(
-                f"{relative(folder / name)} has no images ({', '.join(sorted(ENDINGS))}); add "
-                "some, or delete the folder"
-            )
-    return listing
-
-
-def _walk(folder: Path) -> Iterator[tuple[str, int]]:
-    """The images in a folder and those below, sorted by path, with their sizes in bytes."""
-    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        if entry.is_dir():
-            yield from _walk(Path(entry.path))
-        elif os.path.splitext(entry.name)[1].lower() in ENDINGS:
-            yield entry.path, entry.stat().st_size
-
-
 def load_folders(name: str, root: Path, options: StreamOptions) -> Data:
     """The data set in `root`: `train` for training, and `val` (or `test`) for testing only.
 
-    The fingerprint is computed from the paths and sizes of all files, because reading them would
-    take hours. `name` is that of the component in messages.
+    `name` is that of the component in messages. Warns where numbers in the names of classes decide
+    their order, and of files left out.
 
     Raises `DataMissingError` if a folder is missing, and `UserError` if the two folders do not have
     the same classes.
@@ -221,17 +185,14 @@ def load_folders(name: str, root: Path, options: StreamOptions) -> Data:
             f"{relative(train.folder)} and {relative(test.folder)} have different classes: "
             f"{odd[0]!r} is only in one of them ({len(odd)} such); both need the same folders"
         )
-    digest = hashlib.sha256()
-    for part in (train, test):
-        for path, size in zip(part.paths, part.sizes, strict=True):
-            digest.update(f"{part.folder.name}/{Path(path).as_posix()}\0{size}\n".encode())
+    tell_order(train.classes)
     return Data(
         _to_split(train, options),
         _to_split(test, options),
         shape=(3, options.size, options.size),
         classes=len(train.classes),
         augment=STREAM_AUGMENT,
-        fingerprint=digest.hexdigest(),
+        fingerprint=hash_images(train, test),
     )
 
 

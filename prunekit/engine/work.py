@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -101,8 +102,13 @@ class Inputs:
         if self.preview and hasattr(use.options, "download"):
             use = replace(use, options=replace(use.options, download=False))
         try:
-            # Without the run's seed: runs of all seeds share the data.
-            return use.build(context)
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always", UserWarning)
+                # Without the run's seed: runs of all seeds share the data.
+                data = use.build(context)
+            for text in dict.fromkeys(str(w.message) for w in caught if w.category is UserWarning):
+                self.report(Note(f"{use.name}: {text}", warning=True))
+            return data
         except DataMissingError:
             facts = use.component.facts and use.component.facts(use.options)
             if not facts or not (self.smoke or self.preview):

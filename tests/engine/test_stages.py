@@ -59,7 +59,9 @@ def test_every_call_of_batches_is_another_epoch(bench, parts):
         bench.run(recipe=recipe, out=store, store=store)
     (one, two), again = looks[1::2]  # rehearsals between them
     assert not torch.equal(one, two)
-    assert sorted(x.double().sum().item() for x in one) == sorted(x.double().sum().item() for x in two)
+    assert sorted(x.double().sum().item() for x in one) == sorted(
+        x.double().sum().item() for x in two
+    )
     assert torch.equal(torch.stack([one, two]), torch.stack(again))
 
 

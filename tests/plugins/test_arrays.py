@@ -245,6 +245,25 @@ def test_channels_last_although_first_was_said(write: Callable[..., Path]) -> No
         build("npz", NpzOptions(file, channels="first"))
 
 
+@pytest.mark.parametrize(
+    ("labels", "told"),
+    [
+        ([1, 2, 3], "the largest label is 3, and no training image has label 0: number"),
+        ([0, 100, 200], "the largest label is 200, and no training image has label 1, 2, 3, ...: "),
+        ([0, 10**15, 1], "label 2, 3, 4, ...: number the classes 0, 1, 2, ... without gaps (numpy"),
+    ],
+    ids=["from 1", "gaps", "identifiers"],
+)
+def test_labels_with_gaps(write: Callable[..., Path], labels: list[int], told: str) -> None:
+    y = np.array(labels)
+    file = write(y_train=np.tile(y, 2), y_test=y)
+    with pytest.raises(UserError) as error:
+        build("npz", NpzOptions(file))
+    assert told in str(error.value)
+    if max(labels) < 1000:  # said to be meant
+        assert build("npz", NpzOptions(file, classes=201)).classes == 201
+
+
 def test_labels_beyond_the_given_classes(write: Callable[..., Path]) -> None:
     message = "there is a label 2, but 2 classes have the labels 0 to 1; number the classes from 0"
     with pytest.raises(UserError, match=message):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 from PIL import Image
 from prunekit_vision import FolderOptions, ImageNetOptions, prunekit_datasets
 from prunekit_vision.folders import Folder
+from prunekit_vision.listing import _natural
 
 from prunekit.catalog.component import Use
 from prunekit.contexts import DatasetContext
@@ -131,18 +134,131 @@ def test_held_out_images_and_the_contract(root: Path) -> None:
         assert torch.equal((x[:, 2, 0, 0] * 255 / 20).round().long(), y)
 
 
-def test_fingerprint_is_of_paths_and_sizes(root: Path) -> None:
-    options = FolderOptions(root=root, size=16, workers=0)
-    first = fingerprint(build("image-folder", options))
-    assert first == fingerprint(build("image-folder", options))
+def test_fingerprint_is_of_paths_and_content(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def look(at: Path) -> str:
+        return fingerprint(build("image-folder", FolderOptions(root=at, size=16, workers=0)))
+
+    first = look(root)
     moved = root.rename(root.with_name("moved"))
-    options = FolderOptions(root=moved, size=16, workers=0)
-    assert first == fingerprint(build("image-folder", options))
     file = moved / "val" / "bee" / "1.PNG"
+    os.utime(file, ns=(0, 0))
+    assert look(moved) == first
     file.rename(file.with_name("2.PNG"))
-    renamed = fingerprint(build("image-folder", options))
-    colours(1, 99, 99).save(file.with_name("2.PNG"))
-    assert len({first, renamed, fingerprint(build("image-folder", options))}) == 3
+    file = file.with_name("2.PNG")
+    renamed = look(moved)
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))  # of the same size
+    os.utime(file, ns=(0, 0))
+    assert len({first, renamed, look(moved)}) == 3
+    # What is too large to be read is known again by sizes and times, and says so.
+    monkeypatch.setattr("prunekit_vision.listing.READ_BYTES", 100)
+    with pytest.warns(UserWarning, match="by their names, sizes and times of change, not by their"):
+        large = look(moved)
+    os.utime(file, ns=(0, 1))
+    with pytest.warns(UserWarning, match="not by their content"):
+        assert look(moved) != large
+
+
+def test_what_systems_leave_behind_is_no_class_and_no_image(root: Path) -> None:
+    before = fingerprint(build("image-folder", FolderOptions(root=root, size=16, workers=0)))
+    for place in ("train", "train/bee"):
+        for name in (".ipynb_checkpoints", "__MACOSX", "@eaDir", ".git"):
+            (root / place / name).mkdir()
+            colours(0, 40, 40).save(root / place / name / "0.png")
+    (root / "train" / "bee" / "._0.png").write_bytes(b"no image")
+    (root / "train" / ".DS_Store").write_bytes(b"")
+    data = build("image-folder", FolderOptions(root=root, size=16, workers=0))
+    assert (data.classes, len(data.train.labels)) == (3, 15)
+    assert fingerprint(data) == before
+
+
+def test_other_endings_are_read_or_told(root: Path) -> None:
+    bee = root / "train" / "bee"
+    colours(1, 40, 40).save(bee / "7.jfif", format="jpeg")
+    (bee / "8.heic").write_bytes(b"x")
+    (bee / "9").write_bytes(b"x")
+    with pytest.warns(UserWarning, match=r"left out: 1 \.heic, 1 without an ending$"):
+        data = build("image-folder", FolderOptions(root=root, size=16, workers=0))
+    assert len(data.train.labels) == 16
+
+
+@pytest.mark.parametrize("prefix", ["", "class"])
+def test_numbers_in_the_names_of_classes_are_numbers(tmp_path: Path, prefix: str) -> None:
+    names = [f"{prefix}{number}" for number in range(12)]
+    for part in ("train", "val"):
+        for name in names:
+            (tmp_path / part / name).mkdir(parents=True)
+            colours(0, 16, 16).save(tmp_path / part / name / "0.png")
+    told = rf"order of their numbers: {prefix}2 is class 2 \(in text order, .*, class 4\)"
+    with pytest.warns(UserWarning, match=told):
+        data = build("image-folder", FolderOptions(root=tmp_path, size=16, workers=0))
+    paths = folder_of(data.train).paths.tolist()
+    assert [paths.index(f"{name}/0.png".encode()) for name in names] == list(range(12))
+    assert data.train.labels.tolist() == list(range(12))
+
+
+def test_names_without_numbers_keep_the_order_of_text() -> None:
+    names = ["Zebra", "ant", "bee", "n01440764", "n02", "2", "02", "x10", "x9", "x"]
+    order = ["02", "2", "Zebra", "ant", "bee", "n02", "n01440764", "x", "x9", "x10"]
+    assert sorted(names, key=_natural) == order
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda at: (at / "9.png").symlink_to("nowhere"), r"9\.png is a link .*leads nowhere"),
+        (lambda at: (at / "more").symlink_to("nowhere"), r"more is a link that cannot be followed"),
+        (lambda at: (at / "me").symlink_to("me"), r"me is a link that cannot be followed"),
+        (lambda at: (at / "up").symlink_to(".."), "links to a folder that it is in; delete the li"),
+        (lambda at: (at.parent / "dog").symlink_to("nowhere"), r"train/dog is a link that cannot"),
+        (lambda at: (at / "0.png").write_bytes(b""), r"0\.png is empty; delete or replace it"),
+        (lambda at: os.mkfifo(at / "0.png"), r"0\.png is not a file; delete or replace it"),
+    ],
+    ids=["image", "folder", "itself", "above", "class", "empty", "pipe"],
+)
+def test_links_and_files_that_are_none(
+    root: Path, make: Callable[[Path], object], told: str
+) -> None:
+    make(root / "train" / "bee")
+    with pytest.raises(UserError, match=told):
+        build("image-folder", FolderOptions(root=root, size=16, workers=0))
+
+
+def test_a_linked_folder_is_a_class(root: Path) -> None:
+    (root / "train" / "bee").rename(root / "bees")
+    (root / "train" / "bee").symlink_to(root / "bees")
+    data = build("image-folder", FolderOptions(root=root, size=16, workers=0))
+    assert len(data.train.labels) == 15
+
+
+@pytest.mark.parametrize(
+    ("pixels", "name"),
+    [
+        (np.linspace(0, 65535, 256).astype(np.uint16), "16.png"),
+        (np.linspace(0, 65535, 256).astype(">u2"), "16.tif"),
+        (np.linspace(0, 255, 256).astype(np.uint8), "8.png"),
+    ],
+)
+def test_shades_of_grey_are_kept(root: Path, pixels: np.ndarray, name: str) -> None:
+    """A ramp from black to white, with 1/257 of 16 bits."""
+    file = root / "train" / "cat" / name
+    Image.fromarray(np.tile(pixels, (256, 1))).save(file)
+    data = build("image-folder", FolderOptions(root=root, size=224, workers=0))
+    number = folder_of(data.train).paths.tolist().index(f"cat/{name}".encode())
+    (images,) = data.train.batches([torch.tensor([number])])
+    # The middle 224 of 256 columns.
+    assert images[0, 0, 0].tolist() == list(range(16, 240))
+    assert torch.equal(images[0, 0], images[0, 2])
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.int32])
+def test_pixels_without_a_white_are_refused(root: Path, kind: type) -> None:
+    Image.fromarray(np.full((40, 40), 3, kind)).save(root / "train" / "cat" / "0.tif")
+    data = build("image-folder", FolderOptions(root=root, size=16, workers=0))
+    with pytest.raises(
+        RunError, match=r"0\.tif cannot be read .*mode pixels means white\); delete"
+    ):
+        list(data.train.batches([torch.arange(15)]))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
