@@ -105,7 +105,7 @@ class VerifiedOptions(BoxOptions):
         None, help="time limit for each batch; images left then are timeouts", unit="s", above=0
     )
     precision: Literal["fp32", "fp64"] = option(
-        "fp32", help="precision of the bounds and of the network while it is verified"
+        "fp32", help="precision in which bounds are searched; fp64 decides in any case"
     )
 
     def __post_init__(self) -> None:

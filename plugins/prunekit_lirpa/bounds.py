@@ -16,7 +16,7 @@ from prunekit import copy_plain, effective_parameters
 from prunekit.errors import UserError
 from prunekit_lirpa import versions
 from prunekit_lirpa.failures import explain
-from prunekit_lirpa.margins import Box, compare_classes
+from prunekit_lirpa.margins import Box, allow_rounding, compare_classes
 
 METHODS = {
     "ibp": "IBP",
@@ -93,6 +93,14 @@ class Bounds:
         Arguments and errors are those of `margins`.
         """
         return self._bound(box, y, "crown-ibp")
+
+    def least(self, x: Tensor) -> Tensor:
+        """The margins (B,) that `allow_rounding` asks for at images x (B, C, H, W)."""
+        self.prepare()
+        operations = sum(1 for node in self._bounded._modules.values() if node.perturbed)
+        with torch.no_grad(), full_precision(self.dtype):
+            self._bind()
+            return allow_rounding(self._bounded(x.to(self.dtype or x.dtype)), operations)
 
     def prepare(self) -> None:
         """Trace the network if that is not done yet; raises `UserError` as `margins` does."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import traceback
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +34,9 @@ class Verified:
     """Verified accuracy: the fraction of images whose margins are all proved positive over the box.
 
     The methods run in order, each on the correctly classified images that are still open; the best
-    lower bound of each margin counts (Xu et al., NeurIPS 2020). `eps` is in pixel units.
+    lower bound of each margin counts (Xu et al., NeurIPS 2020). What float32 finds, float64
+    decides, and margins have to be larger where logits are (`allow_rounding`). `eps` is in pixel
+    units.
 
     Metrics, each with its interval: `verified`; for each method the fraction that it and the
     methods before it verified, such as `crown_verified`; and `accuracy`. `errors` and `timeouts`
@@ -54,14 +56,15 @@ class Verified:
 
         def judge(x: Tensor, y: Tensor) -> dict[str, np.ndarray]:
             if not bounds:
-                bounds.append(self._make_bounds(model, x))
+                quick = [None] if self.options.precision == "fp32" else []
+                bounds[:] = [self._make_bounds(model, x, d) for d in (*quick, torch.float64)]
             parts = zip(*(t.split(self.options.batch or len(y)) for t in (x, y)), strict=True)
-            found = [self._verify(bounds[0], *part) for part in parts]
+            found = [self._verify(bounds, *part) for part in parts]
             return {name: np.concatenate([part[name] for part in found]) for name in found[0]}
 
         return self._summarize(judge_batches(judge, batches, self.scratch))
 
-    def _make_bounds(self, model: nn.Module, x: Tensor) -> Bounds:
+    def _make_bounds(self, model: nn.Module, x: Tensor, dtype: torch.dtype | None) -> Bounds:
         """The bounds of the network, for images like x (B, C, H, W).
 
         Raises `UserError` if auto_LiRPA cannot trace the network.
@@ -71,22 +74,24 @@ class Verified:
             model,
             (channels, height, width),
             detached=True,
-            dtype=torch.float64 if self.options.precision == "fp64" else None,
+            dtype=dtype,
             iterations=self.options.iterations,
         )
         bounds.prepare()
         return bounds
 
-    def _verify(self, bounds: Bounds, x: Tensor, y: Tensor) -> dict[str, np.ndarray]:
+    def _verify(self, bounds: Sequence[Bounds], x: Tensor, y: Tensor) -> dict[str, np.ndarray]:
         """The records `method`, `margin` and `failure`, (B,) each, of images x (B, C, H, W) with
-        labels y (B,)."""
+        labels y (B,). The last of `bounds` decides; one before it finds what is worth deciding."""
         with torch.no_grad():
-            logits = bounds.model(x)
+            logits = bounds[0].model(x)
             correct = ((logits.argmax(1) == y) & ~logits.isnan().any(1)).cpu().numpy()
         method = np.where(correct, OPEN, MISCLASSIFIED).astype(object)
         margin = np.full(len(y), np.nan)
         failure = np.full(len(y), "", dtype=object)
-        best: Tensor | None = None
+        # The best bound of each margin so far, in each precision.
+        best = [logits[:, 1:].to(one.dtype).fill_(-torch.inf) for one in bounds]
+        tried: list[str] = []
         end = None if self.options.seconds is None else time.monotonic() + self.options.seconds
         for name in self.options.methods:
             left = np.flatnonzero((method == OPEN) | (method == FAILED))
@@ -95,25 +100,30 @@ class Verified:
             index = torch.from_numpy(left).to(x.device)
             try:
                 with torch.set_grad_enabled(name == "alpha-crown"), deadline(end):
-                    box = surround(x[index].to(bounds.dtype), self.eps)
-                    lower = bounds.margins(box, y[index], name).detach()
+                    for one, lower in zip(bounds, best, strict=True):
+                        box = surround(x[index].to(one.dtype), self.eps)
+                        for each in (name,) if one is bounds[0] else (*tried, name):
+                            found = one.margins(box, y[index], each).detach()
+                            lower[index] = torch.fmax(lower[index], found)
+                        margin[index.cpu().numpy()] = lower[index].amin(1).cpu().numpy()
+                        index = index[is_certain(lower[index], one.least(x[index]))]
+                        if not len(index):
+                            break
             except OutOfTimeError:
-                bounds.forget()
+                for one in bounds:
+                    one.forget()
                 method[left] = LATE
                 break
             # An exception of the verifier, whatever it is, says nothing about the network.
             except Exception as error:
-                bounds.forget()
+                for one in bounds:
+                    one.forget()
                 method[left] = FAILED
                 failure[left] = f"{name} failed on some images, which are counted as errors: "
                 failure[left] += describe(error)
                 continue
-            if best is None:
-                best = torch.full((len(y), lower.shape[1]), -torch.inf).to(lower)
-            best[index] = torch.fmax(best[index], lower)
-            margin[left] = best[index].amin(1).cpu().numpy()
-            proved = is_certain(best[index]).cpu().numpy()
-            method[left[proved]] = name
+            method[index.cpu().numpy()] = name
+            tried.append(name)
         return {"method": method.astype(str), "margin": margin, "failure": failure.astype(str)}
 
     def _summarize(self, found: Mapping[str, np.ndarray]) -> Result:

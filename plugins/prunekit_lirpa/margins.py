@@ -13,6 +13,8 @@ from prunekit.errors import UserError
 
 CERTAIN = 1e-5
 """A margin counts as proved only above this value: below it, rounding could be the cause."""
+UNIT = 2.0**-23
+"""The distance of 1 from the next larger number in float32, in which networks are used."""
 
 
 @dataclass(frozen=True)
@@ -65,9 +67,19 @@ def robust_cross_entropy(lower: Tensor) -> Tensor:
     return F.cross_entropy(worst, torch.zeros(len(lower), dtype=torch.long, device=lower.device))
 
 
-def is_certain(lower: Tensor) -> Tensor:
-    """Whether every lower bound of a margin (B, K - 1) is above `CERTAIN`: booleans (B,).
+def is_certain(lower: Tensor, least: Tensor | float = CERTAIN) -> Tensor:
+    """Whether every lower bound of a margin (B, K - 1) is above `least`: booleans (B,).
 
-    NaN is not.
+    `least` is a number, or (B,). NaN is not above it.
     """
-    return (lower > CERTAIN).all(1)
+    least = torch.as_tensor(least, dtype=lower.dtype, device=lower.device)
+    return (lower > least.view(-1, 1)).all(1)
+
+
+def allow_rounding(logits: Tensor, operations: int) -> Tensor:
+    """The least margin (B,) that the rounding of a network in float32 does not put in doubt.
+
+    It is `CERTAIN`, or more for large logits (B, K): each operation of the network may round by one
+    part in 2^23.
+    """
+    return (logits.abs().amax(1) * UNIT * operations).clamp(min=CERTAIN)

@@ -17,6 +17,7 @@ from prunekit_lirpa import versions
 from prunekit_lirpa.bounds import METHODS, Bounds
 from prunekit_lirpa.margins import (
     Box,
+    allow_rounding,
     compare_classes,
     is_certain,
     robust_cross_entropy,
@@ -149,6 +150,13 @@ def test_the_box_ends_where_pixels_do() -> None:
 def test_certain_is_above_rounding() -> None:
     lower = torch.tensor([[1.0, 2e-5], [1.0, 1e-5], [1.0, -1.0], [1.0, float("nan")]])
     assert is_certain(lower).tolist() == [True, False, False, False]
+    assert (
+        is_certain(lower, torch.tensor([2.0, 0.0, 0.0, 0.0])).tolist()
+        == [False, True] + [False] * 2
+    )
+    # Ten operations on logits of 1000: ten parts in 2^23; small logits need 1e-5 all the same.
+    least = allow_rounding(torch.tensor([[-1000.0, 3.0], [1.0, 2.0]]), 10)
+    assert least.tolist() == pytest.approx([10_000 / 2**23, 1e-5])
 
 
 # Soundness

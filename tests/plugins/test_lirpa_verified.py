@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from prunekit_lirpa import VerifiedOptions, evaluators
 from prunekit_lirpa.bounds import Bounds
 from prunekit_lirpa.evaluators import FAILED, LATE, MISCLASSIFIED, OPEN
-from prunekit_lirpa.margins import surround
+from prunekit_lirpa.margins import is_certain, surround
 from torch import Tensor, nn
 
 from prunekit import Use, UserError
@@ -96,6 +97,38 @@ def test_batches_precision_and_time_do_not_change_verdicts(options: dict[str, An
     plain, other = verify(net, batch), verify(net, batch, **options)
     assert plain.records["method"].tolist() == other.records["method"].tolist()
     np.testing.assert_allclose(plain.records["margin"], other.records["margin"], atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["crown", "alpha-crown"])
+def test_large_logits_are_no_reason_for_a_false_proof(method: str) -> None:
+    """Logits in the thousands, margins just below 0: float32 alone finds proofs that are false."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(72, 40), nn.ReLU(), nn.Linear(40, 2)).eval()
+    first, last = net[1], net[3]
+    with torch.no_grad():
+        first.weight.abs_()  # all neurons are active: the bounds are exact but for rounding
+        first.bias.abs_()
+        last.weight.mul_(3000)
+        last.bias.zero_()
+    exact, y, false = copy.deepcopy(net).double(), torch.tensor([0]), 0
+    for _ in range(5):
+        x = torch.rand(1, *SHAPE)
+        box = surround(x.double(), EPS)
+        slope = (exact[3].weight[0] - exact[3].weight[1]) @ exact[1].weight
+        corner = torch.where(slope > 0, box.lower.flatten(), box.upper.flatten())
+        with torch.no_grad():
+            one, other = exact(corner.view(1, *SHAPE))[0].tolist()
+            last.bias[0] += other - one - 5e-5
+            exact[3].bias.copy_(last.bias.double())
+            one, other = exact(corner.view(1, *SHAPE))[0].tolist()
+        assert -1e-4 < one - other < 0
+        rounded = Bounds(net, SHAPE, detached=True).margins(surround(x, EPS), y, "crown")
+        false += int(is_certain(rounded))
+        assert verify(net, (x, y), methods=(method,)).metrics["verified"] == 0
+    assert false > 2
+    with torch.no_grad():
+        last.bias[0] += 1
+    assert verify(net, (x, y), methods=(method,)).metrics["verified"] == 1
 
 
 def test_alpha_crown_proves_no_less() -> None:
