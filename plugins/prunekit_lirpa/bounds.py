@@ -106,6 +106,7 @@ class Bounds:
         """Trace the network if that is not done yet; raises `UserError` as `margins` does."""
         if self._bounded is not None:
             return
+        versions.load()
         model, example = self._copy(), self._example()
         try:
             with versions.unsupported() as unsupported:

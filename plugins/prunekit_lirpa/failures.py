@@ -31,13 +31,24 @@ def explain(
 
 
 def _failed_nodes(error: Exception) -> list[str]:
-    """The class of the innermost auto_LiRPA node in the error's traceback, if there is one."""
+    """The operator of the innermost auto_LiRPA node in the error's traceback, if there is one."""
     found = []
     for frame, _ in traceback.walk_tb(error.__traceback__):
-        owner = type(frame.f_locals.get("self"))
-        if owner.__module__.startswith("auto_LiRPA.operators"):
-            found = [owner.__name__]
+        # A node's own method; or a loop over nodes, where a constant stands for its operation.
+        names = ("self", "l", "n") if "auto_LiRPA" in frame.f_globals["__name__"] else ()
+        for node in (frame.f_locals.get(name) for name in names):
+            kind = type(node).__name__
+            if type(node).__module__.startswith("auto_LiRPA.operators") and kind not in CONSTANTS:
+                # Since 0.7, x / y is traced as x * (1 / y).
+                over = any(
+                    type(i).__name__ == "BoundReciprocal" for i in getattr(node, "inputs", ())
+                )
+                found = ["BoundDiv" if kind == "BoundMul" and over else kind]
+                break
     return found
+
+
+CONSTANTS = ("BoundConstant", "BoundBuffers", "BoundParams", "BoundInput", "BoundReciprocal")
 
 
 def find_layers(model: nn.Module, example: Tensor, operators: list[str]) -> list[str]:

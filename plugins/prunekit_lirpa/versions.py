@@ -2,8 +2,8 @@
 
 0.3 is the last release on the package index and was made for torch 1; newer versions such as 0.7
 come from the project's repository. 0.3 needs parts of torch and numpy that no longer exist. These
-are added while it is imported and while it traces, and removed afterwards; nothing that exists is
-ever replaced.
+are added while it is imported and while it traces, and removed afterwards; of torch and numpy,
+nothing that exists is ever replaced.
 """
 
 from __future__ import annotations
@@ -23,16 +23,28 @@ import numpy as np
 import torch
 from torch import nn
 
+from prunekit.errors import UserError
+
 
 @cache
 def load() -> ModuleType:
-    """Import the package `auto_LiRPA` on first call, with its fixes applied, and return it."""
-    with _lent(), _unchanged_process():
-        package: ModuleType = importlib.import_module("auto_LiRPA")
+    """Import the package `auto_LiRPA` on first call, with its fixes applied, and return it.
+
+    Raises `UserError` if another package that it needs is missing.
+    """
+    try:
+        with _lent(), _unchanged_process():
+            package: ModuleType = importlib.import_module("auto_LiRPA")
+    except ImportError as error:
+        if error.name == "auto_LiRPA":
+            raise
+        raise UserError(
+            f"auto_LiRPA cannot be imported ({error}): install what it needs"
+        ) from error
     _accept_duplicates(package.BoundedModule)
+    package.bound_ops.BoundRelu._relu_mask_alpha = staticmethod(_mask_alpha)
     if package.__version__ == "0.3":
         _make_contiguous(package.bound_ops.BoundAveragePool)
-        package.bound_ops.BoundRelu._relu_mask_alpha = staticmethod(_mask_alpha)
     return package
 
 
@@ -176,24 +188,25 @@ def _mask_alpha(
     upper: torch.Tensor,
     lower_alpha: torch.Tensor | None,
     upper_alpha: torch.Tensor | None,
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
-    """Lower slopes of neurons: alpha where unstable, 1 where active, 0 where dead.
+    leaky_alpha: float = 0,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | bool]:
+    """Lower slopes of neurons: alpha where unstable, 1 where active, `leaky_alpha` where dead.
 
-    `lower` and `upper` are the bounds of the neurons. This replaces a function of 0.3 that clamps
-    alpha to [0, 1]: since torch 2.15, clamp has no gradient at 0 and 1, where alpha starts, so that
-    alpha would never change.
+    `lower` and `upper` are the bounds of the neurons. This replaces a function of auto_LiRPA (which
+    has `leaky_alpha` since 0.7) that clamps alpha: since torch 2.15, clamp has no gradient at its
+    limits, where alpha starts, so that alpha would never change. The last value says whether all
+    slopes are 0.
     """
-    active = (lower >= 0).to(lower.dtype)
-    dead = upper <= 0
-    unstable = (1 - active) * (1 - dead.to(upper.dtype))
+    active, dead = (lower >= 0).to(lower.dtype), (upper <= 0).to(lower.dtype)
+    unstable = (1 - active) * (1 - dead)
 
     def slope(alpha: torch.Tensor | None) -> torch.Tensor | None:
         if alpha is None:
             return None
-        inside = alpha + (alpha.clamp(0, 1) - alpha).detach()
-        return inside * unstable + active
+        inside = alpha + (alpha.clamp(leaky_alpha, 1) - alpha).detach()
+        return inside * unstable + active + dead * leaky_alpha
 
-    return slope(lower_alpha), slope(upper_alpha), dead.all()
+    return slope(lower_alpha), slope(upper_alpha), leaky_alpha == 0 and (upper <= 0).all()
 
 
 def _make_contiguous(pool: Any) -> None:

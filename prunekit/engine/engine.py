@@ -37,7 +37,7 @@ from prunekit.report import (
 )
 from prunekit.store.checkpoint import write_model
 from prunekit.store.files import read_npz
-from prunekit.store.keys import version_of
+from prunekit.store.keys import used_version
 from prunekit.store.runs import RunFolder
 from prunekit.store.stages import StageFolder, StageResult, Store
 from prunekit.training.compute import Compute
@@ -255,7 +255,7 @@ class Engine:
             [_finite(row) for row in outcome.history],
             time.monotonic() - started,
             list(dict.fromkeys((*told, *outcome.notes))),
-            {n: version_of(n) for use in uses for n in use.component.needs},
+            {n: used_version(n) for use in uses for n in use.component.needs},
         )
         stored.finish(result, describe_stage(stage))
         return result

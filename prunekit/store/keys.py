@@ -7,6 +7,7 @@ import importlib.metadata
 import importlib.util
 import json
 import platform
+import sys
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -85,13 +86,26 @@ def hash_file(path: Path) -> str:
 
 @cache
 def version_of(name: str) -> str:
-    """Installed version of the distribution with this import name; "unknown" if there is none."""
-    for distribution in importlib.metadata.packages_distributions().get(name, [name]):
+    """Installed version of the distribution with this import name; "unknown" if there is none.
+
+    Nothing is imported. A package that lies before the installed one on the path is unknown too.
+    """
+    spec = importlib.util.find_spec(name)
+    for known in importlib.metadata.packages_distributions().get(name, [name]):
         try:
-            return importlib.metadata.version(distribution)
+            distribution = importlib.metadata.distribution(known)
         except importlib.metadata.PackageNotFoundError:
             continue
+        place = Path(str(distribution.locate_file(name)))
+        origin = Path(spec.origin) if spec and spec.origin else place
+        if not place.exists() or origin.is_relative_to(place):
+            return distribution.version
     return "unknown"
+
+
+def used_version(name: str) -> str:
+    """What an imported package calls its version, otherwise `version_of`."""
+    return str(getattr(sys.modules.get(name), "__version__", None) or version_of(name))
 
 
 def find_versions() -> dict[str, str]:

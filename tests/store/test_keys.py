@@ -1,12 +1,20 @@
 """What a key follows."""
 
-import importlib
+import importlib.metadata
+import sys
 from pathlib import Path
 
 import pytest
 
 from prunekit.store import keys
-from prunekit.store.keys import DECIDING, hash_file, hash_source, hash_stage
+from prunekit.store.keys import (
+    DECIDING,
+    hash_file,
+    hash_source,
+    hash_stage,
+    used_version,
+    version_of,
+)
 
 
 def key(upstream="", description=None, plugins=(), environment=None):
@@ -137,3 +145,19 @@ def test_files_are_hashed_by_what_they_hold_now(tmp_path):
     first = hash_file(file)
     file.write_bytes(b"b")
     assert hash_file(file) != first
+
+
+def test_a_package_before_the_installed_one_has_not_its_version(tmp_path, monkeypatch):
+    assert version_of("pluggy") == importlib.metadata.version("pluggy")
+    (tmp_path / "pluggy").mkdir()
+    (tmp_path / "pluggy" / "__init__.py").write_text("__version__ = '99'")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "pluggy")
+    version_of.cache_clear()
+    assert version_of("pluggy") == "unknown"
+    assert used_version("pluggy") == "unknown"  # nothing has been imported
+    import pluggy
+
+    assert used_version("pluggy") == "99" == pluggy.__version__
+    version_of.cache_clear()
+    assert version_of("no_such_package") == "unknown"
