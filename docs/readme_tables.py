@@ -91,7 +91,7 @@ CONTEXTS = {
     "all kinds": contexts.Context,
     "dataset": contexts.DatasetContext,
     "architecture": contexts.ArchitectureContext,
-    "objective, pruner, evaluator": contexts.NetworkContext,
+    "objective, pruner, evaluator, rewirer, wrapper": contexts.NetworkContext,
     "pruner": contexts.PrunerContext,
     "evaluator": contexts.EvaluatorContext,
     "reporter": contexts.ReporterContext,

@@ -53,7 +53,7 @@ class ArchitectureContext(Context):
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkContext(Context):
-    """What all components around a network may use: objectives, pruners, evaluators."""
+    """What all components around a network may use; rewirers and wrappers have this one."""
 
     model: nn.Module
     """The live network."""
@@ -95,7 +95,8 @@ class PrunerContext(NetworkContext):
     the given start; `kind` is a class of your own for what learns more than scores."""
     train: Callable[[Any], Scores]
     """Trains what a `prunekit.steps.Masking`, as `attach` makes one, says on the stage's objective,
-    then detaches it; returns its scores in the best epoch."""
+    then detaches it; returns its scores in the best epoch. `learn(start)` is
+    `train(attach(start))`."""
 
     def learn(self, start: Scores) -> Scores:
         """Train scores from the given start (HYDRA, section 3): the forward pass uses

@@ -87,6 +87,8 @@ def check_component(
         check(dataclasses.replace(use, options=reduce_options(use.options)), context)
     except AssertionError as broken:
         raise AssertionError(f"{component.name}: {broken}") from None
+    except Exception as error:
+        raise AssertionError(f"{component.name} raises {type(error).__name__}: {error}") from error
 
 
 def check_declaration(component: Component) -> None:

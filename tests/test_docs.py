@@ -11,7 +11,7 @@ import click
 import pytest
 
 from prunekit.catalog.component import option
-from prunekit.catalog.kinds import KINDS, ObjectiveComponent
+from prunekit.catalog.kinds import KINDS, ObjectiveComponent, PrunerComponent
 from prunekit.catalog.registry import load_registry
 from prunekit.cli.group import main
 from prunekit.errors import RecipeError
@@ -19,7 +19,7 @@ from prunekit.recipe.document import load_recipe
 from prunekit.recipe.plan import TOP_KEYS, make_plan
 from prunekit.recipe.resolver import field_types, key_of
 from prunekit.recipe.sections import STAGE_OPTIONS, ArchitectureOptions, DataOptions, ThreatOptions
-from prunekit.testing import check_declaration
+from prunekit.testing import check_component, check_declaration
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -242,6 +242,9 @@ def test_other_code_runs():
         name="x", summary="X", build=f"{__name__}:build", options=namespace["MyOptions"]
     )
     check_declaration(component)
+    globals()["build_averaged"] = namespace["build_averaged"]
+    named = {"name": "x", "summary": "X", "build": f"{__name__}:build_averaged"}
+    check_component(PrunerComponent(**named, learns=True))
 
 
 def build(options, context):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from prunekit import Arrays, EvaluatorComponent, ObjectiveComponent, option
+from prunekit import Arrays, EvaluatorComponent, LearnedScores, ObjectiveComponent, option
 from prunekit.catalog.kinds import KINDS
 from prunekit.catalog.registry import load_registry
 from prunekit.contexts import DatasetContext, PrunerContext
@@ -218,6 +218,88 @@ def forgets_a_layer(options, context):
         return Scores({name: weight.abs()})
 
     return score
+
+
+def changes_its_context(options, context):
+    def score(context):
+        for weight in context.weights.values():
+            weight.zero_()
+        return Scores({name: weight.abs() for name, weight in context.weights.items()})
+
+    return score
+
+
+def rounds_by_layer(options, context):
+    def score(context):
+        sizes = {name: weight.numel() for name, weight in context.weights.items()}
+        keep = {name: n - int(context.sparsity * n) for name, n in sizes.items()}
+        return Scores({name: w.abs() for name, w in context.weights.items()}, keep=keep)
+
+    return score
+
+
+def gives_arrays(options, context):
+    return lambda context: Scores({n: w.numpy() for n, w in context.weights.items()})
+
+
+class Late(LearnedScores):
+    def moving(self):
+        self.model.register_buffer("late", torch.zeros(1))
+        return self.scores()
+
+
+class Left(LearnedScores):
+    def __init__(self, *given, **more):
+        super().__init__(*given, **more)
+        self.model.register_buffer("left", torch.zeros(1))
+
+
+def learns_late(options, context):
+    return lambda context: context.train(context.attach(Scores(context.weights), Late))
+
+
+def leaves_state(options, context):
+    return lambda context: context.train(context.attach(Scores(context.weights), Left))
+
+
+def takes_nothing(options, context):
+    return lambda: None
+
+
+@pytest.mark.parametrize(
+    ("more", "build", "words"),
+    [
+        ({}, "changes_its_context", "changed the weights of its context; copy them"),
+        (
+            {"allocates": True},
+            "rounds_by_layer",
+            r"keeps 46 weights .* leaves 45 of 84",
+        ),
+        ({}, "gives_arrays", r"the scores of 0\.weight are a ndarray, no tensor"),
+        (
+            {"learns": True},
+            "learns_late",
+            "late came or went while it trained; make",
+        ),
+        ({"learns": True}, "leaves_state", "leaves another network behind: left came or went"),
+        ({}, "takes_nothing", "broken raises TypeError: takes_nothing.*positional argument"),
+    ],
+)
+def test_a_broken_pruner_is_found(more, build, words):
+    build = f"{__name__}:{build}"
+    component = KINDS["pruner"](name="broken", summary="Broken on purpose", build=build, **more)
+    with pytest.raises(AssertionError, match=words):
+        check_component(component)
+
+
+def test_an_example_attaches_and_trains_scores_of_ones_own():
+    class Own(LearnedScores):
+        pass
+
+    context = example_context(PrunerContext)
+    masking = context.attach(Scores(context.weights), Own)
+    assert isinstance(masking, Own)
+    assert context.train(masking).values.keys() == context.weights.keys()
 
 
 def forgets_an_image(options, context):

@@ -16,8 +16,13 @@ from torch import Tensor, nn
 from prunekit import report as told
 from prunekit.contexts import Context
 from prunekit.contracts import Clock, Loss, Scores
+from prunekit.pruning.selection import Selection
+from prunekit.steps import Masking
+from prunekit.training.masking import LearnedScores
 
 SHAPE, CLASSES, BATCH = (1, 8, 8), 3, 4
+SPARSITY = 0.47
+"""Of 36 and 48 weights, rounded together, it leaves 45; rounded layer by layer, 46."""
 
 AnyContext = TypeVar("AnyContext", bound=Context)
 
@@ -44,10 +49,34 @@ def tiny_batches(batches: int = 2) -> list[tuple[Tensor, Tensor]]:
     ]
 
 
+def train_once(masking: Masking) -> Scores:
+    """The scores of a masking after one forward and backward pass; it is detached.
+
+    Raises `AssertionError` if something it trains gets no gradient, or its state comes late.
+    """
+    model, clock = masking.model, Clock(0, 10, 0, 2)
+    masking.check()
+    entries = model.state_dict().keys()
+    (x, y), _ = tiny_batches()
+    with masking.effective(clock):
+        nn.functional.cross_entropy(model(x), y).backward()
+    trained = [p for group in masking.parameters() for p in group.parameters]
+    assert all(p.grad is not None for p in trained), "something that it trains gets no gradient"
+    masking.after_backward()
+    masking.after_step()
+    with masking.judged(clock):
+        model(x)
+    late = sorted(entries ^ model.state_dict().keys())
+    assert not late, f"{', '.join(late)} came or went while it trained; make them in __init__"
+    scores = masking.scores()
+    masking.detach()
+    return scores
+
+
 def example_context(kind: type[AnyContext], **chosen: Any) -> AnyContext:
     """A context of one kind, such as `ObjectiveContext`: what is not chosen has an example value.
 
-    >>> from prunekit.contracts import ArchitectureContext
+    >>> from prunekit.contexts import ArchitectureContext
     >>> example_context(ArchitectureContext, classes=7).classes
     7
     """
@@ -68,8 +97,10 @@ def _example_values(model: nn.Module) -> dict[str, Callable[[], Any]]:
         logits = model(x)
         return Loss(nn.functional.cross_entropy(logits, y), logits)
 
-    def train(start: Scores) -> Scores:
-        return Scores({n: v.abs() for n, v in start.values.items()}, start.layerwise)
+    def attach(
+        start: Scores, kind: type[LearnedScores] = LearnedScores, **more: Any
+    ) -> LearnedScores:
+        return kind(model, start, Selection(SPARSITY), {}, **more)
 
     def scratch() -> Path:
         folder = tempfile.mkdtemp(prefix="prunekit-")
@@ -85,7 +116,7 @@ def _example_values(model: nn.Module) -> dict[str, Callable[[], Any]]:
         "model": lambda: model,
         "device": lambda: torch.device("cpu"),
         "stage": lambda: "pretrain",
-        "sparsity": lambda: 0.5,
+        "sparsity": lambda: SPARSITY,
         "weights": lambda: {
             name: p.detach().clone() for name, p in model.named_parameters() if p.dim() > 1
         },
@@ -93,8 +124,8 @@ def _example_values(model: nn.Module) -> dict[str, Callable[[], Any]]:
         "generator": lambda: torch.Generator().manual_seed(0),
         "objective": lambda: cross_entropy,
         "batches": lambda: lambda: iter(tiny_batches()),
-        "attach": lambda: lambda start: start,
-        "train": lambda: train,
+        "attach": lambda: attach,
+        "train": lambda: train_once,
         "scratch": scratch,
         "pause": lambda: lambda: None,
         "live": lambda: False,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,12 +13,13 @@ from torch import Tensor, nn
 from prunekit.catalog.component import Use
 from prunekit.checks.examples import tiny_batches, tiny_network
 from prunekit.checks.methods import build
-from prunekit.checks.training import same, snapshot
+from prunekit.checks.training import differing, same, snapshot
 from prunekit.contexts import Context, NetworkContext
 from prunekit.contracts import Clock, Loss, OptimizerChoice, Scores, Stateful
+from prunekit.data.seeds import seed_all
 from prunekit.errors import RunError
 from prunekit.pruning.selection import Selection, select_masks
-from prunekit.steps import Around, Averaging, Following, Layers, Masking, Now
+from prunekit.steps import Around, Averaging, Following, Layers, Masking, Moment, Now
 from prunekit.training.masking import LearnedScores, Weights
 from prunekit.training.rewiring import Rewired, Rewiring
 from prunekit.training.step import Stepper
@@ -47,6 +49,7 @@ def check_budget(use: Use[Any], context: Context) -> None:
     shapes = {name: score.shape for name, score in scores.items()}
     layers = Layers(scores, {}, shapes, 0.5, 57)
     for found in (budget(layers), budget(layers)):
+        assert isinstance(found, Mapping), f"gives a {type(found).__name__}, not a mapping by layer"
         assert found.keys() == scores.keys(), "must name every layer, and no other"
         tensors = [isinstance(value, Tensor) for value in found.values()]
         assert all(tensors) or not any(tensors), "gives counts for some layers, scores for others"
@@ -64,11 +67,24 @@ def check_budget(use: Use[Any], context: Context) -> None:
 def check_rewirer(use: Use[Any], context: NetworkContext) -> None:
     """Twelve steps, of which some rewire: exact counts, zeros, and the target at the end."""
     results = []
-    for _ in range(2):
+
+    class Fresh:
+        """A rewirer that is built for every call, as for a run that resumes there."""
+
+        def due(self, clock: Clock) -> Any:
+            return use.build(context).due(clock)
+
+        def __call__(self, moment: Moment) -> Any:
+            return use.build(context)(moment)
+
+    kept = build(use, context)
+    for name in ("due", "__call__"):
+        assert hasattr(kept, name), f"has no {name}()"
+    for rewirer in (kept, build(use, context), Fresh()):
         model = tiny_network()
         names = [name for name, p in model.named_parameters() if p.dim() > 1]
         rewiring = Rewiring(
-            build(use, context),
+            rewirer,
             use.name,
             Selection(0.5),
             lambda clock: min(1.0, 0.5 + clock.fraction),
@@ -81,7 +97,8 @@ def check_rewirer(use: Use[Any], context: NetworkContext) -> None:
             results.append(_train_rewired(Rewired(model, {}, rewiring)))
         except RunError as error:
             raise AssertionError(str(error)) from None
-    assert same(*results), "not repeatable under one seed"
+    assert same(results[0], results[1]), "not repeatable under one seed"
+    assert same(results[0], results[2]), "keeps a state of its own, which a resumed run has not"
 
 
 def _train_rewired(masking: Rewired) -> dict[str, Tensor]:
@@ -91,6 +108,7 @@ def _train_rewired(masking: Rewired) -> dict[str, Tensor]:
         (x, y), _ = tiny_batches()
         before = {n: masking.weights()[n].clone() for n in masking.rewiring.weights}
         due = masking.due(_clock(step))
+        assert isinstance(due, bool), f"`due` gives a {type(due).__name__}, not a bool"
         assert due == masking.due(_clock(step)), "`due` is not a function of the clock alone"
         stepper.take(x, y, _clock(step), [{"epoch": 1, "loss": 1.0}] * (step // EPOCH))
         masking.check()
@@ -125,19 +143,44 @@ def check_wrapper(use: Use[Any], context: NetworkContext) -> None:
         stepper = _make_stepper(masking, wrapper)
         _check_passes(use, wrapper, masking, stepper)
         for step in range(3):
-            (x, y), _ = tiny_batches()
-            loss = stepper.take(x, y, _clock(step), [])
-            assert loss.value.isfinite(), "the loss is not finite"
-            masking.check()
+            _take(stepper, step)
         if isinstance(wrapper, Averaging):
             before = snapshot(model)
             with wrapper.judged(model), masking.judged(_clock(2)):
                 assert not same(before, model.state_dict()), "its network is the trained one"
-            assert same(before, model.state_dict()), "`judged` does not bring the weights back"
-        if isinstance(wrapper, Stateful):
-            twin: Any = build(use, dataclasses.replace(context, model=model))
-            twin.load_state_dict(copy.deepcopy(wrapper.state_dict()))
-            assert same(wrapper.state_dict(), twin.state_dict()), "its state does not restore it"
+            # Masks follow what is trained in the next step.
+            odd = differing(before, model.state_dict())
+            moved = [name for name in odd if before[name].is_floating_point()]
+            assert not moved, f"`judged` does not bring back {', '.join(moved)}"
+        _check_resume(use, context, wrapper, stepper)
+
+
+def _take(stepper: Stepper, step: int) -> None:
+    (x, y), _ = tiny_batches()
+    seed_all(step)
+    loss = stepper.take(x, y, _clock(step), [])
+    assert loss.value.isfinite(), "the loss is not finite"
+    stepper.masking.check()
+
+
+def _check_resume(use: Use[Any], context: NetworkContext, wrapper: Any, stepper: Stepper) -> None:
+    """Another wrapper, with its state if it has one, goes on as this one does."""
+    masking, model = stepper.masking, stepper.masking.model
+    start, ends = snapshot(model), []
+    twin: Any = build(use, dataclasses.replace(context, model=model))
+    if isinstance(wrapper, Stateful):
+        twin.load_state_dict(copy.deepcopy(wrapper.state_dict()))
+        assert same(wrapper.state_dict(), twin.state_dict()), "its state does not restore it"
+    for one in (wrapper, twin):
+        model.load_state_dict(start)
+        again = _make_stepper(masking, one)
+        for step in range(3, 6):
+            _take(again, step)
+        ends.append(snapshot(model))
+        if isinstance(one, Averaging):
+            with one.judged(model):
+                ends[-1] |= {f"judged.{name}": v for name, v in snapshot(model).items()}
+    assert same(*ends), "keeps a state that state_dict() and load_state_dict() do not restore"
 
 
 def _check_passes(use: Use[Any], wrapper: Any, masking: Masking, stepper: Stepper) -> None:

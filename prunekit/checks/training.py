@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.catalog.component import Use
-from prunekit.checks.examples import BATCH, CLASSES, tiny_batches, tiny_network
+from prunekit.checks.examples import BATCH, CLASSES, tiny_batches, tiny_network, train_once
 from prunekit.checks.methods import build, check_methods
 from prunekit.contexts import Context, ObjectiveContext, PrunerContext
 from prunekit.contracts import Attacking, Clock, Loss, OptimizerChoice, Scores, Validating
 from prunekit.data.seeds import seed_all
 from prunekit.errors import RunError
 from prunekit.evaluation import eval_mode
-from prunekit.pruning.selection import Selection, check_scores, meets
+from prunekit.pruning.selection import Selection, check_keep, check_scores
 from prunekit.steps import Masking
 from prunekit.training.masking import LearnedScores
 
@@ -29,7 +29,17 @@ def snapshot(model: nn.Module) -> dict[str, Tensor]:
 
 
 def same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    return not differing(a, b)
+
+
+def differing(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> list[str]:
+    """Names of tensors that are in one only, or not equal."""
+    for name, value in (*a.items(), *b.items()):
+        assert isinstance(value, Tensor), f"{name} is a {type(value).__name__}, not a tensor"
+    return sorted(
+        {n for n in a.keys() | b.keys() if n not in a or n not in b}
+        | {n for n in a.keys() & b.keys() if not torch.equal(a[n], b[n])}
+    )
 
 
 def check_objective(use: Use[Any], context: ObjectiveContext) -> None:
@@ -102,45 +112,30 @@ def check_pruner(use: Use[Any], context: PrunerContext) -> None:
     """Scores that fit; what it trains gets gradients; weights stay."""
     model, weights = context.model, context.weights
     before = snapshot(model)
+    given = {name: weight.clone() for name, weight in weights.items()}
     learned: list[Masking] = []
-    clock = Clock(0, 10, 0, 2)
-
-    def attach(
-        start: Scores, kind: type[LearnedScores] = LearnedScores, **more: Any
-    ) -> LearnedScores:
-        return kind(model, start, Selection(0.5), {}, **more)
 
     def train(masking: Masking) -> Scores:
         learned.append(masking)
         own = (LearnedScores,) if isinstance(masking, LearnedScores) else ()
         check_methods(masking, Masking, *own)
-        masking.check()
-        (x, y), _ = tiny_batches()
-        with masking.effective(clock):
-            nn.functional.cross_entropy(model(x), y).backward()
-        groups = masking.parameters()
-        assert all(p.grad is not None for g in groups for p in g.parameters), (
-            "something that it trains gets no gradient"
-        )
-        with masking.judged(clock):
-            model(x)
-        masking.detach()
-        return masking.scores()
+        return train_once(masking)
 
     model.train()
-    scoring = dataclasses.replace(
-        context, stage="prune", threat=use.threat, attach=attach, train=train
-    )
+    scoring = dataclasses.replace(context, stage="prune", threat=use.threat, train=train)
     scores = build(use, scoring)(scoring)
     assert isinstance(scores, Scores), f"gives a {type(scores).__name__}, not Scores"
     assert bool(learned) == use.component.learns, "`learns` and what it does disagree"
     try:
         check_scores(scores, weights, "it", allocates=use.component.allocates)
+        check_keep(scores, Selection(context.sparsity), "it")
     except RunError as error:
         raise AssertionError(str(error)) from None
-    assert scores.keep is None or meets(scores, Selection(0.5)), "`keep` misses the sparsity"
     after = snapshot(model)
+    left = sorted(before.keys() ^ after.keys())
+    assert not left, f"leaves another network behind: {', '.join(left)} came or went"
     assert all(torch.equal(before[n], after[n]) for n in weights), "scoring changed the weights"
+    assert same(given, context.weights), "changed the weights of its context; copy them"
 
 
 def check_schedule(use: Use[Any], context: Context) -> None:

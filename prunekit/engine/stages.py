@@ -26,9 +26,9 @@ from prunekit.pruning.masks import (
 )
 from prunekit.pruning.selection import (
     Selection,
+    check_keep,
     check_layers,
     check_scores,
-    meets,
     select_masks,
 )
 from prunekit.pruning.structures import find_followers, find_structured, follow
@@ -98,6 +98,7 @@ def prune(state: State, stage: Stage, work: Work) -> Outcome:
     selection = _choose_selection(stage, work)
     weights, followers = _find_structured(state, stage, work, selection)
     frozen = {name: weight.detach().clone() for name, weight in weights.items()}
+    entries = state.model.state_dict().keys()
     # Before scores are attached: an objective may trace the plain network.
     objective = options.objective and options.objective.build(ObjectiveContext(**vars(context)))
     schedule = options.sparsity_schedule.build(work.plain_context())
@@ -138,12 +139,13 @@ def prune(state: State, stage: Stage, work: Work) -> Outcome:
     )
     seeds.seed_all(work.run.seed, stage.position, "pruner")
     scores = options.pruner.build(scoring)(scoring)
-    check_scores(scores, frozen, named, allocates=options.pruner.component.allocates)
-    if scores.keep is not None and not meets(scores, selection):
+    if left := sorted(state.model.state_dict().keys() ^ entries):
         raise RunError(
-            f"{named} keeps {sum(scores.keep.values())} in all, which is not what sparsity "
-            f"{selection.sparsity:g} leaves"
+            f"{named} leaves another network behind: {', '.join(left)} came or went; what its "
+            "masking adds to the network, its detach() takes away"
         )
+    check_scores(scores, frozen, named, allocates=options.pruner.component.allocates)
+    check_keep(scores, selection, named)
     masks = select_masks(scores, selection, state.masks)
     check_layers(masks, selection.sparsity)
     for name, count in (scores.keep or {}).items():

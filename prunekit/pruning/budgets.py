@@ -26,16 +26,32 @@ def share_out(
 ) -> dict[str, int]:
     """Kept units of each layer: whole numbers that follow the densities and sum to `total`.
 
-    Largest remainders are rounded up, and no layer keeps more than its size.
+    Largest remainders are rounded up, and no layer keeps more than its size. Densities that mean
+    another sum are scaled.
+
+    Raises `ValueError` if `total` cannot be reached: it is more than all sizes, or densities are 0.
 
     >>> share_out({"a": 0.25, "b": 0.5}, {"a": 10, "b": 10}, 8)
     {'a': 3, 'b': 5}
+    >>> share_out({"a": 1, "b": 2}, {"a": 10, "b": 10}, 15)
+    {'a': 5, 'b': 10}
     """
     exact = {name: densities[name] * sizes[name] for name in sizes}
+    full = dict[str, float]()
+    # Layers that a common factor fills up leave the rest to the others.
+    while sum(exact.values()) > 0 and abs(sum(exact.values()) + sum(full.values()) - total) >= 1:
+        factor = (total - sum(full.values())) / sum(exact.values())
+        exact = {name: value * factor for name, value in exact.items()}
+        over = {name: float(sizes[name]) for name in exact if exact[name] > sizes[name]}
+        full |= over
+        exact = {name: value for name, value in exact.items() if name not in over}
+    exact = {name: full.get(name, exact.get(name, 0.0)) for name in sizes}
     kept = {name: min(int(value + 1e-9), sizes[name]) for name, value in exact.items()}
     # What rounding down left over goes where most was cut off.
     for name in sorted(sizes, key=lambda n: kept[n] - exact[n]):
         if sum(kept.values()) >= total:
             break
         kept[name] += kept[name] < sizes[name]
+    if sum(kept.values()) != total:
+        raise ValueError(f"densities {dict(densities)} of {dict(sizes)} do not reach {total}")
     return kept

@@ -110,6 +110,8 @@ def check_scores(
                 f"{', '.join(wrong)}"
             )
     for name, value in scores.values.items():
+        if not isinstance(value, Tensor):
+            raise RunError(f"{owner}: the scores of {name} are a {type(value).__name__}, no tensor")
         if value.shape != weights[name].shape:
             raise RunError(
                 f"{owner}: the scores of {name} are {tuple(value.shape)}, its weights "
@@ -119,12 +121,30 @@ def check_scores(
             raise RunError(f"{owner}: the scores of {name} hold NaN")
 
 
+def check_keep(scores: Scores, selection: Selection, owner: str) -> None:
+    """Raise `RunError` where `scores.keep` is not what the sparsity leaves of all units."""
+    sizes = _count_units(scores, selection)
+    unit = "channels" if selection.structure == "channel" else "weights"
+    for name, kept in (scores.keep or {}).items():
+        if not 0 <= kept <= sizes[name]:
+            raise RunError(f"{owner} keeps {kept} of the {sizes[name]} {unit} of {name}")
+    if scores.keep is not None and not meets(scores, selection):
+        total = sum(sizes.values())
+        raise RunError(
+            f"{owner} keeps {sum(scores.keep.values())} {unit} in all, and sparsity "
+            f"{selection.sparsity:g} leaves {count_kept(total, selection.sparsity)} of {total}"
+        )
+
+
 def meets(scores: Scores, selection: Selection) -> bool:
     """Whether `scores.keep` adds up to what the sparsity leaves of all units."""
+    total = sum(_count_units(scores, selection).values())
+    return sum((scores.keep or {}).values()) == count_kept(total, selection.sparsity)
+
+
+def _count_units(scores: Scores, selection: Selection) -> dict[str, int]:
     channels = selection.structure == "channel"
-    sizes = [v.shape[0] if channels else v.numel() for v in scores.values.values()]
-    kept = sum((scores.keep or {}).values())
-    return kept == count_kept(sum(sizes), selection.sparsity)
+    return {n: v.shape[0] if channels else v.numel() for n, v in scores.values.items()}
 
 
 def check_layers(masks: Masks, sparsity: float) -> None:

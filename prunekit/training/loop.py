@@ -119,12 +119,18 @@ def fit(job: Fit) -> list[dict[str, Any]]:
     job.report(StageStarted(job.stage, job.kind, job.key, job.epochs, batches, at.epoch, at.batch))
     for row in at.history:
         job.report(retell(job.stage, job.epochs, row))
+    names = model.state_dict().keys()
     if isinstance(job.masking, Rewired) and not (at.epoch or at.batch):
         job.masking.rewire(job.clock(0, 0), stepper.optimizer)
     while at.epoch < job.epochs:
         started = time.monotonic()
         _train_epoch(job, stepper, at, best)
         job.masking.check()
+        if changed := sorted(model.state_dict().keys() ^ names):
+            raise RunError(
+                f"stage {job.stage!r}: {', '.join(changed)} came or went while training, so that "
+                "no checkpoint could be loaded; make the state of a masking in its __init__"
+            )
         with ExitStack() as judged:
             for wrapper in job.wrappers:
                 if isinstance(wrapper, Averaging):

@@ -88,9 +88,14 @@ class LearnedScores:
     Biases are frozen too. Normalization layers train, affine parameters and running statistics,
     unless `bn` is "freeze". Channels are closed at the output of the last of a weight's
     `followers`, single weights where they are. The fraction that is removed follows the `schedule`
-    while scores train, and is all of it wherever the network is judged. `rates` are scalar modules
-    whose values are learned with the scores of a weight; a subclass then overrides `moving` and
-    `scores`, to say how many weights each layer keeps, and `parameters` and `penalty`.
+    while scores train, and is all of it wherever the network is judged.
+
+    Fields: `model`; `start`, the scores at first; `selection`, with the `sparsity` and `structure`
+    of the stage; `alive`, what earlier stages left; `rates`, scalar modules by the name of a
+    weight, learned with its scores, `rates[name]()` is the value; `parts`, a module for each
+    weight, with its parameter `score` and its buffer `mask`. A subclass overrides `moving` and
+    `scores`, and with rates `parameters` (the rates are the second group) and `penalty`. What state
+    it needs it registers in its `__init__` as buffers of `parts`, which leave with them.
     """
 
     def __init__(
@@ -117,8 +122,8 @@ class LearnedScores:
                 module.train(bn != "freeze")
                 for parameter in trains.intersection(module.parameters()):
                     parameter.requires_grad_(bn != "freeze")
-        self._rates = dict(rates or {})
-        known = {name: self._rates.get(name) for name in start.values}
+        self.rates = dict(rates or {})
+        known = {name: self.rates.get(name) for name in start.values}
         self.parts: dict[str, ScoredWeight] | dict[str, ChannelGate]
         self._undo: list[Callable[[], None]]
         if selection.structure == "channel":
@@ -149,7 +154,7 @@ class LearnedScores:
 
     def parameters(self) -> list[ParamGroup]:
         """One group; those of the rates are a second one."""
-        rates = {id(p): p for rate in self._rates.values() for p in rate.parameters()}
+        rates = {id(p): p for rate in self.rates.values() for p in rate.parameters()}
         trained = [p for p in self.model.parameters() if p.requires_grad]
         groups = [ParamGroup([p for p in trained if id(p) not in rates])]
         return [*groups, ParamGroup(list(rates.values()))] if rates else groups

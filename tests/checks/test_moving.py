@@ -51,6 +51,22 @@ class DoesNotEnd(Rewires):
     )
 
 
+class Counts(Rewires):
+    calls = 0
+
+    def __call__(self, moment):
+        self.calls += 1
+        return Scores({n: w.abs() * (-1) ** self.calls for n, w in moment.weights.items()})
+
+
+class DueNever(Rewires):
+    due = staticmethod(lambda clock: None)
+
+
+class NoDue:
+    __call__ = MAGNITUDES
+
+
 class Misspelt(Rewires):
     def dew(self, clock):
         return True
@@ -82,6 +98,31 @@ class HalfAState:
         return {}
 
 
+class Forgets:
+    """A rate that grows with each step, of which a resumed run knows nothing."""
+
+    steps = 0
+
+    def around(self, go, now):
+        loss = go()
+        self.steps += 1
+        for parameter in now.model.parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(self.steps)
+        return loss
+
+
+class HoldsANumber:
+    def after_step(self, now):
+        pass
+
+    def state_dict(self):
+        return {"steps": 3}
+
+    def load_state_dict(self, state):
+        pass
+
+
 class JudgesTheSame:
     def after_step(self, now):
         pass
@@ -105,6 +146,12 @@ def counts(count):
         (RewirerComponent, ChangesWeights, "a step that rewires changed a weight that stays"),
         (RewirerComponent, LooksAtTheStep, "`due` is not a function of the clock alone"),
         (RewirerComponent, DoesNotEnd, "write allocates=True where Scores has keep="),
+        (RewirerComponent, Counts, "keeps a state of its own, which a resumed run has not"),
+        (RewirerComponent, DueNever, "`due` gives a NoneType, not a bool"),
+        (RewirerComponent, NoDue, r"has no due\(\)"),
+        (WrapperComponent, Forgets, "keeps a state that state_dict"),
+        (WrapperComponent, HoldsANumber, "steps is a int, not a tensor"),
+        (BudgetComponent, lambda: lambda layers: None, "gives a NoneType, not a mapping"),
         (RewirerComponent, Misspelt, r"prunekit does not call dew\(\) of Misspelt; did you mean"),
         (WrapperComponent, LeavesWeights, "`around` does not bring the weights back to the bit"),
         (WrapperComponent, RunsTwice, "makes 2 passes, and declares others"),

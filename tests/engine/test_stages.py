@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from prunekit.report import StageDone, StageStarted
+from prunekit.training.masking import LearnedScores
 
 
 @pytest.mark.parametrize(
@@ -93,3 +94,26 @@ def test_a_term_that_is_no_number_does_not_lose_the_stage(bench, parts):
     assert folder.status == "done"
     assert "odd" not in folder.metrics["pretrain"]
     assert "loss" in folder.metrics["pretrain"]
+
+
+def test_state_that_comes_late_or_stays_is_told_before_anything_is_lost(bench, monkeypatch):
+    """A checkpoint of it could not be loaded, nor the network that it leaves behind."""
+    recipe = bench.recipe.replace('"lwm"', '"score"\nobjective = "benign"\nepochs = 1')
+
+    def late(self):
+        self.model.register_buffer("late", torch.zeros(1))
+        return self.scores()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LearnedScores, "moving", late)
+        (folder,) = bench.run(recipe=recipe)
+    assert "rehearsal" in folder.error
+    assert "stage 'prune': late came or went while training" in folder.error
+
+    def stay(self, original=LearnedScores.detach):
+        original(self)
+        self.model.register_buffer("left", torch.zeros(1))
+
+    monkeypatch.setattr(LearnedScores, "detach", stay)
+    (folder,) = bench.run(recipe=recipe)
+    assert "pruner 'score' leaves another network behind: left came or went" in folder.error

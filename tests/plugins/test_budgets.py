@@ -50,6 +50,26 @@ def test_erk_by_hand():
     assert share_out(densities, {"a": 4, "b": 100}, 52) == {"a": 4, "b": 48}
 
 
+@pytest.mark.parametrize(
+    ("densities", "total", "expected"),
+    [
+        ({"a": 0.05, "b": 0.05}, 8, {"a": 4, "b": 4}),  # eight times as dense
+        ({"a": 1.0, "b": 1.0}, 3, {"a": 2, "b": 1}),
+        ({"a": 0.9, "b": 0.1}, 16, {"a": 10, "b": 6}),  # 14.4 and 1.6: a is full, b has the rest
+        ({"a": 0.0, "b": 0.5}, 7, {"a": 0, "b": 7}),
+        ({"a": 0.34, "b": 0.36}, 7, {"a": 3, "b": 4}),
+    ],
+)
+def test_shares_sum_to_the_total(densities, total, expected):
+    assert share_out(densities, {"a": 10, "b": 10}, total) == expected
+
+
+@pytest.mark.parametrize(("densities", "total"), [((0.0, 0.0), 8), ((0.0, 1.0), 15), ((1, 1), 21)])
+def test_a_total_out_of_reach_is_told(densities, total):
+    with pytest.raises(ValueError, match=f"do not reach {total}"):
+        share_out(dict(zip("ab", densities, strict=True)), {"a": 10, "b": 10}, total)
+
+
 def test_erk_of_convolutions_counts_the_kernel():
     """(8, 4, 3, 3): (8 + 4 + 3 + 3) / 288; (16, 8, 3, 3): 30 / 1152; c = 0.1 * 1440 / 48 = 3."""
     shapes = {"a": torch.Size((8, 4, 3, 3)), "b": torch.Size((16, 8, 3, 3))}

@@ -64,7 +64,7 @@ def test_score_learns_from_the_scale():
         return Scores({"a": torch.tensor([[0.25, 0.5]])}, layerwise=True)
 
     result = build_score(ScoreOptions(), example_context(PrunerContext))(
-        example_context(PrunerContext, weights=weights, train=learn)
+        example_context(PrunerContext, weights=weights, attach=lambda start: start, train=learn)
     )
     assert result.values["a"].tolist() == [[0.25, 0.5]]
     (start,) = asked
@@ -221,7 +221,12 @@ def test_score_learns_from_snip_rescaled():
 
     # |g w| = 3/4 ((0, 1), (0, 1 + ln 3)); then sqrt(6 / 2) / max.
     context = example_context(
-        PrunerContext, model=model, weights=context.weights, batches=context.batches, train=learn
+        PrunerContext,
+        model=model,
+        weights=context.weights,
+        batches=context.batches,
+        attach=lambda start: start,
+        train=learn,
     )
     build_score(ScoreOptions(start="snip"), example_context(PrunerContext))(context)
     (start,) = asked

@@ -22,7 +22,7 @@ class Rate(nn.Module):
 class Harp(LearnedScores):
     def __init__(self, *given, rates, gamma):
         super().__init__(*given, rates=rates)
-        self.rates, self.gamma = rates, gamma
+        self.gamma = gamma
         self.sizes = {name: value.numel() for name, value in self.start.values.items()}
         self.target = count_kept(sum(self.sizes.values()), self.selection.sparsity)
 
