@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from prunekit.engine.evaluating import evaluate
 from prunekit.engine.work import Outcome, Work, describe_masks
 from prunekit.errors import RunError
 from prunekit.evaluation import eval_mode
+from prunekit.pruning.groups import Group, find_groups, follow
 from prunekit.pruning.layers import find_prunable, find_unprunable
 from prunekit.pruning.masks import (
     State,
@@ -29,9 +30,10 @@ from prunekit.pruning.selection import (
     check_keep,
     check_layers,
     check_scores,
+    count_units,
     select_masks,
 )
-from prunekit.pruning.structures import find_followers, find_structured, follow
+from prunekit.pruning.structures import fits
 from prunekit.recipe.stages import Stage
 from prunekit.report import Note, StageStarted
 from prunekit.steps import Masking
@@ -61,11 +63,11 @@ def train(state: State, stage: Stage, work: Work) -> Outcome:
 def _rewire(state: State, stage: Stage, work: Work) -> Rewired:
     """The masking of a stage whose masks a rewirer changes."""
     use = stage.options.rewire
-    selection = _choose_selection(stage, work)
-    weights, followers = _find_structured(state, stage, work, selection)
+    weights, selection = _find_structured(state, stage, work)
+    groups = selection.groups
     if any(mask.dim() == 1 for mask in state.masks.values()):
         # A channel that an earlier stage removed comes back with its bias, scale and shift.
-        followers = {n: v for n, v in _find_followers(state, work).items() if n in weights}
+        groups = _find_groups(state, weights, work)[0]
     rewiring = Rewiring(
         rewirer=use.build(work.context(stage, state)),
         name=use.name,
@@ -75,7 +77,7 @@ def _rewire(state: State, stage: Stage, work: Work) -> Rewired:
         seed=(work.run.seed, stage.position),
         gradients=use.component.gradients,
         allocates=use.component.allocates,
-        followers=followers,
+        groups=groups,
         rehearsed=stage.limit is not None,
     )
     return Rewired(state.model, state.masks, rewiring)
@@ -95,8 +97,7 @@ def prune(state: State, stage: Stage, work: Work) -> Outcome:
     history: list[dict[str, Any]] = []
     _thaw(state, work)
     context = work.context(stage, state)
-    selection = _choose_selection(stage, work)
-    weights, followers = _find_structured(state, stage, work, selection)
+    weights, selection = _find_structured(state, stage, work)
     frozen = {name: weight.detach().clone() for name, weight in weights.items()}
     entries = state.model.state_dict().keys()
     # Before scores are attached: an objective may trace the plain network.
@@ -106,7 +107,7 @@ def prune(state: State, stage: Stage, work: Work) -> Outcome:
     def attach(start: Scores, kind: type[LearnedScores] = LearnedScores, **more: Any) -> Masking:
         check_scores(start, frozen, named, allocates=start.keep is not None)
         bn, alive = options.bn, state.masks
-        return kind(state.model, start, selection, alive, bn, followers, schedule, **more)
+        return kind(state.model, start, selection, alive, bn, schedule, **more)
 
     def train(masking: Masking) -> Scores:
         if history:
@@ -148,14 +149,13 @@ def prune(state: State, stage: Stage, work: Work) -> Outcome:
     check_keep(scores, selection, named)
     masks = select_masks(scores, selection, state.masks)
     check_layers(masks, selection.sparsity)
-    for name, count in (scores.keep or {}).items():
-        mask = masks[name].flatten(1).any(1) if options.structure == "channel" else masks[name]
-        if int(mask.sum()) != count:
+    for name, left in count_units(masks, selection).items():
+        if scores.keep is not None and scores.keep[name] != left:
             raise RunError(
-                f"{named} keeps {count} of {name}, where earlier stages left {int(mask.sum())}; "
+                f"{named} keeps {scores.keep[name]} of {name}, where earlier stages left {left}; "
                 "what is left is in context.masks"
             )
-    state.masks = {**state.masks, **masks, **follow(masks, followers)}
+    state.masks = {**state.masks, **masks, **follow(masks, selection.groups)}
     apply_masks(state.model, state.masks)
     _tell_sparsity(state, stage, work)
     if options.bn == "recalibrate":
@@ -170,10 +170,9 @@ def _tell_sparsity(state: State, stage: Stage, work: Work) -> None:
         work.report(Note(f"asked for sparsity {stage.sparsity:g}, got {got:.4g} of all weights"))
 
 
-def _find_structured(
-    state: State, stage: Stage, work: Work, selection: Selection
-) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
-    """(weights that the stage prunes, vectors that go with their channels)."""
+def _find_structured(state: State, stage: Stage, work: Work) -> tuple[dict[str, Tensor], Selection]:
+    """(weights that the stage prunes, how): those that the structure does not suit stay dense."""
+    selection = _choose_selection(stage, work)
     found = _find_unstructured(state.model, stage.options.exclude, work)
     weights = {name: weight for name, weight in found.items() if name not in state.frozen}
     if not weights:
@@ -181,16 +180,21 @@ def _find_structured(
             "there is nothing to prune: the network freezes every weight; set requires_grad where "
             "it may change"
         )
-    if selection.structure == "element":
-        return weights, {}
-    followers = _find_followers(state, work)
-    names = find_structured(weights, selection.structure, list(followers))
-    if not names:
+    dense = {n: "" for n, weight in weights.items() if not fits(weight, selection.structure)}
+    if selection.structure == "channel":
+        groups, dense = _find_groups(state, weights, work)
+        selection = replace(selection, groups=groups)
+    if len(dense) == len(weights):
         raise RunError(f"structure {selection.structure!r} fits no layer of this network")
-    if left := [name for name in weights if name not in names]:
-        work.report(Note(f"structure {selection.structure!r} leaves dense: {', '.join(left)}"))
-    chosen = followers if selection.structure == "channel" else {}
-    return {name: weights[name] for name in names}, {n: v for n, v in chosen.items() if n in names}
+    if dense:
+        reasons = {
+            why: [n for n, reason in dense.items() if reason == why] for why in dense.values()
+        }
+        told = "; ".join(
+            f"{', '.join(n)} ({why})" if why else ", ".join(n) for why, n in reasons.items()
+        )
+        work.report(Note(f"structure {selection.structure!r} leaves dense: {told}"))
+    return {name: weight for name, weight in weights.items() if name not in dense}, selection
 
 
 def _thaw(state: State, work: Work) -> None:
@@ -202,10 +206,11 @@ def _thaw(state: State, work: Work) -> None:
         work.report(Note(f"frozen by the network, neither trained nor pruned: {named}{more}"))
 
 
-def _find_followers(state: State, work: Work) -> dict[str, list[str]]:
-    with eval_mode(state.model):
-        example = torch.zeros(1, *work.loaded.data.shape, device=work.device)
-        return find_followers(state.model, example)
+def _find_groups(
+    state: State, weights: Collection[str], work: Work
+) -> tuple[list[Group], dict[str, str]]:
+    example = torch.zeros(1, *work.loaded.data.shape, device=work.device)
+    return find_groups(state.model, example, weights)
 
 
 def _find_unstructured(

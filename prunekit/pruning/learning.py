@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from prunekit.pruning.groups import Group, average_units, join_units
 from prunekit.pruning.layers import WEIGHTS, find_weights
 
 
@@ -74,48 +75,104 @@ come back.
 """
 
 
-class ChannelGate(_Part):
-    """Opens and closes the output channels of a layer by trained scores of its weights.
+class ScoredChannels(_Part):
+    """Trained scores of a weight whose output channels are opened and closed by gates.
 
-    Straight through as for single weights: with the gate m_c treated as the mean |s| of channel c,
-    ds = dL/dm_c sign(s) / n for its n weights. The layer itself stays whole meanwhile: what reads
-    its weight, instead of calling the network, wants `effective_parameters`.
+    The layer itself stays whole meanwhile: what reads its weight, instead of calling the network,
+    wants `effective_parameters`.
     """
 
-    def __init__(self, start: Tensor, rate: nn.Module | None = None) -> None:
-        super().__init__(start, rate)
-        self.last = start.dim() == 2
-        """Whether channels are the last dimension of the output (linear layers), or the second."""
+    def forward(self) -> Tensor:
+        """(O,) What the gradient of the gates goes to: the mean |s| of each channel."""
+        return self.soften(self.score.abs().flatten(1).mean(1))
 
-    def forward(self, output: Tensor) -> Tensor:
-        gate = self.opening(output.dtype)
-        return output * (gate if self.last else gate.view(-1, *[1] * (output.dim() - 2)))
+
+_MADE: dict[nn.Module, Tensor] = {}
+"""Openings that are made once for all gates, while `effective_weights` lasts."""
+
+
+class GroupOpening(nn.Module):
+    """What each unit (n,) of a group is multiplied with: 1, or `LEAK`.
+
+    Straight through as for single weights: with the opening m_u treated as the mean |s| of unit u,
+    ds = dL/dm_u sign(s) / k for the k weights of its channel, averaged over channels.
+    """
+
+    def __init__(self, group: Group, parts: Mapping[str, ScoredChannels]) -> None:
+        super().__init__()
+        self.group, self.names = group, list(group.weights)
+        self.parts = nn.ModuleList(parts[name] for name in self.names)
+        self.device = parts[self.names[0]].score.device
+        self.shared = len(self.names) > 1 or len(group.gates) > 1
+
+    def forward(self) -> Tensor:
+        if self in _MADE:
+            return _MADE[self]
+        scored: Any = dict(zip(self.names, self.parts, strict=True))
+        soft = average_units(self.group, {name: part() for name, part in scored.items()})
+        kept = join_units(self.group, {name: part.mask for name, part in scored.items()})
+        return kept.to(soft.dtype).clamp_min(LEAK) + soft - soft.detach()
+
+
+class ChannelGate(nn.Module):
+    """Multiplies the output of a module, along its channels, with the openings of their groups."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+        self.homes = nn.ModuleList()
+        """Those of the openings whose scores are among the states of this module."""
+        self.pieces: list[tuple[Callable[[], Tensor], Tensor | None]] = []
+        """(openings of a group, unit of each channel; None where these are the channels)"""
+
+    def add(self, opening: GroupOpening, units: Tensor, *, home: bool) -> None:
+        if home:
+            self.homes.append(opening)
+        plain = torch.equal(units, torch.arange(opening.group.size))
+        self.pieces.append((opening.__call__, None if plain else units.to(opening.device)))
 
     def opening(self, dtype: torch.dtype) -> Tensor:
-        """What each channel (O,) is multiplied with: 1, or `LEAK`."""
-        soft = self.soften(self.score.abs().flatten(1).mean(1))
-        opened = self.mask.flatten(1).any(1).to(dtype).clamp_min(LEAK)
-        return opened + soft - soft.detach()
+        """What each channel (C,) is multiplied with: 1, or `LEAK`."""
+        whole: Tensor | None = None
+        for opening, units in self.pieces:
+            part = opening().to(dtype)
+            if units is not None:
+                part = torch.where(units < 0, 1, part[units])
+            whole = part if whole is None else whole * part
+        assert whole is not None
+        return whole
+
+    def forward(self, output: Tensor) -> Tensor:
+        shape = [1] * output.dim()
+        shape[self.dim] = -1
+        return output * self.opening(output.dtype).view(shape)
 
 
 def _gate_output(module: nn.Module, inputs: Any, output: Tensor) -> Any:
-    """The forward hook of a layer with a gate."""
+    """The forward hook of a module with a gate."""
     return module._modules["channel_gate"](output)  # type: ignore[misc]
 
 
 def attach_gates(
-    model: nn.Module, gates: Mapping[str, ChannelGate], followers: Mapping[str, Sequence[str]]
+    model: nn.Module, parts: Mapping[str, ScoredChannels], groups: Sequence[Group]
 ) -> list[Callable[[], None]]:
-    """Put each weight's gate behind the last of its followers; returns what takes them off."""
+    """Put gates where the groups want them; returns what takes them off.
+
+    A group's scores are with the last of its gates, so that they are among the model's parameters
+    and states.
+    """
     modules = dict(model.named_modules())
+    gates: dict[str, ChannelGate] = {}
+    for group in groups:
+        opening = GroupOpening(group, parts)
+        for name, (dim, units) in group.gates.items():
+            gate = gates.setdefault(name, ChannelGate(dim))
+            gate.add(opening, units, home=name == [*group.gates][-1])
     undo: list[Callable[[], None]] = []
     for name, gate in gates.items():
-        *_, end = (name, *followers[name])
-        module = modules[end.rpartition(".")[0]]
-        # A child of the layer, so that the score is among the model's parameters and states.
-        module.add_module("channel_gate", gate)
-        hook = module.register_forward_hook(_gate_output)
-        undo += [hook.remove, partial(module.__delattr__, "channel_gate")]
+        modules[name].add_module("channel_gate", gate)
+        hook = modules[name].register_forward_hook(_gate_output)
+        undo += [hook.remove, partial(modules[name].__delattr__, "channel_gate")]
     return undo
 
 
@@ -164,22 +221,29 @@ def effective_weights(model: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]
     attack, say) would cache a weight without a graph, and its scores would get no gradients.
     Yields (frozen weight, masked weight) of every layer.
     """
+    shared = [m for m in model.modules() if isinstance(m, GroupOpening) and m.shared]
     with parametrize.cached():
         with torch.enable_grad():
             made = []
+            for opening in shared:
+                _MADE[opening] = opening()
             for module in model.modules():
                 for own in _find_scored(module):
                     lists: Any = module.parametrizations
                     made.append((lists[own].original, getattr(module, own)))
-        yield made
+        try:
+            yield made
+        finally:
+            for opening in shared:
+                _MADE.pop(opening, None)
 
 
 def effective_parameters(model: nn.Module) -> dict[str, Tensor]:
     """The parameters as the forward pass of this step uses them, by the plain network's names.
 
-    A weight with scores is masked; a layer whose channels a gate opens and closes has weight and
-    bias multiplied by it along the outputs, which is what the gate does to the output. Gradients
-    reach the scores. A tied parameter is there under the name of each layer that uses it.
+    A weight with scores is masked; a layer whose channels a gate opens and closes has its
+    parameters multiplied by it along the outputs, which is what the gate does to the output.
+    Gradients reach the scores. A tied parameter is there under the name of each layer that uses it.
     """
     values: dict[str, Tensor] = {}
     inner: set[nn.Module] = set()
@@ -191,7 +255,7 @@ def effective_parameters(model: nn.Module) -> dict[str, Tensor]:
             names.append(name)
             inner.update(module.parametrizations[name].modules())
         if gate is not None:
-            inner.add(gate)
+            inner.update(gate.modules())
         for name in names if module not in inner else ():
             value = getattr(module, name)
             if gate is not None:

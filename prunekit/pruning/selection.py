@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from prunekit.contracts import Masks, Scores, read_ratio
 from prunekit.errors import RunError
 from prunekit.pruning.budgets import count_kept, uniform
+from prunekit.pruning.groups import Group, alone, average_units, join_units
 from prunekit.pruning.structures import keep_n_of_m, score_channels
 from prunekit.steps import Budget, Layers
 
@@ -21,13 +22,18 @@ class Selection:
     """How much is kept (`sparsity` is removed), how layers share it, and what goes together.
 
     `compares` says that the budget compares the scores of layers. structure: "element", "channel"
-    or "n:m", whose ratio is the budget.
+    or "n:m", whose ratio is the budget. Channels are those of `groups`, by default each layer's.
     """
 
     sparsity: float
     budget: Budget = uniform
     structure: str = "element"
     compares: bool = False
+    groups: Sequence[Group] = ()
+
+    def group(self, weights: Mapping[str, Tensor]) -> Sequence[Group]:
+        """The groups of these weights."""
+        return self.groups or alone(weights)
 
 
 def select_masks(
@@ -37,7 +43,8 @@ def select_masks(
 
     Sees all layers at once. Which of several tied scores survive is arbitrary, but the same for
     the same scores. A weight that is not `alive` (pruned by an earlier stage) is never kept.
-    Channels count as wholes: what is removed of them is rounded down.
+    Channels count as wholes, and once for all layers of a group, which goes by the name of its
+    first: what is removed of them is rounded down.
     """
     alive = {name: mask for name, mask in (alive or {}).items() if name in scores.values}
     values = {name: value.detach() for name, value in scores.values.items()}
@@ -47,13 +54,40 @@ def select_masks(
     if ratio is not None:
         masks = {n: keep_n_of_m(_bury(v, alive.get(n)), *ratio) for n, v in values.items()}
     elif selection.structure == "channel":
-        units = {n: score_channels(v, alive.get(n)) for n, v in values.items()}
-        left = {n: mask.flatten(1).any(1) for n, mask in alive.items()}
-        chosen = _share(units, scores, left, selection)
-        masks = {n: _widen(chosen[n], v) for n, v in values.items()}
+        masks = _select_channels(values, scores, alive, selection)
     else:
         masks = _share(values, scores, alive, selection)
     return {n: m & alive[n] if n in alive else m for n, m in masks.items()}
+
+
+def _select_channels(
+    values: Mapping[str, Tensor], scores: Scores, alive: Mapping[str, Tensor], selection: Selection
+) -> Masks:
+    groups = selection.group(values)
+    units, left = {}, {}
+    for group in groups:
+        own = {name: values[name] for name in group.weights}
+        if len(own) > 1 and scores.layerwise and not selection.compares:
+            own = {n: v / _root_mean_square(v, alive.get(n)) for n, v in own.items()}
+        channels = {n: score_channels(v, alive.get(n)) for n, v in own.items()}
+        units[group.name] = average_units(group, channels)
+        if any(name in alive for name in own):
+            whole = {n: alive.get(n, torch.ones_like(v, dtype=torch.bool)) for n, v in own.items()}
+            left[group.name] = join_units(group, whole)
+    chosen = _share(units, scores, left, selection)
+    return {
+        name: _widen(chosen[group.name][group.weights[name].to(values[name].device)], values[name])
+        for group in groups
+        for name in group.weights
+    }
+
+
+def count_units(masks: Masks, selection: Selection) -> dict[str, int]:
+    """How many units are kept of each layer: weights, or channels of each group."""
+    if selection.structure != "channel":
+        return {name: int(mask.sum()) for name, mask in masks.items()}
+    groups = selection.group(masks)
+    return {g.name: int(join_units(g, {n: masks[n] for n in g.weights}).sum()) for g in groups}
 
 
 def _bury(values: Tensor, alive: Tensor | None) -> Tensor:
@@ -72,7 +106,7 @@ def _share(
     kept: Mapping[str, Any] | None = scores.keep
     total = count_kept(sum(unit.numel() for unit in units.values()), selection.sparsity)
     if kept is None:
-        shapes = {name: value.shape for name, value in scores.values.items()}
+        shapes = {name: scores.values[name].shape for name in units}
         layers = Layers(units, alive, shapes, selection.sparsity, total)
         kept = dict(selection.budget(layers))
     if any(isinstance(found, Tensor) for found in kept.values()):
@@ -123,28 +157,32 @@ def check_scores(
 
 def check_keep(scores: Scores, selection: Selection, owner: str) -> None:
     """Raise `RunError` where `scores.keep` is not what the sparsity leaves of all units."""
-    sizes = _count_units(scores, selection)
+    sizes = _size_units(scores, selection)
     unit = "channels" if selection.structure == "channel" else "weights"
-    for name, kept in (scores.keep or {}).items():
-        if not 0 <= kept <= sizes[name]:
-            raise RunError(f"{owner} keeps {kept} of the {sizes[name]} {unit} of {name}")
+    kept = {name: count for name, count in (scores.keep or {}).items() if name in sizes}
+    for name, count in kept.items():
+        if not 0 <= count <= sizes[name]:
+            raise RunError(f"{owner} keeps {count} of the {sizes[name]} {unit} of {name}")
     if scores.keep is not None and not meets(scores, selection):
         total = sum(sizes.values())
         raise RunError(
-            f"{owner} keeps {sum(scores.keep.values())} {unit} in all, and sparsity "
+            f"{owner} keeps {sum(kept.values())} {unit} in all, and sparsity "
             f"{selection.sparsity:g} leaves {count_kept(total, selection.sparsity)} of {total}"
         )
 
 
 def meets(scores: Scores, selection: Selection) -> bool:
     """Whether `scores.keep` adds up to what the sparsity leaves of all units."""
-    total = sum(_count_units(scores, selection).values())
-    return sum((scores.keep or {}).values()) == count_kept(total, selection.sparsity)
+    sizes = _size_units(scores, selection)
+    kept = sum((scores.keep or {})[name] for name in sizes)
+    return kept == count_kept(sum(sizes.values()), selection.sparsity)
 
 
-def _count_units(scores: Scores, selection: Selection) -> dict[str, int]:
-    channels = selection.structure == "channel"
-    return {n: v.shape[0] if channels else v.numel() for n, v in scores.values.items()}
+def _size_units(scores: Scores, selection: Selection) -> dict[str, int]:
+    """How many units each layer has; channels of a group count once, for its first layer."""
+    if selection.structure != "channel":
+        return {name: value.numel() for name, value in scores.values.items()}
+    return {group.name: group.size for group in selection.group(scores.values)}
 
 
 def check_layers(masks: Masks, sparsity: float) -> None:

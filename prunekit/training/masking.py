@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from prunekit.contracts import Clock, Masks, Scores
 from prunekit.pruning.learning import (
-    ChannelGate,
+    ScoredChannels,
     ScoredWeight,
     attach,
     attach_gates,
@@ -86,9 +86,9 @@ class LearnedScores:
     """Trains scores of frozen weights; masks follow the scores, once an optimizer step.
 
     Biases are frozen too. Normalization layers train, affine parameters and running statistics,
-    unless `bn` is "freeze". Channels are closed at the output of the last of a weight's
-    `followers`, single weights where they are. The fraction that is removed follows the `schedule`
-    while scores train, and is all of it wherever the network is judged.
+    unless `bn` is "freeze". Channels are closed by the gates of the selection's
+    groups, single weights where they are. The fraction that is removed follows the `schedule` while
+    scores train, and is all of it wherever the network is judged.
 
     Fields: `model`; `start`, the scores at first; `selection`, with the `sparsity` and `structure`
     of the stage; `alive`, what earlier stages left; `rates`, scalar modules by the name of a
@@ -105,7 +105,6 @@ class LearnedScores:
         selection: Selection,
         alive: Masks,
         bn: str = "train",
-        followers: Mapping[str, Sequence[str]] | None = None,
         schedule: SparsitySchedule | None = None,
         rates: Mapping[str, nn.Module] | None = None,
     ) -> None:
@@ -124,12 +123,12 @@ class LearnedScores:
                     parameter.requires_grad_(bn != "freeze")
         self.rates = dict(rates or {})
         known = {name: self.rates.get(name) for name in start.values}
-        self.parts: dict[str, ScoredWeight] | dict[str, ChannelGate]
+        self.parts: dict[str, ScoredWeight] | dict[str, ScoredChannels]
         self._undo: list[Callable[[], None]]
         if selection.structure == "channel":
-            gates = {n: ChannelGate(v, known[n]) for n, v in start.values.items()}
-            self._undo = attach_gates(model, gates, followers or {})
-            self.parts = gates
+            channels = {n: ScoredChannels(v, known[n]) for n, v in start.values.items()}
+            self._undo = attach_gates(model, channels, selection.groups)
+            self.parts = channels
         else:
             scored = {n: ScoredWeight(v, known[n]) for n, v in start.values.items()}
             attach(model, scored)

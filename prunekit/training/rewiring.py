@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from prunekit.contracts import Clock, Masks
 from prunekit.data import seeds
 from prunekit.errors import RunError
+from prunekit.pruning.groups import Group, follow
 from prunekit.pruning.learning import LEAK
 from prunekit.pruning.selection import (
     Selection,
@@ -20,7 +21,6 @@ from prunekit.pruning.selection import (
     meets,
     select_masks,
 )
-from prunekit.pruning.structures import follow
 from prunekit.steps import Moment, Rewirer, SparsitySchedule
 from prunekit.training.masking import Weights
 
@@ -29,7 +29,7 @@ from prunekit.training.masking import Weights
 class Rewiring:
     """What rewires a stage: the rewirer, how much it removes, of which weights.
 
-    `followers` are the vectors that lose an entry with a channel; `seed` is (run seed, stage
+    `groups` have the vectors that lose an entry with a channel; `seed` is (run seed, stage
     position).
     """
 
@@ -41,7 +41,7 @@ class Rewiring:
     seed: tuple[int, int]
     gradients: bool = False
     allocates: bool = False
-    followers: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    groups: Sequence[Group] = ()
     rehearsed: bool = False
     """The stage is tried on a few batches: its last step rewires in any case."""
 
@@ -56,8 +56,8 @@ class Rewired(Weights):
     def __init__(self, model: nn.Module, masks: Masks, rewiring: Rewiring) -> None:
         self.rewiring = rewiring
         named = dict(model.named_parameters())
-        moving = [*rewiring.weights]
-        moving += [v for name in rewiring.weights for v in rewiring.followers.get(name, ())]
+        vectors = [name for group in rewiring.groups for name in group.vectors]
+        moving = dict.fromkeys([*rewiring.weights, *vectors])
         live: Masks = {}
         for name in moving:
             mask = masks.get(name, torch.ones_like(named[name], dtype=torch.bool))
@@ -126,7 +126,7 @@ class Rewired(Weights):
         if final and not reached:
             raise RunError(f"rewirer {plan.name!r} does not end at sparsity {target:g}")
         self.model.get_buffer("rewired").fill_(reached)
-        chosen |= follow(chosen, plan.followers)
+        chosen |= follow(chosen, plan.groups)
         for name, mask in chosen.items():
             self._change(name, mask, optimizer)
 

@@ -27,10 +27,10 @@ from torch import Tensor, nn
 
 from prunekit import UserError
 from prunekit.contracts import Clock, Scores
+from prunekit.pruning.groups import find_groups
 from prunekit.pruning.layers import find_prunable
 from prunekit.pruning.learning import effective_parameters
 from prunekit.pruning.selection import Selection
-from prunekit.pruning.structures import find_followers
 from prunekit.training.masking import LearnedScores
 
 CLOCK = Clock(0, 10, 0, 2)
@@ -373,11 +373,11 @@ def test_scores_act_on_bounds_as_on_the_network(structure: str, bn: bool) -> Non
     net, dense = make_prunable(bn=bn), make_prunable(bn=bn)
     x, y = make_images(), torch.tensor([0, 1, 2, 0, 1, 2])
     net(x)  # moves the statistics
-    followers = find_followers(net.eval(), x[:1])
     weights = find_prunable(net, ["6.*"] if structure == "channel" else [])
+    groups = find_groups(net, x[:1], weights)[0] if structure == "channel" else []
     start = Scores({name: torch.randn_like(weight) for name, weight in weights.items()})
-    selection = Selection(0.5, structure=structure)
-    trained = LearnedScores(net, start, selection, {}, "train", followers)
+    selection = Selection(0.5, structure=structure, groups=groups)
+    trained = LearnedScores(net, start, selection, {}, "train")
     bounds = Bounds(net, SHAPE)  # built after the scores were attached
     box = surround(x, 0.02)
     with trained.effective(CLOCK):

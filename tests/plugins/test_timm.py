@@ -24,11 +24,12 @@ from prunekit.contexts import ArchitectureContext
 from prunekit.contracts import Clock, Scores
 from prunekit.engine.engine import Engine
 from prunekit.errors import Interrupted, OptionError, UserError
+from prunekit.pruning.groups import find_groups, follow
 from prunekit.pruning.layers import find_prunable, find_unprunable
 from prunekit.pruning.learning import LEAK
 from prunekit.pruning.masks import apply_masks
 from prunekit.pruning.selection import Selection, select_masks
-from prunekit.pruning.structures import find_followers, find_structured, follow
+from prunekit.pruning.structures import fits
 from prunekit.recipe.document import load_recipe
 from prunekit.recipe.plan import make_plan
 from prunekit.recipe.resolver import describe
@@ -178,17 +179,17 @@ def test_structures_give_the_network_that_was_learned(family, structure):
     for module in network.modules():  # scales that start at zero would hide everything
         if hasattr(module, "gamma") and isinstance(module.gamma, nn.Parameter):
             module.gamma.data.fill_(1)
-    followers = find_followers(network.eval(), x[:1])
+    network.eval()
     weights = find_prunable(network, network.leave_dense)
-    names = find_structured(weights, structure, list(followers))
+    groups, dense = find_groups(network, x[:1], weights) if structure == "channel" else ([], {})
+    names = [n for n, w in weights.items() if n not in dense and fits(w, structure)]
     assert len(names) > len(weights) // 3
     scores = Scores({name: torch.rand_like(weights[name]) for name in names})
-    selection = Selection(0.5, structure=structure)
-    chosen = {n: v for n, v in followers.items() if n in names} if structure == "channel" else {}
+    selection = Selection(0.5, structure=structure, groups=groups)
     masks = select_masks(scores, selection)
-    masks |= follow(masks, chosen)
+    masks |= follow(masks, groups)
 
-    variables = LearnedScores(copy.deepcopy(network), scores, selection, {}, "freeze", chosen)
+    variables = LearnedScores(copy.deepcopy(network), scores, selection, {}, "freeze")
     with variables.effective(Clock(0, 10, 0, 2)), torch.no_grad():
         learned = variables.model.eval()(x)
     before = network(x).detach()

@@ -15,6 +15,7 @@ from prunekit.contracts import Clock, Loss, OptimizerChoice, Scores, Threat
 from prunekit.data.batches import Arrays, Feed
 from prunekit.data.seeds import generator, seed_all
 from prunekit.errors import Interrupted
+from prunekit.pruning.groups import find_groups
 from prunekit.pruning.masks import apply_masks
 from prunekit.pruning.selection import Selection, select_masks
 from prunekit.report import Stop
@@ -42,9 +43,9 @@ def make_masking(kind):
         return Weights(model, masks)
     if kind == "channels":
         del start["4.weight"]
-        selection = Selection(0.5, structure="channel")
-        followers = {"0.weight": ["0.bias", "1.weight", "1.bias"]}
-        return LearnedScores(model, Scores(start), selection, {}, followers=followers)
+        groups, _ = find_groups(model, torch.zeros(1, 1, 4, 4), start)
+        selection = Selection(0.5, structure="channel", groups=groups)
+        return LearnedScores(model, Scores(start), selection, {})
     return LearnedScores(model, Scores(start), Selection(0.5), {})
 
 

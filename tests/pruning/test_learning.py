@@ -12,10 +12,11 @@ from prunekit.contracts import Clock, Scores
 from prunekit.errors import RunError
 from prunekit.evaluation import eval_mode
 from prunekit.pruning import learning
+from prunekit.pruning.groups import Group, find_groups
 from prunekit.pruning.layers import find_prunable
 from prunekit.pruning.learning import (
     LEAK,
-    ChannelGate,
+    ScoredChannels,
     ScoredWeight,
     attach,
     attach_gates,
@@ -28,9 +29,6 @@ from prunekit.pruning.masks import (
     apply_masks,
 )
 from prunekit.pruning.selection import Selection, select_masks
-from prunekit.pruning.structures import (
-    find_followers,
-)
 from prunekit.training import masking
 from prunekit.training.masking import LearnedScores
 
@@ -216,13 +214,19 @@ def test_effective_parameters_are_masked_and_made_once_a_step(monkeypatch):
     assert parts["2.weight"].score.grad is not None
 
 
+def together(weight, size, module):
+    """A group of one weight, with a gate behind a module."""
+    units = torch.arange(size)
+    return Group(size, {weight: units}, {}, {module: (1, units)}, {})
+
+
 def test_a_gate_multiplies_weight_and_bias_along_the_outputs():
     """Gate (1, LEAK, 1): what y = gate * (W x + b) does, (gate W) x + gate b does as well."""
     net = nn.Linear(2, 3)
     weight, bias = net.weight.detach().clone(), net.bias.detach().clone()
-    gate = ChannelGate(torch.ones(3, 2))
-    gate.mask[1] = False
-    attach_gates(net, {"weight": gate}, {"weight": ["bias"]})
+    part = ScoredChannels(torch.ones(3, 2))
+    part.mask[1] = False
+    attach_gates(net, {"weight": part}, [together("weight", 3, "")])
     values = effective_parameters(net)
     opened = torch.tensor([1.0, LEAK, 1.0])
     assert values.keys() == {"weight", "bias"}
@@ -231,17 +235,17 @@ def test_a_gate_multiplies_weight_and_bias_along_the_outputs():
     x = torch.rand(4, 2)
     torch.testing.assert_close(F.linear(x, values["weight"], values["bias"]), net(x))
     F.linear(x, values["weight"], values["bias"]).square().sum().backward()
-    through = gate.score.grad.clone()
-    gate.score.grad = None
+    through = part.score.grad.clone()
+    part.score.grad = None
     net(x).square().sum().backward()
-    torch.testing.assert_close(through, gate.score.grad)
+    torch.testing.assert_close(through, part.score.grad)
 
 
 def test_a_gate_behind_a_normalisation_multiplies_its_scale_and_shift():
     net = nn.Sequential(nn.Conv2d(1, 2, 2, bias=False), nn.BatchNorm2d(2)).eval()
-    gate = ChannelGate(torch.ones(2, 1, 2, 2))
-    gate.mask[0] = False
-    attach_gates(net, {"0.weight": gate}, {"0.weight": ["1.weight", "1.bias"]})
+    part = ScoredChannels(torch.ones(2, 1, 2, 2))
+    part.mask[0] = False
+    attach_gates(net, {"0.weight": part}, [together("0.weight", 2, "1")])
     values = effective_parameters(net)
     assert values["0.weight"] is net[0].weight
     torch.testing.assert_close(values["1.weight"], torch.tensor([LEAK, 1.0]))
@@ -253,7 +257,8 @@ def test_a_gate_behind_a_normalisation_multiplies_its_scale_and_shift():
 
 def test_a_plain_copy_is_as_if_nothing_had_been_attached():
     net, _ = scored_net()
-    attach_gates(net, {"2.weight": ChannelGate(torch.ones(3, 6))}, {"2.weight": []})
+    part = ScoredChannels(torch.ones(3, 6))
+    attach_gates(net, {"2.weight": part}, [together("2.weight", 3, "2")])
     masked = net(torch.ones(1, 4))
     plain = copy_plain(net)
     fresh = make_net()
@@ -316,10 +321,10 @@ def test_a_removed_channel_gets_a_gradient_behind_normalisation_and_relu(make_co
     """Else no removed channel could come back, and learning channels would be magnitude pruning."""
     net = make_conv_net()
     x, y = torch.rand(16, 4, 6, 6), torch.randint(3, (16,))
-    followers = find_followers(net.eval(), x[:1])
+    groups, _ = find_groups(net, x[:1], ["0.weight"])
     start = {"0.weight": dict(net.named_parameters())["0.weight"].detach().clone()}
-    selection = Selection(0.5, structure="channel")
-    learned = LearnedScores(net, Scores(start), selection, {}, "train", followers)
+    selection = Selection(0.5, structure="channel", groups=groups)
+    learned = LearnedScores(net, Scores(start), selection, {}, "train")
     with learned.effective(CLOCK):
         nn.functional.cross_entropy(net(x), y).backward()
     part = learned.parts["0.weight"]
@@ -338,8 +343,8 @@ def test_gate_gradients_by_hand():
     nn.init.constant_(layer.weight, 1.0)
     scores = Scores({"0.weight": torch.tensor([[2.0, -2.0], [1.0, 0.5]])})
     net = nn.Sequential(layer)
-    selection = Selection(0.5, structure="channel")
-    learned = LearnedScores(net, scores, selection, {}, "train", {"0.weight": []})
+    selection = Selection(0.5, structure="channel", groups=[together("0.weight", 2, "0")])
+    learned = LearnedScores(net, scores, selection, {}, "train")
     x = torch.tensor([[1.0, 2.0], [0.0, 1.0]])  # z = 3 and 1 in both channels
     with learned.effective(CLOCK):
         out = net(x)

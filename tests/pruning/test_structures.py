@@ -1,21 +1,18 @@
 """Structures by hand, and what they leave of a network that was pruned under them."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
 from prunekit.contracts import Clock, Loss, Scores
 from prunekit.evaluation import eval_mode
+from prunekit.pruning.groups import find_groups, follow
 from prunekit.pruning.layers import find_prunable
 from prunekit.pruning.masks import apply_masks, assert_masked
 from prunekit.pruning.selection import Selection, select_masks
-from prunekit.pruning.structures import (
-    find_followers,
-    find_structured,
-    follow,
-    keep_n_of_m,
-    score_channels,
-)
+from prunekit.pruning.structures import fits, keep_n_of_m, score_channels
 from prunekit.store.checkpoint import read_model, write_model
 from prunekit.training.masking import LearnedScores, Weights
 
@@ -55,20 +52,14 @@ def test_channels_removed_are_rounded_down():
     assert int(channels.any(1).sum()) == 4
 
 
-def test_followers_are_found_by_a_forward(make_conv_net):
-    net = make_conv_net().eval()
-    assert find_followers(net, torch.zeros(1, 4, 6, 6)) == {
-        "0.weight": ["1.weight", "1.bias"],
-        "3.weight": ["3.bias"],
-        "7.weight": ["7.bias"],
-    }
-
-
 def test_what_a_structure_does_not_suit_stays_dense(make_conv_net):
-    weights = find_prunable(make_conv_net())
-    assert find_structured(weights, "channel", list(weights)) == ["0.weight", "3.weight"]
-    assert find_structured(weights, "2:4", []) == ["0.weight", "3.weight", "7.weight"]
-    assert find_structured(weights, "1:8", []) == ["3.weight"]
+    net = make_conv_net()
+    weights = find_prunable(net)
+    groups, dense = find_groups(net, torch.zeros(1, 4, 6, 6), weights)
+    assert [group.name for group in groups] == ["0.weight", "3.weight"]
+    assert dense == {"7.weight": "the output of the network"}
+    assert all(fits(weight, "2:4") for weight in weights.values())
+    assert [name for name in weights if fits(weights[name], "1:8")] == ["3.weight"]
 
 
 @pytest.mark.parametrize(
@@ -85,12 +76,11 @@ def test_learned_structures_are_exact_after_finetuning(structure, budget, make_c
     net = make_conv_net()
     x, y = torch.rand(16, 4, 6, 6), torch.randint(3, (16,))
     weights = find_prunable(net)
-    followers = find_followers(net.eval(), x[:1]) if structure == "channel" else {}
-    names = find_structured(weights, structure, list(weights))
-    followers = {name: vectors for name, vectors in followers.items() if name in names}
+    groups, dense = find_groups(net, x[:1], weights) if structure == "channel" else ([], {})
+    names = [name for name in weights if name not in dense]
     start = {name: 1e-3 * torch.randn_like(weights[name]) for name in names}
-    selection = choose(0.5, budget, structure)
-    learned = LearnedScores(net, Scores(start, True), selection, {}, "train", followers)
+    selection = replace(choose(0.5, budget, structure), groups=groups)
+    learned = LearnedScores(net, Scores(start, True), selection, {}, "train")
     optimizer = torch.optim.SGD(flat(learned), lr=0.5, momentum=0.9)
     before = {name: part.mask.clone() for name, part in learned.parts.items()}
 
@@ -111,7 +101,7 @@ def test_learned_structures_are_exact_after_finetuning(structure, budget, make_c
     scores = learned.scores()
     learned.detach()
     masks = select_masks(scores, selection)
-    masks |= follow(masks, followers)
+    masks |= follow(masks, groups)
     apply_masks(net, masks)
     # What was learned is what is applied, biases and normalisation of removed channels included.
     with eval_mode(net), torch.no_grad():
@@ -127,7 +117,8 @@ def test_learned_structures_are_exact_after_finetuning(structure, budget, make_c
         kept = named[name].detach() != 0
         if structure == "channel":
             assert torch.equal(kept.flatten(1).any(1), masks[name].flatten(1).all(1))
-            for vector in followers[name]:
+            (group,) = (group for group in groups if group.name == name)
+            for vector in group.vectors:
                 assert not named[vector][~masks[vector]].any()
         elif ":" in structure:
             n, m = map(int, structure.split(":"))
@@ -136,12 +127,12 @@ def test_learned_structures_are_exact_after_finetuning(structure, budget, make_c
 
 
 def test_a_channel_without_its_shift_is_zero_in_the_next_layer(make_conv_net):
-    """Without the followers a removed channel would still hand on its BN shift."""
+    """Without the vectors a removed channel would still hand on its BN shift."""
     net = make_conv_net().eval()
-    followers = find_followers(net, torch.zeros(1, 4, 6, 6))
+    groups, _ = find_groups(net, torch.zeros(1, 4, 6, 6), ["0.weight"])
     nn.init.ones_(net[1].bias)
     masks = {"0.weight": torch.zeros(8, 4, 3, 3, dtype=torch.bool)}
-    apply_masks(net, {**masks, **follow(masks, followers)})
+    apply_masks(net, {**masks, **follow(masks, groups)})
     assert not net[:3](torch.rand(2, 4, 6, 6)).any()
 
 
@@ -157,13 +148,13 @@ def test_dead_channels_come_after_negative_scores():
 def test_masks_come_back_from_a_file(tmp_path, structure, make_conv_net):
     net = make_conv_net()
     weights = find_prunable(net)
-    followers = find_followers(net.eval(), torch.zeros(1, 4, 6, 6))
-    names = find_structured(weights, structure, list(followers))
+    groups, dense = find_groups(net, torch.zeros(1, 4, 6, 6), weights)
+    names = [name for name in weights if structure != "channel" or name not in dense]
     masks = select_masks(
         Scores({n: weights[n].abs() for n in names}), Selection(0.5, structure=structure)
     )
     if structure == "channel":
-        masks |= follow(masks, followers)
+        masks |= follow(masks, groups)
     apply_masks(net, masks)
     write_model(tmp_path / "model.safetensors", net, masks, {})
     found = read_model(tmp_path / "model.safetensors", make_conv_net())

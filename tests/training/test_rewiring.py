@@ -9,6 +9,7 @@ from prunekit.contracts import Clock, Loss, OptimizerChoice, Scores
 from prunekit.data.batches import Arrays, Feed
 from prunekit.data.seeds import generator
 from prunekit.errors import Interrupted, RunError
+from prunekit.pruning.groups import Group
 from prunekit.pruning.selection import Selection
 from prunekit.report import EpochDone, Stop
 from prunekit.training.loop import Fit, fit
@@ -223,15 +224,21 @@ def test_counts_of_its_own_may_drift_and_must_end_at_the_target():
         undeclared.rewire(Clock(0, 2, 0, 1), optimizer)
 
 
+def make_group(*vectors):
+    """The six channels of the first layer, and what goes with them."""
+    units = torch.arange(6)
+    return Group(6, {"1.weight": units}, dict.fromkeys(vectors, units), {}, {})
+
+
 def test_a_channel_that_grows_again_can_learn():
     """Its weights, bias and shift start at zero, its scale at one."""
     closed = torch.ones(6, 16)
     closed[:3] = 0
     wanted = iter([closed, 1 - closed])
     rewirer = Told({1}, lambda m: Scores({"1.weight": next(wanted)}))
-    followers = {"1.weight": ["1.bias", "2.weight", "2.bias"]}
+    groups = [make_group("1.bias", "2.weight", "2.bias")]
     plan = Rewiring(rewirer, "told", Selection(0.5, structure="channel"), lambda clock: 1.0,
-                    ["1.weight"], (0, 0), followers=followers)  # fmt: skip
+                    ["1.weight"], (0, 0), groups=groups)  # fmt: skip
     masking = Rewired(make_net(), {}, plan)
     net, stepper = masking.model, make_stepper(masking)
     masking.rewire(Clock(0, 10, 0, 1), stepper.optimizer)
@@ -317,7 +324,7 @@ def test_vectors_that_an_earlier_stage_masked_follow_single_weights():
     wanted[5] = 0
     rewirer = Told(set(), lambda m: Scores({"1.weight": wanted}))
     plan = Rewiring(rewirer, "told", Selection(0.5), lambda clock: 1.0, ["1.weight"], (0, 0),
-                    followers={"1.weight": list(masks)[:3]})  # fmt: skip
+                    groups=[make_group(*list(masks)[:3])])  # fmt: skip
     masking = Rewired(make_net(), masks, plan)
     masking.after_step()
     masking.rewire(Clock(0, 10, 0, 1), make_stepper(masking).optimizer)

@@ -1,0 +1,230 @@
+"""Where channels go: one forward pass, and what every operator does with the channels it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from prunekit.pruning.channels import NONE, Decisions, Entries, Trail, at_first
+from prunekit.pruning.operators import CONSTANT, Call
+from prunekit.pruning.products import find_rule
+
+
+class Tracer(TorchDispatchMode):
+    """Follows the output channels of `weights` (names) through a forward pass of the model.
+
+    Every operator is told from what it does: one that moves entries moves the channels' numbers,
+    one that acts entry by entry is tried on zeros. What is not known keeps all channels that it
+    takes, so that nothing is removed on a guess.
+    """
+
+    def __init__(self, model: nn.Module, weights: Collection[str]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        named = dict(model.named_parameters())
+        self.names = {id(parameter): name for name, parameter in named.items()}
+        self.lengths = {
+            name: len(parameter) for name, parameter in named.items() if parameter.dim()
+        }
+        self._trained = {name for name, parameter in named.items() if parameter.requires_grad}
+        self.channels: dict[str, Tensor] = {}
+        count = 0
+        for name in weights:
+            size, device = named[name].shape[0], named[name].device
+            self.channels[name] = torch.arange(count, count + size, device=device).float()
+            count += size
+        self.decisions = Decisions(count)
+        self.uses, self.calls = dict.fromkeys(weights, 0), dict.fromkeys(weights, 0)
+        self.followed: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        """Vector -> (indices of its entries, the channels that they go with)."""
+        self.apart: set[str] = set()
+        """Vectors that are used, too, where none of their entries could go with a channel."""
+        self.sites: dict[str, tuple[int, Tensor]] = {}
+        """Module -> the dimension of channels in its output, and the channels."""
+        self.seen: dict[str, None] = {}
+        """Sites whose output is read, in the order of reading."""
+        self.readers: dict[str, Tensor] = {}
+        """Weight -> the channel (I,) that each of its inputs reads."""
+        self._stack: list[tuple[str, nn.Module]] = []
+        self._trails: Any = WeakTensorKeyDictionary()
+        self._entries: Any = WeakTensorKeyDictionary()
+        self._turned: Any = WeakTensorKeyDictionary()
+
+    def run(self, model: nn.Module, example: Tensor) -> None:
+        """Send images (1, C, H, W) through the model, in its present mode."""
+        hooks: list[Any] = []
+        for name, module in model.named_modules():
+            enter = module.register_forward_pre_hook(
+                lambda module, _, name=name: self._stack.append((name, module))
+            )
+            hooks += [enter, module.register_forward_hook(self._leave)]
+        try:
+            with torch.no_grad(), self:
+                out = model(example)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        for tensor in tree_leaves(out):
+            if trail := self.trail(tensor):
+                self.decisions.keep(trail.channels, "the output of the network")
+        for name, count in self.uses.items():
+            if not count or count != self.calls[name]:
+                why = (
+                    "its weight is used apart from its layer"
+                    if count
+                    else "no layer takes it as it is"
+                )
+                self.decisions.keep(self.channels[name], why)
+        for vector in self.apart & self.followed.keys():
+            for _, channels in self.followed[vector]:
+                self.decisions.keep(channels, f"{vector} is used elsewhere too")
+
+    def _leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        """If its own parameters made the output of the module, a gate may stand behind it."""
+        name, _ = self._stack.pop()
+        trail = self.trail(output)
+        if trail is None or trail.sites != {f"~{name}"}:
+            return
+        for dim in dict.fromkeys((1, output.dim() - 1)):
+            others = [d for d in range(output.dim()) if d != dim]
+            if self.decisions.varies(trail.channels, others):
+                continue
+            found = at_first(trail.channels, others).flatten()
+            known = self.sites.setdefault(name, (dim - output.dim() if dim > 1 else dim, found))
+            if known[1].shape == found.shape:
+                self.decisions.join(known[1], found)
+                self._trails[output] = trail._replace(sites=frozenset({name}))
+                for weight in {self.names.get(id(p)) for p in module._parameters.values()}:
+                    if weight in self.calls:
+                        self.calls[weight] += 1
+            return
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        call = Call(func, args, kwargs or {}, func(*args, **(kwargs or {})))
+        if any(self.trail(t) or self.entries(t) or self.weight(t) for t in call.tensors):
+            self._follow(call)
+        return call.out
+
+    def _follow(self, call: Call) -> None:
+        target = call.args[0] if call.func._schema.is_mutable else None
+        before = self.trail(target)
+        rule = find_rule(call)
+        try:
+            known = rule is not None and rule(self, call)
+        except (RuntimeError, TypeError, ValueError, IndexError):
+            known = False  # an operator in a way that its rule does not foresee
+        for tensor in call.tensors if not known else ():
+            if trail := self.trail(tensor):
+                self.decisions.keep(trail.channels, f"meets {call.name}")
+            if entries := self.entries(tensor):
+                self.apart.add(entries.vector)
+            if (weight := self.weight(tensor)) in self.uses:
+                self.uses[weight] += 1
+        after = self.trail(target)
+        if target is None or after is None or (before and before.same(after)):
+            return
+        # Something was written in place: what is known of other views of that memory is not so.
+        place = target.untyped_storage().data_ptr()
+        views = [t for t in self._trails if t.untyped_storage().data_ptr() == place]
+        if len(views) > 1 or target._is_view():
+            for tensor in views:
+                self.decisions.keep(self._trails[tensor].channels, f"written into by {call.name}")
+
+    # What rules ask and tell
+
+    def trail(self, tensor: Any) -> Trail | None:
+        found: Trail | None = self._trails.get(tensor) if isinstance(tensor, Tensor) else None
+        return found
+
+    def entries(self, tensor: Any) -> Entries | None:
+        """The entries of a vector that a tensor is made of."""
+        if isinstance(tensor, nn.Parameter) and tensor.dim() == 1 and id(tensor) in self.names:
+            index = torch.arange(len(tensor), device=tensor.device)
+            return Entries(self.names[id(tensor)], index.float())
+        found: Entries | None = self._entries.get(tensor) if isinstance(tensor, Tensor) else None
+        return found
+
+    def weight(self, tensor: Any) -> str:
+        """The name of the matrix or kernel, turned by `t` or not, that a tensor is; or nothing."""
+        if isinstance(tensor, nn.Parameter) and tensor.dim() > 1:
+            return self.names.get(id(tensor), "")
+        found: str = self._turned.get(tensor, "") if isinstance(tensor, Tensor) else ""
+        return found
+
+    def put(self, out: Tensor, trail: Trail) -> None:
+        """`out` has these channels; what is expanded to its shape may be smaller."""
+        channels, zero = trail.channels.expand(out.shape), trail.zero.expand(out.shape)
+        if bool((channels >= 0).any()):
+            self._trails[out] = Trail(channels, zero, trail.sites)
+
+    def put_entries(self, out: Tensor, entries: Entries) -> None:
+        self._entries[out] = entries
+
+    def turn(self, out: Tensor, weight: str) -> None:
+        self._turned[out] = weight
+
+    def see(self, trail: Trail) -> None:
+        """Somebody reads these entries, and relies on gates at their sites."""
+        if any(site.startswith("~") for site in trail.sites):
+            self.decisions.keep(trail.channels, "read before its layer is done")
+        self.seen |= dict.fromkeys(trail.sites)
+
+    def planes(self, trail: Trail, axis: int) -> tuple[Tensor, Tensor]:
+        """(channel, whether it is zero) for each index along an axis, whose entries go together."""
+        channels = trail.channels.movedim(axis, 0).flatten(1)
+        zero = (trail.zero.movedim(axis, 0).flatten(1) > 0) | (channels < 0)
+        found = channels.amax(1)
+        self.decisions.join(channels, found[:, None].expand_as(channels))
+        mixed = (channels == NONE).any(1) & (found >= 0)
+        self.decisions.keep(channels[mixed], "shares its place with what cannot be removed")
+        return found.masked_fill(mixed, NONE), zero.all(1)
+
+    def read(self, trail: Trail, axis: int, reader: str = "") -> None:
+        """A layer takes all entries along an axis, each with weights of its own."""
+        channels, zero = self.planes(trail, axis)
+        self.decisions.keep(channels[~zero], CONSTANT)
+        self.see(trail)
+        if reader:
+            known = self.readers.setdefault(reader, channels)
+            self.readers[reader] = torch.where(known == channels, known, NONE)
+
+    def owner(self, parameter: str) -> str:
+        """The site of the innermost module that runs and has the parameter; nothing without one."""
+        for name, module in reversed(self._stack):
+            if any(self.names.get(id(p)) == parameter for p in module._parameters.values()):
+                return f"~{name}"
+        return ""
+
+    def follow(self, entries: Entries | None, channels: Tensor) -> str:
+        """Let entries go with the channels at their places; the site behind them, or nothing."""
+        if entries is None:
+            return ""
+        site = self.owner(entries.vector)
+        if not site or entries.vector not in self._trained:
+            return ""
+        index = entries.index.expand(channels.shape).flatten()
+        channels = channels.flatten()
+        first = torch.full((int(index.max()) + 1,), NONE, device=index.device)
+        first = first.scatter_reduce(0, index.long(), channels, "amax")
+        self.decisions.join(channels, first[index.long()])
+        if bool(((channels < 0) & (first[index.long()] >= 0)).any()):
+            self.apart.add(entries.vector)
+        self.followed.setdefault(entries.vector, []).append((index, channels))
+        return site
+
+    def collect_followed(self) -> dict[str, Tensor]:
+        """Vector -> the channel (C,) that each of its entries goes with."""
+        found = {}
+        for name, parts in self.followed.items():
+            channels = torch.full((self.lengths[name],), NONE, device=parts[0][0].device)
+            for index, values in parts:
+                channels.scatter_reduce_(0, index.long(), values, "amax")
+            found[name] = channels
+        return found
