@@ -65,6 +65,11 @@ MOVES = VIEWS | TURNS | {
 }  # fmt: skip
 ENTRYWISE = {"_to_copy", "hardswish", "_prelu_kernel", "rsub", "log_sigmoid_forward", "contiguous"}
 """Operators that act entry by entry although torch does not tag them so."""
+BLANKS = {
+    "empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "new_empty",
+    "new_zeros", "new_ones", "new_full", "sym_size", "sym_numel", "sym_stride",
+}  # fmt: skip
+"""Operators that take nothing of a tensor but its shape."""
 PLANES = {
     "max_pool2d_with_indices": 2, "max_pool3d_with_indices": 3, "avg_pool2d": 2, "avg_pool3d": 3,
     "_adaptive_avg_pool2d": 2, "_adaptive_avg_pool3d": 3, "adaptive_max_pool2d": 2,
@@ -74,7 +79,7 @@ PLANES = {
 """Operators that mix the entries of as many last dimensions."""
 REDUCTIONS = {
     "mean", "sum", "amax", "amin", "max", "min", "var", "std", "linalg_vector_norm", "logsumexp",
-    "_softmax", "_log_softmax", "softmax", "log_softmax", "cumsum", "prod", "norm",
+    "_softmax", "_log_softmax", "softmax", "log_softmax", "cumsum", "prod",
 }  # fmt: skip
 """Operators that mix the entries of the dimensions that they are given."""
 
@@ -86,7 +91,7 @@ def move(tracer: Tracer, call: Call) -> bool:
             return False
         tracer.turn(call.out, weight)
         return True
-    if any(tracer.weight(t) for t in call.tensors):
+    if any(tracer.weight(t) in tracer.uses for t in call.tensors):
         return False
     args = list(call.args)
     fill = 0
@@ -118,6 +123,8 @@ def move(tracer: Tracer, call: Call) -> bool:
             tracer.put(out, Trail(c, z, sites))
         return True
     found = [entries for t in call.tensors if (entries := tracer.entries(t))]
+    if not found:
+        return True
     if len(call.tensors) > 1 or call.name == "constant_pad_nd":
         return False
     moved = redo(lambda t: tracer.entries(t).index, NONE, NONE)  # type: ignore[union-attr]
@@ -132,7 +139,7 @@ def act(tracer: Tracer, call: Call) -> bool:
     What removed channels become is tried: zeros for what they are zero in, anything else for what
     stays, whose values may change.
     """
-    if any(tracer.weight(t) for t in call.tensors):
+    if any(tracer.weight(t) in tracer.uses for t in call.tensors):
         return False
     decisions, shape = tracer.decisions, call.outputs[0].shape
     trails: dict[int, Trail] = {}

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from prunekit.pruning.channels import NONE, Trail
 from prunekit.pruning.operators import (
+    BLANKS,
     CONSTANT,
     ENTRYWISE,
     MOVES,
@@ -36,6 +37,8 @@ def find_rule(call: Call) -> Rule | None:
         return act
     if call.func._schema.is_mutable or call.func._overloadname == "dtype":
         return None
+    if name in BLANKS:
+        return lambda tracer, call: True
     if name in MOVES:
         return move
     return mix if name in PLANES or name in REDUCTIONS else None

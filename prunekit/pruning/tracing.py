@@ -95,8 +95,9 @@ class Tracer(TorchDispatchMode):
             if self.decisions.varies(trail.channels, others):
                 continue
             found = at_first(trail.channels, others).flatten()
-            known = self.sites.setdefault(name, (dim - output.dim() if dim > 1 else dim, found))
-            if known[1].shape == found.shape:
+            place = (-1 if dim == output.dim() - 1 else dim, found)
+            known = self.sites.setdefault(name, place)
+            if known[0] == place[0] and known[1].shape == found.shape:
                 self.decisions.join(known[1], found)
                 self._trails[output] = trail._replace(sites=frozenset({name}))
                 for weight in {self.names.get(id(p)) for p in module._parameters.values()}:
