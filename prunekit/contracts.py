@@ -139,8 +139,9 @@ class Scores:
 
     `layerwise`: values compare within a layer only, so that a budget that compares layers gets each
     layer divided by its root mean square. `keep` says how many weights (or output channels, where
-    the structure is of channels) each layer keeps, in place of the budget; when a stage ends, they
-    add up to what the sparsity leaves of all.
+    the structure is of channels: where those of several layers go together, the first one's count
+    holds) each layer keeps, in place of the budget; when a stage ends, they add up to what the
+    sparsity leaves of all.
     """
 
     values: Mapping[str, Tensor]

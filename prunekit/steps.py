@@ -29,10 +29,11 @@ class Pruner(Protocol):
 class Layers:
     """What a budget shares out: the units of all layers that are pruned.
 
-    Units are weights, or output channels (O,). `scores` has their importance in the layer's shape,
-    -inf for those that are gone; `alive` says which are left where a stage before pruned (layers
-    that it did not prune are absent); `shapes` are those of the weights. `sparsity` is the fraction
-    of units to remove, and `total` how many are kept in all.
+    Units are weights, or output channels (O,): those of layers that go together count once, under
+    the name and with the shape of the first one. `scores` has their importance in the layer's
+    shape, -inf for those that are gone; `alive` says which are left where a stage before pruned
+    (layers that it did not prune are absent); `shapes` are those of the weights. `sparsity` is the
+    fraction of units to remove, and `total` how many are kept in all.
     """
 
     scores: Mapping[str, Tensor]

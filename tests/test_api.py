@@ -216,6 +216,55 @@ def test_what_the_network_freezes_stays_as_it_is_through_every_stage(here):
         prunekit.make_masks(net, 0.5)
 
 
+class Shared(Net):
+    """Two convolutions with one normalization, and a sum of what goes in and comes out."""
+
+    def __init__(self):
+        super().__init__()
+        self.bn, self.other = nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, padding=1)
+        self.inner = nn.Conv2d(8, 6, 3, padding=1)
+        self.back = nn.Conv2d(6, 8, 3, padding=1)
+
+    def forward(self, x):
+        x = self.bn(self.conv(x)).relu()
+        x = x + self.bn(self.other(self.bn(x).relu()))
+        return self.fc((x + self.back(self.inner(x).relu())).relu().flatten(1))
+
+
+@pytest.mark.filterwarnings("ignore:(asked for|structure)")
+@pytest.mark.parametrize("pruner", ["score", "lwm"])
+def test_channels_that_meet_are_removed_together(pruner, here):
+    torch.manual_seed(0)
+    learned = {"epochs": 2} if pruner == "score" else {}
+    prune = {"kind": "prune", "sparsity": 0.5, "pruner": pruner, "structure": "channel", **learned}
+    recipe = {
+        "dataset": {"use": "given", "batch_size": 8},
+        "threat": {"eps": 0.1},
+        "objective": "benign",
+        "stage": [{"kind": "pretrain", "epochs": 1}, prune, {"kind": "finetune", "epochs": 1}],
+    }
+    found = prunekit.run(recipe, model=Shared(), data=DATA, quiet=True)
+    kept = {name: mask.flatten(1).any(1) if mask.dim() > 1 else mask
+            for name, mask in found.masks.items()}  # fmt: skip
+    together = ("conv.weight", "conv.bias", "bn.weight", "bn.bias", "other.weight", "back.weight")
+    assert all(torch.equal(kept[name], kept["conv.weight"]) for name in together)
+    assert int(kept["conv.weight"].sum()) == 4
+    assert int(kept["inner.weight"].sum()) == 3
+    told = json.loads((found.folder / "run.json").read_text())["stages"][1]["notes"]
+    dense = "structure 'channel' leaves dense: fc.weight (the output of the network)"
+    assert dense in told
+    # What reads removed channels does not matter.
+    net, x = found.model.eval(), torch.rand(4, 1, 8, 8)
+    before = net(x)
+    gone = ~kept["conv.weight"]
+    with torch.no_grad():
+        for reader in (net.other, net.inner):
+            reader.weight[:, gone] = 7.0
+        net.back.weight[:, ~kept["inner.weight"]] = 7.0
+        net.fc.weight.view(3, 8, 64)[:, gone] = 7.0
+    assert torch.equal(net(x), before)
+
+
 def test_the_same_call_finds_its_result_and_another_network_or_image_does_not(here):
     arguments = {"data": DATA, "quiet": True}
     first = prunekit.run("r.toml", model=make_net(), out="runs/a", **arguments)
