@@ -118,9 +118,7 @@ def test_harps_rates_follow_their_formula(installed):
     weight = net[0].weight.detach().clone()
     rates = {"0.weight": Rate(0.1, torch.tensor(0.5))}
     start = {"0.weight": weight.clone()}
-    masking = Harp(
-        net, Scores(start), Selection(0.5), {}, "train", None, None, rates=rates, gamma=2.0
-    )
+    masking = Harp(net, Scores(start), Selection(0.5), {}, "train", None, rates=rates, gamma=2.0)
     clock, x = Clock(0, 9, 0, 3), torch.rand(3, 4)
     with masking.effective(clock):
         net(x).square().sum().backward()

@@ -9,7 +9,7 @@ from prunekit.contracts import Clock, Loss, OptimizerChoice, Scores
 from prunekit.data.batches import Arrays, Feed
 from prunekit.data.seeds import generator
 from prunekit.errors import Interrupted, RunError
-from prunekit.pruning.groups import Group
+from prunekit.pruning.groups import Group, find_groups
 from prunekit.pruning.selection import Selection
 from prunekit.report import EpochDone, Stop
 from prunekit.training.loop import Fit, fit
@@ -390,3 +390,38 @@ def test_an_optimizer_may_form_groups_of_its_own():
     )
     take(stepper, 0)
     assert [group["lr"] for group in stepper.optimizer.param_groups] == [0.05, 0.05]
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.bn, self.fc = nn.BatchNorm2d(4), nn.Linear(64, 3)
+
+    def forward(self, x):
+        z = self.a(x)
+        return self.fc((z + self.b(self.bn(z).relu())).relu().flatten(1))
+
+
+def test_layers_whose_channels_meet_are_rewired_together():
+    torch.manual_seed(0)
+    net = Block()
+    groups, _ = find_groups(net, torch.zeros(1, 1, 4, 4), ["a.weight", "b.weight", "fc.weight"])
+    plan = Rewiring(
+        Told({1, 3}, at_random), "told", Selection(0.5, structure="channel", groups=groups),
+        lambda clock: 1.0, ["a.weight", "b.weight"], (0, 0), groups=groups,
+    )  # fmt: skip
+    masking = Rewired(net, {}, plan)
+    stepper = make_stepper(masking)
+    masking.rewire(Clock(0, 10, 0, 1), stepper.optimizer)
+    seen = set()
+    for step in range(5):
+        take(stepper, step)
+        masking.check()
+        kept = {name: mask.flatten(1).any(1) if mask.dim() > 1 else mask
+                for name, mask in masking.masks.items()}  # fmt: skip
+        assert kept.keys() == {f"{n}.{v}" for n in ("a", "b", "bn") for v in ("weight", "bias")}
+        assert all(torch.equal(mask, kept["a.weight"]) for mask in kept.values())
+        assert int(kept["a.weight"].sum()) == 2
+        seen.add(tuple(kept["a.weight"].tolist()))
+    assert len(seen) > 1
