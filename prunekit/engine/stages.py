@@ -149,10 +149,10 @@ def prune(state: State, stage: Stage, work: Work) -> Outcome:
     check_keep(scores, selection, named)
     masks = select_masks(scores, selection, state.masks)
     check_layers(masks, selection.sparsity)
-    for name, left in count_units(masks, selection).items():
-        if scores.keep is not None and scores.keep[name] != left:
+    for name, kept in count_units(masks, selection).items():
+        if scores.keep is not None and scores.keep[name] != kept:
             raise RunError(
-                f"{named} keeps {scores.keep[name]} of {name}, where earlier stages left {left}; "
+                f"{named} keeps {scores.keep[name]} of {name}, where earlier stages left {kept}; "
                 "what is left is in context.masks"
             )
     state.masks = {**state.masks, **masks, **follow(masks, selection.groups)}
