@@ -210,6 +210,11 @@ def mix(tracer: Tracer, call: Call) -> bool:
         if not all(type(d) is int for d in listed):
             return False
         dims = [d % source.dim() for d in listed]
+    others = [d for d in range(source.dim()) if d not in dims]
+    if tracer.decisions.varies(trail.channels, others):
+        # Not all channels at once: those that meet at each of the other places go together.
+        whole = at_first(trail.channels, dims)
+        tracer.decisions.join(trail.channels, whole.expand_as(trail.channels))
     if tracer.decisions.varies(trail.channels, dims):
         if call.name != "sum":
             return False

@@ -53,7 +53,7 @@ def convolve(tracer: Tracer, call: Call) -> bool:
         return False
     if groups == 1:
         if trail:
-            tracer.read(trail, 1, name)
+            tracer.read(trail, 1, "" if transposed else name)
         return _produce(tracer, call.out, name, bias, 1)
     blocks = torch.full((groups,), NONE, device=source.device)
     zero = torch.ones(groups, dtype=torch.bool, device=source.device)

@@ -67,6 +67,18 @@ def attention(n, x):
     return n.out(mixed.transpose(1, 2).reshape(len(x), 64, 8)).transpose(1, 2)
 
 
+def selected(n, x):
+    weigh = n.w(x.mean((2, 3))).view(-1, 2, 4, 1, 1).softmax(1)
+    return (torch.stack([n.a(x), n.b(x)], 1) * weigh).sum(1)
+
+
+def nonlocally(n, x):
+    y = n.a(x)
+    q, k, v = (layer(y).flatten(2) for layer in (n.q, n.k, n.v))
+    seen = v @ (q.transpose(1, 2) @ k).softmax(-1).transpose(1, 2)
+    return y + n.o(seen.unflatten(2, (8, 8)))
+
+
 def attend(by_hand):
     net = Net(attention, 64 * 5, a=conv(3, 6), qkv=nn.Linear(6, 24), out=nn.Linear(8, 5))
     net.by_hand = by_hand
@@ -149,6 +161,42 @@ NETS = {
     ),
     "heads, fused": (lambda: attend(False), {"a": 6, "qkv": 4, "out": 5}, ""),
     "heads, by hand": (lambda: attend(True), {"a": 6, "qkv": 4, "out": 5}, ""),
+    "a sum over a stack": (
+        lambda: Net(lambda n, x: torch.stack([n.a(x), n.b(x)]).sum(0), 256, a=conv(3, 4),
+                    b=conv(3, 4)),
+        {"a b": 4}, "",
+    ),
+    "branches that are weighed by a softmax": (
+        lambda: Net(selected, 256, a=conv(3, 4), b=conv(3, 4), w=nn.Linear(3, 8)),
+        {"a b w": 4}, "",
+    ),
+    "the largest of two channels": (
+        lambda: Net(lambda n, x: n.a(x).unflatten(1, (4, 2)).amax(2), 256, a=conv(3, 8)),
+        {"a": 4}, "",
+    ),
+    "a sum of all channels": (
+        lambda: Net(lambda n, x: n.a(x).sum(1), 64, a=conv(3, 4)), {"a": 4}, "",
+    ),
+    "channels that are shuffled": (
+        lambda: Net(lambda n, x: n.b(n.a(x).unflatten(1, (2, 4)).transpose(1, 2).flatten(1, 2)),
+                    512, a=conv(3, 8), b=conv(8, 8, groups=4)),
+        {"a b": 4}, "",
+    ),
+    "a map between all places": (
+        lambda: Net(nonlocally, 256, a=conv(3, 4), q=conv(4, 3, 1), k=conv(4, 3, 1),
+                    v=conv(4, 2, 1), o=conv(2, 4, 1)),
+        {"a o": 4, "q k": 3, "v": 2}, "",
+    ),
+    "packed attention": (
+        lambda: Net(lambda n, x: n.m(*[n.a(x).flatten(2).transpose(1, 2)] * 3)[0], 256,
+                    a=conv(3, 4), m=nn.MultiheadAttention(4, 2, batch_first=True)),
+        {}, "a m.in_proj_weight m.out_proj",
+    ),
+    "a recurrent layer": (
+        lambda: Net(lambda n, x: n.m(n.a(x).flatten(2).transpose(1, 2))[0], 128, a=conv(3, 4),
+                    m=nn.LSTM(4, 2, batch_first=True)),
+        {}, "a",
+    ),
     "a linear layer on tokens": (
         lambda: Net(lambda n, x: n.b(n.a(x.flatten(2).transpose(1, 2)).relu()), 128,
                     a=nn.Linear(3, 5), b=nn.Linear(5, 2)),
