@@ -188,7 +188,9 @@ def make_masks(
     stage["structure"] = structure
     stage |= {} if sparsity is None else {"sparsity": sparsity}
     stage |= {} if exclude is None else {"exclude": list(exclude)}
-    images = Data(NoImages(), NoImages(), (0, 0, 0), 0) if data is None else read_images(data)
+    images = Data(NoImages(), NoImages(), (0, 0, 0), 0)
+    if data is not None:
+        images = read_images(data, model)
     sections = {"stage": [stage], "seed": seed}
     state, _, notes = do_stage(model, images, sections, batch_size, device)
     for note in notes:
