@@ -2,6 +2,7 @@
 
 Everything here is also `prunekit.NAME`. Images are pixels: integers 0 to 255, or floats in [0, 1]
 that are multiples of 1/255; as tensors (N, C, H, W), as numpy arrays (N, H, W) or (N, H, W, C).
+Where nothing is trained (`make_masks`, `evaluate`), any floats in [0, 1] will do, and a DataLoader.
 Labels are integers (N,). A network takes pixels in [0, 1] and normalizes inside. One that is handed
 over stays as it is: everything works on copies.
 
@@ -209,7 +210,7 @@ def evaluate(
     seed: int = 0,
     device: str = "auto",
 ) -> Judgement:
-    """Judge a network on (x, y), or the test part of a data set, as `prunekit eval` does.
+    """Judge a network on (x, y), a DataLoader, or the test part of a data set, as `eval` does.
 
     `evaluators` are names or tables, such as ["clean", {"use": "pgd", "steps": 10}], or one of
     them. `threat` is a radius ("8/255", of L-inf) or a table {"norm": "l2", "eps": 0.5}. The

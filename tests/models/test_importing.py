@@ -71,7 +71,7 @@ def write_hydra(net, path="x.pt", prefix="module.", extra=None, write=torch.save
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     for group in optimizer.param_groups:
-        group["lr"] = 0.5 * (1 + np.cos(np.pi * 3 / 20)) * 0.1
+        group["lr"] = 0.1 * 0.5 * (1 + np.cos((3 - 1) / 20 * np.pi))
     write({"epoch": 3, "arch": "x", "state_dict": OrderedDict(state),
            "best_prec1": torch.tensor(4.0), "optimizer": optimizer.state_dict()}, path)  # fmt: skip
     return scores
