@@ -47,13 +47,18 @@ def _walk(
     if not isinstance(content, Mapping) or len(place) > DEPTH or id(content) in seen:
         return
     seen.add(id(content))
-    if content and all(
-        isinstance(k, str) and isinstance(v, Tensor) and not v.is_nested for k, v in content.items()
-    ):
-        yield ".".join(place), dict(content)
+    tensors = {k: v for k, v in content.items() if isinstance(v, Tensor) and not v.is_nested}
+    beside = (value for key, value in content.items() if key not in tensors)
+    # An epoch may stand among the weights.
+    if tensors and all(isinstance(key, str) for key in content) and all(map(_is_plain, beside)):
+        yield ".".join(place), tensors
     for key, value in content.items():
         if isinstance(key, str):
             yield from _walk(value, (*place, key), seen)
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, int | float | str)
 
 
 class _DType:

@@ -179,6 +179,12 @@ class Strict(Net):
         raise KeyError("epoch")
 
 
+class Rounding(Net):
+    def state_dict(self, *args, **kwargs):
+        state = super().state_dict(*args, **kwargs)
+        return {name: value.half() for name, value in state.items()}
+
+
 class More(Net):
     def get_extra_state(self):
         return {"seen": 3}
@@ -200,6 +206,7 @@ class Part(Net):
         (Both, "Both.state_dict", "lacks mean"),
         (Part, "Part.state_dict", "lacks fc.bias"),
         (Deaf, "Deaf.load_state_dict", "loading it does not bring it back"),
+        (Rounding, "Rounding.state_dict", "loading it does not bring it back"),
         (Strict, "Strict.load_state_dict", "loading it fails, KeyError: 'epoch'"),
         (More, "More.get_extra_state", "it holds _extra_state as well"),
     ],

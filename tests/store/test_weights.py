@@ -63,6 +63,7 @@ WRAPPED = {
     "timm's name of the head": lambda s: {n.replace("fc.", "head.fc."): v for n, v in s.items()},
     "of old torch": lambda s: {n: v for n, v in s.items() if "num_batches" not in n},
     "half": lambda s: {n: v.half() if v.is_floating_point() else v for n, v in s.items()},
+    "epoch among them": lambda s: {"epoch": 3, "name": "x", **s},
     "unused block": lambda s: {**s, "sub_block1.layer.0.conv1.weight": torch.ones(2)},
 }  # fmt: skip
 
