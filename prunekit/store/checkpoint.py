@@ -83,7 +83,9 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: Path) ->
     ]
     if faults:
         ways = [way for end, way in PRUNED.items() if any(key.endswith(end) for key in extra)]
-        advice = f"; it is a pruned network: prunekit import {ways[0]}" if ways else ""
+        advice = "" if missing or not extra else "; save the network's own state_dict() alone"
+        if ways:
+            advice = f"; it is a pruned network: prunekit import {ways[0]}"
         raise UserError(
             f"{relative(source)} does not fit the network: {'; '.join(faults[:6])}{advice}"
         )

@@ -164,8 +164,13 @@ def _fit(where: str, state: Tensors, model: nn.Module) -> list[_Fit]:
         for view in (str, _unwrap, _unify):
             fits = [_Fit(where, *match, state) for match in _match(own, needed, plain, view)]
             used = {name for fit in fits for name in fit.sources().values()}
-            rest = [n for n in state if n not in used and not _is_idle(n, state[n], own)]
-            fits = [_Fit(where, fit.start, fit.names, state, tuple(rest)) for fit in fits]
+            starts = tuple(fit.start for fit in fits)
+            rest = [
+                name
+                for name in state.keys() - used
+                if not _is_idle(name, state[name], own, inside=view(name).startswith(starts))
+            ]
+            fits = [_Fit(where, fit.start, fit.names, state, tuple(sorted(rest))) for fit in fits]
             if fits and not rest:
                 return fits
             found = found or fits
@@ -179,14 +184,15 @@ def _match(
 
     Names are compared as `view` shows them, which must keep them apart on either side.
     """
-    outer, dot, _ = next(iter(own), "").partition(".")
-    cuts = [0]
-    if dot and all(name.startswith(f"{outer}.") for name in own):
-        cuts.append(len(outer) + 1)  # the file may hold the inside of the network
+    inside = [""]
+    outer = {name.partition(".")[0] for name in needed}
+    if len(outer) == 1 and all("." in name for name in needed):
+        inside.append(f"{outer.pop()}.")  # the file may hold what the network wraps
     theirs = {view(name): name for name in state}
-    for cut in cuts:
-        ours = {view(name[cut:]): name for name in own}
-        if len(ours) < len(own) or len(theirs) < len(state) or not needed:
+    for front in inside:
+        known = [name for name in own if name.startswith(front)]
+        ours = {view(name.removeprefix(front)): name for name in known}
+        if len(ours) < len(known) or len(theirs) < len(state) or not needed:
             return
         anchor = max((short for short, name in ours.items() if name in needed), key=len)
         starts = {t.removesuffix(anchor) for t in theirs if f".{t}".endswith(f".{anchor}")}
@@ -230,10 +236,14 @@ def _counts_batches(name: str) -> bool:
     return name.rpartition(".")[2] == "num_batches_tracked"
 
 
-def _is_idle(name: str, value: Tensor, own: Mapping[str, Tensor]) -> bool:
-    """Whether a tensor decides nothing: a counter, or the block that HYDRA's networks never use."""
+def _is_idle(name: str, value: Tensor, own: Mapping[str, Tensor], *, inside: bool) -> bool:
+    """Whether a tensor decides nothing of a network that it may lie `inside` of.
+
+    It is a counter, or belongs to the block that HYDRA's networks never use.
+    """
     unused = ".sub_block1." in f".{name}" and not any(".sub_block1." in f".{n}" for n in own)
-    return unused or (value.numel() == 1 and not (value.is_floating_point() or value.is_complex()))
+    counts = not (value.is_floating_point() or value.is_complex())
+    return unused or (counts and (value.numel() == 1 or not inside))
 
 
 def _strip(state: Tensors) -> Tensors:

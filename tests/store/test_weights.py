@@ -55,6 +55,7 @@ WRAPPED = {
     "compiled in parallel": lambda s: prefixed(s, "module._orig_mod."),
     "parallel in compiled": lambda s: {"state_dict": prefixed(s, "_orig_mod.module.")},
     "lightning": lambda s: {"state_dict": prefixed(s, "model."), "epoch": 1},
+    "lightning, metrics": lambda s: prefixed(s, "model.") | {"acc.tp": torch.zeros(3).long()},
     "lightning, compiled": lambda s: {"state_dict": prefixed(s, "net._orig_mod.")},
     "averaged model": lambda s: {"n_averaged": torch.tensor(3), **prefixed(s, "module.")},
     "part in parallel": lambda s: {n.replace("fc.", "fc.module."): v for n, v in s.items()},
@@ -107,6 +108,12 @@ def test_the_colors_of_a_normalizer_that_a_file_lacks_are_the_networks_and_told(
     found = find_weights(path, net)
     assert found.tensors["mu"].eq(0.25).all()
     assert found.notes == ("does not hold mu: left as the network has them",)
+    # A wrapper with colors of its own, and the file of what it wraps.
+    outer = nn.Sequential(OrderedDict(model=make_net(1)))
+    outer.register_buffer("mean", torch.zeros(3))
+    found = find_weights(path, outer)
+    assert torch.equal(found.tensors["model.fc.weight"], make_net().fc.weight)
+    assert found.notes == ("does not hold mean: left as the network has them",)
     with pytest.raises(UserError, match=r"does not hold mu.*begin with: prunekit import dense"):
         start_from(path, net)
 
@@ -179,7 +186,14 @@ def test_names_are_matched_only_where_shapes_agree_and_one_to_one(path):
 def test_what_may_decide_something_is_not_left_out(path, extra):
     net = make_net()
     torch.save({**prefixed(net.state_dict(), "model."), extra: torch.rand(3)}, path)
-    with pytest.raises(UserError, match=f"not in the network: {extra}"):
+    with pytest.raises(UserError, match=f"not in the network: {extra}; save the network's own"):
+        load_weights(net, find_weights(path, net).tensors, path)
+
+
+def test_integers_of_a_network_are_not_left_out(path):
+    net = make_net()
+    torch.save({**net.state_dict(), "order": torch.arange(3)}, path)
+    with pytest.raises(UserError, match="not in the network: order"):
         load_weights(net, find_weights(path, net).tensors, path)
 
 
