@@ -127,14 +127,16 @@ def _standing(model: nn.Module, training: bool, device: torch.device) -> Iterato
         if buffer is not None
     ]
     devices = [device] if device.type == "cuda" else []
-    with eval_mode(model), torch.random.fork_rng(devices):
-        if training:
-            model.train()
-        yield
-    for module, name, buffer, before in held:
-        with torch.no_grad():
-            buffer.copy_(before)
-        module._buffers[name] = buffer
+    try:
+        with eval_mode(model), torch.random.fork_rng(devices):
+            if training:
+                model.train()
+            yield
+    finally:
+        for module, name, buffer, before in held:
+            with torch.no_grad():
+                buffer.copy_(before)
+            module._buffers[name] = buffer
 
 
 def _shorten(error: Exception) -> str:

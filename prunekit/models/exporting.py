@@ -43,7 +43,7 @@ def export_hydra(model: Path, out: Path) -> float:
     }
     for name, mask in masks.items():
         if not name.endswith(".weight") or mask.dim() < 2:
-            raise UserError(f"a hydra file has scores of layers only, and {name} is pruned as well")
+            raise UserError(f"a hydra file has scores of layers only, and {name} is none of these")
     counts = {name: (mask.numel(), int(mask.sum())) for name, mask in masks.items()}
     sparsity = find_sparsity(counts)
     if sparsity is None:
