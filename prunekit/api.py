@@ -2,6 +2,7 @@
 
 Everything here is also `prunekit.NAME`. Images are pixels: integers 0 to 255, or floats in [0, 1]
 that are multiples of 1/255; as tensors (N, C, H, W), as numpy arrays (N, H, W) or (N, H, W, C).
+Where nothing is trained (`make_masks`, `evaluate`), any floats in [0, 1] will do, and a DataLoader.
 Labels are integers (N,). A network takes pixels in [0, 1] and normalizes inside. One that is handed
 over stays as it is: everything works on copies.
 
@@ -188,7 +189,9 @@ def make_masks(
     stage["structure"] = structure
     stage |= {} if sparsity is None else {"sparsity": sparsity}
     stage |= {} if exclude is None else {"exclude": list(exclude)}
-    images = Data(NoImages(), NoImages(), (0, 0, 0), 0) if data is None else read_images(data)
+    images = Data(NoImages(), NoImages(), (0, 0, 0), 0)
+    if data is not None:
+        images = read_images(data, model)
     sections = {"stage": [stage], "seed": seed}
     state, _, notes = do_stage(model, images, sections, batch_size, device)
     for note in notes:
@@ -207,7 +210,7 @@ def evaluate(
     seed: int = 0,
     device: str = "auto",
 ) -> Judgement:
-    """Judge a network on (x, y), or the test part of a data set, as `prunekit eval` does.
+    """Judge a network on (x, y), a DataLoader, or the test part of a data set, as `eval` does.
 
     `evaluators` are names or tables, such as ["clean", {"use": "pgd", "steps": 10}], or one of
     them. `threat` is a radius ("8/255", of L-inf) or a table {"norm": "l2", "eps": 0.5}. The

@@ -17,6 +17,7 @@ from click.testing import CliRunner
 from prunekit_arrays.reading import KEYS
 from prunekit_python.identity import identify
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 from torchvision.models import VisionTransformer
 
 import prunekit
@@ -402,15 +403,79 @@ def test_images_in_any_form_are_judged_alike(data):
     assert net.training
 
 
+def make_threshold():
+    """The class is 1 where the first of four pixels is above 0.5, else 0."""
+    net = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+    with torch.no_grad():
+        net[1].weight[:] = torch.tensor([[-1.0, 0, 0, 0], [1.0, 0, 0, 0]])
+        net[1].bias[:] = torch.tensor([0.5, -0.5])
+    return net
+
+
+FLOATS = torch.full((4, 1, 2, 2), 0.2)
+FLOATS[:, 0, 0, 0] = torch.tensor([0.5001, 0.4999, 0.5001, 0.4999])
+"""In levels of 255, these are between 127 and 128."""
+LABELS = torch.tensor([1, 0, 0, 0])
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        (FLOATS, LABELS),
+        (FLOATS.double(), LABELS),
+        (FLOATS.numpy()[:, 0], LABELS.numpy()),
+        (FLOATS, LABELS, FLOATS, LABELS),
+        DataLoader(TensorDataset(FLOATS, LABELS), 3),
+        DataLoader([(x, int(y)) for x, y in zip(FLOATS, LABELS, strict=True)], 2),
+    ],
+    ids=["tensors", "doubles", "arrays", "four", "loader", "loader of pairs"],
+)
+def test_floats_between_the_levels_are_judged_as_they_are(data):
+    found = prunekit.evaluate(make_threshold(), data)
+    assert found.metrics["clean.accuracy"] == 0.75
+    assert list(found.records["clean.correct"]) == [True, True, False, True]
+
+
+def test_a_loader_of_both_kinds_of_pixels_and_of_none():
+    """A batch of whole levels, one of all black, one of floats."""
+    first = torch.full((2, 1, 2, 2), 128, dtype=torch.uint8) / 255
+    x = torch.cat([first, torch.zeros(2, 1, 2, 2), FLOATS])
+    labels = torch.cat([torch.tensor([1, 1, 0, 1]), LABELS])
+    found = prunekit.evaluate(make_threshold(), DataLoader(TensorDataset(x, labels), 2))
+    assert list(found.records["clean.correct"]) == [True] * 3 + [False] + [True, True, False, True]
+    net = make_net()
+    pixels = torch.from_numpy(X)[:, None] / 255
+    loader = DataLoader(TensorDataset(pixels, torch.from_numpy(Y)), 7)
+    attack = {"use": "pgd", "steps": 2, "eps": "8/255"}
+    assert prunekit.evaluate(net, loader, attack).metrics == (
+        prunekit.evaluate(net, (X, Y), attack).metrics
+    )
+    for wrong, message in (
+        (DataLoader(TensorDataset(FLOATS), 2), r"give batches \(x, y\) of tensors; it gave a list"),
+        (DataLoader([{"x": 1}], 1), r"give batches \(x, y\) of tensors; it gave a dict"),
+        (DataLoader([]), "gives no batch"),
+        (DataLoader(TensorDataset(FLOATS * 4 - 1, LABELS), 2), "has floats from -0.2"),
+        (DataLoader(TensorDataset(FLOATS, LABELS.float()), 2), "data: y is of type float32"),
+    ):
+        with pytest.raises(UserError, match=message):
+            prunekit.evaluate(make_threshold(), wrong)
+
+
 def test_images_that_a_network_does_not_suit():
     with pytest.raises(UserError, match=r"cannot take images of 1 x 4 x 4: RuntimeError: .*mat1"):
         prunekit.evaluate(make_net(), (X[:, :4, :4], Y))
     with pytest.raises(UserError, match="there is a label 3, and the network has 3 classes"):
         prunekit.evaluate(make_net(), (X, Y + 1))
-    with pytest.raises(UserError, match=r"data has to be \(x, y\), or \(x_train, .*; got int"):
+    with pytest.raises(
+        UserError, match=r"data has to be \(x, y\), a DataLoader, or \(x_train, .*; got int"
+    ):
         prunekit.evaluate(make_net(), 3)
     with pytest.raises(UserError, match="data: x has floats from -1 to"):
         prunekit.evaluate(make_net(), (X / 127.5 - 1, Y))
+    with pytest.raises(UserError, match="data: a tuple is no array: "):
+        prunekit.evaluate(make_net(), [(X[:2], Y[:2]), (X[2:], Y[2:])])
+    # Floats of few digits are levels no more.
+    prunekit.evaluate(make_net(), (torch.from_numpy(X)[:, None].bfloat16() / 255, Y))
     # Classes without an image are classes all the same.
     found = prunekit.evaluate(make_net(), (X[:1], Y[:1]), threat=0.1)
     assert found.metrics["clean.accuracy"].n == 1

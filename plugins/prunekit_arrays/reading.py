@@ -81,6 +81,7 @@ def to_data(
     *,
     classes: int | None = None,
     channels: Channels = "last",
+    floats: bool = False,
 ) -> Data:
     """Make a data set from arrays: images (N, H, W) or (N, H, W, C), labels (N,) or (N, 1).
 
@@ -97,7 +98,8 @@ def to_data(
             f"{source} has no {' and no '.join(missing)}; name the arrays {', '.join(KEYS)}"
         )
     train, test = (
-        to_split(arrays, (f"x_{part}", f"y_{part}"), source, channels) for part in ("train", "test")
+        to_split(arrays, (f"x_{part}", f"y_{part}"), source, channels, floats=floats)
+        for part in ("train", "test")
     )
     if train.images.shape[1:] != test.images.shape[1:]:
         raise UserError(
@@ -133,14 +135,22 @@ def _check_gaps(labels: Tensor, classes: int, source: str) -> None:
 
 
 def to_split(
-    arrays: Mapping[str, np.ndarray], keys: tuple[str, str], source: str, channels: Channels
+    arrays: Mapping[str, np.ndarray],
+    keys: tuple[str, str],
+    source: str,
+    channels: Channels,
+    *,
+    floats: bool = False,
 ) -> Arrays:
     """The images and labels under these two keys; see `to_data` for the arrays and arguments.
+
+    With `floats`, images may be any floats in [0, 1]; they stay float32 if they are no multiples of
+    1/255.
 
     Raises `UserError` if they cannot be used, or if their numbers differ.
     """
     x, y = keys
-    images = _to_images(arrays[x], f"{source}: {x}", channels)
+    images = _to_images(arrays[x], f"{source}: {x}", channels, floats)
     labels = _to_labels(arrays[y], f"{source}: {y}")
     if len(images) != len(labels):
         raise UserError(
@@ -150,8 +160,8 @@ def to_split(
     return Arrays(images, labels)
 
 
-def _to_images(images: np.ndarray, name: str, channels: Channels) -> Tensor:
-    """Convert images to uint8 (N, C, H, W)."""
+def _to_images(images: np.ndarray, name: str, channels: Channels, floats: bool) -> Tensor:
+    """Convert images to uint8 (N, C, H, W); with `floats`, see `to_split`."""
     shape = " x ".join(map(str, images.shape))
     if images.ndim not in (3, 4) or 0 in images.shape:
         raise UserError(
@@ -169,7 +179,12 @@ def _to_images(images: np.ndarray, name: str, channels: Channels) -> Tensor:
             raise UserError(
                 f"{name} is {shape}, which means {given} channels; if it has {other}, {way}"
             )
-    levels = _to_levels(images, name)
+    levels = to_levels(images, name, floats)
+    if levels.dtype == np.uint8 and levels.max() <= 1:
+        raise UserError(
+            f"{name} has no pixel brighter than {levels.max()} of 255; if 1 means white, multiply "
+            "the images by 255 and save them as uint8"
+        )
     if images.ndim == 3:
         levels = levels[:, None]
     elif channels == "last":
@@ -178,10 +193,10 @@ def _to_images(images: np.ndarray, name: str, channels: Channels) -> Tensor:
     return torch.from_numpy(np.require(levels, requirements=["C", "W"]))
 
 
-def _to_levels(images: np.ndarray, name: str) -> np.ndarray:
-    """Convert pixels to uint8 of the same shape."""
+def to_levels(images: np.ndarray, name: str, floats: bool = False) -> np.ndarray:
+    """Convert pixels to uint8 of the same shape; with `floats`, see `to_split`."""
     if images.dtype.kind == "f":
-        levels = _round_floats(images, name)
+        levels = _round_floats(images, name, floats)
     elif images.dtype.kind in "ui":
         if images.min() < 0 or images.max() > 255:
             raise UserError(
@@ -193,17 +208,15 @@ def _to_levels(images: np.ndarray, name: str) -> np.ndarray:
         raise UserError(
             f"{name} is of type {images.dtype}; save uint8 images with pixels from 0 to 255"
         )
-    if levels.max() <= 1:
-        raise UserError(
-            f"{name} has no pixel brighter than {levels.max()} of 255; if 1 means white, multiply "
-            "the images by 255 and save them as uint8"
-        )
     return levels
 
 
-def _round_floats(images: np.ndarray, name: str) -> np.ndarray:
-    """Convert floats in [0, 1] that are multiples of 1/255 to uint8 of the same shape."""
-    levels = np.empty(images.shape, np.uint8)
+def _round_floats(images: np.ndarray, name: str, keep: bool) -> np.ndarray:
+    """Convert floats in [0, 1] that are multiples of 1/255 to uint8 of the same shape.
+
+    Others are refused, or made float32 with `keep`.
+    """
+    levels, exact = np.empty(images.shape, np.uint8), True
     # In parts, because a float64 copy of a whole data set could exceed the memory.
     for start in range(0, len(images), 1000):
         part = images[start : start + 1000].astype(np.float64)
@@ -219,13 +232,14 @@ def _round_floats(images: np.ndarray, name: str) -> np.ndarray:
         rounded = np.rint(part * 255)
         # Twice the rounding error of a product with 1/255 in the array's own precision.
         wrong = np.abs(part * 255 - rounded) > 255 * np.finfo(images.dtype).eps
-        if wrong.any():
+        exact = exact and not wrong.any()
+        if not (exact or keep):
             raise UserError(
                 f"{name} has floats that are not multiples of 1/255, such as "
                 f"{part[wrong][0]:.6g}; save uint8 images with pixels from 0 to 255"
             )
         levels[start : start + 1000] = rounded
-    return levels
+    return levels if exact else images.astype(np.float32)
 
 
 def _to_labels(labels: np.ndarray, name: str) -> Tensor:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
-from prunekit_arrays.reading import KEYS, Channels, to_data, to_split
-from torch import Tensor
+from prunekit_arrays.reading import KEYS, Channels, to_data, to_levels, to_split
+from torch import Tensor, bfloat16
+from torch.utils.data import DataLoader
 
 from prunekit import DataMissingError, NoOptions, UserError
 from prunekit.contexts import ArchitectureContext, DatasetContext
@@ -31,7 +32,8 @@ def build_data(options: NoOptions, context: DatasetContext) -> Data:
 
     Images are (N, C, H, W) if they are tensors, (N, H, W) or (N, H, W, C) if they are numpy arrays;
     pixels are integers from 0 to 255, or floats in [0, 1] that are multiples of 1/255. A `Data` is
-    returned unchanged.
+    returned unchanged. For evaluation, floats may be any in [0, 1], and a DataLoader of batches
+    (x, y) will do.
 
     Raises `UserError` for anything else, `DataMissingError` if nothing was passed in.
     """
@@ -43,8 +45,10 @@ def build_data(options: NoOptions, context: DatasetContext) -> Data:
         )
     if isinstance(data, Data):
         return data
+    if context.test_only and isinstance(data, DataLoader):
+        return _to_test(_read_loader(data), "first")
     # Without training, (x, y) is enough.
-    sizes, wanted = ((2, 4), "(x, y), or ") if context.test_only else ((4,), "")
+    sizes, wanted = ((2, 4), "(x, y), a DataLoader, or ") if context.test_only else ((4,), "")
     if not isinstance(data, Sequence) or len(data) not in sizes:
         size = f" of {len(data)}" if isinstance(data, Sequence) else ""
         raise UserError(
@@ -52,9 +56,45 @@ def build_data(options: NoOptions, context: DatasetContext) -> Data:
             f"{type(data).__name__}{size}"
         )
     channels: Channels = "first" if isinstance(data[0], Tensor) else "last"
-    arrays = [v.detach().cpu().numpy() if isinstance(v, Tensor) else np.asarray(v) for v in data]
+    arrays = [_to_array(value) for value in data]
     if len(data) == 4:
-        return to_data(dict(zip(KEYS, arrays, strict=True)), "data", channels=channels)
-    part = to_split(dict(zip("xy", arrays, strict=True)), ("x", "y"), "data", channels)
+        named = dict(zip(KEYS, arrays, strict=True))
+        return to_data(named, "data", channels=channels, floats=context.test_only)
+    return _to_test(dict(zip("xy", arrays, strict=True)), channels)
+
+
+def _to_test(arrays: dict[str, np.ndarray], channels: Channels) -> Data:
+    part = to_split(arrays, ("x", "y"), "data", channels, floats=True)
     _, c, h, w = part.images.shape
     return Data(part, part, (c, h, w), int(part.labels.max()) + 1)
+
+
+def _read_loader(loader: Iterable[Any]) -> dict[str, np.ndarray]:
+    """All images and labels of a DataLoader, in the order in which it gives them."""
+    images, labels = [], []
+    for batch in loader:
+        if not isinstance(batch, Sequence) or len(batch) != 2 or not isinstance(batch[0], Tensor):
+            raise UserError(
+                "data: the DataLoader has to give batches (x, y) of tensors; it gave a "
+                f"{type(batch).__name__}"
+            )
+        x, y = map(_to_array, batch)
+        # A quarter of the memory, wherever that is exact.
+        images.append(to_levels(x, "data: x", floats=True))
+        labels.append(y)
+    if not images:
+        raise UserError("data: the DataLoader gives no batch")
+    if len({part.dtype for part in images}) > 1:
+        images = [p / np.float32(255) if p.dtype == np.uint8 else p for p in images]
+    return {"x": np.concatenate(images), "y": np.concatenate(labels)}
+
+
+def _to_array(values: Any) -> np.ndarray:
+    if not isinstance(values, Tensor):
+        try:
+            return np.asarray(values)
+        except (ValueError, TypeError) as error:  # parts of different sizes
+            reason = str(error).partition(".")[0]
+            raise UserError(f"data: a {type(values).__name__} is no array: {reason}") from error
+    plain = values.detach().cpu()
+    return (plain.float() if plain.dtype == bfloat16 else plain).numpy()

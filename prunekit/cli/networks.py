@@ -35,6 +35,7 @@ from prunekit.errors import UserError, relative
     show_default=True,
     help="harp: every layer keeps at least alpha times the keep ratio.",
 )
+@click.option("--entry", help="Which state dict, if FILE has several: state_dict_ema.")
 @click.option("--out", type=group.PATH, help="Folder to write; by default runs/FILE.")
 @group.settings_option
 @group.as_json
@@ -46,6 +47,7 @@ def import_file(
     sparsity: float | None,
     eps: str | None,
     alpha: float,
+    entry: str | None,
     out: Path | None,
     settings: tuple[str, ...],
     as_json: bool,
@@ -65,7 +67,7 @@ def import_file(
         "stage": [{"kind": "evaluate", "with": ["clean", *(["pgd"] if eps else [])]}],
         **({"threat": {"eps": eps}} if eps else {}),
     }
-    source = Source(file, kind, sparsity, alpha)
+    source = Source(file, kind, sparsity, alpha, entry)
     folder = import_model(source, sections, settings, out.absolute(), group.note)
     found = folder.metrics["import"]
     if as_json:

@@ -19,7 +19,10 @@ from prunekit.errors import UserError
 
 @dataclass(frozen=True)
 class Arrays:
-    """A split in memory: uint8 images (N, C, H, W), int64 labels (N,)."""
+    """A split in memory: uint8 images (N, C, H, W), int64 labels (N,).
+
+    Images that are only judged may be floats in [0, 1].
+    """
 
     images: Tensor
     labels: Tensor
@@ -105,8 +108,9 @@ def fingerprint(data: Data) -> str:
 
 
 def to_pixels(images: Tensor, device: torch.device | str) -> Tensor:
-    """uint8 (B, C, H, W) -> float32 in [0, 1] on the device."""
-    return images.to(device, non_blocking=True).float().div_(255)
+    """uint8 (B, C, H, W), or floats in [0, 1] -> float32 in [0, 1] on the device."""
+    moved = images.to(device, non_blocking=True)
+    return moved.float() if moved.is_floating_point() else moved.float().div_(255)
 
 
 def augment(images: Tensor, names: Sequence[str], generator: torch.Generator) -> Tensor:

@@ -25,7 +25,7 @@ from prunekit.data.batches import Arrays, to_device
 from prunekit.engine.stages import STAGES
 from prunekit.engine.work import Loaded, Outcome, Work
 from prunekit.errors import Place, UserError
-from prunekit.evaluation import eval_mode
+from prunekit.models.contract import check_tensors, find_logits
 from prunekit.pruning.masks import State
 from prunekit.recipe.document import Recipe, Setting, apply, load_recipe
 from prunekit.recipe.plan import Plan, make_plan
@@ -82,9 +82,10 @@ def read_recipe(source: str | Path | Mapping[str, Any]) -> Recipe:
 
 
 def check_model(model: Any) -> None:
-    """Raise `UserError` for anything but an `nn.Module`."""
+    """Raise `UserError` for anything but an `nn.Module` of plain tensors."""
     if not isinstance(model, nn.Module):
         raise UserError(f"model must be an nn.Module, got {type(model).__name__}")
+    check_tensors(model, "the network")
 
 
 def read_images(data: Any, model: nn.Module | None = None) -> Data:
@@ -97,16 +98,7 @@ def read_images(data: Any, model: nn.Module | None = None) -> Data:
     found = use.build(DatasetContext(seed=0, folder=Path.cwd(), test_only=True))
     if model is None:
         return found
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    try:
-        with eval_mode(model), torch.no_grad():
-            classes = int(model(torch.zeros(1, *found.shape, device=device)).shape[1])
-    except Exception as error:  # whatever layers raise that such an image does not suit
-        size = " x ".join(map(str, found.shape))
-        reason = (str(error).splitlines() or [""])[0]
-        raise UserError(
-            f"the network cannot take images of {size}: {type(error).__name__}: {reason}"
-        ) from error
+    classes = find_logits(model, found.shape, "the network").shape[1]
     if (largest := int(found.test.labels.max())) >= classes:
         raise UserError(
             f"data: there is a label {largest}, and the network has {classes} classes: 0 to "

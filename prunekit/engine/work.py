@@ -24,9 +24,10 @@ from prunekit.recipe.resolver import describe
 from prunekit.recipe.sections import DataOptions
 from prunekit.recipe.stages import Stage
 from prunekit.report import Note, Report, Stop
-from prunekit.store.checkpoint import read_model, start_from
+from prunekit.store.checkpoint import read_model
 from prunekit.store.keys import hash_file
 from prunekit.store.stages import StageFolder
+from prunekit.store.weights import start_from
 from prunekit.training.compute import Compute
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from prunekit.contexts import ArchitectureContext, DatasetContext
 from prunekit.data import seeds
 from prunekit.errors import RunError
-from prunekit.evaluation import eval_mode
+from prunekit.models.contract import check_state_dict, check_tensors, find_logits
 from prunekit.pruning.layers import find_prunable, find_unprunable, find_weights
 from prunekit.recipe.plan import Plan, Run
 from prunekit.recipe.resolver import describe
@@ -29,7 +29,8 @@ def build_network(
     """The network of a run, before any weights are loaded. It is tried on two black images.
 
     `fresh` is False if weights will be loaded anyway. Raises `RunError` if the network does not
-    take images of this shape (C, H, W), or does not return logits (2, K).
+    take images of this shape (C, H, W), does not return logits (2, K) in either mode that the run
+    needs, or cannot be stored.
     """
     use = run.architecture
     seeds.seed_all(run.seed, "architecture")
@@ -41,21 +42,17 @@ def build_network(
     owner = f"architecture {use.component.name!r} of plugin {use.plugin}"
     if not isinstance(model, nn.Module):
         raise RunError(f"{owner} does not build an nn.Module")
+    check_tensors(model, owner)
     model.to(device)
-    size = " x ".join(map(str, shape))
-    try:
-        with eval_mode(model), torch.no_grad():
-            logits = model(torch.zeros(2, *shape, device=device))
-    except Exception as error:  # layers may raise anything for images of the wrong size
-        reason = (str(error).splitlines() or [""])[0]
-        raise RunError(
-            f"{owner} cannot take images of {size}: {type(error).__name__}: {reason}"
-        ) from error
-    found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-    if found != (2, classes):
-        raise RunError(
-            f"{owner} gives {found} for 2 images and {classes} classes, instead of (2, {classes})"
-        )
+    check_state_dict(model, owner)
+    trained = any(stage.kind != "evaluate" for stage in run.stages)
+    for training in (False, True) if trained else (False,):
+        found = tuple(find_logits(model, shape, owner, training=training).shape)
+        if found != (2, classes):
+            raise RunError(
+                f"{owner} gives {found} for 2 images and {classes} classes, instead of "
+                f"(2, {classes})"
+            )
     return model
 
 

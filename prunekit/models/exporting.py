@@ -36,9 +36,14 @@ def export_hydra(model: Path, out: Path) -> float:
     masks = read_masks(state, header, model)
     if not masks:
         raise UserError(f"{relative(model)} has no masks; other programs can load it as it is")
+    # HYDRA reads scores of every layer, also of those that were left dense.
+    matrices = {n: v for n, v in state.items() if n.endswith("weight") and v.dim() >= 2}
+    masks |= {
+        n: torch.ones_like(v, dtype=torch.bool) for n, v in matrices.items() if n not in masks
+    }
     for name, mask in masks.items():
         if not name.endswith(".weight") or mask.dim() < 2:
-            raise UserError(f"a hydra file has scores of layers only, and {name} is pruned as well")
+            raise UserError(f"a hydra file has scores of layers only, and {name} is none of these")
     counts = {name: (mask.numel(), int(mask.sum())) for name, mask in masks.items()}
     sparsity = find_sparsity(counts)
     if sparsity is None:
@@ -46,7 +51,7 @@ def export_hydra(model: Path, out: Path) -> float:
         raise UserError(
             f"a hydra file has one keep ratio for all layers, and {kept[0][1]} keeps "
             f"{kept[0][0]:.4g} and {kept[-1][1]} {kept[-1][0]:.4g} of its weights; prune with "
-            'budget = "layer"'
+            'budget = "layer" and exclude = []'
         )
     for name, mask in masks.items():
         state[f"{name.removesuffix('weight')}popup_scores"] = mask.to(state[name].dtype)

@@ -32,7 +32,7 @@ def explain(error: BaseException, run: Run) -> str:
             f"dataset.batch_size={max(run.data.batch_size // 2, 1)}, or take a smaller network"
         )
     if owner := _find_owner(error, run):
-        return f"plugin {owner} failed: {reason} (--debug shows where)"
+        return f"{owner} failed: {reason} (--debug shows where)"
     # What another plugin returned may fail in our code, such as a function with other arguments.
     foreign = dict.fromkeys(u.plugin for u in run.uses() if not OURS.search(u.plugin))
     used = f"plugins in use: {', '.join(foreign)}; " if foreign else ""
@@ -59,11 +59,17 @@ def release(error: BaseException) -> None:
 
 
 def _find_owner(error: BaseException, run: Run) -> str:
-    """The plugin of the run whose code is innermost in the traceback; "" if there is none."""
-    owners = {use.component.package: use for use in run.uses()}
+    """What failed: the innermost in the traceback of the run's plugins and the user's network.
+
+    "" if neither is there.
+    """
+    owners = {name: use for use in run.uses() for name in use.component.needs}
+    owners |= {use.component.package: use for use in run.uses()}
     owners.pop("prunekit", None)
     for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))):
         package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
         if package in owners:
-            return owners[package].plugin
+            return f"plugin {owners[package].plugin}"
+        if frame.f_code.co_name == "forward" and package not in ("torch", "prunekit"):
+            return f"the network ({frame.f_code.co_qualname})"
     return ""

@@ -24,12 +24,13 @@ from prunekit.recipe.document import Recipe, locate_options, override
 from prunekit.recipe.plan import make_plan
 from prunekit.recipe.stages import Stage
 from prunekit.report import Tell
-from prunekit.store.checkpoint import load_weights, read_weights, write_model
+from prunekit.store.checkpoint import load_weights, write_model
 from prunekit.store.files import make_folder, write_text
 from prunekit.store.keys import hash_file
 from prunekit.store.layout import MODEL, RECIPE
 from prunekit.store.runs import RunFolder
 from prunekit.store.stages import StageResult
+from prunekit.store.weights import find_weights
 
 Tensors = dict[str, Tensor]
 
@@ -58,6 +59,8 @@ class Source:
     sparsity: float | None = None
     alpha: float = 0.1
     """HARP: every layer keeps at least alpha times the keep ratio."""
+    entry: str | None = None
+    """Where the state dict lies in the file, if there are several that fit."""
 
     def error(self, message: str) -> UserError:
         """An error whose message starts with the name of the file."""
@@ -110,8 +113,10 @@ def import_model(
     with explained(run):
         shape, classes = find_shape(run)
         model = build_network(run, shape, classes, fresh=False)
-    weights, masks = read_source(source, model)
+    weights, masks, told = read_source(source, model)
     load_weights(model, weights, source.path)
+    if all(bool(((w == 0) | (w == 1)).all()) for w in find_prunable(model).values()):
+        raise source.error("holds no weights: all of them are 0 or 1, as those of masks are")
     apply_masks(model, masks)
     if broken := find_broken(model):
         raise source.error(f"holds NaN or infinity in {broken}")
@@ -134,7 +139,7 @@ def import_model(
         "sparsity": metrics["sparsity"],
         "smoke": False,
     }
-    doubts = list(_find_doubts(source, model, masks))
+    doubts = [*told, *_find_doubts(source, model, masks)]
     for doubt in doubts:
         tell(f"{relative(source.path)}: {doubt}")
     notes = [f"{source.kind} file {source.path.name}, SHA-256 {digest}", *doubts]
@@ -166,28 +171,26 @@ def _find_doubts(source: Source, model: nn.Module, masks: Masks) -> Iterator[str
         yield f"without popup_scores, so left dense: {', '.join(sorted(dense))}"
 
 
-def read_source(source: Source, model: nn.Module) -> tuple[Tensors, Masks]:
-    """(plain weights, masks) of a file, with the names and shapes that they have in the network.
+def read_source(source: Source, model: nn.Module) -> tuple[Tensors, Masks, tuple[str, ...]]:
+    """(plain weights, masks, doubts) of a file, with the names that they have in the network.
 
     Raises `UserError` if the file is not of its kind.
     """
-    state = read_weights(source.path)
-    if not any(name.startswith("sub_block1.") for name in model.state_dict()):
-        # A block of HYDRA's wide ResNets that their forward pass never uses.
-        state = {n: v for n, v in state.items() if not n.startswith("sub_block1.")}
+    found = find_weights(source.path, model, source.entry)
+    state = found.tensors
     if source.kind == "torch-prune":
-        return _read_torch_prune(state, source)
+        return *_read_torch_prune(state, source, model), found.notes
     prunable = find_prunable(model)
     if source.kind == "dense":
         masks = {n: state[n] != 0 for n in prunable if n in state}
-        return state, {n: mask for n, mask in masks.items() if not mask.all()}
+        return state, {n: mask for n, mask in masks.items() if not mask.all()}, found.notes
     weights, masks = _read_scored(state, source)
     # Names that the file does not have at all are missing weights, which loading reports.
     unscored = sorted(prunable.keys() & weights.keys() - masks.keys())
     if source.kind == "hydra" and unscored:
         layers = ", ".join(name.rpartition(".")[0] for name in unscored[:8])
         raise source.error(f"lacks the popup_scores of {layers}")
-    return weights, masks
+    return weights, masks, found.notes
 
 
 def _read_scored(state: Tensors, source: Source) -> tuple[Tensors, Masks]:
@@ -232,23 +235,28 @@ def _count_harp(n: int, rate: Tensor, least: float) -> int:
     return n - int((1 - kept) * n)
 
 
-def _read_torch_prune(state: Tensors, source: Source) -> tuple[Tensors, Masks]:
+def _read_torch_prune(state: Tensors, source: Source, model: nn.Module) -> tuple[Tensors, Masks]:
     """torch.nn.utils.prune: `NAME_orig` and `NAME_mask` for a pruned parameter NAME."""
-    originals, state = _split(state, "_orig")
-    found, state = _split(state, "_mask")
-    if not originals and not found:
-        raise source.error("holds no weight_orig; import plain weights with: prunekit import dense")
-    if single := sorted(originals.keys() ^ found.keys()):
-        raise source.error(f"does not hold both _orig and _mask of {', '.join(single[:8])}")
-    for name, mask in found.items():
+    # A network may have names of its own that end so: padding masks, spectral norms.
+    added = {n.removesuffix("_orig") for n in state.keys() - model.state_dict().keys()}
+    names = [n for n in sorted(added) if f"{n}_orig" in state and f"{n}_mask" in state]
+    if not names:
+        raise source.error(
+            "holds no weight_orig with a weight_mask; import plain weights with: prunekit import "
+            "dense"
+        )
+    masks = {}
+    for name in names:
+        original, mask = state.pop(f"{name}_orig"), state.pop(f"{name}_mask")
         if not ((mask == 0) | (mask == 1)).all():
             raise source.error(
                 f"holds values other than 0 and 1 in {name}_mask; multiply the weights by the "
                 "mask, and import them with: prunekit import dense"
             )
-        if mask.shape != originals[name].shape:
+        if mask.shape != original.shape:
             raise source.error(f"holds a {name}_mask whose shape is not that of {name}_orig")
-    return {**state, **originals}, {name: mask != 0 for name, mask in found.items()}
+        state[name], masks[name] = original, mask != 0
+    return state, masks
 
 
 def _split(state: Tensors, ending: str) -> tuple[Tensors, Tensors]:

@@ -14,6 +14,7 @@ from prunekit.contexts import ArchitectureContext
 from prunekit.contracts import Masks
 from prunekit.data import seeds
 from prunekit.errors import Place, RecipeError, UserError, relative
+from prunekit.models.contract import check_state_dict, check_tensors
 from prunekit.recipe.resolver import Resolver
 from prunekit.recipe.sections import ArchitectureOptions
 from prunekit.store.checkpoint import read_model
@@ -36,6 +37,8 @@ def load_network(network: Network, given: nn.Module | None = None) -> tuple[Any,
         )
     else:
         model = copy.deepcopy(given).cpu()
+        check_tensors(model, "the network")
+        check_state_dict(model, "the network")
     masks = read_model(network.file, model)
     return model.eval(), masks
 

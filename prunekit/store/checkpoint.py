@@ -1,10 +1,8 @@
-"""Checkpoints: safetensors files with a JSON header. From pickles, only tensors are read."""
+"""Checkpoints: safetensors files with a JSON header."""
 
 from __future__ import annotations
 
 import json
-import re
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,12 @@ from prunekit.store.files import write_bytes
 
 FORMAT = 1
 """Version of the header."""
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""Types of weights; smaller ones are stored with scales, which no network here has."""
+
+PRUNED = {".k_score": "harp", ".popup_scores": "hydra", "_orig": "torch-prune"}
+"""Endings of names in files of pruned networks -> how `prunekit import` calls their kind."""
 
 
 def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
@@ -56,53 +60,10 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, header
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """The state dict in any file: safetensors, or what `torch.save` wrote of tensors.
-
-    It may be the entry `state_dict` of a larger dict; the prefix `module.` is removed if all keys
-    have it. Raises `UserError` for a damaged file, and for a pickle that holds more than tensors.
-    """
-    if path.suffix == ".safetensors":
-        state = read_checkpoint(path)[0]
-    else:
-        content = _load_tensors(path)
-        state = content.get("state_dict", content) if isinstance(content, dict) else {}
-    if not state or not all(isinstance(v, Tensor) for v in state.values()):
-        found = f"; it holds {', '.join(map(str, list(state)[:8]))}" if state else ""
-        raise UserError(
-            f"{relative(path)} holds no state dict of tensors, neither at the top nor as "
-            f"state_dict{found}"
-        )
-    if all(key.startswith("module.") for key in state):
-        state = {key.removeprefix("module."): value for key, value in state.items()}
-    return state
-
-
-def _load_tensors(path: Path) -> Any:
-    """What `torch.save` wrote. Raises `UserError` unless that is tensors and plain values."""
-    if path.is_dir():
-        raise UserError(f"{relative(path)} is a folder; name a file in it")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"there is no file {relative(path)}") from None
-    except Exception as error:  # unpickling may raise anything
-        # torch's own message is not shown: it says how to disable this protection.
-        asked = re.search(r"GLOBAL ([\w.]+\w)", str(error))
-        reason = f"is damaged, or not a torch.save of tensors ({type(error).__name__})"
-        if asked:
-            reason = f"is a pickle that asks for {asked[1]}, and only tensors are read"
-        raise UserError(
-            f"{relative(path)} {reason}; save a plain state dict, best as .safetensors"
-        ) from None
-
-
 def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: Path) -> None:
     """Load a state dict from the file `source` into the network.
 
-    Raises `UserError` that lists the tensors that are missing, extra or of another shape.
+    Raises `UserError` that lists the tensors that are missing, extra, or of another shape or type.
     """
     own = model.state_dict()
     faults = []
@@ -115,9 +76,40 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: Path) ->
         for key, value in own.items()
         if key in state and state[key].shape != value.shape
     ]
+    faults += [
+        f"{key} is {reason}, in the network {value.dtype}"
+        for key, value in own.items()
+        if key in state and (reason := find_misfit(state[key], value))
+    ]
     if faults:
-        raise UserError(f"{relative(source)} does not fit the network: {'; '.join(faults[:6])}")
+        ways = [way for end, way in PRUNED.items() if any(key.endswith(end) for key in extra)]
+        advice = "" if missing or not extra else "; save the network's own state_dict() alone"
+        if ways:
+            advice = f"; it is a pruned network: prunekit import {ways[0]}"
+        raise UserError(
+            f"{relative(source)} does not fit the network: {'; '.join(faults[:6])}{advice}"
+        )
     model.load_state_dict(state)
+
+
+def find_misfit(value: Tensor, own: Tensor | None = None) -> str:
+    """What a tensor is that is no plain array of numbers, or none for `own`; "" if it will do."""
+    if value.is_quantized:
+        return "quantised"
+    if value.is_meta:
+        return "without values, on torch's meta device"
+    if value.layout != torch.strided:
+        return "sparse"
+    if value.is_complex():
+        return f"of type {value.dtype}"
+    if own is None or value.dtype == own.dtype:
+        return ""
+    fits = not value.is_floating_point() or value.dtype in FLOATS
+    if own.is_floating_point():
+        fits = value.dtype in FLOATS
+    elif fits:
+        fits = bool((value.to(own.dtype).double() == value.double()).all())
+    return "" if fits else f"of type {value.dtype}"
 
 
 def _some(keys: set[str]) -> str:
@@ -167,14 +159,3 @@ def read_masks(state: Mapping[str, Tensor], header: Mapping[str, Any], path: Pat
             f"{relative(path)} is damaged: its masks do not fit its weights ({error})"
         ) from None
     return masks
-
-
-def start_from(path: Path, model: nn.Module) -> Masks:
-    """Load the file of `init` into the network. Only files of prunekit have masks; others give {}.
-
-    Raises `UserError` if the file is damaged or does not fit the network.
-    """
-    if path.suffix == ".safetensors" and "masked" in read_checkpoint(path)[1]:
-        return read_model(path, model)
-    load_weights(model, read_weights(path), path)
-    return {}

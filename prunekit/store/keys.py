@@ -27,6 +27,8 @@ DECIDING = (
     "recipe/stages.py",
     "steps.py",
     "store/checkpoint.py",
+    "store/states.py",
+    "store/weights.py",
     "training/",
 )
 """Folders and files of the core that decide what a stage computes: their source is in its key.

@@ -40,6 +40,8 @@ def write(net, use, counts=None, extra=None):
     """m.safetensors with random masks, of which `counts(n)` weights of a layer are kept."""
     masks = {}
     for name, weight in find_prunable(net).items() if counts else ():
+        if counts(weight.numel()) is None:  # left dense
+            continue
         mask = torch.zeros(weight.numel(), dtype=torch.bool)
         mask[torch.randperm(weight.numel())[: counts(weight.numel())]] = True
         masks[name] = mask.view_as(weight)
@@ -95,6 +97,25 @@ def test_wide_resnets_get_the_block_that_hydra_wants():
     call("import", "hydra", "h.pth", "--model", "wrn-28-1", "--dataset", "digits",
          "--sparsity", 0.9)  # fmt: skip
     assert read("runs/h")[0].keys() == net.state_dict().keys()
+
+
+def test_a_layer_that_was_left_dense_has_scores_as_well_or_the_file_is_refused():
+    net = make_net()
+    sizes = [weight.numel() for weight in find_prunable(net).values()]
+    assert sizes == [6400, 1000]
+    write(net, "lin-2", lambda n: n // 10 if n > 1000 else None)
+    told = call("export", "m.safetensors", "--format", "hydra", "--out", "h.pth", code=2)[1]
+    assert "keeps 0.1 and 2.weight 1 of its weights; " in told
+    assert "exclude = []" in told
+    assert not Path("h.pth").exists()
+    # int(0.0005 * 1000) = 0: at this sparsity HYDRA keeps the small layer whole itself.
+    masks = write(net, "lin-2", lambda n: n - 3 if n > 1000 else None)
+    told = call("export", "m.safetensors", "--format", "hydra", "--out", "h.pth")[0]
+    call("import", "hydra", "h.pth", "--model", "lin-2", "--dataset", "digits",
+         "--sparsity", told.split("--sparsity ")[1].strip())  # fmt: skip
+    state, found = read("runs/h")
+    assert all(torch.equal(found[name], mask) for name, mask in masks.items())
+    assert all(torch.equal(value, net.state_dict()[name]) for name, value in state.items())
 
 
 @pytest.mark.parametrize("sparsity", [0.07, 0.1, 0.3, 0.55, 0.9, 0.95, 0.99, 0.123456])

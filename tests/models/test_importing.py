@@ -1,20 +1,26 @@
 """Networks of other code become runs that evaluate and finetune."""
 
+import io
 import json
 import os
 import pickle
+from collections import OrderedDict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
 from prunekit_nets import NetOptions
 from prunekit_nets.linear import lin_1
 from prunekit_nets.vgg import build_vgg
+from prunekit_python import PythonOptions
+from prunekit_python.loading import build_python
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn.utils import prune
 
+from prunekit import load
 from prunekit.cli.group import main
 from prunekit.contexts import ArchitectureContext
 from prunekit.errors import UserError
@@ -47,17 +53,37 @@ def make_net(seed=0):
     return lin_1(NetOptions(), example_context(ArchitectureContext, shape=(1, 8, 8), classes=10))
 
 
-def write_hydra(net, path="x.pt", prefix="", extra=None):
-    """A file as HYDRA writes it, with random scores; the scores."""
+def write_hydra(net, path="x.pt", prefix="module.", extra=None, write=torch.save):
+    """A file as HYDRA writes it after an epoch of its cosine schedule, random scores; the scores.
+
+    The learning rate of the schedule is a numpy number; weights are in parallel on devices, and
+    momentum is there for every parameter.
+    """
     state, scores = dict(net.state_dict()), {}
     for name, module in net.named_modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             scores[name] = torch.randn_like(module.weight)
             state[f"{name}.popup_scores"] = scores[name]
     state = {f"{prefix}{name}": value for name, value in {**state, **(extra or {})}.items()}
-    torch.save({"epoch": 3, "arch": "x", "state_dict": state, "best_prec1": torch.tensor(4.0),
-                "optimizer": {"state": {}, "param_groups": [{"lr": 0.1}]}}, path)  # fmt: skip
+    trained = [nn.Parameter(value.clone()) for value in scores.values()]
+    optimizer = torch.optim.SGD(trained, 0.1, momentum=0.9, weight_decay=1e-4)
+    for parameter in trained:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    for group in optimizer.param_groups:
+        group["lr"] = 0.1 * 0.5 * (1 + np.cos((3 - 1) / 20 * np.pi))
+    write({"epoch": 3, "arch": "x", "state_dict": OrderedDict(state),
+           "best_prec1": torch.tensor(4.0), "optimizer": optimizer.state_dict()}, path)  # fmt: skip
     return scores
+
+
+def write_old(content, path):
+    """As torch before 1.6 and numpy before 2 wrote it."""
+    held = io.BytesIO()
+    torch.save(content, held, _use_new_zipfile_serialization=False)
+    written = held.getvalue().replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
+    assert b"numpy.core.multiarray" in written
+    Path(path).write_bytes(written)
 
 
 def find_masks(folder="runs/x"):
@@ -77,7 +103,7 @@ def test_the_masks_are_those_of_the_scores(sparsity, keep_ratio):
         example_context(ArchitectureContext, shape=(1, 8, 8), classes=10),
         batch_norm=True,
     )
-    scores = write_hydra(net, prefix="module.")
+    scores = write_hydra(net)
     take("hydra", "--sparsity", sparsity, model="vgg2-bn")
     masks = find_masks()
     assert masks.keys() == {f"{layer}.weight" for layer in scores}
@@ -98,6 +124,38 @@ def test_the_masks_are_those_of_the_scores(sparsity, keep_ratio):
     assert [stage["kind"] for stage in told["stages"]] == ["import"]
 
 
+@pytest.mark.parametrize("write", [torch.save, write_old])
+@pytest.mark.parametrize("kind", ["hydra", "harp"])
+def test_the_function_is_that_of_the_file(kind, write):
+    """The logits of HYDRA's own forward pass: each weight is multiplied by a mask of its scores."""
+    net = make_net()
+    (layer,) = [m for m in net.modules() if isinstance(m, nn.Linear)]
+    with torch.no_grad():
+        layer.bias.normal_()
+    rate = {"1.k_score": torch.tensor(-30.0)} if kind == "harp" else {}
+    (score,) = write_hydra(net, extra=rate, write=write).values()
+    # HARP: a rate that far down keeps the least, here a tenth of what HYDRA keeps.
+    take(kind, "--sparsity", 0.9, *(["--alpha", 1.0] if kind == "harp" else []))
+    order = score.abs().flatten().argsort()
+    mask = torch.ones(640)
+    mask[order[: int((1 - 0.1) * 640)]] = 0
+    x = torch.rand(3, 1, 8, 8)
+    expected = x.flatten(1) @ (layer.weight * mask.view(10, 64)).T + layer.bias
+    found = load("runs/x").model(x)
+    torch.testing.assert_close(found, expected)
+    assert not torch.allclose(found[0], found[1], atol=0.01)
+
+
+def test_a_network_of_hydra_that_is_not_pruned_starts_a_run():
+    """Its dense checkpoints hold scores as well, which nothing used."""
+    net = make_net()
+    write_hydra(net)
+    take("hydra", "--sparsity", 0)
+    (mask,) = find_masks().values()
+    assert mask.all()
+    assert torch.equal(load_file("runs/x/model.safetensors")["1.weight"], net[1].weight)
+
+
 def test_a_kept_weight_of_zero_stays_kept():
     net = make_net()
     with torch.no_grad():
@@ -113,7 +171,7 @@ def test_the_unused_block_is_dropped_by_name_alone():
              "sub_block1.layer.0.conv1.popup_scores": torch.ones(2)}  # fmt: skip
     write_hydra(make_net(), extra=extra)
     take("hydra", "--sparsity", 0.9)
-    write_hydra(make_net(), extra={"sub_block2.weight": torch.ones(2)})
+    write_hydra(make_net(), prefix="", extra={"sub_block2.weight": torch.ones(2)})
     error = take("hydra", "--sparsity", 0.9, "--out", "runs/y", code=2)[1]
     assert "x.pt does not fit the network: not in the network: sub_block2.weight" in error
     assert not os.path.exists("runs/y")
@@ -121,8 +179,8 @@ def test_the_unused_block_is_dropped_by_name_alone():
 
 def test_missing_keys_are_listed():
     net = make_net()
-    write_hydra(net)
-    content = torch.load("x.pt", weights_only=True)
+    write_hydra(net, prefix="")
+    content = torch.load("x.pt", weights_only=False)
     (bias,) = [name for name in content["state_dict"] if name.endswith("bias")]
     del content["state_dict"][bias]
     torch.save(content, "x.pt")
@@ -135,8 +193,9 @@ def test_every_layer_of_hydra_has_scores_and_harp_may_leave_some_dense():
         2, NetOptions(), example_context(ArchitectureContext, shape=(1, 8, 8), classes=10)
     )
     layers = write_hydra(net)
-    write_hydra(net, extra={f"{layer}.k_score": torch.tensor(0.0) for layer in layers})
-    content = torch.load("x.pt", weights_only=True)
+    rates = {f"{layer}.k_score": torch.tensor(0.0) for layer in layers}
+    write_hydra(net, prefix="", extra=rates)
+    content = torch.load("x.pt", weights_only=False)
     for name in ("popup_scores", "k_score"):
         del content["state_dict"][f"classifier.4.{name}"]
     torch.save(content, "x.pt")
@@ -171,6 +230,51 @@ def test_a_layer_of_which_nothing_is_left_is_told():
     assert stage["notes"][1].startswith("no weight of ")
 
 
+def test_only_pairs_are_of_torch_prune(here):
+    """A network may have names of its own that end in _mask and _orig."""
+    (here / "net.py").write_text(
+        "import torch\nfrom torch import nn\nclass Net(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.a = nn.utils.spectral_norm(nn.Linear(64, 32))\n"
+        "        self.b = nn.Linear(32, 10)\n"
+        "        self.register_buffer('keep_mask', torch.ones(32))\n"
+        "        self.register_buffer('x_orig', torch.ones(1, 32))\n"
+        "    def forward(self, x):\n"
+        "        return self.b(torch.relu(self.a(x.flatten(1))) * self.keep_mask * self.x_orig)\n"
+    )
+    options = PythonOptions(here / "net.py", "Net", {})
+    net = build_python(options, example_context(ArchitectureContext, shape=(1, 8, 8), classes=10))
+    prune.l1_unstructured(net.b, "weight", 0.5)
+    net.keep_mask[:4] = 0
+    torch.save({"state_dict": {f"module.{k}": v for k, v in net.state_dict().items()}}, "x.pt")
+    take("torch-prune", "--set", "architecture.file=net.py", "--set", "architecture.build=Net",
+         model="python")  # fmt: skip
+    masks = find_masks()
+    assert masks.keys() == {"b.weight"}
+    assert torch.equal(masks["b.weight"], net.b.weight_mask.bool())
+    x = torch.rand(3, 1, 8, 8)
+    torch.testing.assert_close(load("runs/x").model(x), net.eval()(x))
+
+
+def test_a_file_of_masks_is_no_network():
+    torch.save({n: (v > 0).float() for n, v in make_net().state_dict().items()}, "x.pt")
+    assert "holds no weights: all of them are 0 or 1" in take("dense", code=2)[1]
+
+
+def test_averaged_weights_are_taken_by_name():
+    plain, averaged = make_net(0).state_dict(), make_net(1).state_dict()
+    torch.save({"state_dict": plain, "state_dict_ema": averaged}, "x.pt")
+    told = take("dense")[1]
+    assert "note: x.pt: took state_dict; there is also state_dict_ema" in told
+    (stage,) = json.loads(Path("runs/x/run.json").read_text())["stages"]
+    assert stage["notes"][1].startswith("took state_dict;")
+    take("dense", "--entry", "state_dict_ema", "--out", "runs/y")
+    for run, state in (("x", plain), ("y", averaged)):
+        found = load_file(f"runs/{run}/model.safetensors")
+        assert all(torch.equal(found[name], value) for name, value in state.items())
+
+
 def test_masks_that_scale_are_refused():
     net = make_net()
     (layer,) = [m for m in net.modules() if isinstance(m, nn.Linear)]
@@ -197,7 +301,7 @@ def test_what_cannot_be_imported_is_told():
     torch.save(make_net().state_dict(), "x.pt")
     assert "prunekit import dense" in take("hydra", "--sparsity", 0.5, code=2)[1]
     assert "holds no weight_orig" in take("torch-prune", code=2)[1]
-    write_hydra(make_net(), extra={"lost.popup_scores": torch.ones(3)})
+    write_hydra(make_net(), prefix="", extra={"lost.popup_scores": torch.ones(3)})
     assert (
         "lost.popup_scores (3,) that fit no weight" in take("hydra", "--sparsity", 0.5, code=2)[1]
     )
@@ -214,7 +318,7 @@ class Malice:
 @pytest.mark.parametrize("kind", ["hydra", "harp", "torch-prune", "dense"])
 @pytest.mark.parametrize("bare", [True, False])
 def test_malice_is_refused(kind, bare):
-    content = {"state_dict": make_net().state_dict(), "optimizer": Malice()}
+    content = {"state_dict": make_net().state_dict(), "lr": np.float64(0.1), "optimizer": Malice()}
     if bare:
         Path("x.pt").write_bytes(pickle.dumps(content, protocol=2))
     else:

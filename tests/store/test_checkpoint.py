@@ -1,7 +1,6 @@
 """One file format, read with suspicion."""
 
 import json
-import pickle
 
 import pytest
 import torch
@@ -15,10 +14,10 @@ from prunekit.store.checkpoint import (
     load_weights,
     read_checkpoint,
     read_model,
-    read_weights,
     write_checkpoint,
     write_model,
 )
+from prunekit.store.states import read_states
 
 
 def make_net():
@@ -112,18 +111,12 @@ def damage(path, how):
 
 
 @pytest.mark.parametrize("how", ["truncated", "empty", "text", "header"])
-@pytest.mark.parametrize("read", [read_checkpoint, read_weights])
+@pytest.mark.parametrize("read", [read_checkpoint, read_states])
 def test_damaged_files_are_told(path, how, read):
     write_checkpoint(path, {"a": torch.ones(100)}, {})
     damage(path, how)
     with pytest.raises(UserError, match=r"model\.safetensors is damaged"):
         read(path)
-
-
-@pytest.mark.parametrize("name", ["none.safetensors", "none.pt"])
-def test_missing_files_are_told(tmp_path, name):
-    with pytest.raises(UserError, match=f"no file .*{name}"):
-        read_weights(tmp_path / name)
 
 
 @pytest.mark.parametrize("text", ['["a"]', "3", "{"])
@@ -142,67 +135,6 @@ def test_a_later_format_asks_for_an_update(path):
     save_file({"a": torch.ones(1)}, path, metadata={"prunekit": '{"format": 2}'})
     with pytest.raises(UserError, match=r"format 2.*update prunekit"):
         read_checkpoint(path)
-
-
-class Evil:
-    """Unpickled, it would write a file."""
-
-    def __init__(self, target):
-        self.target = str(target)
-
-    def __reduce__(self):
-        return (open, (self.target, "w"))
-
-
-@pytest.mark.parametrize("zipped", [True, False])
-def test_code_in_a_pickle_is_never_run(tmp_path, zipped):
-    path, target = tmp_path / "evil.pt", tmp_path / "was-here"
-    content = {"state_dict": {"a": torch.ones(1)}, "extra": Evil(target)}
-    if zipped:
-        torch.save(content, path)
-    else:
-        path.write_bytes(pickle.dumps(content))
-    # A bare pickle of today's protocol is not read as far as to what it asks for.
-    refusal = "asks for .*open, and only ten" if zipped else "damaged, or not a torch.save"
-    with pytest.raises(UserError, match=rf"evil\.pt is .*{refusal}") as told:
-        read_weights(path)
-    assert "weights_only" not in str(told.value)  # how to switch the protection off
-    assert not target.exists()
-    torch.load(path, weights_only=False) if zipped else pickle.loads(path.read_bytes())
-    assert target.exists()  # it would have been
-
-
-@pytest.mark.parametrize("content", [b"", b"junk", b"PK\x03\x04junk", b"\x80\x02junk", b"\x80"])
-def test_foreign_bytes_are_told(tmp_path, content):
-    path = tmp_path / "weights.pth"
-    path.write_bytes(content)
-    with pytest.raises(UserError, match=r"weights\.pth is damaged, or not a torch"):
-        read_weights(path)
-
-
-@pytest.mark.parametrize("content", [{}, [torch.ones(1)], {"epoch": 3}, torch.ones(2)])
-def test_what_is_no_state_dict_is_told(tmp_path, content):
-    torch.save(content, tmp_path / "weights.pt")
-    with pytest.raises(UserError, match="no state dict") as told:
-        read_weights(tmp_path / "weights.pt")
-    named = isinstance(content, dict) and bool(content)
-    assert ("; it holds epoch" in str(told.value)) == named
-
-
-def test_wrappers_of_others_are_taken_off(tmp_path):
-    net = make_net()
-    inner = {f"module.{name}": value for name, value in net.state_dict().items()}
-    torch.save({"epoch": 3, "state_dict": inner}, tmp_path / "weights.pt")
-    state = read_weights(tmp_path / "weights.pt")
-    assert state.keys() == net.state_dict().keys()
-    other = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
-    load_weights(other, state, tmp_path)
-    assert torch.equal(other[2].weight, net[2].weight)
-
-
-def test_a_module_of_that_name_keeps_it(path):
-    save_file({"module.weight": torch.ones(1), "head": torch.ones(1)}, path)
-    assert read_weights(path).keys() == {"module.weight", "head"}
 
 
 def test_what_does_not_fit_is_listed(path):

@@ -96,6 +96,7 @@ SHOWING = (
     "engine/preview.py",
     "engine/running.py",
     "errors.py",
+    "models/contract.py",
     "models/exporting.py",
     "models/failures.py",
     "models/importing.py",

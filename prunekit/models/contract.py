@@ -1,0 +1,143 @@
+"""What every network has to be, checked once: when it is built, or handed over from Python."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from prunekit.errors import RunError
+from prunekit.evaluation import eval_mode
+from prunekit.store.checkpoint import find_misfit
+
+
+def check_tensors(model: nn.Module, owner: str) -> None:
+    """Raise `RunError` for parameters and buffers that no stage could train, mask or store.
+
+    `owner` is what the message calls the network.
+    """
+    named = list(chain(model.named_parameters(), model.named_buffers()))
+    if lazy := [name for name, value in named if is_lazy(value)]:
+        raise RunError(
+            f"{owner} has lazy layers, whose size the first image decides ({', '.join(lazy[:4])}): "
+            "send one image through it first, model(torch.zeros(1, C, H, W)), or give their sizes"
+        )
+    for name, value in named:
+        if misfit := find_misfit(value):
+            raise RunError(f"{owner} has a tensor that is {misfit}: {name}; make it one of floats")
+
+
+@torch.no_grad()
+def check_state_dict(model: nn.Module, owner: str) -> None:
+    """Raise `RunError` unless the state dict holds the network, and loading it brings it back."""
+    left_out = {
+        f"{path}.{name}".removeprefix(".")
+        for path, module in model.named_modules(remove_duplicate=False)
+        for name in getattr(module, "_non_persistent_buffers_set", ())
+    }
+    tensors = chain(
+        model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
+    )
+    own = {name: value for name, value in tensors if name not in left_out}
+    fault = ""
+    state = model.state_dict()
+    if missing := sorted(own.keys() - state.keys()):
+        fault = f"it lacks {missing[0]}"
+    elif extra := sorted(state.keys() - own.keys()):
+        fault = f"it holds {extra[0]} as well"
+    else:
+        before = {name: value.clone() for name, value in own.items()}
+        # A third has no end in any type: what rounds or scales shows.
+        other = {
+            name: torch.full_like(value, 1 / 3) if value.is_floating_point() else value
+            for name, value in before.items()
+        }
+        try:
+            model.load_state_dict(other)
+            for found in (own, model.state_dict()):
+                if not all(_same(found[name], value) for name, value in other.items()):
+                    fault = "loading it does not bring it back"
+            model.load_state_dict(before)
+        except Exception as error:  # an override may raise anything
+            fault = f"loading it fails, {_shorten(error)}"
+    if fault:
+        raise RunError(
+            f"{owner} overrides its state_dict ({_find_override(model)}), so that it cannot be "
+            f"stored: {fault}; leave state_dict and load_state_dict to torch"
+        )
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and torch.equal(one, other)
+
+
+def _find_override(model: nn.Module) -> str:
+    """Class and method that is not torch's; a hook, where there is none."""
+    for module in model.modules():
+        for name in ("state_dict", "load_state_dict", "get_extra_state", "_save_to_state_dict"):
+            theirs = getattr(type(module), name)
+            if not theirs.__module__.startswith("torch."):
+                return f"{type(module).__name__}.{name}"
+    return "by a hook"
+
+
+def find_logits(
+    model: nn.Module, shape: Sequence[int], owner: str, *, training: bool = False
+) -> Tensor:
+    """The logits (2, K) that the network gives for two black images of this shape (C, H, W).
+
+    In evaluation mode, or in train mode with `training`; the network and all random numbers stay as
+    they are. Raises `RunError` where it does not take them, or gives anything else.
+    """
+    first = next(chain(model.parameters(), model.buffers()), torch.empty(0))
+    mode = " in train mode" if training else ""
+    try:
+        with _standing(model, training, first.device), torch.no_grad():
+            logits: Any = model(torch.zeros(2, *shape, device=first.device))
+    except Exception as error:  # layers may raise anything for images of the wrong size
+        size = " x ".join(map(str, shape))
+        raise RunError(f"{owner} cannot take images of {size}{mode}: {_shorten(error)}") from error
+    if not isinstance(logits, Tensor):
+        kind = type(logits).__name__
+        raise RunError(
+            f"{owner} gives a {kind}{mode}, instead of logits (B, K); return the logits alone, "
+            "without other outputs such as those of auxiliary heads"
+        )
+    if not logits.is_floating_point():
+        raise RunError(f"{owner} gives {logits.dtype}{mode}, instead of logits in floats")
+    if logits.dim() != 2 or len(logits) != 2:
+        raise RunError(
+            f"{owner} gives {tuple(logits.shape)} for 2 images{mode}, instead of logits (2, K)"
+        )
+    return logits
+
+
+@contextmanager
+def _standing(model: nn.Module, training: bool, device: torch.device) -> Iterator[None]:
+    """Inside, the network is in the mode; afterwards buffers and random numbers are as before."""
+    held = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    devices = [device] if device.type == "cuda" else []
+    try:
+        with eval_mode(model), torch.random.fork_rng(devices):
+            if training:
+                model.train()
+            yield
+    finally:
+        for module, name, buffer, before in held:
+            with torch.no_grad():
+                buffer.copy_(before)
+            module._buffers[name] = buffer
+
+
+def _shorten(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"

@@ -1,0 +1,285 @@
+"""A network is looked at once, when it is built or handed over: what it gives, holds and stores."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+
+import prunekit
+from prunekit.engine.handed_over import plan_recipe
+from prunekit.errors import RunError, UserError
+from prunekit.models.building import build_network
+from prunekit.models.contract import check_state_dict, check_tensors, find_logits
+
+SHAPE = (1, 4, 4)
+
+
+def data(n=16):
+    x = torch.arange(n * 16, dtype=torch.uint8).view(n, *SHAPE)
+    return x, torch.arange(n) % 2
+
+
+def train(net, tmp_path, *stages):
+    recipe = {
+        "dataset": {"use": "given", "batch_size": 8, "validation": 0.25},
+        "objective": "benign",
+        "stage": list(stages) or [{"kind": "pretrain", "epochs": 1}],
+    }
+    return prunekit.run(recipe, model=net, data=data() * 2, out=tmp_path / "r", quiet=True)
+
+
+class Net(nn.Module):
+    """Gives `what` of its logits in some mode."""
+
+    def __init__(self, what=lambda z: z, always=True):
+        super().__init__()
+        self.fc, self.what, self.always = nn.Linear(16, 2), what, always
+
+    def forward(self, x):
+        z = self.fc(x.flatten(1))
+        return self.what(z) if self.always or self.training else z
+
+
+OUTPUTS = {
+    "a tuple": lambda z: (z, z),
+    "a list": lambda z: [z],
+    "a dict": lambda z: {"logits": z},
+    "a NoneType": lambda z: None,
+    "torch.int64": lambda z: z.argsort(),
+    "torch.complex64": lambda z: z + 0j,
+    "(2,)": lambda z: z[:, 0],
+    "(2, 2, 1)": lambda z: z[..., None],
+    "(1, 2)": lambda z: z[:1],
+}
+
+
+@pytest.mark.parametrize("always", [True, False])
+@pytest.mark.parametrize("named", OUTPUTS)
+def test_what_is_no_logits_is_told_in_the_mode_that_gives_it(tmp_path, named, always):
+    net = Net(OUTPUTS[named], always)
+    with pytest.raises(RunError) as told:
+        train(net, tmp_path)
+    mode = "" if always else " in train mode"
+    assert f"gives {named}" in str(told.value)
+    assert f"{mode}, instead of" in str(told.value)
+    assert "architecture 'given'" in str(told.value)
+    for look in (prunekit.evaluate, lambda n, d: prunekit.make_masks(n, 0.5, data=d)):
+        if always:
+            with pytest.raises(UserError, match=r"^the network gives"):
+                look(net, data())
+        else:  # nothing looks at it in train mode
+            look(net, data())
+
+
+@pytest.mark.parametrize("kind", ["pretrain", "evaluate"])
+def test_a_second_head_in_training_matters_where_something_is_trained(kind):
+    stage = {"kind": kind, **({"with": ["clean"]} if kind == "evaluate" else {"epochs": 1})}
+    recipe = {"dataset": {"use": "given"}, "objective": "benign", "stage": [stage]}
+    (run,) = plan_recipe(recipe, Net(OUTPUTS["a tuple"], always=False), data() * 2, None).runs
+    if kind == "evaluate":
+        assert build_network(run, SHAPE, 2)
+    else:
+        with pytest.raises(RunError, match="a tuple in train mode"):
+            build_network(run, SHAPE, 2)
+
+
+def test_looking_leaves_the_network_and_all_draws_as_they_are():
+    net = nn.Sequential(
+        nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Dropout(), nn.Flatten(), nn.Linear(8, 2)
+    )
+    net[1].eval()
+    before, seed = copy.deepcopy(net.state_dict()), torch.random.get_rng_state()
+    find_logits(net, SHAPE, "it", training=True)
+    check_state_dict(net, "it")
+    assert all(torch.equal(v, before[n]) for n, v in net.state_dict().items())
+    assert torch.equal(torch.random.get_rng_state(), seed)
+    assert [net.training, net[1].training, net[2].training] == [True, False, True]
+
+
+# Tensors
+
+
+def make_lazy():
+    return nn.Sequential(nn.Flatten(), nn.LazyLinear(4), nn.ReLU(), nn.LazyLinear(2))
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda net, path: train(net, path),
+        lambda net, path: prunekit.make_masks(net, 0.5),
+        lambda net, path: prunekit.make_masks(net, 0.5, data=data()),
+        lambda net, path: prunekit.evaluate(net, data()),
+    ],
+    ids=["run", "masks", "masks of images", "evaluate"],
+)
+@pytest.mark.parametrize(
+    "make",
+    [make_lazy, lambda: nn.Sequential(nn.LazyConv2d(2, 3), nn.LazyBatchNorm2d(), nn.Flatten())],
+)
+def test_lazy_layers_are_told_by_whatever_takes_a_network(tmp_path, look, make):
+    with pytest.raises(UserError, match=r"lazy layers.*\(1?0?\.?.*send one image through") as told:
+        look(make(), tmp_path)
+    assert "\n" not in str(told.value)
+    net = make()
+    net(torch.zeros(2, *SHAPE))
+    check_tensors(net, "it")
+
+
+@pytest.mark.parametrize(
+    ("value", "named"),
+    [
+        (torch.zeros(2, dtype=torch.complex64), "of type torch.complex64"),
+        (torch.zeros(2, device="meta"), "without values, on torch's meta device"),
+        (torch.zeros(2).to_sparse(), "sparse"),
+    ],
+)
+@pytest.mark.parametrize("trained", [True, False])
+def test_tensors_that_nothing_can_train_or_store(value, named, trained):
+    net = Net()
+    if trained:
+        net.scale = nn.Parameter(value)
+    else:
+        net.register_buffer("scale", value)
+    with pytest.raises(UserError, match=f"has a tensor that is {named}: scale"):
+        prunekit.evaluate(net, data())
+
+
+# State dicts
+
+
+class Inner(nn.Module):
+    """Hands out the names of the network inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.model, self.mean = Net(), nn.Buffer(torch.tensor(0.3))
+
+    def forward(self, x):
+        return self.model(x - self.mean)
+
+    def state_dict(self, *args, **kwargs):
+        return self.model.state_dict(*args, **kwargs)
+
+
+class Both(Inner):
+    def load_state_dict(self, state, *args, **kwargs):
+        return self.model.load_state_dict(state, *args, **kwargs)
+
+
+class Deaf(Net):
+    def load_state_dict(self, state, *args, **kwargs):
+        return None
+
+
+class Strict(Net):
+    def load_state_dict(self, state, *args, **kwargs):
+        raise KeyError("epoch")
+
+
+class Rounding(Net):
+    def state_dict(self, *args, **kwargs):
+        state = super().state_dict(*args, **kwargs)
+        return {name: value.half() for name, value in state.items()}
+
+
+class More(Net):
+    def get_extra_state(self):
+        return {"seen": 3}
+
+    def set_extra_state(self, state):
+        pass
+
+
+class Part(Net):
+    def state_dict(self, *args, **kwargs):
+        state = super().state_dict(*args, **kwargs)
+        return {name: value for name, value in state.items() if "bias" not in name}
+
+
+@pytest.mark.parametrize(
+    ("make", "override", "fault"),
+    [
+        (Inner, "Inner.state_dict", "lacks mean"),
+        (Both, "Both.state_dict", "lacks mean"),
+        (Part, "Part.state_dict", "lacks fc.bias"),
+        (Deaf, "Deaf.load_state_dict", "loading it does not bring it back"),
+        (Rounding, "Rounding.state_dict", "loading it does not bring it back"),
+        (Strict, "Strict.load_state_dict", "loading it fails, KeyError: 'epoch'"),
+        (More, "More.get_extra_state", "it holds _extra_state as well"),
+    ],
+)
+def test_a_network_that_could_not_be_read_again_is_not_trained(tmp_path, make, override, fault):
+    with pytest.raises(RunError) as told:
+        train(make(), tmp_path)
+    assert f"overrides its state_dict ({override}), so that it cannot be stored" in str(told.value)
+    assert fault in str(told.value)
+    assert not list(tmp_path.glob("r/model.safetensors"))
+    # Judging it stores nothing.
+    assert 0 <= prunekit.evaluate(make(), data()).metrics["clean.accuracy"] <= 1
+
+
+def test_an_override_that_changes_nothing_is_none_and_hooks_count(tmp_path):
+    class Told(Net):
+        def state_dict(self, *args, **kwargs):
+            return super().state_dict(*args, **kwargs)
+
+    train(Told(), tmp_path)
+    net = Net()
+    net.register_state_dict_post_hook(lambda module, state, *_: state.__delitem__("fc.bias"))
+    with pytest.raises(RunError, match=r"overrides its state_dict \(by a hook\).*lacks fc\.bias"):
+        check_state_dict(net, "it")
+
+
+def tie(net):
+    net[3].weight = net[1].weight
+    return net
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda net: net,
+        tie,
+        lambda net: parametrizations.spectral_norm(net[1]) and net,
+        lambda net: parametrizations.weight_norm(net[1]) and net,
+        lambda net: nn.utils.spectral_norm(net[1]) and net,
+        lambda net: prune.l1_unstructured(net[1], "weight", 0.5) and net,
+        lambda net: net[1].weight.data.fill_(float("nan")) is not None and net,
+        lambda net: prunekit.normalize_inputs(net, [0.5], [0.5]),
+        lambda net: net.register_buffer("mask", torch.ones(2) > 0) or net,
+        nn.DataParallel,
+        torch.compile,
+    ],
+)
+def test_what_torch_itself_does_to_state_dicts_is_right(change):
+    torch.manual_seed(0)
+    net = change(nn.Sequential(nn.Flatten(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16)))
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    check_tensors(net, "it")
+    check_state_dict(net, "it")
+    after = net.state_dict()
+    assert all(torch.equal(v.nan_to_num(), after[n].nan_to_num()) for n, v in before.items())
+
+
+# Blame
+
+
+class Late(Net):
+    """Fails at more than two images."""
+
+    def forward(self, x):
+        if len(x) > 2:
+            raise ValueError("too many")
+        return super().forward(x)
+
+
+def test_the_network_is_blamed_for_what_it_raises_in_a_plugin(tmp_path):
+    with pytest.raises(RunError) as told:
+        train(Late(), tmp_path)
+    assert (
+        str(told.value)
+        == "the network (Late.forward) failed: ValueError: too many (--debug shows where)"
+    )
