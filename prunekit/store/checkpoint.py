@@ -169,12 +169,12 @@ def read_masks(state: Mapping[str, Tensor], header: Mapping[str, Any], path: Pat
     return masks
 
 
-def start_from(path: Path, model: nn.Module) -> Masks:
-    """Load the file of `init` into the network. Only files of prunekit have masks; others give {}.
+def start_from(path: Path, model: nn.Module) -> Masks | None:
+    """Load the file of `init` into the network. Only files of prunekit say which masks they have.
 
     Raises `UserError` if the file is damaged or does not fit the network.
     """
     if path.suffix == ".safetensors" and "masked" in read_checkpoint(path)[1]:
         return read_model(path, model)
     load_weights(model, read_weights(path), path)
-    return {}
+    return None
