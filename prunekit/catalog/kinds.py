@@ -53,6 +53,8 @@ class ObjectiveComponent(Component):
     """options -> forward passes per image in a training step."""
     attack_passes: Callable[[Any], int] = lambda options: 0
     """options -> those of them that `Attacking.prepare` makes."""
+    validation_passes: Callable[[Any], int] = lambda options: 1
+    """options -> forward passes per image in validation."""
 
 
 @dataclass(frozen=True, kw_only=True)
