@@ -57,10 +57,11 @@ def take_zeros(state: State, *, trained: bool) -> None:
     weights = {name: named[name] for name, fault in find_faults(state.model).items() if not fault}
     masks = find_zeros(weights)
     partly = sum(int((~mask).sum()) for mask in masks.values() if mask.any())
-    if partly < INCIDENTAL * sum(weight.numel() for weight in weights.values()):
+    total = sum(weight.numel() for weight in weights.values())
+    if partly == 0 or partly < INCIDENTAL * total:
         return
-    share = sum(int((~mask).sum()) for mask in masks.values())
-    told = f"{share / sum(w.numel() for w in weights.values()):.1%} of its weights are zero"
+    zeros = sum(int((~mask).sum()) for mask in masks.values())
+    told = f"{zeros / total:.1%} of its weights are zero"
     if trained:
         state.notes.append(f"the network starts without masks, and {told}: pretrain trains them")
         return

@@ -7,7 +7,9 @@ make other kernels of it, whose entries are not zero.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -162,6 +164,13 @@ def _follow(
     return torch.stack(together).all(0) if together else None
 
 
+def _as_written() -> AbstractContextManager[Any]:
+    """Compiled networks run operator by operator inside; without a compiler there are none."""
+    if "torch._dynamo" in sys.modules:
+        return torch.compiler.set_stance("force_eager")
+    return nullcontext()
+
+
 def watch_weights(
     model: nn.Module,
     weights: Mapping[str, Tensor],
@@ -195,7 +204,7 @@ def watch_weights(
                 for name, weight in weights.items():
                     weight.copy_(values[name])
                     weight.mul_(masks[name] if first else ~masks[name])
-                with _Watch(weights, images) as watch:
+                with _as_written(), _Watch(weights, images) as watch:
                     call()
             used &= watch.used
             changed |= watch.changed

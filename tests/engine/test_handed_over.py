@@ -168,3 +168,13 @@ def test_without_images_a_network_of_odd_size_is_looked_at_layer_by_layer():
     net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(2 * 9 * 11, 3))
     with pytest.warns(UserWarning, match=r"each layer alone; data=\(x, y\) shows"):
         assert len(prunekit.make_masks(net, 0.5)) == 2
+
+
+def test_a_network_of_changed_kernels_alone_trains_and_has_nothing_to_prune():
+    space = {}
+    exec(NET, space)
+    net = nn.Sequential(space["Centred"](1, 3, 8), nn.Flatten())
+    done = run({"kind": "pretrain", "epochs": 1}, model=net)
+    assert done.metrics["evaluate"]["sparsity"] == 0
+    with pytest.raises(prunekit.RunError, match=r"nothing to prune: .*left dense: 0\.weight"):
+        run({**PRUNE, "pruner": "lwm"}, {"kind": "finetune", "epochs": 1}, model=net, out="s")
