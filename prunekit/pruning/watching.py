@@ -166,9 +166,9 @@ def _follow(
 
 def _as_written() -> AbstractContextManager[Any]:
     """Compiled networks run operator by operator inside; without a compiler there are none."""
-    if "torch._dynamo" in sys.modules:
-        return torch.compiler.set_stance("force_eager")
-    return nullcontext()
+    compiler = "torch._dynamo" in sys.modules
+    stance: Any = torch.compiler.set_stance("force_eager") if compiler else nullcontext()
+    return stance  # type: ignore[no-any-return]
 
 
 def watch_weights(
