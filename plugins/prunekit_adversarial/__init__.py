@@ -112,6 +112,11 @@ def count_autoattack(options: AutoAttackOptions) -> int:
     return 1 + sum(passes[name] for name in options.attacks or ATTACKS)
 
 
+def count_validation(options: PgdAtOptions | FreeAdvOptions) -> int:
+    """Forward passes for an image in validation: of the attack, and with and without it."""
+    return options.validation_steps + 2
+
+
 @hookimpl
 def prunekit_objectives() -> Iterable[ObjectiveComponent]:
     """Declare the objectives: clean training and four kinds of adversarial training."""
@@ -128,6 +133,7 @@ def prunekit_objectives() -> Iterable[ObjectiveComponent]:
         paper="Madry et al., ICLR 2018, arXiv 1706.06083",
         forward_passes=lambda options: options.steps + 1,
         attack_passes=lambda options: options.steps,
+        validation_passes=count_validation,
         validates=("accuracy", "robust_accuracy"),
         select="robust_accuracy",
     )
@@ -139,6 +145,7 @@ def prunekit_objectives() -> Iterable[ObjectiveComponent]:
         paper="Zhang et al., ICML 2019, arXiv 1901.08573",
         forward_passes=lambda options: options.steps + 3,
         attack_passes=lambda options: options.steps + 1,
+        validation_passes=count_validation,
         validates=("accuracy", "robust_accuracy"),
         select="robust_accuracy",
     )
@@ -150,6 +157,7 @@ def prunekit_objectives() -> Iterable[ObjectiveComponent]:
         paper="Wang et al., ICLR 2020, openreview rklOg6EFwS",
         forward_passes=lambda options: options.steps + 2,
         attack_passes=lambda options: options.steps,
+        validation_passes=count_validation,
         validates=("accuracy", "robust_accuracy"),
         select="robust_accuracy",
     )
@@ -160,6 +168,7 @@ def prunekit_objectives() -> Iterable[ObjectiveComponent]:
         options=FreeAdvOptions,
         paper="Shafahi et al., NeurIPS 2019, arXiv 1904.12843",
         replays=lambda options: options.replays,
+        validation_passes=count_validation,
         validates=("accuracy", "robust_accuracy"),
         select="robust_accuracy",
     )

@@ -117,44 +117,6 @@ class VerifiedOptions(BoxOptions):
             raise OptionError("methods", "methods names a bound twice; remove one")
 
 
-@hookimpl
-def prunekit_objectives() -> Iterable[ObjectiveComponent]:
-    """Declare the objectives of certified training."""
-    yield ObjectiveComponent(
-        name="ibp",
-        summary="Certified training: the loss at the worst logits that interval bounds allow",
-        build="prunekit_lirpa.objectives:build_ibp",
-        options=IbpOptions,
-        paper="Gowal et al., ICCV 2019, arXiv 1810.12715",
-        forward_passes=lambda options: 3,
-        validates=("accuracy", "verified_accuracy"),
-        select="verified_accuracy",
-        **_LIRPA,
-    )
-    yield ObjectiveComponent(
-        name="crown-ibp",
-        summary="Certified training: interval bounds, tightened by CROWN while eps grows",
-        build="prunekit_lirpa.objectives:build_crown_ibp",
-        options=CrownIbpOptions,
-        paper="Zhang et al., ICLR 2020, arXiv 1906.06316",
-        forward_passes=lambda options: 3,
-        validates=("accuracy", "verified_accuracy"),
-        select="verified_accuracy",
-        **_LIRPA,
-    )
-    yield ObjectiveComponent(
-        name="mixtrain",
-        summary="Certified training: symbolic bounds for a few images of each batch",
-        build="prunekit_lirpa.objectives:build_mixtrain",
-        options=MixTrainOptions,
-        paper="Wang et al., 2018, arXiv 1811.02625",
-        forward_passes=lambda options: 1 + options.images,
-        validates=("accuracy", "verified_accuracy"),
-        select="verified_accuracy",
-        **_LIRPA,
-    )
-
-
 PASSES = {"ibp": 2, "crown-ibp": 12, "crown": 200, "alpha-crown": 200}
 """Approximate cost of bounding an image, in forward passes; see `count_verified`."""
 
@@ -166,6 +128,47 @@ def count_verified(options: VerifiedOptions) -> int:
     """
     iterations = 10 * options.iterations if "alpha-crown" in options.methods else 0
     return 1 + sum(PASSES[method] for method in options.methods) + iterations
+
+
+@hookimpl
+def prunekit_objectives() -> Iterable[ObjectiveComponent]:
+    """Declare the objectives of certified training."""
+    yield ObjectiveComponent(
+        name="ibp",
+        summary="Certified training: the loss at the worst logits that interval bounds allow",
+        build="prunekit_lirpa.objectives:build_ibp",
+        options=IbpOptions,
+        paper="Gowal et al., ICCV 2019, arXiv 1810.12715",
+        forward_passes=lambda options: 3,
+        validation_passes=lambda options: 1 + PASSES["ibp"],
+        validates=("accuracy", "verified_accuracy"),
+        select="verified_accuracy",
+        **_LIRPA,
+    )
+    yield ObjectiveComponent(
+        name="crown-ibp",
+        summary="Certified training: interval bounds, tightened by CROWN while eps grows",
+        build="prunekit_lirpa.objectives:build_crown_ibp",
+        options=CrownIbpOptions,
+        paper="Zhang et al., ICLR 2020, arXiv 1906.06316",
+        forward_passes=lambda options: 3,
+        validation_passes=lambda options: 1 + PASSES["crown-ibp" if options.mix_end else "ibp"],
+        validates=("accuracy", "verified_accuracy"),
+        select="verified_accuracy",
+        **_LIRPA,
+    )
+    yield ObjectiveComponent(
+        name="mixtrain",
+        summary="Certified training: symbolic bounds for a few images of each batch",
+        build="prunekit_lirpa.objectives:build_mixtrain",
+        options=MixTrainOptions,
+        paper="Wang et al., 2018, arXiv 1811.02625",
+        forward_passes=lambda options: 1 + options.images,
+        validation_passes=lambda options: 1 + PASSES["crown"],
+        validates=("accuracy", "verified_accuracy"),
+        select="verified_accuracy",
+        **_LIRPA,
+    )
 
 
 @hookimpl

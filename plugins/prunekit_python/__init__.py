@@ -94,4 +94,5 @@ def prunekit_datasets() -> Iterable[DatasetComponent]:
         summary="The images and labels passed to prunekit.run(data=...) in Python",
         build="prunekit_python.handed_over:build_data",
         sources=("prunekit_arrays",),
+        missing=lambda options: "images of a Python program can only be used there: prunekit.run",
     )

@@ -9,11 +9,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from prunekit import ArchitectureComponent, DatasetComponent, Facts, hookimpl, option
-from prunekit.errors import OptionError
+from prunekit.errors import OptionError, relative
 
 
 def find_root() -> Path:
@@ -183,6 +184,35 @@ def _tell(facts: Facts) -> Callable[[VisionOptions], Facts]:
     return lambda options: facts
 
 
+def describe_missing(known: VisionSet, options: VisionOptions) -> str:
+    """Where the files of a small data set were looked for in vain; "" if they are there."""
+    root = options.root or find_root()
+    own = [root / f"{known.name}.npz"]
+    if any(path.exists() for path in (*own, *find_folders(known, root))):
+        return ""
+    return (
+        f"{known.name} was not found: there is no {relative(own[0])}, no {known.files[0]} in "
+        f"{relative(root)} or its folder torchvision"
+    )
+
+
+def find_folders(known: VisionSet, root: Path) -> list[Path]:
+    """The folders that have torchvision's files of a data set."""
+    folders = (root, root / "torchvision")
+    return [f for f in folders if any((f / name).exists() for name in known.files)]
+
+
+def describe_missing_folders(name: str, options: ImageNetOptions | FolderOptions) -> str:
+    """Which folders of images are not there; "" if they are. `name` is that of the component."""
+    root = options.root or find_root() / "imagenet"
+    if (root / "train").is_dir() and any((root / part).is_dir() for part in ("val", "test")):
+        return ""
+    return (
+        f"{name} was not found: {relative(root)} needs the folders train and val (or test), each "
+        "with a folder for each class"
+    )
+
+
 @hookimpl
 def prunekit_datasets() -> Iterable[DatasetComponent]:
     """Declare torchvision's data sets and those in folders of images."""
@@ -196,6 +226,7 @@ def prunekit_datasets() -> Iterable[DatasetComponent]:
             needs=("torchvision", *known.needs),
             paper=known.paper,
             facts=_tell(known.facts),
+            missing=partial(describe_missing, known),
         )
     yield DatasetComponent(
         name="imagenet",
@@ -205,6 +236,7 @@ def prunekit_datasets() -> Iterable[DatasetComponent]:
         needs=("torchvision", "PIL"),
         paper=IMAGENET_PAPER,
         facts=_describe_imagenet,
+        missing=partial(describe_missing_folders, "imagenet"),
     )
     yield DatasetComponent(
         name="image-folder",
@@ -213,6 +245,7 @@ def prunekit_datasets() -> Iterable[DatasetComponent]:
         options=FolderOptions,
         needs=("torchvision", "PIL"),
         details=FOLDER_DETAILS,
+        missing=partial(describe_missing_folders, "image-folder"),
     )
 
 

@@ -18,7 +18,14 @@ from prunekit_arrays.reading import read_npz, to_data
 from prunekit.contexts import DatasetContext
 from prunekit.contracts import Data
 from prunekit.errors import DataMissingError, UserError, relative
-from prunekit_vision import VISION_SETS, VisionOptions, VisionSet, find_root
+from prunekit_vision import (
+    VISION_SETS,
+    VisionOptions,
+    VisionSet,
+    describe_missing,
+    find_folders,
+    find_root,
+)
 
 SILENCE_SECONDS = 20
 """How long to wait for a server that does not answer."""
@@ -32,11 +39,7 @@ def load(known: VisionSet, options: VisionOptions, context: DatasetContext) -> D
     """
     root = options.root or find_root()
     file = root / f"{known.name}.npz"
-    folders = [
-        folder
-        for folder in (root, root / "torchvision")
-        if any((folder / name).exists() for name in known.files)
-    ]
+    folders = find_folders(known, root)
     if file.exists():
         data = read_npz(file, classes=known.facts.classes)
     elif folders:
@@ -60,8 +63,7 @@ def _fetch(known: VisionSet, options: VisionOptions, root: Path, file: Path) -> 
         except Exception as error:
             reason = f"the download failed: {' '.join(str(error).split()) or type(error).__name__}"
     raise DataMissingError(
-        f"{known.name} was not found: there is no {relative(file)}, no {known.files[0]} in "
-        f"{relative(root)} or its folder torchvision, and {reason}; put one of them there, or set "
+        f"{describe_missing(known, options)}, and {reason}; put one of them there, or set "
         "root or PRUNEKIT_DATA to the folder that has it"
     )
 

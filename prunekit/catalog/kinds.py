@@ -53,6 +53,8 @@ class ObjectiveComponent(Component):
     """options -> forward passes per image in a training step."""
     attack_passes: Callable[[Any], int] = lambda options: 0
     """options -> those of them that `Attacking.prepare` makes."""
+    validation_passes: Callable[[Any], int] = lambda options: 1
+    """options -> forward passes per image in validation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +99,11 @@ class DatasetComponent(Component):
 
     facts: Callable[[Any], Facts] | None = None
     """options -> Facts; None if they are known only from the files."""
+    missing: Callable[[Any], str] = lambda options: ""
+    """options -> which files are not there, in a line; "" if none is known to be missing.
+
+    `prunekit check` asks, so it only looks whether they exist. With an option `download` that is
+    true, or a `root` that the recipe leaves open, this is a note, and otherwise a mistake."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -42,8 +42,11 @@ def check(recipes: tuple[Path, ...], settings: tuple[str, ...], deep: bool, as_j
     for path in recipes:
         networks: list[dict[str, Any]] = []
         plan = None
+        notes: list[str] = []
         try:
             plan = plan_recipe(path, settings)
+            if lacking := _find_missing(plan, notes):
+                raise UserError(lacking)
             if deep:
                 from prunekit.models.building import inspect_networks
 
@@ -58,7 +61,7 @@ def check(recipes: tuple[Path, ...], settings: tuple[str, ...], deep: bool, as_j
         if deep:
             results[-1]["networks"] = networks
         if not as_json:
-            for text in plan.notes:
+            for text in (*plan.notes, *notes):
                 group.note(f"{path}: {text}")
             click.echo(f"{path}: good ({group.count(len(plan.runs), 'run')})")
             _print_networks(networks)
@@ -70,6 +73,20 @@ def check(recipes: tuple[Path, ...], settings: tuple[str, ...], deep: bool, as_j
             group.warn(problem)
     if problems:
         sys.exit(2)
+
+
+def _find_missing(plan: Plan, notes: list[str]) -> str:
+    """The first data set that a run cannot read; of those that it may still get, notes."""
+    uses = [use for run in plan.runs for use in run.uses() if use.kind == "dataset"]
+    for use in uses:
+        options, text = use.options, use.component.missing(use.options)
+        if text and getattr(options, "download", getattr(options, "root", "") is None):
+            ends = "a run downloads it" if hasattr(options, "download") else "or set root"
+            note = f"{text}; {ends}"
+            notes += [note] if note not in notes else []
+        elif text:
+            return str(text)
+    return ""
 
 
 def _print_networks(networks: list[dict[str, Any]]) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import dataclasses
 import importlib
+import math
 import random
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,10 @@ from prunekit.data.batches import Arrays, to_device
 from prunekit.engine.stages import STAGES
 from prunekit.engine.work import Loaded, Outcome, Work
 from prunekit.errors import Place, UserError
+from prunekit.evaluation import eval_mode
 from prunekit.models.contract import check_tensors, find_logits
-from prunekit.pruning.masks import State
+from prunekit.pruning.layers import watch_network
+from prunekit.pruning.masks import State, take_zeros
 from prunekit.recipe.document import Recipe, Setting, apply, load_recipe
 from prunekit.recipe.plan import Plan, make_plan
 from prunekit.report import Event, Note, Stop
@@ -131,10 +134,40 @@ def do_stage(
     nobody = Arrays(torch.empty(0), torch.empty(0, dtype=torch.int64))
     loaded = Loaded(dataclasses.replace(data, train=train, test=test), nobody)
     state = State(compute.place(copy.deepcopy(model)))
+    if stage.prunes:
+        shape = data.shape if any(data.shape) else _guess_shape(state.model)
+        if shape:
+            watch_network(state.model, shape)
+        else:
+            report(Note("looked at each layer alone; data=(x, y) shows how the network uses them"))
+        take_zeros(state, trained=False)
     with tempfile.TemporaryDirectory(prefix="prunekit-") as scratch, own_generators():
         work = Work(chosen, loaded, compute, StageFolder(Path(scratch)), "", report, Stop())
         outcome = STAGES[stage.kind](state, stage, work)
     return state, outcome, notes
+
+
+SIZES = (32, 28, 8, 64, 224, 16, 96, 128, 256, 299, 384)
+"""Heights and widths of images that networks are often made for."""
+
+
+def _guess_shape(model: nn.Module) -> tuple[int, ...] | None:
+    """The shape of an image that the network takes; None if none of the usual ones suits it."""
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)), None)
+    shapes: list[tuple[int, ...]] = []
+    if isinstance(first, nn.Linear):
+        n = first.in_features
+        sides = [(c, math.isqrt(n // c)) for c in (1, 3)]
+        shapes = [*((c, side, side) for c, side in sides if c * side * side == n), (n,)]
+    channels = dict.fromkeys((first.in_channels if isinstance(first, nn.Conv2d) else 3, 3, 1))
+    shapes += [(c, size, size) for c in channels for size in SIZES]
+    like = next(model.parameters())
+    with eval_mode(model), torch.no_grad(), torch.random.fork_rng():
+        for shape in shapes:
+            with suppress(Exception):  # layers may raise anything for images of the wrong size
+                model(torch.zeros(2, *shape, device=like.device))
+                return shape
+    return None
 
 
 class NoImages:

@@ -77,13 +77,16 @@ def _count_work(run: Run, loaded: Loaded, stage: Stage, compute: Compute) -> tup
         images = min(options.images or math.inf, len(loaded.data.test.labels))
         batches = min(math.ceil(images / size), stage.limit or math.inf)
         return 0, int(batches) * sum(u.component.forward_passes(u.options) for u in options.with_)
-    if options.epochs is None:
-        return 0, 0
-    use = options.objective
     feed = Feed(loaded.data.train, loaded.validation, size, compute.device, limit=stage.limit)
+    recalibrates = stage.kind == "prune" and options.bn == "recalibrate"
+    after = feed.count() if recalibrates else 0
+    if options.epochs is None:
+        return 0, after
+    use = options.objective
     steps = stage.epochs * feed.count() * stage.replays
-    checked = stage.epochs * feed.count_validation()
+    judged = use.component.validation_passes(use.options)
+    checked = stage.epochs * feed.count_validation() * judged
     once = use.component.forward_passes(use.options)
     again = once - use.component.attack_passes(use.options)
     more = sum(wrapper.component.passes(wrapper.options) - 1 for wrapper in options.wrap)
-    return steps, steps * (once + more * again) + checked
+    return steps, steps * (once + more * again) + checked + after

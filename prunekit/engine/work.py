@@ -17,7 +17,14 @@ from prunekit.contracts import Data, Metric, Split
 from prunekit.data.batches import Arrays, Extra, Feed, fingerprint, hold_out, to_device
 from prunekit.errors import DataMissingError, UserError
 from prunekit.models.building import build_network
-from prunekit.pruning.masks import State, count_weights, hash_masks, measure_sparsity
+from prunekit.pruning.masks import (
+    State,
+    count_weights,
+    drop_changed,
+    hash_masks,
+    measure_sparsity,
+    take_zeros,
+)
 from prunekit.recipe import reduction
 from prunekit.recipe.plan import Run
 from prunekit.recipe.resolver import describe
@@ -174,6 +181,7 @@ def build_state(
 ) -> State:
     """The network of a run: fresh, from the file of `init`, or as a stored stage left it.
 
+    Zeros of a file without masks, or of a network from Python, are taken for removed weights.
     Without `weights` only its shapes matter, and nothing is fetched for a fresh one.
     """
     fresh = weights and latest is None and run.init is None
@@ -181,8 +189,14 @@ def build_state(
     state = State(model)
     if latest is not None:
         state.masks = read_model(latest.model, model)
-    elif run.init is not None:
-        state.masks = start_from(run.init, model)
+    elif run.init is not None or run.architecture.value is not None:
+        masks = start_from(run.init, model) if run.init else None
+        if masks is not None:
+            state.masks = masks
+            drop_changed(state)
+        else:
+            first = next((s.kind for s in run.stages if s.kind != "evaluate"), "")
+            take_zeros(state, trained=first == "pretrain")
     state.masks = {name: mask.to(compute.device) for name, mask in state.masks.items()}
     return state
 

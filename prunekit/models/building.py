@@ -13,7 +13,13 @@ from prunekit.contexts import ArchitectureContext, DatasetContext
 from prunekit.data import seeds
 from prunekit.errors import RunError
 from prunekit.models.contract import check_state_dict, check_tensors, find_logits
-from prunekit.pruning.layers import find_prunable, find_unprunable, find_weights
+from prunekit.pruning.layers import (
+    find_faults,
+    find_prunable,
+    find_unprunable,
+    find_weights,
+    watch_network,
+)
 from prunekit.recipe.plan import Plan, Run
 from prunekit.recipe.resolver import describe
 
@@ -26,7 +32,8 @@ def build_network(
     *,
     fresh: bool = True,
 ) -> nn.Module:
-    """The network of a run, before any weights are loaded. It is tried on two black images.
+    """The network of a run, before any weights are loaded. It is tried on two black images, and
+    watched: from then on weights whose zeros would be none of its kernels count as not prunable.
 
     `fresh` is False if weights will be loaded anyway. Raises `RunError` if the network does not
     take images of this shape (C, H, W), does not return logits (2, K) in either mode that the run
@@ -53,6 +60,7 @@ def build_network(
                 f"{owner} gives {found} for 2 images and {classes} classes, instead of "
                 f"(2, {classes})"
             )
+    watch_network(model, shape)
     return model
 
 
@@ -149,6 +157,8 @@ def _inspect(run: Run) -> dict[str, Any]:
             kept = find_prunable(model, chosen)
             dense |= dict.fromkeys(name for name in weights if name not in kept)
     named = describe(run.architecture)
+    faults = {name: f", {fault}" if fault else "" for name, fault in find_faults(model).items()}
+    others = find_unprunable(model).items()
     return {
         "architecture": " ".join(str(named[k]) for k in ("use", "model") if k in named),
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -156,5 +166,5 @@ def _inspect(run: Run) -> dict[str, Any]:
         "layers": len(weights),
         "dense": list(dense),
         "frozen": frozen,
-        "unprunable": [f"{name} ({layer})" for name, layer in find_unprunable(model).items()],
+        "unprunable": [f"{name} ({layer}{faults.get(name, '')})" for name, layer in others],
     }

@@ -18,8 +18,15 @@ from prunekit.contracts import Masks
 from prunekit.errors import UserError, relative
 from prunekit.models.building import build_network, describe_model, find_shape
 from prunekit.models.failures import explained
-from prunekit.pruning.layers import find_prunable
-from prunekit.pruning.masks import State, apply_masks, describe_counts, find_broken, hash_masks
+from prunekit.pruning.layers import describe_faults, find_faults, find_prunable
+from prunekit.pruning.masks import (
+    State,
+    apply_masks,
+    describe_counts,
+    find_broken,
+    find_zeros,
+    hash_masks,
+)
 from prunekit.recipe.document import Recipe, locate_options, override
 from prunekit.recipe.plan import make_plan
 from prunekit.recipe.stages import Stage
@@ -114,6 +121,8 @@ def import_model(
         shape, classes = find_shape(run)
         model = build_network(run, shape, classes, fresh=False)
     weights, masks, told = read_source(source, model)
+    lost = {n: masks.pop(n) for n, fault in find_faults(model).items() if fault and n in masks}
+    weights |= {name: weights[name].masked_fill(~mask, 0) for name, mask in lost.items()}
     load_weights(model, weights, source.path)
     if all(bool(((w == 0) | (w == 1)).all()) for w in find_prunable(model).values()):
         raise source.error("holds no weights: all of them are 0 or 1, as those of masks are")
@@ -140,6 +149,8 @@ def import_model(
         "smoke": False,
     }
     doubts = [*told, *_find_doubts(source, model, masks)]
+    if changed := describe_faults(model, list(lost)):
+        doubts.append(f"left dense although they have masks: {changed}")
     for doubt in doubts:
         tell(f"{relative(source.path)}: {doubt}")
     notes = [f"{source.kind} file {source.path.name}, SHA-256 {digest}", *doubts]
@@ -182,8 +193,7 @@ def read_source(source: Source, model: nn.Module) -> tuple[Tensors, Masks, tuple
         return *_read_torch_prune(state, source, model), found.notes
     prunable = find_prunable(model)
     if source.kind == "dense":
-        masks = {n: state[n] != 0 for n in prunable if n in state}
-        return state, {n: mask for n, mask in masks.items() if not mask.all()}, found.notes
+        return state, find_zeros({n: state[n] for n in prunable if n in state}), found.notes
     weights, masks = _read_scored(state, source)
     # Names that the file does not have at all are missing weights, which loading reports.
     unscored = sorted(prunable.keys() & weights.keys() - masks.keys())

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from fractions import Fraction
 
 from prunekit.steps import Layers
 
 
 def count_kept(n: int, sparsity: float) -> int:
-    """How many of n weights are kept: n - int(sparsity * n).
+    """How many of n weights are kept: n minus the rounded down sparsity * n, in exact decimals.
 
-    >>> count_kept(1000, 0.9), count_kept(10, 0.7), count_kept(10, 0.1)
-    (100, 3, 9)
+    The sparsity is the decimal that was written: as binary fractions, 0.7 of 90 are less than 63.
+
+    >>> count_kept(1000, 0.9), count_kept(10, 0.7), count_kept(90, 0.7)
+    (100, 3, 27)
     """
-    return n - int(sparsity * n)
+    return n - int(Fraction(repr(float(sparsity))) * n)
 
 
 def uniform(layers: Layers) -> dict[str, int]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from prunekit.contracts import Masks
 from prunekit.errors import RunError, UserError
-from prunekit.pruning.layers import find_prunable
+from prunekit.pruning.layers import describe_faults, find_faults
 
 
 @dataclass
@@ -23,6 +23,8 @@ class State:
     masks: Masks = field(default_factory=dict)
     frozen: tuple[str, ...] = field(init=False)
     """Parameters that the network does not train (requires_grad=False): no stage does."""
+    notes: list[str] = field(default_factory=list)
+    """What the next stage that trains tells about the weights it starts from."""
 
     def __post_init__(self) -> None:
         named = self.model.named_parameters()
@@ -33,6 +35,48 @@ class State:
         self.model.train()
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name not in self.frozen)
+
+
+def find_zeros(weights: Mapping[str, Tensor]) -> Masks:
+    """The masks of weights that are zero where they were removed; dense ones have none."""
+    masks = {name: weight.detach() != 0 for name, weight in weights.items()}
+    return {name: mask for name, mask in masks.items() if not mask.all()}
+
+
+INCIDENTAL = 0.01
+"""Of all prunable weights, this many may be zero by chance, or by rounding."""
+
+
+def take_zeros(state: State, *, trained: bool) -> None:
+    """Take the zeros of a network that comes without masks for removed weights, and note it.
+
+    Not if they are below `INCIDENTAL`, weights that are zero as a whole (a start of some layers)
+    left out of the count; and not if a stage that trains all weights comes first, `trained`.
+    """
+    named = dict(state.model.named_parameters())
+    weights = {name: named[name] for name, fault in find_faults(state.model).items() if not fault}
+    masks = find_zeros(weights)
+    partly = sum(int((~mask).sum()) for mask in masks.values() if mask.any())
+    total = sum(weight.numel() for weight in weights.values())
+    if partly == 0 or partly < INCIDENTAL * total:
+        return
+    zeros = sum(int((~mask).sum()) for mask in masks.values())
+    told = f"{zeros / total:.1%} of its weights are zero"
+    if trained:
+        state.notes.append(f"the network starts without masks, and {told}: pretrain trains them")
+        return
+    state.masks = masks
+    empty = ", ".join(name for name, mask in masks.items() if not mask.any())
+    told += f", which leaves nothing of {empty}" if empty else ""
+    state.notes.append(f"the network starts without masks, and {told}: taken as removed")
+
+
+def drop_changed(state: State) -> None:
+    """Take masks off weights whose zeros would be none of the network's, and note it."""
+    changed = [name for name, fault in find_faults(state.model).items() if fault]
+    if lost := [name for name in changed if state.masks.pop(name, None) is not None]:
+        named = describe_faults(state.model, lost)
+        state.notes.append(f"left dense although they came with masks: {named}")
 
 
 def describe_counts(state: State) -> dict[str, Any]:
@@ -57,9 +101,13 @@ def find_broken(model: nn.Module) -> str:
 def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     """Set the pruned weights of the model to zero, in place.
 
-    Raises `UserError` for a mask that fits no parameter; nothing is changed then.
+    Raises `UserError` for a mask that fits no parameter, or is of a weight whose zeros would be
+    none of the network's because its layer makes another one of it; nothing is changed then.
     """
     weights = dict(model.named_parameters())
+    for name, fault in find_faults(model).items():
+        if fault and name in masks:
+            raise UserError(f"{name} cannot have a mask: it is {fault}; leave it dense")
     for name, mask in masks.items():
         if name not in weights:
             raise UserError(f"the mask {name!r} is of no parameter of the network")
@@ -83,16 +131,17 @@ def assert_masked(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
 def count_weights(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, dict[str, int]]:
     """Layer -> {"kept", "weights"} over all prunable weights; a layer without a mask is dense."""
     counts = {}
-    for name, weight in find_prunable(model).items():
-        n = weight.numel()
+    named = dict(model.named_parameters())
+    for name in [name for name, fault in find_faults(model).items() if not fault]:
+        n = named[name].numel()
         counts[name] = {"kept": int(masks[name].sum()) if name in masks else n, "weights": n}
     return counts
 
 
 def measure_sparsity(counts: Mapping[str, Mapping[str, int]]) -> float:
-    """Fraction of all prunable weights that is removed."""
+    """Fraction of all prunable weights that is removed; 0 where there are none."""
     total = sum(layer["weights"] for layer in counts.values())
-    return 1 - sum(layer["kept"] for layer in counts.values()) / total
+    return 1 - sum(layer["kept"] for layer in counts.values()) / total if total else 0.0
 
 
 def hash_masks(masks: Mapping[str, Tensor]) -> str:

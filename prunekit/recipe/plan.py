@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 from prunekit.catalog.component import Use
 from prunekit.catalog.registry import Registry
 from prunekit.contracts import Architecture, Data, Threat
-from prunekit.errors import RecipeError
+from prunekit.errors import Problem, RecipeError
 from prunekit.recipe.addresses import SECTIONS, resolve_address, takes_list
 from prunekit.recipe.document import FORMAT, Recipe
 from prunekit.recipe.resolver import THREAT_EXAMPLE, Resolver, describe
@@ -24,7 +24,7 @@ from prunekit.recipe.sections import (
 )
 from prunekit.recipe.stages import Stage, resolve_stages, uses_in
 from prunekit.recipe.sweep import label, unroll
-from prunekit.recipe.values import suggest
+from prunekit.recipe.values import KeyPath, suggest
 from prunekit.report import Reporter
 
 TOP_KEYS = ("format", "name", "seed", *SECTIONS, "stage", "sweep", "report")
@@ -101,6 +101,8 @@ def make_plan(recipe: Recipe, registry: Registry) -> Plan:
     reporters = _resolve_reporters(recipe, top)
     compute = _resolve_compute(recipe, top)
     combinations = list(unroll(recipe, top.problems))
+    addresses = {address for settings, _ in combinations for address in settings}
+    top.problems += _find_hidden(recipe, top, addresses)
     if any(address.startswith("compute.") for settings, _ in combinations for address in settings):
         top.problem(("sweep",), "all runs of a sweep share [compute]; take it out of the sweep")
     labels = label([settings for settings, _ in combinations])
@@ -116,6 +118,36 @@ def make_plan(recipe: Recipe, registry: Registry) -> Plan:
     document = {key: _with_whole_paths(document[key], top.files) for key in document}
     told = tuple(dict.fromkeys(notes))
     return Plan(name, recipe.path, tuple(runs), reporters, document, compute, told)
+
+
+@dataclass
+class _Placing(Resolver):
+    """Remembers which value each problem is with."""
+
+    paths: list[KeyPath] = field(default_factory=list)
+
+    def problem(self, path: KeyPath, message: str) -> None:
+        self.paths.append(path)
+        super().problem(path, message)
+
+
+def _find_hidden(recipe: Recipe, top: Resolver, addresses: Iterable[str]) -> list[Problem]:
+    """Mistakes in components that the recipe names and every combination of its sweep replaces.
+
+    What only a combination can decide is none, such as a sparsity beside a structure.
+    """
+    plain = {key: value for key, value in recipe.data.items() if key != "sweep"}
+    swept = [path for a in addresses if not isinstance(path := resolve_address(plain, a), str)]
+    if not swept:
+        return []
+    base = _Placing(top.registry, top.folder, recipe.locate)
+    for _ in _resolve_run(Recipe(recipe.path, plain, recipe.places), base, "", {"sweep": 1}, []):
+        pass
+    return [
+        problem
+        for path, problem in zip(base.paths, base.problems, strict=True)
+        if any(path[: len(s)] == s and path != s for s in swept)
+    ]
 
 
 def _sweep_lists(recipe: Recipe, registry: Registry) -> None:

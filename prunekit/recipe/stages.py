@@ -126,8 +126,10 @@ def resolve_stages(
     names: set[str] = set()
     sparsity = 0.0
     architecture = recipe.get("architecture")
-    # The file of `init` may bring masks along.
-    may_be_pruned = isinstance(architecture, dict) and "init" in architecture
+    # The file of `init`, or a network from Python, may be pruned already.
+    may_be_pruned = isinstance(architecture, dict) and (
+        "init" in architecture or architecture.get("use") == "given"
+    )
     for position, table in enumerate(tables):
         path: KeyPath = ("stage", position)
         try:

@@ -81,8 +81,8 @@ def find_weights(path: Path, model: nn.Module, entry: str | None = None) -> Foun
     return Found({**chosen.tensors(), **filled}, tuple(notes))
 
 
-def start_from(path: Path, model: nn.Module) -> Masks:
-    """Load the file of `init` into the network. Only files of prunekit have masks; others give {}.
+def start_from(path: Path, model: nn.Module) -> Masks | None:
+    """Load the file of `init` into the network. Only files of prunekit say which masks they have.
 
     Raises `UserError` if the file is damaged, does not fit the network, or leaves doubts.
     """
@@ -92,7 +92,7 @@ def start_from(path: Path, model: nn.Module) -> Masks:
     if found.notes:
         raise UserError(f"{relative(path)}: {found.notes[0]}; begin with: prunekit import dense")
     load_weights(model, found.tensors, path)
-    return {}
+    return None
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,11 @@ def test_the_fragment_that_show_prints_is_right_in_a_recipe(entry, here, call, r
     (told,) = [c for c in read("show", entry.reference)["components"] if c["kind"] == entry.kind]
     fragment = told["recipe"]
     assert textwrap.indent(fragment, "  ") in call("show", entry.reference)[0]
-    (here / "my-file").touch()
+    if entry.component.name == "image-folder":
+        for part in ("train", "val"):
+            (here / "my-file" / part).mkdir(parents=True)
+    else:
+        (here / "my-file").touch()
     sections = "\n".join(s for kind, s in SECTIONS.items() if kind != entry.kind)
     parts = [sections, fragment if entry.kind in SECTIONS else "", FIRST]
     if entry.kind == "reporter":
@@ -108,4 +112,7 @@ def test_the_fragment_that_show_prints_is_right_in_a_recipe(entry, here, call, r
     elif entry.kind not in SECTIONS:
         parts = [sections, fragment]
     (here / "r.toml").write_text("\n".join(parts))
+    if (entry.kind, entry.component.name) == ("dataset", "given"):
+        assert "images of a Python program" in call("check", "r.toml", code=2)[1]
+        return
     assert read("check", "r.toml")["recipes"] == [{"recipe": "r.toml", "problems": [], "runs": 1}]

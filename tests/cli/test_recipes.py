@@ -43,6 +43,30 @@ def test_check_tells_notes_and_counts_runs(here, call):
     )
 
 
+@pytest.mark.parametrize(
+    ("table", "code", "told"),
+    [
+        ('{ use = "mnist", download = false }', 2, "c.toml: mnist was not found: there is no "),
+        ('{ use = "mnist", root = "there", download = false }', 2, "no there/mnist.npz"),
+        ('{ use = "digits", extra = { use = "svhn", download = false } }', 2, "svhn was not found"),
+        ('{ use = "image-folder", root = "there" }', 2, "there needs the folders train and val"),
+        ('{ use = "imagenet", root = "there" }', 2, "imagenet was not found: there needs"),
+        ('"given"', 2, "images of a Python program can only be used there"),
+        # What a run may still get.
+        ('"mnist"', 0, "its folder torchvision; a run downloads it\n"),
+        ('"imagenet"', 0, "with a folder for each class; or set root\n"),
+        ('"digits"', 0, ""),
+    ],
+)
+def test_check_looks_for_the_data(here, call, recipe, monkeypatch, table, code, told):
+    monkeypatch.setenv("PRUNEKIT_DATA", "nothing")
+    rest = recipe.replace('[dataset]\nuse = "digits"\nfraction = 0.1\n', "")
+    (here / "c.toml").write_text(f"dataset = {table}\n{rest}")
+    _, err = call("check", "c.toml", code=code)
+    assert told in err
+    assert bool(err) is bool(told)
+
+
 def test_a_run_writes_its_folder_and_prints_its_results(finished):
     folder, done = finished
     out = folder / "runs/tiny"

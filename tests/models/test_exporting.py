@@ -118,9 +118,9 @@ def test_a_layer_that_was_left_dense_has_scores_as_well_or_the_file_is_refused()
     assert all(torch.equal(value, net.state_dict()[name]) for name, value in state.items())
 
 
-@pytest.mark.parametrize("sparsity", [0.07, 0.1, 0.3, 0.55, 0.9, 0.95, 0.99, 0.123456])
+@pytest.mark.parametrize("sparsity", [0.07, 0.1, 0.3, 0.55, 0.7, 0.9, 0.95, 0.99, 0.123456])
 def test_the_sparsity_found_gives_the_very_counts(sparsity):
-    sizes = [10, 576, 640, 2560, 36864, 65536, 2359296]
+    sizes = [10, 90, 576, 640, 2560, 36864, 65536, 2359296]
     counts = {str(n): (n, count_kept(n, sparsity)) for n in sizes}
     found = find_sparsity(counts)
     ratio = find_keep_ratio(found)

@@ -433,3 +433,22 @@ def test_a_header_that_does_not_fit_is_told(here):
     ):
         with pytest.raises(UserError, match="damaged"):
             read_masks(state, header, here / "m.safetensors")
+
+
+def test_masks_of_changed_kernels_are_no_promise():
+    """The file's zeros are loaded; they are not counted, and the layer is named."""
+    Path("net.py").write_text(
+        "import torch.nn.functional as F\nfrom torch import nn\n"
+        "class Centred(nn.Linear):\n"
+        "    def forward(self, x):\n"
+        "        return F.linear(x, self.weight - self.weight.mean(), self.bias)\n"
+        "def make():\n"
+        "    return nn.Sequential(nn.Flatten(), Centred(64, 8), nn.Linear(8, 10))\n"
+    )
+    layers = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.Linear(8, 10))
+    for layer in (layers[1], layers[2]):
+        prune.l1_unstructured(layer, "weight", 0.5)
+    torch.save(layers.state_dict(), "x.pt")
+    told = take("torch-prune", "--set", "architecture.file=net.py", model="python")[1]
+    assert "left dense although they have masks: 1.weight (changed before it multiplies)" in told
+    assert list(find_masks()) == ["2.weight"]

@@ -21,7 +21,8 @@ def test_prunable_are_convolutions_and_linear_layers():
         nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), StdConv2d(2, 2, 1), nn.Flatten(), nn.Linear(2, 3)
     )
     found = find_prunable(net)
-    assert list(found) == ["0.weight", "4.weight"]
+    # Not by the name of a class.
+    assert list(found) == ["0.weight", "2.weight", "4.weight"]
     assert found["4.weight"] is net[4].weight
     assert list(find_prunable(nn.Linear(2, 2))) == ["weight"]
 

@@ -6,11 +6,13 @@ from torch import nn
 
 from prunekit.errors import RunError, UserError
 from prunekit.pruning.masks import (
+    State,
     apply_masks,
     assert_masked,
     count_weights,
     hash_masks,
     measure_sparsity,
+    take_zeros,
 )
 
 
@@ -52,3 +54,26 @@ def test_masks_that_do_not_fit_change_nothing(name, mask, words):
     with pytest.raises(UserError, match=words):
         apply_masks(net, {"1.weight": good, name: mask})
     assert all(torch.equal(before[n], p) for n, p in net.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("zeros", "trained", "kept", "words"),
+    [
+        ({"0.weight": 60}, False, {"0.weight": 40}, "54.5% of its weights are zero: taken"),
+        ({"0.weight": 60}, True, {}, "54.5% of its weights are zero: pretrain trains them"),
+        # As a whole, beside others that are zero in part; alone, it is a start like any other.
+        ({"0.weight": 60, "1.weight": 10}, False, {"0.weight": 40, "1.weight": 0}, "of 1.weight"),
+        ({"1.weight": 10}, False, {}, ""),
+        ({"0.weight": 1}, False, {}, ""),
+        ({}, False, {}, ""),
+    ],
+)
+def test_zeros_of_a_network_without_masks(zeros, trained, kept, words):
+    net = nn.Sequential(nn.Linear(10, 10), nn.Linear(10, 1))
+    for name, n in zeros.items():
+        net.get_parameter(name).data.view(-1)[:n] = 0
+    state = State(net)
+    take_zeros(state, trained=trained)
+    assert {name: int(mask.sum()) for name, mask in state.masks.items()} == kept
+    assert words in " ".join(state.notes)
+    assert bool(state.notes) is bool(words)

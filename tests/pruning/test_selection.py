@@ -14,7 +14,11 @@ INFINITY = float("inf")
 
 @pytest.mark.parametrize(
     ("n", "sparsity", "kept"),
-    [(1000, 0.9, 100), (10, 0.7, 3), (10, 0.1, 9), (9, 0.999, 1), (7, 0.5, 4), (10, 0.01, 10)],
+    [
+        *((1000, 0.9, 100), (10, 0.7, 3), (10, 0.1, 9), (9, 0.999, 1), (7, 0.5, 4), (10, 0.01, 10)),
+        # Where a product of floats falls short of a whole number.
+        *((90, 0.7, 27), (100, 0.29, 71), (100, 0.57, 43), (1000, 0.017, 983), (35, 0.6, 14)),
+    ],
 )
 def test_recipes_keep_n_minus_the_rounded_down(n, sparsity, kept):
     """k = 0.1 of 1000 keeps 100, k = 0.3 of 10 keeps 3, k = 0.9 of 10 keeps 9."""

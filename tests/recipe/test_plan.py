@@ -265,6 +265,40 @@ def test_a_mistake_in_a_sweep_is_told_once_with_the_line_of_the_value(refuse):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "sweep", "told"),
+    [
+        ('"score"', '"scoer"', '"prune.pruner" = ["lwm", "random"]', "unknown pruner 'scoer'"),
+        ('"score"', '"scoer"', 'case = [{ prune.pruner = "lwm" }]', "unknown pruner 'scoer'"),
+        ('"benign"', '"bening"', 'objective = ["benign"]', "unknown objective 'bening'"),
+        ('"benign"', '"bening"', '"objective.use" = ["benign"]', "unknown objective 'bening'"),
+        (
+            'objective = "benign"',
+            'objective = { use = "smoothing", sigm = 1 }',
+            'objective = ["benign"]',
+            "unknown option 'sigm' of objective 'smoothing'",
+        ),
+        (
+            '"small-cnn"',
+            '"small-cn"',
+            'architecture = ["lin-2"]',
+            "unknown architecture 'small-cn'",
+        ),
+        ('["clean"]', '["claen"]', '"evaluate.with" = [["clean"]]', "unknown evaluator 'claen'"),
+    ],
+)
+def test_a_sweep_hides_no_wrong_component(refuse, old, new, sweep, told):
+    problems = refuse(f"{SMALL.replace(old, new)}[sweep]\n{sweep}\n")
+    assert [told in problem for problem in problems] == [True]
+
+
+def test_what_a_sweep_decides_is_no_mistake_without_it(plan):
+    """No threat, no sparsity, and one that does not suit the structure of another case."""
+    swept = SMALL.replace('"benign"', '{ use = "pgd-at" }').replace("sparsity = 0.9\n", "")
+    made = plan(swept + '[sweep]\nobjective = ["benign"]\n"prune.sparsity" = [0.5, 0.9]\n')
+    assert len(made.runs) == 2
+
+
 def test_stages_are_resolved_with_names_positions_and_sparsity(plan):
     second = PRUNE.replace("0.9", '0.95\nname = "again"')
     (run,) = plan(TOP + PRETRAIN + PRUNE + EVALUATE + second).runs

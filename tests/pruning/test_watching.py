@@ -1,0 +1,174 @@
+"""What reaches a product: the weight with its zeros, or another kernel that is made of it."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from prunekit.errors import RunError, UserError
+from prunekit.pruning.layers import find_faults, find_prunable, watch_network
+from prunekit.pruning.masks import apply_masks, count_weights, measure_sparsity
+from prunekit.pruning.watching import CHANGED, UNUSED
+
+ONES = torch.ones(6, 1)
+
+
+def standardise(w):
+    std, mean = torch.std_mean(w, dim=1, keepdim=True)
+    return (w - mean) / (std + 1e-5)
+
+
+INTACT = {
+    "plain": lambda w, x: F.linear(x, w),
+    "product": lambda w, x: x @ w.T,
+    "einsum": lambda w, x: torch.einsum("ni,oi->no", x, w),
+    "batched": lambda w, x: torch.bmm(x[None], w.t()[None])[0],
+    "convolved": lambda w, x: F.conv2d(x[..., None, None], w[..., None, None]).flatten(1),
+    "in parts": lambda w, x: torch.cat([F.linear(x, part) for part in w.split(2)], 1),
+    "joined": lambda w, x: F.linear(x, torch.cat([w[3:], w[:3]])),
+    "padded": lambda w, x: F.linear(F.pad(x, (0, 1)), F.pad(w, (0, 1))),
+    "copied": lambda w, x: F.linear(x, torch.ones(5, 6).copy_(w.data)),
+    "cast": lambda w, x: F.linear(x.bfloat16(), w.bfloat16()).float(),
+    "scaled": lambda w, x: F.linear(x, w / w.norm()),
+    "scaled by rows": lambda w, x: F.linear(x, F.normalize(w)),
+    "spectral norm": lambda w, x: F.linear(x, w / torch.linalg.matrix_norm(w, 2)),
+    "scaled output": lambda w, x: F.linear(x, w) / w.norm(),
+    "magnitudes": lambda w, x: F.linear(x, w.abs()),
+    "signs": lambda w, x: F.linear(x, (w.sign() - w).detach() + w),
+    "quantised": lambda w, x: F.linear(x, torch.fake_quantize_per_tensor_affine(w, 0.1, 3, 0, 9)),
+    "masked": lambda w, x: F.linear(x, w * torch.ones(5, 6).tril()),
+    "on constants": lambda w, x: x[:, :5] + F.linear(ONES.T, w),
+}  # fmt: skip
+CHANGING = {
+    "mean": lambda w, x: F.linear(x, w - w.mean()),
+    "detached mean": lambda w, x: F.linear(x, w - w.data.mean()),
+    "mean by a product": lambda w, x: F.linear(x, w - (w @ ONES) / 6),
+    "standardised": lambda w, x: F.linear(x, standardise(w)),
+    "from the least": lambda w, x: F.linear(x, w - w.amin()),
+    "softmax": lambda w, x: F.linear(x, w.softmax(1)),
+    "softplus": lambda w, x: F.linear(x, F.softplus(w)),
+    "two signs": lambda w, x: F.linear(x, torch.where(w >= 0, 1.0, -1.0)),
+    "clamped": lambda w, x: F.linear(x, w.clamp(0.1)),
+    "noise": lambda w, x: F.linear(x, w + 0.01 * torch.randn_like(w)),
+    "in place": lambda w, x: F.linear(x, w.clone().add_(1)),
+    "sums": lambda w, x: F.linear(x, w.cumsum(1)),
+    "of itself": lambda w, x: F.linear(x, w.t() @ w),
+    "summed up": lambda w, x: F.linear(x, w.sum(0, keepdim=True)),
+    "elsewhere": lambda w, x: F.linear(x, w.flip(0) + w),
+    "plain and changed": lambda w, x: F.linear(x, w) + F.linear(x, w - w.mean()),
+    "added to the image": lambda w, x: x[:, None] + w,
+}
+NOWHERE = {
+    "ignored": lambda w, x: x,
+    "another's": lambda w, x: F.linear(x, torch.from_numpy(w.detach().numpy().copy())),
+}
+
+
+def make_layer(use):
+    class Layer(nn.Linear):
+        def forward(self, x):
+            return use(self.weight, x)
+
+    return Layer(6, 5)
+
+
+class Functional(nn.Module):
+    """Uses a plain layer's weight itself."""
+
+    def __init__(self, use):
+        super().__init__()
+        self.layer, self.use = nn.Linear(6, 5), use
+
+    def forward(self, x):
+        return self.use(self.layer.weight, x)
+
+
+@pytest.mark.parametrize(
+    ("use", "fault"),
+    [
+        *(pytest.param(use, "", id=name) for name, use in INTACT.items()),
+        *(pytest.param(use, CHANGED, id=name) for name, use in CHANGING.items()),
+        *(pytest.param(use, UNUSED, id=name) for name, use in NOWHERE.items()),
+    ],
+)
+def test_what_becomes_of_a_weight(use, fault):
+    torch.manual_seed(0)
+    layer, net = make_layer(use), Functional(use)
+    before = {n: v.clone() for n, v in (*layer.state_dict().items(), *net.state_dict().items())}
+    drawn = torch.get_rng_state()
+    assert find_faults(layer) == {"weight": fault}  # a class of its own is tried alone
+    assert find_faults(net) == {"layer.weight": ""}
+    watch_network(net, (6,))
+    assert find_faults(net) == {"layer.weight": fault}
+    assert torch.equal(torch.get_rng_state(), drawn)
+    for name, value in (*layer.state_dict().items(), *net.state_dict().items()):
+        assert torch.equal(value, before[name])
+
+
+class Standardised(nn.Conv2d):
+    def forward(self, x):
+        w = standardise(self.weight.flatten(1)).view_as(self.weight)
+        return F.conv2d(x, w, self.bias, padding=1)
+
+
+class WithinConvolution(nn.Conv2d):
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(x, weight - weight.mean(), bias)
+
+
+@pytest.mark.parametrize("kind", [Standardised, WithinConvolution])
+def test_a_changed_kernel_is_left_out_and_named(kind):
+    net = nn.Sequential(kind(1, 2, 3, padding=1), nn.Flatten(), nn.Linear(32, 2))
+    for _ in range(2):  # alone, and in the network
+        assert list(find_prunable(net)) == ["2.weight"]
+        assert list(find_prunable(net, ["0.*"])) == ["2.weight"]
+        masks = {"2.weight": torch.arange(64).view(2, 32) < 16}
+        assert measure_sparsity(count_weights(net, masks)) == 0.75
+        with pytest.raises(UserError, match=r"0\.weight cannot have a mask: it is changed before"):
+            apply_masks(net, {"0.weight": torch.zeros(2, 1, 3, 3, dtype=torch.bool)})
+        with pytest.raises(RunError, match=r"left dense: 0\.weight \(changed before"):
+            find_prunable(net[:1])
+        watch_network(net, (1, 4, 4))
+
+
+def test_a_tied_weight_has_to_suit_both_layers():
+    net = nn.Sequential(nn.Linear(6, 6), make_layer(CHANGING["mean"]))
+    net[1].weight = net[0].weight
+    assert find_faults(net) == {"0.weight": CHANGED}
+    watch_network(net, (6,))
+    assert find_faults(net) == {"0.weight": CHANGED}
+
+
+def test_a_network_that_cannot_be_watched_is_left_dense():
+    def fail(weight, x):
+        assert weight.any(1).all()
+        assert weight.abs().min() > 0
+        return F.linear(x, weight)
+
+    layer = make_layer(fail)
+    assert find_faults(layer)["weight"].startswith("cannot be watched: AssertionError")
+    assert layer.weight.abs().min() > 0
+
+
+def test_every_projection_of_attention_arrives(make_attention, attention_weights):
+    net = make_attention().requires_grad_(False)  # as torch's own fast path would want it
+    watch_network(net, (3, 4))
+    assert list(find_prunable(net)) == attention_weights
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_buffers_that_a_forward_changes_are_as_before():
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(6, 5)
+            self.register_buffer("seen", torch.zeros(()))
+
+        def forward(self, x):
+            self.seen += 1
+            return self.layer(x) * torch.rand(())
+
+    net = Counting().train()
+    watch_network(net, (6,))
+    assert net.seen == 0
+    assert net.training
