@@ -37,6 +37,8 @@ class EvalRequest:
     images: int | None = None
     device: str | None = None
     settings: tuple[str, ...] = ()
+    trust: bool = False
+    """Whether what the file or its run names may run code."""
 
 
 def plan_evaluation(network: Network, request: EvalRequest) -> Plan:
@@ -76,6 +78,9 @@ def plan_evaluation(network: Network, request: EvalRequest) -> Plan:
     }
     folder = network.run or network.file.parent
     recipe = Recipe(folder / RECIPE, data, locate_options(options))
+    chosen = {"dataset": request.dataset, "architecture": request.model}
+    source = "" if request.trust else relative(network.file)
+    recipe.foreign = {key: source for key in sections if chosen.get(key) is None}
     override(recipe, request.settings)
     try:
         plan = make_plan(recipe, load_registry())

@@ -38,6 +38,7 @@ def run_plan(
     `tell` gets messages that are not events: how to `resume` after `Interrupted`, or how to compute
     `anew` what was made with other sources.
     """
+    plan.permit()
     compute = open_compute(plan.compute.device, plan.compute.threads)
     folder = OutFolder(out, plan)
     known = folder.prepare(tell, force=force)

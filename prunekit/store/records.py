@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from prunekit.errors import UserError, relative
+from prunekit.recipe.document import Recipe, load_recipe
+from prunekit.recipe.plan import TOP_KEYS
 from prunekit.store.files import read_json
-from prunekit.store.layout import RUN, RUN_FORMAT
+from prunekit.store.layout import PLAN, RUN, RUN_FORMAT
 from prunekit.store.metrics import read_metrics, read_old_metrics
 
 
@@ -42,6 +44,16 @@ class RunRecord:
     """Keys of all its stages, also of those that have not been computed."""
     layers: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     """Weight -> how many are "kept" of its "weights"."""
+
+
+def open_recipe(path: Path, settings: Sequence[str] = (), *, trust: bool = False) -> Recipe:
+    """`load_recipe`; that of a run folder runs nothing that this user did not run or `trust`."""
+    recipe = load_recipe(path, settings)
+    folders = {path.absolute().parent, path.resolve().parent}
+    if any((folder / name).exists() for folder in folders for name in (RUN, PLAN)):
+        # Every key: a sweep may bring those that the data lacks.
+        recipe.foreign = dict.fromkeys(TOP_KEYS, "" if trust else relative(path))
+    return recipe
 
 
 def find_runs(folder: Path) -> list[RunRecord]:

@@ -109,6 +109,7 @@ SHOWING = (
     "recipe/sections.py",
     "recipe/sweep.py",
     "recipe/toml_lines.py",
+    "recipe/trust.py",
     "recipe/values.py",
     "report.py",
     "results/",
