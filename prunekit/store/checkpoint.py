@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,19 +34,36 @@ def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], header: Mapping[
     """
     # Cloned: tied weights share memory, which safetensors refuses.
     plain = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
-    text = json.dumps({"format": FORMAT, **header}, sort_keys=True)
+    # Once through JSON: keys that are numbers are sorted as text afterwards.
+    told = json.loads(json.dumps({"format": FORMAT, **header}))
+    text = json.dumps({**told, "sha256": _hash(plain, told)}, sort_keys=True)
     write_bytes(path, save(plain, metadata={"prunekit": text}))
 
 
-def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _hash(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> str:
+    """SHA-256 of tensors and header: safetensors files have no checksum."""
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    for name, value in sorted(tensors.items()):
+        digest.update(f"\0{name}\0{value.dtype}\0{tuple(value.shape)}\0".encode())
+        digest.update(value.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def read_checkpoint(
+    path: Path, *, sealed: bool = False
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(tensors, header) of a safetensors file; the header is empty if prunekit did not write it.
 
-    Raises `UserError` for a file that is missing, damaged, or of another format.
+    Raises `UserError` for a file that is missing, of another format, or damaged: its content is not
+    what its header says, or if it is to be `sealed`, the header does not say it.
     """
     try:
         with safe_open(path, framework="pt") as file:
             header = dict(json.loads((file.metadata() or {}).get("prunekit", "{}")))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        seal = header.pop("sha256", None)
+        if (sealed or seal is not None) and seal != _hash(tensors, header):
+            raise ValueError("its content has changed since it was written")
     except FileNotFoundError:
         raise UserError(f"there is no file {relative(path)}") from None
     except (SafetensorError, ValueError, TypeError, OSError) as error:

@@ -32,7 +32,7 @@ def test_a_run_leaves_a_plain_pruned_network(bench):
     # Finetuning trained what is kept, and kept the mask to the bit.
     (run,) = bench.plan().runs
     keys = bench.make_keys(run)
-    pruned = load_file(bench.folder / "store/v2" / keys[1] / "model.safetensors")
+    pruned = load_file(bench.folder / "store/v3" / keys[1] / "model.safetensors")
     for name in weights:
         assert torch.equal(pruned[name] == 0, state[name] == 0)
         assert not torch.equal(pruned[name], state[name])

@@ -120,6 +120,7 @@ SHOWING = (
     "store/networks.py",
     "store/records.py",
     "store/runs.py",
+    "store/stage_folder.py",
     "store/stages.py",
     "testing.py",
 )
