@@ -48,7 +48,7 @@ from prunekit.models.stored import load_network
 from prunekit.recipe.plan import Plan
 from prunekit.store.layout import STORE
 from prunekit.store.networks import read_network
-from prunekit.store.records import read_run
+from prunekit.store.records import read_run, tell_changed
 
 LOG = logging.getLogger("prunekit")
 """Receives what the command line prints besides results and progress."""
@@ -250,6 +250,8 @@ def load(path: str | Path, model: nn.Module | None = None, *, trust: bool = Fals
         built, masks = load_network(network, model, trust=trust)
     metrics = {}
     if network.run is not None:
+        for text in tell_changed(network.run):
+            warnings.warn(text, stacklevel=2)
         metrics = {stage.name: dict(stage.metrics) for stage in read_run(network.run).stages}
     return RunResult(built, masks, metrics, network.run or network.file.parent)
 

@@ -87,7 +87,10 @@ def export(run: Path, format: str, out: Path, trust: bool, as_json: bool) -> Non
     """Write the network of a RUN folder (or model file) for other code."""
     from prunekit.models.exporting import export_hydra, export_own
     from prunekit.store.networks import find_model
+    from prunekit.store.records import tell_changed
 
+    for text in tell_changed(run):
+        group.warn(text)
     told: dict[str, Any] = {"file": str(out), "format": format}
     if format == "hydra":
         told["sparsity"] = sparsity = export_hydra(find_model(run), out)

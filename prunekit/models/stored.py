@@ -50,7 +50,7 @@ def find_architecture(network: Network, *, trust: bool = False) -> Use[nn.Module
     where = relative(network.file)
     if "architecture" not in network.sections:
         raise UserError(f"{where} does not say its architecture; prunekit did not write it")
-    foreign = {"architecture": "" if trust else where}
+    foreign = {"architecture": "" if trust else network.source}
     folder = network.file.parent
     resolver = Resolver(load_registry(), folder, lambda path: Place(where), foreign=foreign)
     core = [field.name for field in dataclasses.fields(ArchitectureOptions)]

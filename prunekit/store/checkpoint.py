@@ -27,16 +27,21 @@ PRUNED = {".k_score": "harp", ".popup_scores": "hydra", "_orig": "torch-prune"}
 """Endings of names in files of pruned networks -> how `prunekit import` calls their kind."""
 
 
-def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
+def write_checkpoint(
+    path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any], *, sealed: bool = False
+) -> None:
     """Write tensors and a header in one step. The same content gives the same bytes.
 
-    Raises `RunError` if the file cannot be written; what was there before is kept.
+    If it is `sealed`, the header says the SHA-256 of all that. Raises `RunError` if the file cannot
+    be written; what was there before is kept.
     """
     # Cloned: tied weights share memory, which safetensors refuses.
     plain = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
-    # Once through JSON: keys that are numbers are sorted as text afterwards.
-    told = json.loads(json.dumps({"format": FORMAT, **header}))
-    text = json.dumps({**told, "sha256": _hash(plain, told)}, sort_keys=True)
+    told = {"format": FORMAT, **header}
+    if sealed:
+        told = json.loads(json.dumps(told))
+        told["sha256"] = _hash(plain, told)
+    text = json.dumps(told, sort_keys=True)
     write_bytes(path, save(plain, metadata={"prunekit": text}))
 
 
@@ -54,15 +59,14 @@ def read_checkpoint(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(tensors, header) of a safetensors file; the header is empty if prunekit did not write it.
 
-    Raises `UserError` for a file that is missing, of another format, or damaged: its content is not
-    what its header says, or if it is to be `sealed`, the header does not say it.
+    Raises `UserError` for a file that is missing, damaged, of another format, or if it should be
+    `sealed` and is not, or has changed.
     """
     try:
         with safe_open(path, framework="pt") as file:
             header = dict(json.loads((file.metadata() or {}).get("prunekit", "{}")))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        seal = header.pop("sha256", None)
-        if (sealed or seal is not None) and seal != _hash(tensors, header):
+        if sealed and header.pop("sha256", None) != _hash(tensors, header):
             raise ValueError("its content has changed since it was written")
     except FileNotFoundError:
         raise UserError(f"there is no file {relative(path)}") from None
