@@ -130,11 +130,11 @@ def _replacing(path: Path) -> Iterator[Path]:
                 part.unlink()
 
 
-def make_inner(path: Path) -> None:
+def make_inner(path: Path, option: str = "--out") -> None:
     """Make a folder in one of prunekit's. Raises `UserError` if it is a link: it may lead anywhere,
     and what lies there would be overwritten."""
     refuse_link(path)
-    make_folder(path)
+    make_folder(path, option)
 
 
 def refuse_link(path: Path) -> None:

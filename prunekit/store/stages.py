@@ -67,7 +67,7 @@ class Store:
         for path in (folder.path, folder.path / STAGE_LOCK):
             if os.path.lexists(path) and path.is_dir() != (path == folder.path):
                 set_aside(path)
-        make_inner(folder.path)
+        make_inner(folder.path, "--store")
         refuse_link(folder.path / STAGE_LOCK)
         lock = filelock.FileLock(folder.path / STAGE_LOCK)
         try:
