@@ -48,6 +48,8 @@ def _identify(use: Use[Any]) -> str:
 
 
 def _hash(file: Path) -> str:
+    if not file.is_file():  # a pipe or a device may have no end
+        return ""
     with open(file, "rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
