@@ -212,13 +212,16 @@ def main() -> int:
                     # The first is that of an answered SIGTERM; the last came too late.
                     if ended not in (130, -kind, 0):
                         failures += 1
-                        print(f"{kind.name} ended with {ended}", (folder / "log").read_text())
+                        told = (folder / "log").read_text()
+                        print(f"{kind.name} ended with {ended}\n{told}", flush=True)
             log = (folder / "log").read_text()
             got = describe(folder)
             wrong = [k for k in {**expected, **got} if expected.get(k) != got.get(k)]
             if code != 0 or wrong or "Traceback" in log or "damaged" in log:
                 failures += 1
                 print(f"run {runs} ended with {code}; differs: {wrong}\n{log}", flush=True)
+            else:
+                print(f"run {runs}: the same, after {kills.total()} kills in all", flush=True)
         told = ", ".join(f"{n} {name}" for name, n in sorted(kills.items()))
         where = ", ".join(f"{n} {name}" for name, n in places.most_common())
         spent = time.monotonic() - began
