@@ -48,7 +48,7 @@ from prunekit.models.stored import load_network
 from prunekit.recipe.plan import Plan
 from prunekit.store.layout import STORE
 from prunekit.store.networks import read_network
-from prunekit.store.records import read_run
+from prunekit.store.records import read_run, tell_changed
 
 LOG = logging.getLogger("prunekit")
 """Receives what the command line prints besides results and progress."""
@@ -94,6 +94,7 @@ def run(
     device: str | None = None,
     force: bool = False,
     quiet: bool = False,
+    trust: bool = False,
 ) -> RunResult:
     """Run a recipe, a file or its tables, as `prunekit run` does; the result is found again.
 
@@ -104,7 +105,8 @@ def run(
     nothing. The seed of a recipe decides everything but the weights of a `model`.
 
     `settings` are those of `--set`: {"prune.sparsity": 0.95}. `out`, `store`, `device` and `force`
-    are the options of the command; `quiet` shows no progress.
+    are the options of the command, and so is `trust`, for the recipe of a run folder; `quiet` shows
+    no progress.
 
     Raises `UserError` for what is wrong with the recipe or the arguments, `RunError` where the run
     failed, and `KeyboardInterrupt` where it was stopped: the same call goes on from there.
@@ -124,7 +126,7 @@ def run(
     >>> result.metrics["evaluate"]["sparsity"], int((result.model[1].weight == 0).sum())
     (0.5, 512)
     """
-    plan = plan_recipe(recipe, model, data, settings, device)
+    plan = plan_recipe(recipe, model, data, settings, device, trust=trust)
     if plan.swept:
         raise UserError(
             f"{relative(plan.path)} has a sweep of {len(plan.runs)} runs; call prunekit.run_sweep"
@@ -143,9 +145,10 @@ def run_sweep(
     device: str | None = None,
     force: bool = False,
     quiet: bool = False,
+    trust: bool = False,
 ) -> list[RunResult]:
     """As `run`, for every combination of the recipe's sweep, in order."""
-    plan = plan_recipe(recipe, model, data, settings, device)
+    plan = plan_recipe(recipe, model, data, settings, device, trust=trust)
     return _execute(plan, model, out, store, force, quiet)
 
 
@@ -235,17 +238,20 @@ def evaluate(
     return Judgement(metrics, outcome.records, outcome.notes)
 
 
-def load(path: str | Path, model: nn.Module | None = None) -> RunResult:
+def load(path: str | Path, model: nn.Module | None = None, *, trust: bool = False) -> RunResult:
     """Load what a run folder or a model file holds (a file has no metrics).
 
     `model` is a network to load the weights into, a copy of it; it is needed where the network came
-    from Python. Raises `UserError` where it does not fit.
+    from Python. Raises `UserError` where it does not fit, and where code would have to run that the
+    folder or file names, that no recipe of this user ran before, and that is not to `trust`.
     """
     network = read_network(Path(path))
     with own_generators():
-        built, masks = load_network(network, model)
+        built, masks = load_network(network, model, trust=trust)
     metrics = {}
     if network.run is not None:
+        for text in tell_changed(network.run):
+            warnings.warn(text, stacklevel=2)
         metrics = {stage.name: dict(stage.metrics) for stage in read_run(network.run).stages}
     return RunResult(built, masks, metrics, network.run or network.file.parent)
 
@@ -279,7 +285,8 @@ def _execute(
     for failed in (f for f in done or [] if f.status == "failed"):
         raise RunError(failed.error) from failed.cause
     paths = [folder / run.label if plan.swept else folder for run in plan.runs]
-    return [load(path, model) for path in paths]
+    # The run was permitted to build this network.
+    return [load(path, model, trust=True) for path in paths]
 
 
 def _table_threat(threat: Any) -> Any:

@@ -6,11 +6,14 @@ import os
 import select
 import signal
 import sys
+import tempfile
 import threading
 from pathlib import Path
 from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"
+# What recipes ran is not remembered for the person who runs the tests.
+os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="prunekit-state-")
 
 import pytest
 

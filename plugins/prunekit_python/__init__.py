@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import ast
+import importlib.util
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from modulefinder import ModuleFinder
+from importlib.machinery import EXTENSION_SUFFIXES, SOURCE_SUFFIXES
 from pathlib import Path
 from typing import Any
 
 from prunekit import ArchitectureComponent, DatasetComponent, hookimpl, option
+from prunekit.errors import relative
 
 DETAILS = """\
 This is the only component with which a recipe runs code: the code in the file. `build` names a
@@ -19,8 +22,15 @@ and with all of kwargs. It returns an nn.Module from pixels (B, C, H, W) in [0, 
 any normalization belongs inside the module. The module may have an attribute `leave_dense`, a list
 of names of weights that prune stages leave dense.
 
-A stage's hash includes the file and all modules and packages that it imports from its own folder,
-directly or indirectly. It does not include packages installed elsewhere."""
+A stage's hash includes the file and all modules and whole packages that it imports from its own
+folder, directly or indirectly. It does not include packages installed elsewhere. Other modules in
+the folder cannot be imported: write `import NAME` where the file has to see them.
+
+A run folder or a model file that names a Python file runs it only if a recipe of yours ran the same
+code before, or with --trust."""
+
+CODE = (*EXTENSION_SUFFIXES, *SOURCE_SUFFIXES)
+"""Endings of the files that can be imported."""
 
 
 @dataclass(frozen=True)
@@ -44,25 +54,60 @@ class GivenModelOptions:
 def find_imports(file: Path) -> list[Path]:
     """A Python file and the files it imports from its own folder, at any depth; nothing is run.
 
-    A file that is not valid Python is returned alone, a missing one not at all.
+    Of a package these are all its files: which of them it imports may be decided when it runs. A
+    file that is not valid Python is returned alone, a missing one not at all.
     """
     if not file.is_file():
         return []
-    finder = ModuleFinder(path=[str(file.parent)])
-    try:
-        finder.run_script(str(file))
-    except (SyntaxError, ValueError):
-        return [file]
-    except ImportError:  # a relative import outside a package: it may be any file beside it
-        return [file, *sorted(set(file.parent.glob("*.py")) - {file})]
-    files = (getattr(module, "__file__", None) for module in finder.modules.values())
-    found = {Path(name) for name in files if name}
+    found, todo = {file}, [file]
+    while todo:
+        fresh = set(_find_beside(file.parent, _list_imports(todo.pop()))) - found
+        found |= fresh
+        todo += fresh
     return [file, *sorted(found - {file})]
+
+
+def _list_imports(file: Path) -> set[str]:
+    """First parts of the names that a file imports; "" for what lies beside it."""
+    try:
+        nodes = list(ast.walk(ast.parse(file.read_bytes())))
+    except (SyntaxError, ValueError, RecursionError, OSError):
+        return set()
+    plain = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    named = [node for node in nodes if isinstance(node, ast.ImportFrom)]
+    names = [*plain, *("" if node.level else str(node.module) for node in named)]
+    return {name.partition(".")[0] for name in names}
+
+
+def _find_beside(folder: Path, names: Iterable[str]) -> Iterator[Path]:
+    """The files of modules and packages of these names in a folder."""
+    for name in names:
+        if not name:  # a relative import outside a package: it may be any file beside it
+            yield from folder.glob("*.py")
+            continue
+        yield from (f for suffix in CODE if (f := folder / f"{name}{suffix}").is_file())
+        package = folder / name
+        if (package / "__init__.py").is_file() or (package.is_dir() and not _is_installed(name)):
+            yield from (f for f in package.rglob("*") if f.name.endswith(CODE) and f.is_file())
+
+
+def _is_installed(name: str) -> bool:
+    """Whether there is a module or package that stands before a folder without `__init__.py`."""
+    try:
+        spec = importlib.util.find_spec(name)
+    except ValueError:  # "__main__"
+        return True
+    return spec is not None and spec.origin is not None
 
 
 def find_files(options: PythonOptions) -> list[Path]:
     """The file, and the files that it imports from its folder."""
     return find_imports(options.file)
+
+
+def tell_risk(options: PythonOptions) -> str:
+    """What a stranger's file must not cause."""
+    return f"would run the Python file {relative(options.file)}"
 
 
 @hookimpl
@@ -75,6 +120,7 @@ def prunekit_architectures() -> Iterable[ArchitectureComponent]:
         options=PythonOptions,
         details=DETAILS,
         files=find_files,
+        risks=tell_risk,
     )
     yield ArchitectureComponent(
         name="given",

@@ -10,8 +10,17 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.machinery import (
+    EXTENSION_SUFFIXES,
+    SOURCE_SUFFIXES,
+    ExtensionFileLoader,
+    FileFinder,
+    ModuleSpec,
+    SourceFileLoader,
+)
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
 import torch
@@ -94,25 +103,53 @@ def _takes(function: Callable[..., Any], name: str) -> bool:
     return parameter is not None and parameter.kind in allowed
 
 
+class _Source(SourceFileLoader):
+    """Compiles the source: compiled files beside it may hold anything."""
+
+    def get_code(self, fullname: str) -> CodeType:
+        path = self.get_filename(fullname)
+        return self.source_to_code(self.get_data(path), path)
+
+
+@dataclass(frozen=True)
+class _Finder:
+    """Finds modules and packages of these names in a folder, and what is in the packages."""
+
+    folder: Path
+    names: set[str]
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if name.partition(".")[0] not in self.names:
+            return None
+        loaders = (ExtensionFileLoader, EXTENSION_SUFFIXES), (_Source, SOURCE_SUFFIXES)
+        for folder in [self.folder] if path is None else path:
+            if found := FileFinder(str(folder), *loaders).find_spec(name):
+                return found
+        return None
+
+
 @contextmanager
 def _importing(options: PythonOptions) -> Iterator[None]:
-    """Inside, modules in the file's folder can be imported, and are run again when they are.
+    """Inside, the modules that `find_files` found can be imported, and are run again when they are.
 
-    An earlier import is not reused: the modules may have changed, or belong to another folder.
+    An earlier import is not reused: the modules may have changed, or belong to another folder. The
+    folder is not put on `sys.path`: what else lies in it would be run in place of modules that
+    torch imports late, although no hash covers it.
     """
     folder = options.file.parent
-    own = {f.relative_to(folder).parts[0].removesuffix(".py") for f in find_files(options)[1:]}
+    own = {f.relative_to(folder).parts[0].partition(".")[0] for f in find_files(options)[1:]}
     for name in [n for n in sys.modules if n.partition(".")[0] in own]:
         del sys.modules[name]
     importlib.invalidate_caches()
     written, sys.dont_write_bytecode = sys.dont_write_bytecode, True
-    sys.path.insert(0, str(folder))
+    finder: Any = _Finder(folder, own)
+    sys.meta_path.insert(0, finder)
     try:
         # What the file prints must not end up among prunekit's results on stdout.
         with contextlib.redirect_stdout(sys.stderr):
             yield
     finally:
-        sys.path.remove(str(folder))
+        sys.meta_path.remove(finder)
         sys.dont_write_bytecode = written
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import fields
 from datetime import UTC, datetime
@@ -55,14 +56,19 @@ class Log:
     def __call__(self, event: Event) -> None:
         if isinstance(event, RunStarted):
             self.run = event
-            self.file.write_text("", encoding="utf-8")
+            self.file.unlink(missing_ok=True)  # it may be a link to a file elsewhere
         if self.run is None or isinstance(event, Progress):
             return
         # Opened for each line, so that nothing waits in a buffer when the process dies.
-        with self.file.open("a", encoding="utf-8") as file:
+        with open(self.file, "a", encoding="utf-8", opener=_open) as file:
             file.write(json.dumps(describe(event, self.run), allow_nan=False) + "\n")
         if isinstance(event, RunDone | RunFailed):
             self.run = None
+
+
+def _open(path: str, flags: int) -> int:
+    """As Python opens a file, but never what a link points to."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
 def describe(event: Event, run: RunStarted) -> dict[str, Any]:

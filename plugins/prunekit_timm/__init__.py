@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,6 +79,16 @@ def find_files(options: TimmOptions) -> list[Path]:
     return [f for f in sorted(folder.glob("*")) if f.name == "config.json" or f.suffix in weights]
 
 
+def tell_risk(options: TimmOptions) -> str:
+    """What a stranger's file must not cause: the names of timm itself are published by timm."""
+    named = [key for key in options.kwargs if key.startswith("pretrained_cfg")]
+    if named:
+        return f"would make timm load what {' and '.join(named)} name"
+    return (
+        "" if re.fullmatch(r"[\w.-]+", options.model) else f"would make timm load {options.model!r}"
+    )
+
+
 @hookimpl
 def prunekit_architectures() -> Iterable[ArchitectureComponent]:
     """Declare the architecture `timm`."""
@@ -90,6 +101,7 @@ def prunekit_architectures() -> Iterable[ArchitectureComponent]:
         paper="Wightman, PyTorch Image Models 2019, doi 10.5281/zenodo.4414861",
         details=DETAILS,
         files=find_files,
+        risks=tell_risk,
         catalog="prunekit_timm.models:list_names",
         exports={"timm": "prunekit_timm.models:save"},
     )

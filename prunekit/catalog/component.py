@@ -78,6 +78,10 @@ class Component:
     files: Callable[[Any], Iterable[Path]] = lambda options: ()
     """options -> files that results depend on besides those that are options: what a file imports,
     the files of a folder. Their content is part of a stage's hash."""
+    risks: Callable[[Any], str] = lambda options: ""
+    """options -> what building it does that a stranger's file must not cause, as in "would run the
+    Python file net.py" or "would fetch OWNER/NAME"; empty if it does not run code from a file or
+    fetch what its options name. Where a run folder or a model file names it, the user is asked."""
 
     @property
     def package(self) -> str:
@@ -113,17 +117,26 @@ class Use(Generic[Kind]):
     """What a recipe writes after `use =`, if that is more than the component's name."""
     value: Any = None
     """An object that a Python program passes instead; the implementation gets it in its context."""
+    guard: Callable[[Use[Any]], None] | None = dataclasses.field(default=None, compare=False)
+    """Raises `UserError` if a file of somebody else names it and it must not be built."""
 
     @property
     def kind(self) -> str:
         """The kind of the component."""
         return str(self.component.kind)
 
+    def permit(self) -> None:
+        """Raise `UserError` if it must not be built, because of what its `guard` says."""
+        if self.guard is not None:
+            self.guard(self)
+
     def build(self, context: Context) -> Kind:
         """Import the implementation and build it.
 
-        Raises `PluginError`, which names the plugin, if that is impossible.
+        Raises `PluginError`, which names the plugin, if that is impossible, and `UserError` as
+        `permit` does.
         """
+        self.permit()
         module, _, function = self.component.build.partition(":")
         owner = f"{self.kind} '{self.component.name}' of plugin {self.plugin}"
         context = dataclasses.replace(context, value=self.value)

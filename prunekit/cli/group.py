@@ -121,6 +121,12 @@ store_option = click.option(
     help="Folder of stored stages; by default .stages beside the runs.",
 )
 
+trust_option = click.option(
+    "--trust",
+    is_flag=True,
+    help="Run Python files, and fetch models, that a run folder or model file names.",
+)
+
 
 def command_line() -> str:
     """The command line of this process, quoted so that it can be pasted into a shell."""

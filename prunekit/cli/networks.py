@@ -81,18 +81,22 @@ def import_file(
 @click.argument("run", type=group.PATH)
 @click.option("--format", required=True, help="hydra, or a format of the architecture (timm).")
 @click.option("--out", type=group.PATH, required=True, help="File or folder to write.")
+@group.trust_option
 @group.as_json
-def export(run: Path, format: str, out: Path, as_json: bool) -> None:
+def export(run: Path, format: str, out: Path, trust: bool, as_json: bool) -> None:
     """Write the network of a RUN folder (or model file) for other code."""
     from prunekit.models.exporting import export_hydra, export_own
     from prunekit.store.networks import find_model
+    from prunekit.store.records import tell_changed
 
+    for text in tell_changed(run):
+        group.warn(text)
     told: dict[str, Any] = {"file": str(out), "format": format}
     if format == "hydra":
         told["sparsity"] = sparsity = export_hydra(find_model(run), out)
         detail = f"keep ratio {round(1 - sparsity, 10):g}, --sparsity {sparsity:g}"
     else:
-        export_own(run, format, out)
+        export_own(run, format, out, trust=trust)
         detail = format
     if as_json:
         group.print_json(told)
@@ -118,6 +122,7 @@ def export(run: Path, format: str, out: Path, as_json: bool) -> None:
 @group.store_option
 @group.device_option
 @group.settings_option
+@group.trust_option
 @group.as_json
 def evaluate(run: Path, evaluators: str, store: Path | None, as_json: bool, **request: Any) -> None:
     """Evaluate any network that prunekit trained or imported, with evaluators of your choice.

@@ -20,14 +20,16 @@ if TYPE_CHECKING:
     from prunekit.store.runs import RunFolder
 
 
-def plan_recipe(path: Path, settings: tuple[str, ...], *, smoke: bool = False) -> Plan:
+def plan_recipe(
+    path: Path, settings: tuple[str, ...], *, smoke: bool = False, trust: bool = False
+) -> Plan:
     """Read and resolve a recipe. Raises `UserError`, or `RecipeError` with all its mistakes."""
     from prunekit.catalog.registry import load_registry
-    from prunekit.recipe.document import load_recipe
     from prunekit.recipe.plan import make_plan
     from prunekit.recipe.reduction import reduce_plan
+    from prunekit.store.records import open_recipe
 
-    plan = make_plan(load_recipe(path, settings), load_registry())
+    plan = make_plan(open_recipe(path, settings, trust=trust), load_registry())
     return reduce_plan(plan) if smoke else plan
 
 
@@ -35,8 +37,11 @@ def plan_recipe(path: Path, settings: tuple[str, ...], *, smoke: bool = False) -
 @click.argument("recipes", nargs=-1, required=True, type=group.PATH)
 @group.settings_option
 @click.option("--deep", is_flag=True, help="Build the networks too, and count their weights.")
+@group.trust_option
 @group.as_json
-def check(recipes: tuple[Path, ...], settings: tuple[str, ...], deep: bool, as_json: bool) -> None:
+def check(
+    recipes: tuple[Path, ...], settings: tuple[str, ...], deep: bool, trust: bool, as_json: bool
+) -> None:
     """Check recipes and report all mistakes at once. Trains nothing."""
     results: list[dict[str, Any]] = []
     for path in recipes:
@@ -44,7 +49,7 @@ def check(recipes: tuple[Path, ...], settings: tuple[str, ...], deep: bool, as_j
         plan = None
         notes: list[str] = []
         try:
-            plan = plan_recipe(path, settings)
+            plan = plan_recipe(path, settings, trust=trust)
             if lacking := _find_missing(plan, notes):
                 raise UserError(lacking)
             if deep:
@@ -114,6 +119,7 @@ def _print_networks(networks: list[dict[str, Any]]) -> None:
 @click.option("--dry-run", is_flag=True, help="Print what would be done, and do nothing.")
 @click.option("--smoke", is_flag=True, help="Try the recipe: all stages, two tiny batches each.")
 @click.option("--force", is_flag=True, help="Move files that are in the way aside.")
+@group.trust_option
 @group.as_json
 def run(
     recipe: Path,
@@ -125,12 +131,13 @@ def run(
     dry_run: bool,
     smoke: bool,
     force: bool,
+    trust: bool,
     as_json: bool,
 ) -> None:
     """Run a recipe: pretrain, prune, finetune, evaluate, compare."""
     given = {"device": device, "threads": threads}
     settings += tuple(f"compute.{key}={value}" for key, value in given.items() if value)
-    plan = plan_recipe(recipe, settings, smoke=smoke)
+    plan = plan_recipe(recipe, settings, smoke=smoke, trust=trust)
     out = out or Path("runs") / (plan.name + ("-smoke" if smoke else ""))
     store = store or out.parent / STORE
     stop = Stop()

@@ -73,9 +73,12 @@ def print_results(
     from prunekit.results import tables
     from prunekit.results.choosing import choose, tell
     from prunekit.results.comparison import compare
-    from prunekit.store.records import find_runs
+    from prunekit.store.records import find_runs, tell_changed
 
-    runs, choices = choose(find_runs(folder), addresses) if addresses else (find_runs(folder), [])
+    found = find_runs(folder)
+    runs, choices = choose(found, addresses) if addresses else (found, [])
+    for text in (text for run in found for text in tell_changed(run.folder)):
+        group.warn(text)
     rows = compare(runs)
     if as_json:
         chosen = {"choices": [asdict(choice) for choice in choices]} if addresses else {}

@@ -154,9 +154,9 @@ class Engine:
 
     def _train(self, stage: Stage, key: str, at: _Place) -> tuple[StageResult, bool, StageFolder]:
         """(result, whether it was stored, where it is stored) of a stage that makes a network."""
-        with self._open(stage, key) as stored:
-            if reused := stored.done:
-                result = stored.read()
+        with self._open(stage, key, describe_stage(stage)) as (stored, known):
+            if reused := known is not None:
+                result = known
                 self.report(StageStarted(stage.name, stage.kind, key, stage.epochs, stored=True))
                 for row in result.history:
                     self.report(retell(stage.name, stage.epochs, row))
@@ -173,17 +173,19 @@ class Engine:
         """(result, whether all of it was stored, records) of an evaluate stage."""
         found: dict[str, Outcome] = {}
         results: list[tuple[bool, StageResult]] = []
+        files: dict[str, str] = {}
         for use, part in zip(stage.options.with_, key.parts, strict=True):
-            with self._open(stage, part) as stored:
-                if not stored.done:
-                    if all(known for known, _ in results):
+            with self._open(stage, part) as (stored, known):
+                if known is None:
+                    if all(old for old, _ in results):
                         self.report(StageStarted(stage.name, stage.kind, key.key))
                     work = partial(judge, at.open(), use=use)
                     own = self._store(stage, part, stored, at, work, uses_in((use,)))
                     results.append((False, own))
                 else:
-                    results.append((True, stored.read()))
+                    results.append((True, known))
                 result = results[-1][1]
+                files |= {f"{use.name}/{name}": digest for name, digest in result.files.items()}
                 records = read_npz(stored.records)
                 found[use.name] = Outcome(dict(result.metrics), [], records, tuple(result.notes))
         outcome = assemble(stage, at.run, at.loaded, found)
@@ -195,21 +197,27 @@ class Engine:
             seconds=sum(result.seconds for result in new or [r for _, r in results]),
             notes=list(outcome.notes),
             versions={k: v for _, result in results for k, v in result.versions.items()},
+            files=files,
         )
         return whole, not new, outcome.records
 
     @contextmanager
-    def _open(self, stage: Stage, key: str) -> Iterator[StageFolder]:
-        """The locked folder of a result. Raises `RunError` if it failed before in this plan."""
+    def _open(
+        self, stage: Stage, key: str, description: Mapping[str, Any] | None = None
+    ) -> Iterator[tuple[StageFolder, StageResult | None]]:
+        """The locked folder of a result, and the result if it is stored.
+
+        Raises `RunError` if it failed before in this plan.
+        """
         if key in self._failed:
             raise RunError(self._failed[key])
-        with self.store.locked(key, partial(self._tell_waiting, stage), self.stop) as stored:
-            yield stored
+        told = f"stage {stage.name!r} is being computed by another process; waiting for it"
+        with self.store.locked(key, partial(self._note, told), self.stop) as stored:
+            warn = partial(self._note, warning=True)
+            yield stored, stored.repair(warn, description)
 
-    def _tell_waiting(self, stage: Stage) -> None:
-        self.report(
-            Note(f"stage {stage.name!r} is being computed by another process; waiting for it")
-        )
+    def _note(self, text: str, *, warning: bool = False) -> None:
+        self.report(Note(text, warning))
 
     def _store(
         self,
@@ -257,8 +265,7 @@ class Engine:
             list(dict.fromkeys((*told, *outcome.notes))),
             {n: used_version(n) for use in uses for n in use.component.needs},
         )
-        stored.finish(result, describe_stage(stage))
-        return result
+        return stored.finish(result, describe_stage(stage))
 
 
 @dataclass

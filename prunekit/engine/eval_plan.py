@@ -17,9 +17,10 @@ from prunekit.recipe.document import Recipe, locate_options, override, parse_val
 from prunekit.recipe.plan import Plan, make_plan
 from prunekit.recipe.sections import DATA_KEYS
 from prunekit.report import Tell
+from prunekit.store.files import refuse_link
 from prunekit.store.layout import RECIPE
 from prunekit.store.networks import Network
-from prunekit.store.records import read_run
+from prunekit.store.records import read_run, tell_changed
 from prunekit.store.runs import digest
 
 UNUSED = ("extra", "extra_ratio")
@@ -37,6 +38,8 @@ class EvalRequest:
     images: int | None = None
     device: str | None = None
     settings: tuple[str, ...] = ()
+    trust: bool = False
+    """Whether what the file or its run names may run code."""
 
 
 def plan_evaluation(network: Network, request: EvalRequest) -> Plan:
@@ -76,6 +79,9 @@ def plan_evaluation(network: Network, request: EvalRequest) -> Plan:
     }
     folder = network.run or network.file.parent
     recipe = Recipe(folder / RECIPE, data, locate_options(options))
+    chosen = {"dataset": request.dataset, "architecture": request.model}
+    source = "" if request.trust else network.source
+    recipe.foreign = {key: source for key in sections if chosen.get(key) is None}
     override(recipe, request.settings)
     try:
         plan = make_plan(recipe, load_registry())
@@ -142,7 +148,12 @@ def evaluate_network(
     Raises `RunError` where it failed.
     """
     plan = plan_evaluation(network, request)
+    plan.permit()
+    for text in tell_changed(network.run) if network.run else ():
+        tell(text)
     folder = network.evaluations / f"{plan.runs[0].stages[0].name}-{digest(plan)[:8]}"
+    refuse_link(network.evaluations)
+    refuse_link(folder)
     anew = f"delete {relative(folder)}"
     folders = run_plan(
         plan, folder, store or network.store, force=False, resume=resume, anew=anew, tell=tell

@@ -30,10 +30,11 @@ from prunekit.evaluation import eval_mode
 from prunekit.models.contract import check_tensors, find_logits
 from prunekit.pruning.layers import watch_network
 from prunekit.pruning.masks import State, take_zeros
-from prunekit.recipe.document import Recipe, Setting, apply, load_recipe
+from prunekit.recipe.document import Recipe, Setting, apply
 from prunekit.recipe.plan import Plan, make_plan
 from prunekit.report import Event, Note, Stop
 from prunekit.store.layout import RECIPE
+from prunekit.store.records import open_recipe
 from prunekit.store.stages import StageFolder
 from prunekit.training.compute import open_compute
 
@@ -44,9 +45,11 @@ def plan_recipe(
     data: Any,
     settings: Mapping[str, Any] | None,
     device: str | None = None,
+    *,
+    trust: bool = False,
 ) -> Plan:
     """The plan of a recipe in which a network and data take the places of its components."""
-    recipe = read_recipe(source)
+    recipe = read_recipe(source, trust=trust)
     chosen = [Setting(a, v, Place(f"settings {a}")) for a, v in (settings or {}).items()]
     if device is not None:
         chosen.append(Setting("compute.device", device, Place("device")))
@@ -77,11 +80,11 @@ def plan_recipe(
     return dataclasses.replace(plan, runs=tuple(runs), notes=(*plan.notes, *notes))
 
 
-def read_recipe(source: str | Path | Mapping[str, Any]) -> Recipe:
-    """A recipe from a file or from its tables."""
+def read_recipe(source: str | Path | Mapping[str, Any], *, trust: bool = False) -> Recipe:
+    """A recipe from a file or from its tables; `trust` as in `open_recipe`."""
     if isinstance(source, Mapping):
         return Recipe(Path.cwd() / RECIPE, copy.deepcopy(dict(source)))
-    return load_recipe(Path(source))
+    return open_recipe(Path(source), trust=trust)
 
 
 def check_model(model: Any) -> None:

@@ -26,6 +26,7 @@ def preview_plan(plan: Plan, out: Path, store: Path) -> dict[str, Any]:
 
     Downloads nothing: where data are missing, sizes are those that the data set declares.
     """
+    plan.permit()
     notes = list(plan.notes)
 
     def report(event: Event) -> None:

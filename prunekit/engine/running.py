@@ -14,9 +14,10 @@ from prunekit.contexts import ReporterContext
 from prunekit.engine.engine import Engine
 from prunekit.engine.keys import make_keys
 from prunekit.engine.work import Inputs
-from prunekit.errors import Interrupted, PluginError, UserError, explain_briefly
+from prunekit.errors import Interrupted, PluginError, UserError, explain_briefly, relative
 from prunekit.recipe.plan import Plan
 from prunekit.report import Closing, Event, Note, Report, Reporter, RunStarted, Stop, Tell
+from prunekit.store.files import set_aside
 from prunekit.store.runs import OutFolder, RunFolder
 from prunekit.store.stages import Store
 from prunekit.training.compute import Compute, open_compute
@@ -38,10 +39,12 @@ def run_plan(
     `tell` gets messages that are not events: how to `resume` after `Interrupted`, or how to compute
     `anew` what was made with other sources.
     """
+    plan.permit()
     compute = open_compute(plan.compute.device, plan.compute.threads)
     folder = OutFolder(out, plan)
     known = folder.prepare(tell, force=force)
-    if known is not None and _is_current(plan, known, compute, anew, tell):
+    changed = folder.find_changed() if known is not None else []
+    if known is not None and not changed and _is_current(plan, known, compute, anew, tell):
         return None
     Store(store).prepare(tell)
     try:
@@ -52,6 +55,9 @@ def run_plan(
             compute.active(),
             reporters(plan, out, tell) as report,
         ):
+            for file in changed:
+                aside = relative(set_aside(file))
+                tell(f"{relative(file)} is not what the run wrote: moved to {aside}")
             for note in plan.notes:
                 report(Note(note))
             engine = Engine(Store(store), compute, report, stop or Stop(), smoke=plan.smoke)

@@ -122,8 +122,10 @@ def find_fragile(model: nn.Module, classifiers: Sequence[str] = ()) -> tuple[str
 def inspect_networks(plan: Plan) -> list[dict[str, Any]]:
     """What `prunekit check` prints about each network of a plan.
 
-    Raises `UserError` if a network cannot be built for its images, or cannot be pruned.
+    Raises `UserError` if a network cannot be built for its images, cannot be pruned, or must not
+    be built.
     """
+    plan.permit()
     distinct = {}
     for run in plan.runs:
         patterns = [s.options.exclude for s in run.stages if s.prunes]

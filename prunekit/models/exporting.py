@@ -68,20 +68,20 @@ def export_hydra(model: Path, out: Path) -> float:
     return sparsity
 
 
-def export_own(path: Path, kind: str, out: Path) -> None:
+def export_own(path: Path, kind: str, out: Path, *, trust: bool = False) -> None:
     """Write the network of a run folder or model file in a format that its architecture declares.
 
-    Raises `UserError` if there is no such format.
+    Raises `UserError` if there is no such format, or if `load_network` does.
     """
     network = read_network(path)
-    use = find_architecture(network)
+    use = find_architecture(network, trust=trust)
     if kind not in use.component.exports:
         formats = ", ".join(["hydra", *use.component.exports])
         raise UserError(
             f"architecture {use.component.name!r} has no format {kind!r}; there are: {formats}"
         )
     _check_free(out)
-    model, _ = load_network(network)
+    model, _ = load_network(network, trust=trust)
     module, _, function = use.component.exports[kind].partition(":")
     make_folder(out.parent)
     getattr(importlib.import_module(module), function)(model, use.options, network.header, out)

@@ -21,14 +21,16 @@ from prunekit.store.checkpoint import read_model
 from prunekit.store.networks import Network
 
 
-def load_network(network: Network, given: nn.Module | None = None) -> tuple[Any, Masks]:
+def load_network(
+    network: Network, given: nn.Module | None = None, *, trust: bool = False
+) -> tuple[Any, Masks]:
     """(network, masks) with the stored weights, on the CPU and in evaluation mode.
 
     It is built anew, or copied from the one that is given. Raises `UserError` if the file does not
-    say its architecture, or does not fit it.
+    say its architecture, does not fit it, or would run code that is neither known nor to `trust`.
     """
     if given is None:
-        use, header = find_architecture(network), network.header
+        use, header = find_architecture(network, trust=trust), network.header
         seed, shape = header.get("seed", 0), tuple(header["shape"])
         seeds.seed_all(seed, "architecture")
         folder, classes = network.file.parent, header["classes"]
@@ -43,12 +45,14 @@ def load_network(network: Network, given: nn.Module | None = None) -> tuple[Any,
     return model.eval(), masks
 
 
-def find_architecture(network: Network) -> Use[nn.Module]:
+def find_architecture(network: Network, *, trust: bool = False) -> Use[nn.Module]:
     """The architecture that a model file or its run names. Raises `UserError` if there is none."""
     where = relative(network.file)
     if "architecture" not in network.sections:
         raise UserError(f"{where} does not say its architecture; prunekit did not write it")
-    resolver = Resolver(load_registry(), network.file.parent, lambda path: Place(where))
+    foreign = {"architecture": "" if trust else network.source}
+    folder = network.file.parent
+    resolver = Resolver(load_registry(), folder, lambda path: Place(where), foreign=foreign)
     core = [field.name for field in dataclasses.fields(ArchitectureOptions)]
     table = network.sections["architecture"]
     use = resolver.use("architecture", table, ("architecture",), core)

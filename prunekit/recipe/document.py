@@ -37,6 +37,8 @@ class Recipe:
     places: dict[KeyPath, Place] = field(default_factory=dict)
     overrides: list[Setting] = field(default_factory=list)
     """The settings of `--set`. They are in `data` already, and also override a sweep."""
+    foreign: dict[str, str] = field(default_factory=dict)
+    """Top-level keys that the user did not write, as `Resolver.foreign`."""
 
     def locate(self, path: KeyPath) -> Place:
         """Where a value was written, or else the innermost table that it belongs to."""

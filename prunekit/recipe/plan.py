@@ -83,6 +83,11 @@ class Plan:
         """Whether the recipe has a sweep, so that each run gets a folder of its own."""
         return "sweep" in self.document
 
+    def permit(self) -> None:
+        """Raise `UserError` for a component that must not be built; see `Use.permit`."""
+        for use in (*(use for run in self.runs for use in run.uses()), *self.reporters):
+            use.permit()
+
     def describe(self, run: Run) -> dict[str, Any]:
         """The complete recipe of one run; it resolves to this run alone."""
         report = [describe(use) for use in self.reporters]
@@ -96,7 +101,7 @@ def make_plan(recipe: Recipe, registry: Registry) -> Plan:
     Raises `RecipeError` with every problem that was found.
     """
     _sweep_lists(recipe, registry)
-    top = Resolver(registry, recipe.path.parent, recipe.locate)
+    top = Resolver(registry, recipe.path.parent, recipe.locate, foreign=recipe.foreign)
     _check_top(recipe, top)
     reporters = _resolve_reporters(recipe, top)
     compute = _resolve_compute(recipe, top)

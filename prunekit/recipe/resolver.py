@@ -17,6 +17,7 @@ from prunekit.catalog.kinds import KINDS
 from prunekit.catalog.registry import Registry
 from prunekit.contracts import Threat
 from prunekit.errors import OptionError, Place, Problem, UserError, explain_briefly
+from prunekit.recipe.trust import Guard
 from prunekit.recipe.values import (
     KeyPath,
     Mistake,
@@ -62,6 +63,8 @@ class Resolver:
     problems: list[Problem] = field(default_factory=list)
     files: dict[tuple[str, str], str] = field(default_factory=dict)
     """(key, path as written) -> absolute path, of every file that the recipe names."""
+    foreign: Mapping[str, str] = field(default_factory=dict)
+    """Top-level keys that the user did not write -> the `Guard.source` that did."""
 
     def problem(self, path: KeyPath, message: str) -> None:
         """Record a problem with the value at `path`."""
@@ -155,7 +158,8 @@ class Resolver:
         if not isinstance(name, str) or not re.fullmatch(NAME, name):
             raise Mistake((*path, "name"), f"name of {owner} {NAME_RULE}, got {name!r}")
         threat = self._threat(options, path, owner)
-        return Use(component, options, entry.owner, name, threat, entry.reference)
+        guard = Guard(self.foreign.get(str(path[0])))
+        return Use(component, options, entry.owner, name, threat, entry.reference, guard=guard)
 
     def _threat(self, options: Any, path: KeyPath, owner: str) -> Threat | None:
         """The recipe's threat model, overridden by the component's own `norm` and `eps`."""

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import io
+import itertools
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -32,6 +35,14 @@ def write_text(path: Path, content: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file. Raises `ValueError` for NaN and infinity, which JSON does not have."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def seal(content: Mapping[str, Any]) -> str:
+    """SHA-256 of a JSON object without its own key "sha256", where it is kept."""
+    told = {k: v for k, v in content.items() if k != "sha256"}
+    # Once through JSON: keys that are numbers are sorted as text afterwards.
+    text = json.dumps(json.loads(json.dumps(told)), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def write_npz(path: Path, arrays: Mapping[str, Any]) -> None:
@@ -65,6 +76,33 @@ def copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, part)
 
 
+def find_partial(folder: Path) -> list[Path]:
+    """Files that a killed process was writing in a folder."""
+    # As `tempfile` names them in `_replacing`.
+    return [p for p in folder.glob(".*.*") if re.fullmatch(r"\..+\.[a-z0-9_]{8}", p.name)]
+
+
+def set_aside(path: Path) -> Path:
+    """Rename what is damaged; its new path, which ends with ".damaged1" or the next free number.
+
+    Raises `RunError` if that is impossible.
+    """
+    target = next_free(path, ".damaged")
+    try:
+        path.rename(target)
+    except OSError as error:
+        raise RunError(
+            f"{relative(path)} is damaged and cannot be moved aside: {error.strerror}"
+        ) from None
+    return target
+
+
+def next_free(path: Path, ending: str) -> Path:
+    """The path with the ending and the first number that is not taken."""
+    names = (path.with_name(f"{path.name}{ending}{n}") for n in itertools.count(1))
+    return next(name for name in names if not os.path.lexists(name))
+
+
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
     part = None
@@ -92,7 +130,25 @@ def _replacing(path: Path) -> Iterator[Path]:
                 part.unlink()
 
 
-def make_folder(path: Path) -> None:
+def make_inner(path: Path, option: str = "--out") -> None:
+    """Make a folder in one of prunekit's. Raises `UserError` if it is a link: it may lead anywhere,
+    and what lies there would be overwritten."""
+    refuse_link(path)
+    make_folder(path, option)
+
+
+def refuse_link(path: Path) -> None:
+    """Raise `UserError` if a path that prunekit is about to write to is a link."""
+    if path.is_symlink():
+        raise UserError(f"{relative_link(path)} is a link, which is not written through; remove it")
+
+
+def relative_link(path: Path) -> str:
+    """`relative`, without following the path's last part."""
+    return str(Path(relative(path.parent)) / path.name)
+
+
+def make_folder(path: Path, option: str = "--out") -> None:
     """Make a folder that a user named. Raises `UserError` if no files can be written to it."""
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -100,5 +156,6 @@ def make_folder(path: Path) -> None:
             pass
     except OSError as error:
         raise UserError(
-            f"cannot write to {relative(path)}: {error.strerror}; choose another folder with --out"
+            f"cannot write to {relative(path)}: {error.strerror}; choose another folder with "
+            f"{option}"
         ) from None

@@ -3,7 +3,7 @@
 STORE = ".stages"
 """Folder of stage results, beside the run folders that share it."""
 
-STORE_FORMAT = 2
+STORE_FORMAT = 3
 """Version of the store, which keeps the stages of each version in a folder of its own."""
 
 RUN_FORMAT = 2

@@ -25,6 +25,11 @@ class Network:
     """[dataset], [architecture] and [threat] of its recipe, as far as they are known."""
 
     @property
+    def source(self) -> str:
+        """What names its components."""
+        return relative(self.run / RECIPE if self.run else self.file)
+
+    @property
     def evaluations(self) -> Path:
         """The folder for results of `prunekit eval`."""
         return (self.run or self.file.parent) / EVALUATIONS

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from prunekit.errors import UserError, relative
-from prunekit.store.files import read_json
-from prunekit.store.layout import RUN, RUN_FORMAT
+from prunekit.recipe.document import Recipe, load_recipe
+from prunekit.recipe.plan import TOP_KEYS
+from prunekit.store.files import read_json, seal
+from prunekit.store.keys import hash_file
+from prunekit.store.layout import MODEL, PLAN, RECIPE, RECORDS, RUN, RUN_FORMAT
 from prunekit.store.metrics import read_metrics, read_old_metrics
 
 
@@ -42,6 +45,16 @@ class RunRecord:
     """Keys of all its stages, also of those that have not been computed."""
     layers: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     """Weight -> how many are "kept" of its "weights"."""
+
+
+def open_recipe(path: Path, settings: Sequence[str] = (), *, trust: bool = False) -> Recipe:
+    """`load_recipe`; that of a run folder runs nothing that this user did not run or `trust`."""
+    recipe = load_recipe(path, settings)
+    folders = {path.absolute().parent, path.resolve().parent}
+    if any((folder / name).exists() for folder in folders for name in (RUN, PLAN)):
+        # Every key: a sweep may bring those that the data lacks.
+        recipe.foreign = dict.fromkeys(TOP_KEYS, "" if trust else relative(path))
+    return recipe
 
 
 def find_runs(folder: Path) -> list[RunRecord]:
@@ -84,6 +97,28 @@ def read_run(folder: Path) -> RunRecord:
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         reason = f"lacks {error}" if isinstance(error, KeyError) else f"is damaged ({error})"
         raise UserError(f"{relative(folder / RUN)} {reason}; {advice}") from error
+
+
+def find_changed(folder: Path) -> list[str]:
+    """Names of files in a run's folder that are there and not what the run wrote.
+
+    Nothing is known of a run that has not ended, or whose record has no hashes or cannot be read.
+    """
+    try:
+        told = read_record(folder / RUN, "")
+    except UserError:
+        return []
+    files = told.get("files")
+    if told.get("status") == "running" or not isinstance(files, dict):
+        return []
+    paths = [folder / name for name in (MODEL, RECORDS, RECIPE) if name in files]
+    changed = [p.name for p in paths if p.is_file() and hash_file(p) != files[p.name]]
+    return [*changed, *([RUN] if told.get("sha256") != seal(told) else [])]
+
+
+def tell_changed(folder: Path) -> list[str]:
+    """A warning for each of them."""
+    return [f"{relative(folder / name)} is not what the run wrote" for name in find_changed(folder)]
 
 
 def read_record(path: Path, advice: str) -> dict[str, Any]:

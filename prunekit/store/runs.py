@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-import itertools
 import json
 import shutil
 import subprocess
@@ -21,11 +20,21 @@ from prunekit.errors import UserError, relative
 from prunekit.recipe.plan import Plan, Run
 from prunekit.recipe.stages import Stage
 from prunekit.report import Tell
-from prunekit.store.files import copy, make_folder, write_json, write_npz, write_text
-from prunekit.store.keys import find_versions
+from prunekit.store.files import (
+    copy,
+    find_partial,
+    make_folder,
+    next_free,
+    refuse_link,
+    seal,
+    write_json,
+    write_npz,
+    write_text,
+)
+from prunekit.store.keys import find_versions, hash_file
 from prunekit.store.layout import MODEL, PLAN, RECIPE, RECORDS, RUN, RUN_FORMAT, RUN_LOCK
 from prunekit.store.metrics import write_metrics
-from prunekit.store.records import read_record
+from prunekit.store.records import find_changed, read_record
 from prunekit.store.stages import StageResult
 
 OTHER_FOLDER = "choose another folder with --out"
@@ -46,13 +55,19 @@ class RunFolder:
     _record: dict[str, Any] = field(default_factory=dict)
     _arrays: dict[str, Any] = field(default_factory=dict)
     """What evaluators recorded of each image, as "stage/evaluator.record"."""
+    _files: dict[str, str] = field(default_factory=dict)
+    """SHA-256 of the model and the records, by name."""
 
     def start(self, compute: Mapping[str, Any]) -> None:
         """Make the folder, and write the recipe and a first record.
 
         The stages that an earlier process recorded stay listed until `expect` is called.
         """
+        if self.plan.swept:  # the folder has a name that no user chose
+            refuse_link(self.path)
         make_folder(self.path)
+        for partial in find_partial(self.path):
+            partial.unlink()
         write_text(self.path / RECIPE, tomli_w.dumps(self.plan.describe(self.run)))
         known: dict[str, Any] = {"keys": [], "stages": [], "sparsity": None}
         with suppress(UserError):
@@ -102,6 +117,7 @@ class RunFolder:
                 "reused": reused,
                 "notes": result.notes,
                 "versions": dict(result.versions),
+                "files": dict(result.files),
                 "metrics": write_metrics(metrics),
             }
         )
@@ -111,6 +127,8 @@ class RunFolder:
             write_npz(self.path / RECORDS, self._arrays)
         if model is not None and model != self.path / MODEL:
             copy(model, self.path / MODEL)
+        written = (self.path / MODEL, self.path / RECORDS)
+        self._files = {file.name: hash_file(file) for file in written if file.is_file()}
         self._write()
 
     def close(self, status: str, error: str | None = None) -> None:
@@ -122,7 +140,9 @@ class RunFolder:
         self._write()
 
     def _write(self) -> None:
-        write_json(self.path / RUN, self._record)
+        files = {**self._files, RECIPE: hash_file(self.path / RECIPE)}
+        record = {**self._record, "files": files}
+        write_json(self.path / RUN, {**record, "sha256": seal(record)})
 
 
 @dataclass(frozen=True)
@@ -154,7 +174,8 @@ class OutFolder:
                     f"{OTHER_FOLDER}, or move it aside with --force"
                 )
             return content if content.get("done") else None
-        if self.path.is_dir() and any(p for p in self.path.iterdir() if p.name != RUN_LOCK):
+        ours = {self.path / RUN_LOCK, *find_partial(self.path)}
+        if self.path.is_dir() and set(self.path.iterdir()) - ours:
             raise UserError(
                 f"{where} holds files that are not runs of prunekit; {OTHER_FOLDER}, or move it "
                 "aside with --force"
@@ -165,9 +186,16 @@ class OutFolder:
             write_text(self.path / RECIPE, tomli_w.dumps(dict(self.plan.document)))
         return None
 
+    def find_changed(self) -> list[Path]:
+        """Files of its runs that are not what the runs wrote."""
+        labels = [run.label for run in self.plan.runs] if self.plan.swept else ["."]
+        folders = [self.path / label for label in labels]
+        return [folder / name for folder in folders for name in find_changed(folder)]
+
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Lock the folder. Raises `UserError` if another process is running in it."""
+        refuse_link(self.path / RUN_LOCK)
         try:
             held = filelock.FileLock(self.path / RUN_LOCK).acquire(timeout=0)
         except filelock.Timeout:
@@ -176,6 +204,8 @@ class OutFolder:
                 f"{OTHER_FOLDER}"
             ) from None
         with held:
+            for partial in find_partial(self.path):
+                partial.unlink()
             yield
 
     def mark(self, *, done: bool, **made_with: Any) -> None:
@@ -200,8 +230,7 @@ class OutFolder:
         if (self.path / RUN_LOCK).exists():
             with self.alone():
                 pass
-        names = (self.path.with_name(f"{self.path.name}.old{n}") for n in itertools.count(1))
-        aside = next(path for path in names if not path.exists())
+        aside = next_free(self.path, ".old")
         try:
             shutil.move(self.path, aside)
         except OSError as error:

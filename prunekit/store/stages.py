@@ -2,107 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
+import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import filelock
 
-from prunekit.errors import UserError, relative
+from prunekit.errors import relative
 from prunekit.report import Stop, Tell
-from prunekit.store.files import make_folder, read_json, write_json, write_npz
-from prunekit.store.layout import (
-    MODEL,
-    PROGRESS,
-    RECORDS,
-    RESULT,
-    SCRATCH,
-    STAGE_LOCK,
-    STORE,
-    STORE_FORMAT,
-)
-from prunekit.store.metrics import read_metrics, write_metrics
-
-
-@dataclass(frozen=True)
-class StageResult:
-    """What a stage found: metrics, a row of history for each epoch, and how long it took."""
-
-    metrics: Mapping[str, Any]
-    history: list[dict[str, Any]] = field(default_factory=list)
-    seconds: float = 0.0
-    notes: list[str] = field(default_factory=list)
-    versions: Mapping[str, str] = field(default_factory=dict)
-    """Versions of the packages that the stage's components need."""
-
-
-@dataclass(frozen=True)
-class StageFolder:
-    """The folder of one stage in the store. Its result is written last, and marks it as done."""
-
-    path: Path
-
-    @property
-    def model(self) -> Path:
-        """The file of the network after the stage."""
-        return self.path / MODEL
-
-    @property
-    def records(self) -> Path:
-        """The file of what evaluators record of each image."""
-        return self.path / RECORDS
-
-    @property
-    def progress(self) -> Path:
-        """The checkpoint of a stage that is being computed."""
-        return self.path / PROGRESS
-
-    def scratch(self) -> Path:
-        """A folder for intermediate results, deleted when the stage is done."""
-        folder = self.path / SCRATCH
-        make_folder(folder)
-        return folder
-
-    @property
-    def done(self) -> bool:
-        """Whether the result, and all files that belong to it, are complete."""
-        with suppress(OSError, UserError):
-            self.read()
-            return True
-        return False
-
-    def read(self) -> StageResult:
-        """The result. Raises `UserError` if it, or a file that belongs to it, is incomplete."""
-        content = read_json(self.path / RESULT)
-        names = [field.name for field in dataclasses.fields(StageResult)]
-        if not isinstance(content, dict) or not content.keys() >= {*names, "sizes"}:
-            raise UserError(f"{relative(self.path)} holds no result")
-        if content["sizes"] != self._measure():
-            raise UserError(f"{relative(self.path)} holds files that are cut off")
-        result = {name: content[name] for name in names}
-        return StageResult(**{**result, "metrics": read_metrics(result["metrics"])})
-
-    def _measure(self) -> dict[str, int]:
-        """Bytes of the files that belong to the result."""
-        files = (self.model, self.records)
-        return {file.name: file.stat().st_size for file in files if file.is_file()}
-
-    def finish(self, result: StageResult, description: Mapping[str, Any]) -> None:
-        """Write the result, which marks the stage as done, and delete its checkpoint."""
-        told = {**vars(result), "metrics": write_metrics(result.metrics)}
-        content = {**told, "stage": description, "sizes": self._measure()}
-        write_json(self.path / RESULT, content)
-        self.progress.unlink(missing_ok=True)
-        shutil.rmtree(self.path / SCRATCH, ignore_errors=True)
-
-    def write_records(self, records: Mapping[str, Any]) -> None:
-        """Write what evaluators record of each image: arrays by name."""
-        write_npz(self.records, records)
+from prunekit.store.files import find_partial, make_folder, make_inner, refuse_link, set_aside
+from prunekit.store.layout import STAGE_LOCK, STORE, STORE_FORMAT
+from prunekit.store.stage_folder import StageFolder as StageFolder
+from prunekit.store.stage_folder import StageResult as StageResult
 
 
 @dataclass(frozen=True)
@@ -125,7 +40,8 @@ class Store:
                 f"stages stored by an older prunekit ({len(old)} in {where}) cannot be used again; "
                 f"runs and model files stay readable; free the space: prunekit clean {way}"
             )
-        make_folder(self.stages)
+        if not _is_read_only(self.stages):
+            make_folder(self.stages, "--store")
 
     def folder(self, key: str) -> StageFolder:
         """The folder of the stage with this key, whether it exists or not."""
@@ -141,10 +57,18 @@ class Store:
     ) -> Iterator[StageFolder]:
         """Lock the folder of a stage; `tell` is called if that means waiting for another process.
 
-        Raises `Interrupted` if a stop is requested meanwhile.
+        A result that is complete in a folder that cannot be written to needs no lock. Raises
+        `Interrupted` if a stop is requested meanwhile.
         """
         folder = self.folder(key)
-        make_folder(folder.path)
+        if _is_read_only(folder.path) and folder.done:
+            yield folder
+            return
+        for path in (folder.path, folder.path / STAGE_LOCK):
+            if os.path.lexists(path) and path.is_dir() != (path == folder.path):
+                set_aside(path)
+        make_inner(folder.path, "--store")
+        refuse_link(folder.path / STAGE_LOCK)
         lock = filelock.FileLock(folder.path / STAGE_LOCK)
         try:
             lock.acquire(timeout=0)
@@ -156,7 +80,7 @@ class Store:
             with suppress(filelock.Timeout):
                 lock.acquire(timeout=1)
         try:
-            for partial in folder.path.glob(".*.*"):  # what a killed process was writing
+            for partial in find_partial(folder.path):
                 partial.unlink()
             yield folder
         finally:
@@ -170,6 +94,11 @@ class Store:
         """
         freed = []
         unused = [path for path in _list_folders(self.stages) if path.name not in used]
+        if self.stages.is_dir():  # a file or link that was moved aside
+            for path in sorted(p for p in self.stages.glob("*.damaged*") if not _is_folder(p)):
+                freed.append((path.name, path.lstat().st_size))
+                if not keep:
+                    path.unlink()
         for path in (*self._find_old(), *unused):
             with suppress(filelock.Timeout), filelock.FileLock(path / STAGE_LOCK, timeout=0):
                 size = sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
@@ -185,5 +114,15 @@ class Store:
         return [path for path in found if re.fullmatch(r"[0-9a-f]{32}", path.name)]
 
 
+def _is_read_only(folder: Path) -> bool:
+    """Whether nothing can be locked in a folder that is there."""
+    lock = folder / STAGE_LOCK
+    return any(path.exists() and not os.access(path, os.W_OK) for path in (folder, lock))
+
+
 def _list_folders(path: Path) -> list[Path]:
-    return sorted(p for p in path.iterdir() if p.is_dir()) if path.is_dir() else []
+    return sorted(filter(_is_folder, path.iterdir())) if path.is_dir() else []
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()

@@ -43,7 +43,7 @@ def save(path: Path, stepper: Stepper, at: Position, best: Mapping[str, Tensor])
                     scalars[part].setdefault(str(index), {})[name] = value
     for owner, part in _find_stateful(stepper):
         tensors |= {f"{owner}/{k}": v for k, v in part.state_dict().items()}
-    write_checkpoint(path, tensors, {"at": vars(at), "optimizer": scalars})
+    write_checkpoint(path, tensors, {"at": vars(at), "optimizer": scalars}, sealed=True)
 
 
 def restore(

@@ -293,7 +293,7 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path, number):
     assert process.wait(60) == 130, "".join(told) + rest
     assert "everything so far is saved; resume with: prunekit run slow.toml" in rest
     assert "Traceback" not in rest
-    (progress,) = (tmp_path / "runs/.stages/v2").glob("*/progress.safetensors")
+    (progress,) = (tmp_path / "runs/.stages/v3").glob("*/progress.safetensors")
     assert json.loads((tmp_path / "runs/slow/run.json").read_text())["status"] == "interrupted"
     content = progress.read_bytes()
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])

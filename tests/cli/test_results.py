@@ -102,17 +102,17 @@ def test_results_of_nothing(call):
 
 
 def test_clean_frees_what_no_run_refers_to(ran, call):
-    stages = {p.name for p in (ran / "runs/.stages/v2").iterdir()}
+    stages = {p.name for p in (ran / "runs/.stages/v3").iterdir()}
     assert len(stages) == 2
     assert call("clean")[0] == "0.0 MB freed (0 stages)\n"
     call("run", "r.toml", "--set", "seed=1", "--device", "cpu", "--out", "runs/second")
     shutil.rmtree(ran / "runs/second")
     out, _ = call("clean", "--dry-run")
     assert out.splitlines()[-1].endswith(" would be freed (2 stages)")
-    assert len(list((ran / "runs/.stages/v2").iterdir())) == 4
+    assert len(list((ran / "runs/.stages/v3").iterdir())) == 4
     out, _ = call("clean")
     assert out.splitlines()[-1].endswith(" freed (2 stages)")
-    assert {p.name for p in (ran / "runs/.stages/v2").iterdir()} == stages
+    assert {p.name for p in (ran / "runs/.stages/v3").iterdir()} == stages
 
 
 def test_clean_of_nothing(here, call):

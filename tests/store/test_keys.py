@@ -109,6 +109,7 @@ SHOWING = (
     "recipe/sections.py",
     "recipe/sweep.py",
     "recipe/toml_lines.py",
+    "recipe/trust.py",
     "recipe/values.py",
     "report.py",
     "results/",
@@ -119,6 +120,7 @@ SHOWING = (
     "store/networks.py",
     "store/records.py",
     "store/runs.py",
+    "store/stage_folder.py",
     "store/stages.py",
     "testing.py",
 )

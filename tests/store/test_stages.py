@@ -40,7 +40,7 @@ def test_a_damaged_result_counts_as_none(tmp_path, content):
 def test_leftovers_of_a_killed_process_are_removed(tmp_path):
     store = Store(tmp_path)
     with store.locked("k", nothing) as folder:
-        (folder.path / ".progress.safetensors.abc").write_bytes(b"half")
+        (folder.path / ".progress.safetensors.a8_0cdef").write_bytes(b"half")
         folder.progress.write_bytes(b"whole")
     with store.locked("k", nothing):
         assert sorted(p.name for p in folder.path.iterdir()) == ["lock", "progress.safetensors"]

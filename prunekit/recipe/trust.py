@@ -1,0 +1,77 @@
+"""What a stranger's file may make run: nothing, unless it is trusted or was run before."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prunekit.catalog.component import Use
+from prunekit.errors import UserError
+
+
+@dataclass(frozen=True)
+class Guard:
+    """Stands before a component that runs a file's code, or fetches what a recipe names.
+
+    `source` is the run folder's recipe or the model file that names the component. It is None where
+    the user named it, and "" where the user said that the source is trusted.
+    """
+
+    source: str | None = None
+
+    def __call__(self, use: Use[Any]) -> None:
+        """Raise `UserError` unless the component may be built; remember what the user named."""
+        if self.source == "" or not (risk := use.component.risks(use.options)):
+            return
+        mark = _identify(use)
+        if self.source is None:
+            _remember(mark)
+        elif mark not in _read():
+            raise UserError(
+                f"{self.source} {risk}, which may do anything with your rights; if you trust "
+                "it, give --trust (from Python: trust=True)"
+            )
+
+
+def _identify(use: Use[Any]) -> str:
+    """A hash of what would run: of the files' content, wherever they are, and of the options."""
+    from prunekit.recipe.resolver import describe  # which imports this module
+
+    named = [use.kind, use.component.build, describe(use.options, _hash)]
+    content = [named, [_hash(file) for file in use.component.files(use.options)]]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _hash(file: Path) -> str:
+    if not file.is_file():  # a pipe or a device may have no end
+        return ""
+    with open(file, "rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def _file() -> Path:
+    state = os.environ.get("XDG_STATE_HOME", "")
+    folder = Path(state) if os.path.isabs(state) else Path.home() / ".local" / "state"
+    return folder / "prunekit" / "ran"
+
+
+def _read() -> set[str]:
+    """Hashes of what recipes of this user ran."""
+    # RuntimeError: this user has no home.
+    with suppress(OSError, RuntimeError, ValueError):
+        return set(_file().read_text(encoding="ascii").split())
+    return set()
+
+
+def _remember(mark: str) -> None:
+    if mark in _read():
+        return
+    with suppress(OSError, RuntimeError):  # then the user is asked
+        _file().parent.mkdir(parents=True, exist_ok=True)
+        with open(_file(), "a", encoding="ascii") as file:
+            file.write(f"{mark}\n")
