@@ -51,7 +51,8 @@ class Place:
     line: int = 0
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.line}" if self.line else self.file
+        file = printable(self.file, keep="")
+        return f"{file}:{self.line}" if self.line else file
 
 
 @dataclass(frozen=True, order=True)
@@ -79,7 +80,33 @@ def explain_briefly(error: BaseException) -> str:
     >>> explain_briefly(ValueError("no\n  luck")), explain_briefly(KeyboardInterrupt())
     ('ValueError: no luck', 'KeyboardInterrupt')
     """
-    return " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
+    return " ".join(f"{type(error).__name__}: {describe(error)}".split()).removesuffix(":")
+
+
+def describe(error: BaseException) -> str:
+    """The message of an exception; that of a plugin may fail itself."""
+    try:
+        return str(error)
+    except BaseException as failure:
+        return f"(its message cannot be shown: {type(failure).__name__})"
+
+
+def printable(text: str, keep: str = "\n\t") -> str:
+    r"""The text with control characters, and those that change its direction, written as escapes.
+
+    What comes from files and plugins may otherwise drive the terminal, or show something else than
+    it says. `keep` are control characters that stay.
+
+    >>> printable("a\x1b[2Jb\u202ec"), printable("a\nb", keep="")
+    ('a\\x1b[2Jb\\u202ec', 'a\\nb')
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in keep else _escape(c) for c in text)
+
+
+def _escape(character: str) -> str:
+    return character.encode("unicode_escape").decode()
 
 
 def suggest(word: str, words: Iterable[str]) -> str:
@@ -96,9 +123,14 @@ def suggest(word: str, words: Iterable[str]) -> str:
 
 
 def relative(path: Path) -> str:
+    """The path for a message: relative to the current folder if it lies below it, in one line."""
+    return printable(nearest(path), keep="")
+
+
+def nearest(path: Path) -> str:
     """The path relative to the current folder if it lies below it, otherwise unchanged."""
     try:
         return str(path.absolute().relative_to(Path.cwd()))
-    # It lies elsewhere, or below a folder that may not be read.
+    # It lies elsewhere, or the current folder is gone.
     except (ValueError, OSError):
         return str(path)

@@ -50,7 +50,7 @@ def _print_layers(folder: Path) -> None:
     from prunekit.store.records import find_runs
 
     rows = []
-    for found in find_runs(folder):
+    for found in find_runs(folder, group.warn):
         counts = {name: (n["kept"], n["weights"]) for name, n in found.layers.items()}
         counts["all"] = (sum(k for k, _ in counts.values()), sum(n for _, n in counts.values()))
         rows += [
@@ -75,7 +75,8 @@ def print_results(
     from prunekit.results.comparison import compare
     from prunekit.store.records import find_runs
 
-    runs, choices = choose(find_runs(folder), addresses) if addresses else (find_runs(folder), [])
+    found = find_runs(folder, group.warn)
+    runs, choices = choose(found, addresses) if addresses else (found, [])
     rows = compare(runs)
     if as_json:
         chosen = {"choices": [asdict(choice) for choice in choices]} if addresses else {}
@@ -112,7 +113,7 @@ def curve(runs: tuple[Path, ...], out: Path, as_json: bool) -> None:
     """Plot certified accuracy against the radius, for all runs in the folders RUNS."""
     from prunekit.results import curves
 
-    found = curves.find_curves(runs)
+    found = curves.find_curves(runs, group.warn)
     curves.draw(found, out)
     if as_json:
         group.print_json({"file": str(out), "curves": curves.to_json(found)})
@@ -130,6 +131,7 @@ def clean(folder: Path, store: Path | None, dry_run: bool) -> None:
 
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}")
+    # Not without those that cannot be read: their stages would be deleted.
     used = {key for found in find_runs(folder) for key in found.keys}
     freed = Store(store or folder / STORE).remove_unused(used, keep=dry_run)
     for key, size in freed:

@@ -9,6 +9,7 @@ import typing
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -17,6 +18,7 @@ from prunekit.catalog.kinds import KINDS
 from prunekit.catalog.registry import Registry
 from prunekit.contracts import Threat
 from prunekit.errors import OptionError, Place, Problem, UserError, explain_briefly
+from prunekit.reading import name_type
 from prunekit.recipe.values import (
     KeyPath,
     Mistake,
@@ -42,6 +44,7 @@ def key_of(field_name: str) -> str:
     return field_name.removesuffix("_")
 
 
+@cache
 def field_types(options: type) -> dict[str, Any]:
     """Field name -> type of an options dataclass."""
     return typing.get_type_hints(options)
@@ -224,10 +227,20 @@ class Resolver:
             folder = Path(place.file).parent
         elif place.file.startswith("--set"):
             folder, start = Path(), "the current folder"
-        file = folder.absolute() / Path(value).expanduser()
-        if slot.field.metadata.get("exists") and not file.exists():
-            message = f"{slot.name}: there is no {file}; relative paths start at {start}"
-            raise Mistake(slot.path, message)
+        try:
+            file = folder.absolute() / Path(value).expanduser()
+            found = name_type(file)
+        except (OSError, RuntimeError) as error:  # RuntimeError: ~ of a user who does not exist
+            found = ""
+            if slot.field.metadata.get("exists") or isinstance(error, RuntimeError):
+                gone = isinstance(error, FileNotFoundError)
+                reason = getattr(error, "strerror", None) or error
+                message = f"there is no {file}" if gone else f"cannot read {value}: {reason}"
+                message = f"{slot.name}: {message}; relative paths start at {start}"
+                raise Mistake(slot.path, message) from None
+        # Reading anything else may never end.
+        if found not in ("", "a folder"):
+            raise Mistake(slot.path, f"{slot.name}: {file} is {found}, not a file")
         written = key_of(slot.field.name), value
         if self.files.setdefault(written, str(file)) != str(file):
             self.files[written] = value  # the same words name two files: neither can replace them

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from prunekit.contracts import Masks
 from prunekit.errors import UserError, relative
+from prunekit.reading import check_file
 from prunekit.store.files import write_bytes
+from prunekit.store.headers import read_header
 
 FORMAT = 1
 """Version of the header."""
@@ -38,12 +40,11 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     Raises `UserError` for a file that is missing, damaged, or of another format.
     """
+    check_file(path)
     try:
         with safe_open(path, framework="pt") as file:
-            header = dict(json.loads((file.metadata() or {}).get("prunekit", "{}")))
+            header = read_header((file.metadata() or {}).get("prunekit", "{}"), path)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except FileNotFoundError:
-        raise UserError(f"there is no file {relative(path)}") from None
     except (SafetensorError, ValueError, TypeError, OSError) as error:
         raise UserError(
             f"{relative(path)} is damaged or not a safetensors file ({error})"
@@ -80,14 +81,11 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 def _load_tensors(path: Path) -> Any:
     """What `torch.save` wrote. Raises `UserError` unless that is tensors and plain values."""
-    if path.is_dir():
-        raise UserError(f"{relative(path)} is a folder; name a file in it")
+    check_file(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"there is no file {relative(path)}") from None
     except Exception as error:  # unpickling may raise anything
         # torch's own message is not shown: it says how to disable this protection.
         asked = re.search(r"GLOBAL ([\w.]+\w)", str(error))
