@@ -27,6 +27,10 @@ class PluginError(RunError):
     """A plugin is broken: what it declares cannot be loaded or built."""
 
 
+class EscapeError(Exception):
+    """A plugin raised what is no `Exception`, such as `SystemExit`. The message is that one's."""
+
+
 class DataMissingError(UserError):
     """The files of a data set are missing and cannot be downloaded (`--smoke` works without)."""
 
@@ -80,6 +84,8 @@ def explain_briefly(error: BaseException) -> str:
     >>> explain_briefly(ValueError("no\n  luck")), explain_briefly(KeyboardInterrupt())
     ('ValueError: no luck', 'KeyboardInterrupt')
     """
+    if isinstance(error, EscapeError):
+        return str(error)
     return " ".join(f"{type(error).__name__}: {describe(error)}".split()).removesuffix(":")
 
 
@@ -98,7 +104,7 @@ def printable(text: str, keep: str = "\n\t") -> str:
     it says. `keep` are control characters that stay.
 
     >>> printable("a\x1b[2Jb\u202ec"), printable("a\nb", keep="")
-    ('a\\x1b[2Jb\\u202ec', 'a\\nb')
+    ('a\\u001b[2Jb\\u202ec', 'a\\nb')
     """
     if text.isprintable():
         return text
@@ -106,7 +112,10 @@ def printable(text: str, keep: str = "\n\t") -> str:
 
 
 def _escape(character: str) -> str:
-    return character.encode("unicode_escape").decode()
+    # As TOML and JSON write them, for a recipe may be what is printed.
+    known = {"\n": "\\n", "\t": "\\t", "\r": "\\r"}
+    number = ord(character)
+    return known.get(character) or (f"\\u{number:04x}" if number < 2**16 else f"\\U{number:08x}")
 
 
 def suggest(word: str, words: Iterable[str]) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from prunekit.cli import group
-from prunekit.errors import UserError, relative
+from prunekit.errors import UserError, printable, relative
 from prunekit.store.layout import STORE
 
 if TYPE_CHECKING:
@@ -83,11 +83,11 @@ def print_results(
         group.print_json({**tables.to_json(rows), **chosen})
         return
     if as_csv:
-        click.echo(tables.to_csv(rows), nl=False)
+        group.echo(tables.to_csv(rows), end="")
     else:
-        print_comparison(rows, Console())
+        print_comparison(rows, Console(file=group.stdout()))
     for choice in choices:
-        click.echo(f"chosen for {tell(choice)}", err=as_csv)
+        group.echo(f"chosen for {tell(choice)}", err=as_csv)
 
 
 def print_comparison(rows: Sequence[Row], console: Console) -> None:
@@ -100,7 +100,7 @@ def print_comparison(rows: Sequence[Row], console: Console) -> None:
     titles, *lines = tables.tabulate(rows, "+-" if console.options.ascii_only else "±")
     group.print_table(titles, lines, console, box=box.SIMPLE_HEAD, whole=0)
     for note in tables.write_notes(rows):
-        console.print(Text(note), soft_wrap=True)
+        console.print(Text(printable(note, keep="")), soft_wrap=True)
 
 
 @click.command()
@@ -135,8 +135,8 @@ def clean(folder: Path, store: Path | None, dry_run: bool) -> None:
     used = {key for found in find_runs(folder) for key in found.keys}
     freed = Store(store or folder / STORE).remove_unused(used, keep=dry_run)
     for key, size in freed:
-        click.echo(f"{key}  {size / 1e6:.1f} MB")
+        group.echo(f"{key}  {size / 1e6:.1f} MB")
     verb = "would be freed" if dry_run else "freed"
-    click.echo(
+    group.echo(
         f"{sum(s for _, s in freed) / 1e6:.1f} MB {verb} ({group.count(len(freed), 'stage')})"
     )

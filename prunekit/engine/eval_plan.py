@@ -74,8 +74,8 @@ def plan_evaluation(network: Network, request: EvalRequest) -> Plan:
         ("architecture", "use"): ("--model", request.model),
         ("threat", "eps"): ("--eps", request.eps),
     }
-    folder = network.run or network.file.parent
-    recipe = Recipe(folder / RECIPE, data, locate_options(options))
+    origin = network.run / RECIPE if network.run else network.file
+    recipe = Recipe(origin, data, locate_options(options))
     override(recipe, request.settings)
     try:
         plan = make_plan(recipe, load_registry())

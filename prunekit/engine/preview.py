@@ -8,6 +8,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
+from prunekit.catalog.containment import ask
 from prunekit.data.batches import Feed
 from prunekit.engine.keys import make_keys
 from prunekit.engine.work import Inputs, Loaded, build_state
@@ -76,14 +77,14 @@ def _count_work(run: Run, loaded: Loaded, stage: Stage, compute: Compute) -> tup
     if stage.kind == "evaluate":
         images = min(options.images or math.inf, len(loaded.data.test.labels))
         batches = min(math.ceil(images / size), stage.limit or math.inf)
-        return 0, int(batches) * sum(u.component.forward_passes(u.options) for u in options.with_)
+        return 0, int(batches) * sum(ask(u, "forward_passes") for u in options.with_)
     if options.epochs is None:
         return 0, 0
     use = options.objective
     feed = Feed(loaded.data.train, loaded.validation, size, compute.device, limit=stage.limit)
     steps = stage.epochs * feed.count() * stage.replays
     checked = stage.epochs * feed.count_validation()
-    once = use.component.forward_passes(use.options)
-    again = once - use.component.attack_passes(use.options)
-    more = sum(wrapper.component.passes(wrapper.options) - 1 for wrapper in options.wrap)
+    once = ask(use, "forward_passes")
+    again = once - ask(use, "attack_passes")
+    more = sum(ask(wrapper, "passes") - 1 for wrapper in options.wrap)
     return steps, steps * (once + more * again) + checked

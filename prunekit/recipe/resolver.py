@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 from prunekit.catalog.component import Radius, Threatened, Use, default_of
+from prunekit.catalog.containment import contained
 from prunekit.catalog.kinds import KINDS
 from prunekit.catalog.registry import Registry
 from prunekit.contracts import Threat
@@ -117,7 +118,8 @@ class Resolver:
         if len(self.problems) > before:
             return None
         try:
-            return cls(**values)
+            with contained():
+                return cls(**values)
         except OptionError as error:
             self.problem((*path, key_of(error.field)), f"{owner}: {error}")
         # Whatever else the check of a plugin's dataclass may raise.
