@@ -67,7 +67,7 @@ class Problem:
     message: str
 
     def __str__(self) -> str:
-        return f"{self.place}: {self.message}"
+        return f"{self.place}: {printable(self.message, keep='')}"
 
 
 class RecipeError(UserError):

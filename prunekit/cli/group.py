@@ -121,7 +121,7 @@ def _explain_exit(error: BaseException) -> tuple[str, int]:
         case RecipeError():
             return str(error), error.code
         case UserError():
-            message, code = str(error), error.code
+            message, code = printable(str(error), keep=""), error.code
         case Interrupted() | KeyboardInterrupt():
             message, code = "interrupted", 130
         case SystemExit() | GeneratorExit():

@@ -11,12 +11,12 @@ from prunekit.contracts import Norm
 from prunekit.errors import UserError, relative
 from prunekit.reading import parse_json
 
-LARGEST_SIDE = 2**16
-"""Most channels, pixels in a row, or classes: the memory that they take is not that of the file."""
+LARGEST = 2**24
+"""Most values of an image, and most classes: networks for more take memory, not space in the file."""
 
 
 def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 < value <= LARGEST_SIDE
+    return type(value) is int and 0 < value <= LARGEST
 
 
 def _is_number(value: Any) -> bool:
@@ -49,7 +49,12 @@ def _are_indices(value: Any) -> bool:
 
 
 def _is_shape(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 3 and all(map(_is_count, value))
+    return (
+        isinstance(value, list)
+        and len(value) == 3
+        and all(map(_is_count, value))
+        and math.prod(value) <= LARGEST
+    )
 
 
 KEYS: dict[str, Callable[[Any], bool]] = {
