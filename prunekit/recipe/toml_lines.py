@@ -86,6 +86,9 @@ def _explain(error: ValueError, text: str) -> tuple[str, int]:
     found = re.fullmatch(r"(.*) \(at line (\d+), column \d+\)", str(error), re.DOTALL)
     if not found:
         line = text.rstrip().count("\n") + 1
+        reason = str(error).removesuffix(" (at end of document)")
+        if reason.startswith("Cannot"):
+            return f"{reason}; {HINTS[' '.join(reason.split()[:2])]}", line
         return "the file ends in the middle of a value; close the bracket or the quote", line
     hints = [f"; {hint}" for start, hint in HINTS.items() if found[1].startswith(start)]
     return "".join([found[1], *hints]), int(found[2])

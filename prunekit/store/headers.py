@@ -12,7 +12,7 @@ from prunekit.errors import UserError, relative
 from prunekit.reading import parse_json
 
 LARGEST = 2**24
-"""Most values of an image, and most classes: networks for more take memory, not space in the file."""
+"""Most values of an image, and most classes: what they take is memory, and not in the file."""
 
 
 def _is_count(value: Any) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from prunekit.errors import UserError, relative
+from prunekit.errors import UserError, printable, relative
 from prunekit.report import Tell
 from prunekit.store.files import read_json
 from prunekit.store.layout import RUN, RUN_FORMAT
@@ -69,7 +69,7 @@ def find_runs(folder: Path, tell: Tell | None = None) -> list[RunRecord]:
         raise failures[0]
     if tell is not None:
         for failure in failures:
-            tell(f"left out: {failure}")
+            tell(f"left out: {printable(str(failure), keep='')}")
     return sorted(runs, key=lambda run: (run.folder.parent, run.number, run.folder))
 
 
