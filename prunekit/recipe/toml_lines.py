@@ -88,10 +88,13 @@ def _explain(error: ValueError, text: str) -> tuple[str, int]:
         line = text.rstrip().count("\n") + 1
         reason = str(error).removesuffix(" (at end of document)")
         if reason.startswith("Cannot"):
-            return f"{reason}; {HINTS[' '.join(reason.split()[:2])]}", line
+            return _add_hint(reason), line
         return "the file ends in the middle of a value; close the bracket or the quote", line
-    hints = [f"; {hint}" for start, hint in HINTS.items() if found[1].startswith(start)]
-    return "".join([found[1], *hints]), int(found[2])
+    return _add_hint(found[1]), int(found[2])
+
+
+def _add_hint(reason: str) -> str:
+    return "; ".join([reason, *(hint for start, hint in HINTS.items() if reason.startswith(start))])
 
 
 def find_lines(text: str) -> dict[KeyPath, int]:
