@@ -88,7 +88,9 @@ def _read_radii(file: Path, stage: str) -> Iterator[tuple[str, np.ndarray]]:
         owner, _, what = key.rpartition(".")
         correct = records.get(f"{owner}.correct")
         if what == "radius" and owner.startswith(f"{stage}/") and correct is not None:
-            if radius.ndim != 1 or radius.shape != correct.shape or not _finite(radius, correct):
+            if not (radius.ndim == 1 and radius.size and radius.shape == correct.shape) or not (
+                _finite(radius, correct)
+            ):
                 raise UserError(f"{relative(file)} is damaged: {key} is no list of radii")
             yield owner.removeprefix(f"{stage}/"), np.stack([radius, correct.astype(bool)])
 
