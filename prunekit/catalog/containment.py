@@ -34,7 +34,9 @@ def contained() -> Iterator[None]:
             except BaseException as error:
                 if isinstance(error, KeyboardInterrupt) and interrupted():
                     raise
-                raise EscapeError(explain_briefly(error)) from error
+                escape = EscapeError(explain_briefly(error))
+                # The traceback says which plugin it was.
+                raise escape.with_traceback(error.__traceback__) from error
     finally:
         sys.stdout, sys.stderr = streams
         if folder is not None and folder != _find_folder():
