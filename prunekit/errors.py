@@ -27,6 +27,10 @@ class PluginError(RunError):
     """A plugin is broken: what it declares cannot be loaded or built."""
 
 
+class EscapeError(Exception):
+    """A plugin raised what is no `Exception`, such as `SystemExit`. The message is that one's."""
+
+
 class DataMissingError(UserError):
     """The files of a data set are missing and cannot be downloaded (`--smoke` works without)."""
 
@@ -51,7 +55,8 @@ class Place:
     line: int = 0
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.line}" if self.line else self.file
+        file = printable(self.file, keep="")
+        return f"{file}:{self.line}" if self.line else file
 
 
 @dataclass(frozen=True, order=True)
@@ -62,7 +67,7 @@ class Problem:
     message: str
 
     def __str__(self) -> str:
-        return f"{self.place}: {self.message}"
+        return f"{self.place}: {printable(self.message, keep='')}"
 
 
 class RecipeError(UserError):
@@ -79,7 +84,38 @@ def explain_briefly(error: BaseException) -> str:
     >>> explain_briefly(ValueError("no\n  luck")), explain_briefly(KeyboardInterrupt())
     ('ValueError: no luck', 'KeyboardInterrupt')
     """
-    return " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
+    if isinstance(error, EscapeError):
+        return str(error)
+    return " ".join(f"{type(error).__name__}: {describe(error)}".split()).removesuffix(":")
+
+
+def describe(error: BaseException) -> str:
+    """The message of an exception; that of a plugin may fail itself."""
+    try:
+        return str(error)
+    except BaseException as failure:
+        return f"(its message cannot be shown: {type(failure).__name__})"
+
+
+def printable(text: str, keep: str = "\n\t") -> str:
+    r"""The text with control characters, and those that change its direction, written as escapes.
+
+    What comes from files and plugins may otherwise drive the terminal, or show something else than
+    it says. `keep` are control characters that stay.
+
+    >>> printable("a\x1b[2Jb\u202ec"), printable("a\nb", keep="")
+    ('a\\u001b[2Jb\\u202ec', 'a\\nb')
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in keep else _escape(c) for c in text)
+
+
+def _escape(character: str) -> str:
+    # As TOML and JSON write them, for a recipe may be what is printed.
+    known = {"\n": "\\n", "\t": "\\t", "\r": "\\r"}
+    number = ord(character)
+    return known.get(character) or (f"\\u{number:04x}" if number < 2**16 else f"\\U{number:08x}")
 
 
 def suggest(word: str, words: Iterable[str]) -> str:
@@ -96,9 +132,14 @@ def suggest(word: str, words: Iterable[str]) -> str:
 
 
 def relative(path: Path) -> str:
+    """The path for a message: relative to the current folder if it lies below it, in one line."""
+    return printable(nearest(path), keep="")
+
+
+def nearest(path: Path) -> str:
     """The path relative to the current folder if it lies below it, otherwise unchanged."""
     try:
         return str(path.absolute().relative_to(Path.cwd()))
-    # It lies elsewhere, or below a folder that may not be read.
+    # It lies elsewhere, or the current folder is gone.
     except (ValueError, OSError):
         return str(path)

@@ -20,6 +20,7 @@ from prunekit import Arrays
 from prunekit.contexts import DatasetContext
 from prunekit.contracts import Data
 from prunekit.errors import UserError, relative
+from prunekit.reading import check_file
 from prunekit_arrays import ExtraOptions
 from prunekit_arrays.reading import read_arrays, to_split
 
@@ -37,6 +38,7 @@ def build(options: ExtraOptions, context: DatasetContext) -> Data:
     """
     path = options.file
     name = relative(path)
+    check_file(path)
     packed = zipfile.is_zipfile(path)
     choices = NPZ_KEYS if packed else (PICKLE_KEYS,)
     wanted = [key for keys in choices for key in keys]

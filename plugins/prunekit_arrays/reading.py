@@ -5,8 +5,6 @@ The keys are those that Keras uses: `x_train`, `y_train`, `x_test`, `y_test`.
 
 from __future__ import annotations
 
-import zipfile
-import zlib
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -19,20 +17,11 @@ from torch import Tensor
 from prunekit import Arrays
 from prunekit.contracts import Data
 from prunekit.errors import UserError, relative
+from prunekit.reading import ObjectArrayError
+from prunekit.reading import read_arrays as read_plain_arrays
 
 KEYS = ("x_train", "y_train", "x_test", "y_test")
 Channels = Literal["last", "first"]
-
-# What numpy and zipfile raise for files that are truncated, damaged, encrypted or not an archive.
-_READ_ERRORS = (
-    OSError,
-    ValueError,
-    EOFError,
-    RuntimeError,
-    MemoryError,
-    zipfile.BadZipFile,
-    zlib.error,
-)
 
 
 def read_npz(path: Path, *, classes: int | None = None, channels: Channels = "last") -> Data:
@@ -49,30 +38,18 @@ def read_arrays(path: Path, keys: Sequence[str]) -> dict[str, np.ndarray]:
     Raises `UserError` if the file or one of the arrays cannot be read.
     """
     name = relative(path)
-    arrays: dict[str, np.ndarray] = {}
     try:
-        with path.open("rb") as file:
-            # Otherwise numpy would take the file for a pickle, and its error would recommend
-            # allow_pickle.
-            if not zipfile.is_zipfile(file):
-                raise ValueError("it is not a complete archive")
-            file.seek(0)
-            with np.load(file, allow_pickle=False) as archive:
-                for key in (key for key in keys if key in archive.files):
-                    arrays[key] = archive[key]
-                    if not isinstance(arrays[key], np.ndarray):
-                        raise ValueError(f"its {key} is not an array")
-    except _READ_ERRORS as error:
-        if "Object arrays" in str(error):
-            raise UserError(
-                f"{name}: {key} is an array of Python objects, which prunekit never unpickles; "
-                "save an array of numbers, with all images of the same size"
-            ) from error
+        return read_plain_arrays(path, keys)
+    except ObjectArrayError as error:
         raise UserError(
-            f"{name} cannot be read as an .npz file ({_first_line(error)}); write it with "
+            f"{name}: {error} is an array of Python objects, which prunekit never unpickles; "
+            "save an array of numbers, with all images of the same size"
+        ) from error
+    except ValueError as error:
+        raise UserError(
+            f"{name} cannot be read as an .npz file ({error}); write it with "
             f"numpy.savez_compressed(file, {', '.join(f'{key}=...' for key in keys)})"
         ) from error
-    return arrays
 
 
 def to_data(
@@ -264,7 +241,3 @@ def _to_labels(labels: np.ndarray, name: str) -> Tensor:
 
 def _size(images: Tensor) -> str:
     return " x ".join(map(str, images.shape[1:]))
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

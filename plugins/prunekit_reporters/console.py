@@ -17,7 +17,7 @@ from rich.text import Text
 
 from prunekit import NoOptions, format_metric, format_setting, is_fraction, is_main
 from prunekit.contexts import ReporterContext
-from prunekit.errors import relative
+from prunekit.errors import printable, relative
 from prunekit.report import (
     EpochDone,
     Event,
@@ -102,6 +102,8 @@ class Screen:
             case RunDone() | RunFailed():
                 self.close()
         line = self._describe(event)
+        if line:
+            line.plain = printable(line.plain)
         if line and self.live and isinstance(event, EpochDone):
             self.console.print(line, no_wrap=True, overflow="ellipsis")
         elif line:
@@ -196,13 +198,14 @@ def make_display(run: RunStarted, part: Part | None, clock: float) -> Group:
         row.add_column(ratio=1)
         row.add_column(no_wrap=True)
         row.add_row(
-            Text("  ".join(where)),
+            Text(printable("  ".join(where))),
             ProgressBar(total=1.0, completed=part.fraction),
             Text("" if left is None else f"{format_time(left)} left"),
         )
         lines += [row, Text("  ".join(numbers))]
     for line in lines:
         if isinstance(line, Text):
+            line.plain = printable(line.plain)
             line.no_wrap, line.overflow = True, "ellipsis"
     return Group(*lines)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ from typing import Any
 import timm
 from timm.models import load_model_config_from_hf, save_for_hf
 
-from prunekit import find_fragile, normalize_inputs
+from prunekit import find_fragile, normalize_inputs, read_json
 from prunekit.contexts import ArchitectureContext
 from prunekit.errors import UserError
 from prunekit_timm import LOCAL, TimmOptions
@@ -109,7 +108,7 @@ def _has_size(options: TimmOptions) -> bool:
     config: Mapping[str, Any]
     arguments: Mapping[str, Any]
     if name.startswith(LOCAL):
-        told = json.loads((_find_folder(options) / "config.json").read_text(encoding="utf-8"))
+        told = read_json(_find_folder(options) / "config.json", "copy it from the model's page")
         config, arguments = told.get("pretrained_cfg", told), told.get("model_args", {})
     elif name.startswith(HUB):
         config, _, arguments = load_model_config_from_hf(name.partition(":")[2])

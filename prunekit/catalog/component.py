@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import pluggy
 
+from prunekit.catalog.containment import contained
 from prunekit.contexts import NetworkContext
 from prunekit.contracts import Norm
 from prunekit.errors import PluginError, explain_briefly
@@ -143,9 +144,9 @@ class Use(Generic[Kind]):
         if isinstance(context, NetworkContext):
             context = dataclasses.replace(context, threat=self.threat)
         try:
-            build = getattr(importlib.import_module(module), function)
-        # A module may raise anything on import, even SystemExit.
-        except (Exception, SystemExit) as error:
+            with contained():
+                build = getattr(importlib.import_module(module), function)
+        except Exception as error:
             raise PluginError(f"{owner} cannot be loaded: {explain_briefly(error)}") from error
         try:
             inspect.signature(build).bind(self.options, context)
@@ -156,7 +157,8 @@ class Use(Generic[Kind]):
             ) from None
         except ValueError:  # written in C, without a signature
             pass
-        built: Kind = build(self.options, context)
+        with contained():
+            built: Kind = build(self.options, context)
         if "__call__" in vars(self.component.builds) and not callable(built):
             raise PluginError(f"{owner} is built as {built!r}, which cannot be called")
         return built

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib.abc
 import importlib.util
 import re
-import sys
 import typing
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import pluggy
 
 from prunekit.catalog import hookspecs
 from prunekit.catalog.component import API_VERSION, Component
+from prunekit.catalog.containment import contained
 from prunekit.catalog.kinds import KINDS
 from prunekit.errors import UserError, explain_briefly, suggest
 
@@ -137,11 +137,10 @@ def load_registry(points: Iterable[EntryPoint] | None = None) -> Registry:
     for name, point in _name_plugins(entry_points(group=GROUP) if points is None else points):
         distribution = f"{point.dist.name} {point.dist.version}" if point.dist else "unknown"
         try:
-            # What a plugin prints on import must not end up in stdout, which is for results.
-            with contextlib.redirect_stdout(sys.stderr):
+            # A filter of warnings that a plugin sets would be one for everybody.
+            with contained(), warnings.catch_warnings():
                 found = _load_plugin(point)
-        # A plugin may raise anything on import, even SystemExit.
-        except (Exception, SystemExit) as error:
+        except Exception as error:
             broken.append(BrokenPlugin(name, distribution, _explain(error)))
             continue
         entries += [Entry(component, name, distribution) for component in found]

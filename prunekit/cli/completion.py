@@ -11,6 +11,7 @@ import click
 from click.shell_completion import CompletionItem, get_completion_class
 
 from prunekit.catalog.kinds import KINDS
+from prunekit.cli.group import echo
 
 Complete = Callable[[click.Context, click.Parameter, str], list[CompletionItem]]
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -70,4 +71,4 @@ def print_completion(context: click.Context, shell: str) -> None:
     found = get_completion_class(shell)
     assert found is not None
     main = context.find_root().command
-    click.echo(found(main, {}, "prunekit", "_PRUNEKIT_COMPLETE").source())
+    echo(found(main, {}, "prunekit", "_PRUNEKIT_COMPLETE").source())

@@ -16,7 +16,7 @@ from prunekit.catalog.component import Radius, Use, default_of
 from prunekit.catalog.kinds import KINDS, ArchitectureComponent, PrunerComponent
 from prunekit.catalog.registry import Entry, load_registry
 from prunekit.cli.completion import complete_components, complete_kinds
-from prunekit.cli.group import as_json, print_json, print_table
+from prunekit.cli.group import as_json, echo, print_json, print_table
 from prunekit.errors import UserError, suggest
 from prunekit.recipe.resolver import KIND_OF, field_types, key_of
 from prunekit.recipe.values import example_of, limits
@@ -88,7 +88,7 @@ def show(name: str, as_json: bool) -> None:
     if as_json:
         print_json({"components": [describe_component(entry) for entry in entries]})
     else:
-        click.echo("\n\n".join(map(render_component, entries)))
+        echo("\n\n".join(map(render_component, entries)))
 
 
 def summarize(entry: Entry) -> dict[str, str]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import click
 
 from prunekit.catalog.registry import Registry, load_registry
-from prunekit.cli.group import as_json, count, print_json
+from prunekit.cli.group import as_json, count, echo, print_json
 from prunekit.errors import explain_briefly
 
 if TYPE_CHECKING:
@@ -50,9 +50,9 @@ def doctor(as_json: bool) -> None:
         shown = [{k: v for k, v in vars(f).items() if k != "trial"} for f in findings]
         print_json({"broken": broken, "findings": shown})
     else:
-        click.echo(render(findings))
+        echo(render(findings))
     if broken:
-        sys.exit(1)
+        click.get_current_context().exit(1)
 
 
 def diagnose(registry: Registry) -> list[Finding]:

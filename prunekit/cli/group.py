@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import importlib
 import json
 import os
 import shlex
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 import click
 
 from prunekit import __version__
-from prunekit.errors import Interrupted, RecipeError, UserError, explain_briefly, relative
+from prunekit.errors import (
+    Interrupted,
+    RecipeError,
+    UserError,
+    explain_briefly,
+    printable,
+    relative,
+)
 
 if TYPE_CHECKING:
     from rich.box import Box
@@ -23,6 +32,12 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 """Version of everything that `--json` prints."""
+
+STDOUT = "prunekit.stdout"
+"""Key of the stream for results in the metadata of click's context."""
+
+LONGEST = 4000
+"""Most characters of a line of a message; what is longer lost its middle."""
 
 COMMANDS = {
     "check": "recipes:check",
@@ -56,7 +71,9 @@ class Cli(click.Group):
             return None
         module, _, function = COMMANDS[name].partition(":")
         found = importlib.import_module(f"prunekit.cli.{module}")
-        command: click.Command = getattr(found, function)
+        command: click.Command = copy.copy(getattr(found, function))
+        assert command.callback is not None
+        command.callback = _apart(command.callback)
         return command
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -66,14 +83,36 @@ class Cli(click.Group):
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stdout().fileno())
             sys.exit(0)
-        except (Exception, KeyboardInterrupt) as error:
+        # What a plugin raises may be anything, even SystemExit with the code of success.
+        except BaseException as error:
             if ctx.params.get("debug"):
                 traceback.print_exc()
             message, code = _explain_exit(error)
             warn(message)
             sys.exit(code)
+
+
+def _apart(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The command with the results apart from what plugins print, which goes to stderr.
+
+    It stays so after the command, for plugins may have functions that are called at exit.
+    """
+
+    @functools.wraps(command)
+    def run(*arguments: Any, **options: Any) -> Any:
+        click.get_current_context().meta[STDOUT], sys.stdout = sys.stdout, sys.stderr
+        return command(*arguments, **options)
+
+    return run
+
+
+def stdout() -> TextIO:
+    """The stream for results, whatever `sys.stdout` is now."""
+    context = click.get_current_context(silent=True)
+    stream: Any = context.meta.get(STDOUT, sys.stdout) if context else sys.stdout
+    return cast(TextIO, stream)
 
 
 def _explain_exit(error: BaseException) -> tuple[str, int]:
@@ -82,9 +121,11 @@ def _explain_exit(error: BaseException) -> tuple[str, int]:
         case RecipeError():
             return str(error), error.code
         case UserError():
-            message, code = str(error), error.code
+            message, code = printable(str(error), keep=""), error.code
         case Interrupted() | KeyboardInterrupt():
             message, code = "interrupted", 130
+        case SystemExit() | GeneratorExit():
+            message, code = f"a plugin ended the command ({explain_briefly(error)})", 1
         case OSError():
             where = f"{relative(Path(error.filename))}: " if error.filename else ""
             message, code = f"{where}{error.strerror or error}", 1
@@ -135,7 +176,7 @@ def command_line() -> str:
 
 def print_json(value: dict[str, Any]) -> None:
     """Print the table as JSON, with the schema version in front."""
-    click.echo(json.dumps({"schema_version": SCHEMA, **value}, indent=2, allow_nan=False))
+    echo(json.dumps({"schema_version": SCHEMA, **value}, indent=2, allow_nan=False))
 
 
 def print_table(
@@ -156,14 +197,14 @@ def print_table(
     from rich.table import Table
     from rich.text import Text
 
-    console = console or Console()
+    console = console or Console(file=stdout())
     table = Table(box=box, pad_edge=False, collapse_padding=box is not None)
     for place, title in enumerate(titles):
-        table.add_column(Text(title), no_wrap=place < whole, overflow="fold")
+        table.add_column(Text(printable(title)), no_wrap=place < whole, overflow="fold")
         if any(row[place][:1].isdigit() for row in rows):
             table.columns[place].justify = "right"
     for row in rows:
-        table.add_row(*map(Text, row))
+        table.add_row(*(Text(printable(cell)) for cell in row))
     if not console.is_terminal:
         endless = console.options.update(max_width=100_000)
         console.width = max(console.width, Measurement.get(console, endless, table).maximum)
@@ -177,7 +218,25 @@ def note(text: str) -> None:
 
 def warn(text: str) -> None:
     """Print a line that is not a result, to stderr."""
-    click.echo(text, err=True)
+    echo(text, err=True)
+
+
+def echo(text: str, *, err: bool = False, end: str = "\n") -> None:
+    """Print text, to stdout by default: nothing in it drives the terminal, and no line is endless.
+
+    All that commands print passes here or through `print_table`.
+    """
+    if err:
+        text = "\n".join(map(_shorten, text.split("\n")))
+    stream = sys.stderr if err else stdout()
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    shown = printable(text).encode(encoding, "backslashreplace").decode(encoding)
+    click.echo(shown + end, file=stream, nl=False)
+
+
+def _shorten(line: str) -> str:
+    whole = len(line) <= LONGEST
+    return line if whole else f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}"
 
 
 def count(n: int, word: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -13,7 +14,7 @@ from prunekit.catalog.kinds import DatasetComponent
 from prunekit.catalog.registry import load_registry
 from prunekit.cli.completion import component_option
 from prunekit.cli.components import fragment
-from prunekit.cli.group import warn
+from prunekit.cli.group import echo, warn
 from prunekit.errors import UserError, relative
 
 HERE = Path(__file__).parent
@@ -49,6 +50,8 @@ PLACEHOLDERS = ("my-file", "...")
 @click.option("--like", metavar="RECIPE", help="Copy a recipe that comes with prunekit instead.")
 def init(name: str, dataset: str, model: str | None, objective: str, like: str | None) -> None:
     """Write a commented recipe, NAME.toml, to start from."""
+    if not name.isprintable():
+        raise UserError(f"NAME holds a control character: {name!r}; write another one")
     file = Path(name if name.endswith(".toml") else f"{name}.toml")
     if like and (dataset, model, objective) != ("digits", None, "trades"):
         raise click.UsageError("--like copies a recipe as it is; leave out the other options")
@@ -64,7 +67,7 @@ def init(name: str, dataset: str, model: str | None, objective: str, like: str |
     for path, text in texts.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
-        click.echo(relative(path))
+        echo(relative(path))
     command = shlex.join(["prunekit", "run", relative(file)])
     if any(f'"{word}"' in texts[file] for word in PLACEHOLDERS):
         warn(f"replace {' and '.join(PLACEHOLDERS)} in {relative(file)}, then run it: {command}")
@@ -99,7 +102,7 @@ def write_recipe(file: Path, dataset: str, model: str | None, objective: str) ->
     return Template((HERE / "templates/recipe.txt").read_text("utf-8")).substitute(
         words,
         file=shlex.quote(str(file)),
-        name=file.stem,
+        name=json.dumps(file.stem, ensure_ascii=False)[1:-1],
         about="\n".join(f"# {e.kind}: {e.component.summary}" for e in (data, network, loss)),
         dataset=fragment(data, example=False),
         architecture=fragment(network, example=False),
@@ -134,7 +137,8 @@ def copy_recipe(name: str, file: Path) -> dict[Path, str]:
         # Its first line is the command that runs it.
         _, end, rest = text.partition("\n")
         if target == file:
-            rest = re.sub(r'^name = ".*"', f'name = "{file.stem}"', rest, count=1, flags=re.M)
+            own = f"name = {json.dumps(file.stem, ensure_ascii=False)}"
+            rest = re.sub(r'^name = ".*"', own.replace("\\", r"\\"), rest, count=1, flags=re.M)
         texts[target] = f"# {shlex.join(['prunekit', 'run', str(target)])}{end}{rest}"
         extended = re.search(r'^extends = "(.+)"', text, re.MULTILINE)
         if not extended:

@@ -73,7 +73,7 @@ def import_file(
     if as_json:
         group.print_json({"run": str(out), **found})
         return
-    click.echo(f"{relative(out)}: sparsity {100 * found['sparsity']:.2f} %")
+    group.echo(f"{relative(out)}: sparsity {100 * found['sparsity']:.2f} %")
     group.warn(f"evaluate it: prunekit eval {relative(out)} --with clean,pgd --eps 8/255")
 
 
@@ -101,7 +101,7 @@ def export(run: Path, format: str, out: Path, trust: bool, as_json: bool) -> Non
     if as_json:
         group.print_json(told)
         return
-    click.echo(f"{relative(out)}: {detail}")
+    group.echo(f"{relative(out)}: {detail}")
     group.warn("removed weights are zero in it")
 
 

@@ -18,7 +18,7 @@ from prunekit.catalog.component import API_VERSION
 from prunekit.catalog.kinds import KINDS
 from prunekit.catalog.registry import Entry, Registry, load_registry
 from prunekit.cli.components import fragment, with_article
-from prunekit.cli.group import PATH, as_json, print_json, warn
+from prunekit.cli.group import PATH, as_json, echo, print_json, warn
 from prunekit.errors import UserError, relative
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -48,7 +48,7 @@ def new_plugin(name: str, kind: tuple[str, ...], into: Path, as_json: bool) -> N
         files = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
         print_json({"folder": str(folder), "files": files})
         return
-    click.echo(relative(folder))
+    echo(relative(folder))
     warn(f"try it: cd {relative(folder)} && pip install -e . && python -m pytest")
 
 

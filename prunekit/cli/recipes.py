@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import os
 import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,7 @@ import click
 
 from prunekit.cli import group
 from prunekit.cli.results import print_results
-from prunekit.errors import RecipeError, UserError, relative
+from prunekit.errors import RecipeError, UserError, printable, relative
 from prunekit.report import Stop
 from prunekit.store.layout import STORE
 
@@ -68,7 +68,7 @@ def check(
         if not as_json:
             for text in (*plan.notes, *notes):
                 group.note(f"{path}: {text}")
-            click.echo(f"{path}: good ({group.count(len(plan.runs), 'run')})")
+            group.echo(f"{path}: good ({group.count(len(plan.runs), 'run')})")
             _print_networks(networks)
     problems = [problem for result in results for problem in result["problems"]]
     if as_json:
@@ -77,7 +77,7 @@ def check(
         for problem in problems:
             group.warn(problem)
     if problems:
-        sys.exit(2)
+        click.get_current_context().exit(2)
 
 
 def _find_missing(plan: Plan, notes: list[str]) -> str:
@@ -96,7 +96,7 @@ def _find_missing(plan: Plan, notes: list[str]) -> str:
 
 def _print_networks(networks: list[dict[str, Any]]) -> None:
     for found in networks:
-        click.echo(
+        group.echo(
             f"  {found['architecture']}: {found['parameters']:,} parameters, "
             f"{found['prunable']:,} prunable in {group.count(found['layers'], 'layer')}"
         )
@@ -106,7 +106,7 @@ def _print_networks(networks: list[dict[str, Any]]) -> None:
             ("never pruned", "unprunable"),
         ):
             if found[key]:
-                click.echo(f"    {word}: {', '.join(found[key])}")
+                group.echo(f"    {word}: {', '.join(found[key])}")
 
 
 @click.command()
@@ -137,6 +137,7 @@ def run(
     """Run a recipe: pretrain, prune, finetune, evaluate, compare."""
     given = {"device": device, "threads": threads}
     settings += tuple(f"compute.{key}={value}" for key, value in given.items() if value)
+    folder = Path.cwd()  # before plugins run, which may change it
     plan = plan_recipe(recipe, settings, smoke=smoke, trust=trust)
     out = out or Path("runs") / (plan.name + ("-smoke" if smoke else ""))
     store = store or out.parent / STORE
@@ -152,21 +153,22 @@ def run(
             return
         folders = run_plan(
             plan,
-            out,
-            store,
+            folder / out,
+            folder / store,
             force=force,
             resume=group.command_line(),
             tell=group.warn,
             stop=stop,
         )
+    os.chdir(folder)
     if folders is None:
         group.warn(f"{relative(out)} is done already: these are its results")
     print_results(out, as_json)
     failed = [folder for folder in folders or [] if folder.status == "failed"]
-    for folder in failed:
-        _print_failure(folder)
+    for run_folder in failed:
+        _print_failure(run_folder)
     if failed:
-        sys.exit(1)
+        click.get_current_context().exit(1)
     group.warn(f"in {relative(out)}")
 
 
@@ -180,19 +182,19 @@ def _print_preview(plan: Plan, preview: dict[str, Any], as_json: bool) -> None:
     for text in preview["notes"]:
         group.note(text)
     document = plan.document if plan.swept else plan.describe(plan.runs[0])
-    click.echo(f"# into {preview['out']}, stages in {preview['store']}\n")
-    click.echo(tomli_w.dumps(dict(document)))
+    group.echo(printable(f"# into {preview['out']}, stages in {preview['store']}", keep="") + "\n")
+    group.echo(tomli_w.dumps(dict(document)))
     for run in preview["runs"]:
         weights = f"{run['parameters']:,} parameters, {run['prunable']:,} prunable"
-        click.echo(f"# {run['run']}: {weights}")
+        group.echo(f"# {run['run']}: {weights}")
         for stage in run["stages"]:
-            click.echo(
+            group.echo(
                 f"#   {stage['name']:<12} {stage['status']:<7} {stage['steps']:>9,} steps "
                 f"{stage['forward_passes']:>11,} forward passes   {stage['key'][:12]}"
             )
     todo = [s for run in preview["runs"] for s in run["stages"] if s["status"] == "to do"]
     passes = sum(stage["forward_passes"] for stage in todo)
-    click.echo(f"# to do: {group.count(len(todo), 'stage')}, {passes:,} forward passes of a batch")
+    group.echo(f"# to do: {group.count(len(todo), 'stage')}, {passes:,} forward passes of a batch")
 
 
 def _print_failure(folder: RunFolder) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from prunekit.cli import group
-from prunekit.errors import UserError, relative
+from prunekit.errors import UserError, printable, relative
 from prunekit.store.layout import STORE
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def _print_layers(folder: Path) -> None:
     from prunekit.store.records import find_runs
 
     rows = []
-    for found in find_runs(folder):
+    for found in find_runs(folder, group.warn):
         counts = {name: (n["kept"], n["weights"]) for name, n in found.layers.items()}
         counts["all"] = (sum(k for k, _ in counts.values()), sum(n for _, n in counts.values()))
         rows += [
@@ -75,7 +75,7 @@ def print_results(
     from prunekit.results.comparison import compare
     from prunekit.store.records import find_runs, tell_changed
 
-    found = find_runs(folder)
+    found = find_runs(folder, group.warn)
     runs, choices = choose(found, addresses) if addresses else (found, [])
     for text in (text for run in found for text in tell_changed(run.folder)):
         group.warn(text)
@@ -85,11 +85,11 @@ def print_results(
         group.print_json({**tables.to_json(rows), **chosen})
         return
     if as_csv:
-        click.echo(tables.to_csv(rows), nl=False)
+        group.echo(tables.to_csv(rows), end="")
     else:
-        print_comparison(rows, Console())
+        print_comparison(rows, Console(file=group.stdout()))
     for choice in choices:
-        click.echo(f"chosen for {tell(choice)}", err=as_csv)
+        group.echo(f"chosen for {tell(choice)}", err=as_csv)
 
 
 def print_comparison(rows: Sequence[Row], console: Console) -> None:
@@ -102,7 +102,7 @@ def print_comparison(rows: Sequence[Row], console: Console) -> None:
     titles, *lines = tables.tabulate(rows, "+-" if console.options.ascii_only else "±")
     group.print_table(titles, lines, console, box=box.SIMPLE_HEAD, whole=0)
     for note in tables.write_notes(rows):
-        console.print(Text(note), soft_wrap=True)
+        console.print(Text(printable(note, keep="")), soft_wrap=True)
 
 
 @click.command()
@@ -115,7 +115,7 @@ def curve(runs: tuple[Path, ...], out: Path, as_json: bool) -> None:
     """Plot certified accuracy against the radius, for all runs in the folders RUNS."""
     from prunekit.results import curves
 
-    found = curves.find_curves(runs)
+    found = curves.find_curves(runs, group.warn)
     curves.draw(found, out)
     if as_json:
         group.print_json({"file": str(out), "curves": curves.to_json(found)})
@@ -133,11 +133,12 @@ def clean(folder: Path, store: Path | None, dry_run: bool) -> None:
 
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}")
+    # Not without those that cannot be read: their stages would be deleted.
     used = {key for found in find_runs(folder) for key in found.keys}
     freed = Store(store or folder / STORE).remove_unused(used, keep=dry_run)
     for key, size in freed:
-        click.echo(f"{key}  {size / 1e6:.1f} MB")
+        group.echo(f"{key}  {size / 1e6:.1f} MB")
     verb = "would be freed" if dry_run else "freed"
-    click.echo(
+    group.echo(
         f"{sum(s for _, s in freed) / 1e6:.1f} MB {verb} ({group.count(len(freed), 'stage')})"
     )

@@ -77,8 +77,8 @@ def plan_evaluation(network: Network, request: EvalRequest) -> Plan:
         ("architecture", "use"): ("--model", request.model),
         ("threat", "eps"): ("--eps", request.eps),
     }
-    folder = network.run or network.file.parent
-    recipe = Recipe(folder / RECIPE, data, locate_options(options))
+    origin = network.run / RECIPE if network.run else network.file
+    recipe = Recipe(origin, data, locate_options(options))
     chosen = {"dataset": request.dataset, "architecture": request.model}
     source = "" if request.trust else network.source
     recipe.foreign = {key: source for key in sections if chosen.get(key) is None}

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from prunekit.catalog.component import Use
+from prunekit.catalog.containment import ask
 from prunekit.engine.work import Loaded
 from prunekit.recipe.plan import Run
 from prunekit.recipe.resolver import describe
@@ -84,7 +85,7 @@ def _hash_uses(
     upstream: str, content: Mapping[str, Any], uses: Sequence[Use[Any]], compute: Compute
 ) -> str:
     """The hash of what a stage or an evaluator computes, and of the files and the code it uses."""
-    files = [hash_file(path) for u in uses for path in u.component.files(u.options)]
+    files = [hash_file(path) for u in uses for path in ask(u, "files")]
     versions = {name: version_of(name) for u in uses for name in u.component.needs}
     return hash_stage(
         upstream,

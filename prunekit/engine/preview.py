@@ -8,6 +8,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
+from prunekit.catalog.containment import ask
 from prunekit.data.batches import Feed
 from prunekit.engine.keys import make_keys
 from prunekit.engine.work import Inputs, Loaded, build_state
@@ -77,7 +78,7 @@ def _count_work(run: Run, loaded: Loaded, stage: Stage, compute: Compute) -> tup
     if stage.kind == "evaluate":
         images = min(options.images or math.inf, len(loaded.data.test.labels))
         batches = min(math.ceil(images / size), stage.limit or math.inf)
-        return 0, int(batches) * sum(u.component.forward_passes(u.options) for u in options.with_)
+        return 0, int(batches) * sum(ask(u, "forward_passes") for u in options.with_)
     feed = Feed(loaded.data.train, loaded.validation, size, compute.device, limit=stage.limit)
     recalibrates = stage.kind == "prune" and options.bn == "recalibrate"
     after = feed.count() if recalibrates else 0
@@ -85,9 +86,9 @@ def _count_work(run: Run, loaded: Loaded, stage: Stage, compute: Compute) -> tup
         return 0, after
     use = options.objective
     steps = stage.epochs * feed.count() * stage.replays
-    judged = use.component.validation_passes(use.options)
+    judged = ask(use, "validation_passes")
     checked = stage.epochs * feed.count_validation() * judged
-    once = use.component.forward_passes(use.options)
-    again = once - use.component.attack_passes(use.options)
-    more = sum(wrapper.component.passes(wrapper.options) - 1 for wrapper in options.wrap)
+    once = ask(use, "forward_passes")
+    again = once - ask(use, "attack_passes")
+    more = sum(ask(wrapper, "passes") - 1 for wrapper in options.wrap)
     return steps, steps * (once + more * again) + checked + after

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from prunekit.catalog.component import Use
+from prunekit.catalog.containment import ask
 from prunekit.catalog.kinds import Facts
 from prunekit.contexts import Context, DatasetContext, NetworkContext
 from prunekit.contracts import Data, Metric, Split
@@ -118,7 +119,7 @@ class Inputs:
                 self.report(Note(f"{use.name}: {text}", warning=True))
             return data
         except DataMissingError:
-            facts = use.component.facts and use.component.facts(use.options)
+            facts = use.component.facts and ask(use, "facts")
             if not facts or not (self.smoke or self.preview):
                 raise
             if self.smoke:
@@ -149,7 +150,7 @@ class Inputs:
 
     def identify(self, run: Run) -> list[str]:
         """Hashes of all that a run reads: its data, the weights it starts from, other files."""
-        files = [path for use in run.uses() for path in use.component.files(use.options)]
+        files = [path for use in run.uses() for path in ask(use, "files")]
         files += [run.init] if run.init else []
         return [*self.load(run).fingerprints, *map(hash_file, files)]
 

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from prunekit.catalog.containment import ask
 from prunekit.contexts import ArchitectureContext, DatasetContext
 from prunekit.data import seeds
 from prunekit.errors import RunError
@@ -138,9 +139,8 @@ def find_shape(run: Run) -> tuple[tuple[int, int, int], int]:
 
     The data is read only if the component does not declare them.
     """
-    facts = run.dataset.component.facts
-    if facts:
-        known = facts(run.dataset.options)
+    if run.dataset.component.facts:
+        known = ask(run.dataset, "facts")
     else:
         known = run.dataset.build(DatasetContext(seed=0, folder=run.folder))
     return known.shape, known.classes

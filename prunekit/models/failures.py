@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import torch
 
-from prunekit.errors import Interrupted, RunError, UserError
+from prunekit.errors import EscapeError, Interrupted, RunError, UserError, describe
 from prunekit.recipe.plan import Run
 
 OURS = re.compile(r"\(prunekit(?: \S+)?\)$")
@@ -22,10 +22,12 @@ def explain(error: BaseException, run: Run) -> str:
     """What went wrong and what to do, in one line; `--debug` shows the traceback."""
     if isinstance(error, UserError):
         return str(error)
-    text = str(error).strip().splitlines()
+    text = describe(error).strip().splitlines()
     reason = f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+    if isinstance(error, EscapeError):
+        reason = str(error)
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and any(word in str(error).lower() for word in MEMORY)
+        isinstance(error, RuntimeError) and any(word in describe(error).lower() for word in MEMORY)
     ):
         return (
             f"memory ran out; lower dataset.batch_size (now {run.data.batch_size}) with --set "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -13,7 +14,7 @@ from prunekit.catalog.registry import load_registry
 from prunekit.contexts import ArchitectureContext
 from prunekit.contracts import Masks
 from prunekit.data import seeds
-from prunekit.errors import Place, RecipeError, UserError, relative
+from prunekit.errors import Place, RecipeError, UserError, explain_briefly, relative
 from prunekit.models.contract import check_state_dict, check_tensors
 from prunekit.recipe.resolver import Resolver
 from prunekit.recipe.sections import ArchitectureOptions
@@ -31,11 +32,17 @@ def load_network(
     """
     if given is None:
         use, header = find_architecture(network, trust=trust), network.header
+        if missing := {"shape", "classes"} - header.keys():
+            raise UserError(f"{relative(network.file)} is damaged: it lacks {min(missing)!r}")
         seed, shape = header.get("seed", 0), tuple(header["shape"])
         seeds.seed_all(seed, "architecture")
         folder, classes = network.file.parent, header["classes"]
-        model: Any = use.build(
-            ArchitectureContext(seed=seed, folder=folder, shape=shape, classes=classes, fresh=False)
+        model: Any = _build(
+            use,
+            ArchitectureContext(
+                seed=seed, folder=folder, shape=shape, classes=classes, fresh=False
+            ),
+            network.file,
         )
     else:
         model = copy.deepcopy(given).cpu()
@@ -43,6 +50,18 @@ def load_network(
         check_state_dict(model, "the network")
     masks = read_model(network.file, model)
     return model.eval(), masks
+
+
+def _build(use: Use[nn.Module], context: ArchitectureContext, file: Path) -> nn.Module:
+    try:
+        return use.build(context)
+    except UserError:
+        raise
+    # Its options, shape and classes are what the file says.
+    except Exception as error:
+        raise UserError(
+            f"the network of {relative(file)} cannot be built: {explain_briefly(error)}"
+        ) from error
 
 
 def find_architecture(network: Network, *, trust: bool = False) -> Use[nn.Module]:

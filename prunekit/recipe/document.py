@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
+import os
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from prunekit.errors import Place, Problem, RecipeError, relative
+from prunekit.errors import Place, Problem, RecipeError, nearest, relative
+from prunekit.reading import DEEPEST, find_fault
 from prunekit.recipe.addresses import resolve_address
 from prunekit.recipe.sections import DATA_KEYS
-from prunekit.recipe.toml_lines import read_toml
+from prunekit.recipe.toml_lines import Unfit, find_lines, read_toml
 from prunekit.recipe.values import KeyPath
 
 FORMAT = 1
@@ -197,15 +199,29 @@ def locate_options(options: Mapping[Any, tuple[str, Any]]) -> dict[KeyPath, Plac
 
 
 def parse_value(text: str) -> Any:
-    """A value in TOML; a word without quotes is a string, as in `--set prune.pruner=lwm`."""
+    """A value in TOML; a word without quotes is a string, as in `--set prune.pruner=lwm`.
+
+    Raises `RecipeError` for one that a recipe could not hold either: too deep, or not finite.
+    """
     try:
-        return tomllib.loads(f"value = {text}")["value"]
+        find_lines(f"value = {text}")
+        value: Any = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
-        return text.strip()
+        value = text.strip()
+    except Unfit as error:
+        raise RecipeError([Problem(Place("--set"), f"the value {error}")]) from None
+    if fault := find_fault(value):
+        path, message = fault
+        where = ".".join(map(str, ("the value", *path)))
+        raise RecipeError([Problem(Place(f"--set {text}"), f"{where} {message}")])
+    return value
 
 
 def _read(path: Path, above: tuple[Path, ...]) -> Recipe:
-    file, path = relative(path), path.resolve()
+    # Not `resolve`, which fails for a link to itself.
+    file, path = nearest(path), Path(os.path.realpath(path))
+    if len(above) == DEEPEST:
+        raise RecipeError([Problem(Place(file), f"is extended through {DEEPEST} recipes already")])
     if path in above:
         chain = " -> ".join(relative(p) for p in (*above, path))
         raise RecipeError([Problem(Place(file), f"extends itself: {chain}")])
@@ -217,7 +233,7 @@ def _read(path: Path, above: tuple[Path, ...]) -> Recipe:
         if not isinstance(base, str):
             raise RecipeError([Problem(place, 'write extends = "FILE.toml"')])
         below = path.parent / base
-        if not below.is_file():
+        if not os.path.isfile(below):  # never fails, unlike `is_file` for endless names
             raise RecipeError([Problem(place, f"there is no recipe {relative(below)}")])
         extended = _read(below, (*above, path))
         extended.path = path

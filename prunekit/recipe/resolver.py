@@ -9,14 +9,17 @@ import typing
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 from prunekit.catalog.component import Radius, Threatened, Use, default_of
+from prunekit.catalog.containment import contained
 from prunekit.catalog.kinds import KINDS
 from prunekit.catalog.registry import Registry
 from prunekit.contracts import Threat
 from prunekit.errors import OptionError, Place, Problem, UserError, explain_briefly
+from prunekit.reading import name_type
 from prunekit.recipe.trust import Guard
 from prunekit.recipe.values import (
     KeyPath,
@@ -43,6 +46,7 @@ def key_of(field_name: str) -> str:
     return field_name.removesuffix("_")
 
 
+@cache
 def field_types(options: type) -> dict[str, Any]:
     """Field name -> type of an options dataclass."""
     return typing.get_type_hints(options)
@@ -117,7 +121,8 @@ class Resolver:
         if len(self.problems) > before:
             return None
         try:
-            return cls(**values)
+            with contained():
+                return cls(**values)
         except OptionError as error:
             self.problem((*path, key_of(error.field)), f"{owner}: {error}")
         # Whatever else the check of a plugin's dataclass may raise.
@@ -228,10 +233,20 @@ class Resolver:
             folder = Path(place.file).parent
         elif place.file.startswith("--set"):
             folder, start = Path(), "the current folder"
-        file = folder.absolute() / Path(value).expanduser()
-        if slot.field.metadata.get("exists") and not file.exists():
-            message = f"{slot.name}: there is no {file}; relative paths start at {start}"
-            raise Mistake(slot.path, message)
+        try:
+            file = folder.absolute() / Path(value).expanduser()
+            found = name_type(file)
+        except (OSError, RuntimeError) as error:  # RuntimeError: ~ of a user who does not exist
+            found = ""
+            if slot.field.metadata.get("exists") or isinstance(error, RuntimeError):
+                gone = isinstance(error, FileNotFoundError)
+                reason = getattr(error, "strerror", None) or error
+                message = f"there is no {file}" if gone else f"cannot read {value}: {reason}"
+                message = f"{slot.name}: {message}; relative paths start at {start}"
+                raise Mistake(slot.path, message) from None
+        # Reading anything else may never end.
+        if found not in ("", "a folder"):
+            raise Mistake(slot.path, f"{slot.name}: {file} is {found}, not a file")
         written = key_of(slot.field.name), value
         if self.files.setdefault(written, str(file)) != str(file):
             self.files[written] = value  # the same words name two files: neither can replace them

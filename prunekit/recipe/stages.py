@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from prunekit.catalog.component import Use
+from prunekit.catalog.containment import ask
 from prunekit.contracts import read_ratio
 from prunekit.recipe.resolver import NAME, NAME_RULE, Resolver, describe, key_of
 from prunekit.recipe.sections import SELECTION_KEYS, STAGE_OPTIONS
@@ -40,7 +41,7 @@ class Stage:
     def replays(self) -> int:
         """Optimizer steps on each batch."""
         use = self.options.objective
-        return use.component.replays(use.options) if use else 1
+        return ask(use, "replays") if use else 1
 
     @property
     def epochs(self) -> int:
@@ -183,7 +184,7 @@ def _check_counts(stage: Stage, resolver: Resolver, path: KeyPath) -> None:
 def _check_wrappers(stage: Stage, resolver: Resolver, path: KeyPath) -> None:
     """Several passes a step, and several steps a batch, do not go together."""
     for use in getattr(stage.options, "wrap", ()):
-        if use.component.passes(use.options) > 1 and stage.options.objective and stage.replays > 1:
+        if ask(use, "passes") > 1 and stage.options.objective and stage.replays > 1:
             resolver.problem(
                 (*path, "wrap"),
                 f"{use.name!r} goes through a step's loss several times, and objective "

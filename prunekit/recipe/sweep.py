@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import re
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +15,8 @@ from prunekit.recipe.document import Recipe, Setting, flatten
 
 LONGEST = 120
 """Most characters of a label; file systems allow 255 in a name."""
+MOST_RUNS = 10_000
+"""Most combinations of a sweep."""
 
 
 def unroll(recipe: Recipe, problems: list[Problem]) -> Iterator[tuple[dict[str, Any], Recipe]]:
@@ -21,13 +25,15 @@ def unroll(recipe: Recipe, problems: list[Problem]) -> Iterator[tuple[dict[str, 
     Mistakes are added to `problems`, and combinations that have some are left out.
     """
     plain = {k: v for k, v in recipe.data.items() if k != "sweep"}
-    seen: list[dict[str, Any]] = []
+    # The places of its values, of which there may be thousands, come with the settings.
+    places = {path: place for path, place in recipe.places.items() if path[0] != "sweep"}
+    seen: set[Any] = set()
     for combination in _combine(recipe, problems):
         settings = {s.address: s.value for s in combination}
-        if settings in seen:
+        if (known := _freeze(settings)) in seen:
             continue
-        seen.append(settings)
-        variant = Recipe(recipe.path, copy.deepcopy(plain), dict(recipe.places))
+        seen.add(known)
+        variant = Recipe(recipe.path, copy.deepcopy(plain), dict(places))
         # A component comes before its options, whatever the order they are written in, and whether
         # the sweep or `--set` says so.
         both = [*combination, *recipe.overrides]
@@ -62,6 +68,11 @@ def _combine(recipe: Recipe, problems: list[Problem]) -> Iterator[list[Setting]]
         message = "each case of a sweep is a table of its own; write [[sweep.case]]"
         problems.append(Problem(recipe.locate(("sweep", "case")), message))
         return
+    runs = math.prod(map(len, lists)) * len(cases)
+    if runs > MOST_RUNS:
+        message = f"[sweep] has {runs:,} combinations, and at most {MOST_RUNS:,} are taken; "
+        problems.append(Problem(recipe.locate(("sweep",)), message + "split it into recipes"))
+        return
     for number, case in enumerate(cases):
         together = list(recipe.settings(case, ("sweep", "case", number)))
         for values in itertools.product(*lists):
@@ -72,17 +83,30 @@ def label(combinations: list[dict[str, Any]]) -> list[str]:
     """A short name for each combination that can be a folder's: "pruner=score,sparsity=0.9"."""
     addresses = {address for settings in combinations for address in settings}
     tails = [a.split(".")[-1] for a in addresses]
-    labels: list[str] = []
+    labels: dict[str, None] = {}
+    counts: Counter[str] = Counter()
     for settings in combinations:
         parts = []
         for address, value in settings.items():
             tail = address.split(".")[-1]
             parts.append(f"{tail if tails.count(tail) == 1 else address}={_word(value)}")
-        label = re.sub(r"[^A-Za-z0-9_.=,+-]", "_", ",".join(parts))[:LONGEST] or "run"
-        while label in labels:
-            label += "+"
-        labels.append(label)
-    return labels
+        short = re.sub(r"[^A-Za-z0-9_.=,+-]", "_", ",".join(parts))[:LONGEST] or "run"
+        while (label := short + _number(counts[short])) in labels:
+            counts[short] += 1
+        labels[label] = None
+    return list(labels)
+
+
+def _number(n: int) -> str:
+    """What is added to a label that is taken n times: "+", "++", and so on while that is short."""
+    return "+" * n if n < 10 else f"+{n}"
+
+
+def _freeze(value: Any) -> Any:
+    """The same for equal values, and hashable."""
+    if isinstance(value, dict):
+        return frozenset((key, _freeze(inner)) for key, inner in value.items())
+    return tuple(map(_freeze, value)) if isinstance(value, list) else value
 
 
 def _word(value: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import operator
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,9 +122,9 @@ def read_plain(hint: Any, value: Any, slot: Slot) -> Any:
 
 
 def check_limits(value: float, slot: Slot) -> None:
-    """Raise `Mistake` for NaN, and for a number outside the limits of its option."""
+    """Raise `Mistake` for NaN, infinity, and a number outside the limits of its option."""
     bounds = {k: slot.field.metadata[k] for k in LIMITS if slot.field.metadata.get(k) is not None}
-    if value == value and all(LIMITS[k][1](value, bound) for k, bound in bounds.items()):
+    if math.isfinite(value) and all(LIMITS[k][1](value, bound) for k, bound in bounds.items()):
         return
     is_fraction = bounds.get("high", bounds.get("below")) == 1
     advice = f"; write {value / 100:g} for {value:g} %" if is_fraction and 2 <= value < 100 else ""

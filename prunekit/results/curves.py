@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from prunekit.errors import UserError, relative
+from prunekit.report import Tell
 from prunekit.results.comparison import Row, compare
 from prunekit.results.metrics import format_setting
-from prunekit.store.files import write_bytes
+from prunekit.store.files import read_npz, write_bytes
 from prunekit.store.layout import RECORDS
 from prunekit.store.records import find_runs
 
@@ -44,12 +45,13 @@ def trace(label: str, radius: np.ndarray, correct: np.ndarray) -> Curve:
     return Curve(label, len(correct), radii, left / len(correct))
 
 
-def find_curves(folders: Sequence[Path]) -> list[Curve]:
+def find_curves(folders: Sequence[Path], tell: Tell | None = None) -> list[Curve]:
     """A curve for each row of the comparison that has radii, over the images of all its seeds.
 
-    Raises `UserError` if no evaluator recorded `radius` and `correct`.
+    Runs that cannot be read are told (`find_runs`). Raises `UserError` if no evaluator recorded
+    `radius` and `correct`, or if the records of one cannot be read.
     """
-    runs = {run.folder.resolve(): run for folder in folders for run in find_runs(folder)}
+    runs = {run.folder.resolve(): run for folder in folders for run in find_runs(folder, tell)}
     rows = [row for row in compare(list(runs.values())) if row.stage]
     curves = [curve for row in rows for curve in _read_row(row)]
     if not curves:
@@ -81,12 +83,20 @@ def _read_radii(file: Path, stage: str) -> Iterator[tuple[str, np.ndarray]]:
     """(evaluator, its radius and correct as (2, N)) of those in a stage that recorded both."""
     if not file.is_file():
         return
-    with np.load(file, allow_pickle=False) as records:
-        for key in records.files:
-            owner, _, what = key.rpartition(".")
-            if what == "radius" and owner.startswith(f"{stage}/") and f"{owner}.correct" in records:
-                pair = np.stack([records[key], records[f"{owner}.correct"]])
-                yield owner.removeprefix(f"{stage}/"), pair
+    records = read_npz(file)
+    for key, radius in records.items():
+        owner, _, what = key.rpartition(".")
+        correct = records.get(f"{owner}.correct")
+        if what == "radius" and owner.startswith(f"{stage}/") and correct is not None:
+            if not (radius.ndim == 1 and radius.size and radius.shape == correct.shape) or not (
+                _finite(radius, correct)
+            ):
+                raise UserError(f"{relative(file)} is damaged: {key} is no list of radii")
+            yield owner.removeprefix(f"{stage}/"), np.stack([radius, correct.astype(bool)])
+
+
+def _finite(*numbers: np.ndarray) -> bool:
+    return all(n.dtype.kind in "buif" and bool(np.isfinite(n).all()) for n in numbers)
 
 
 def draw(curves: Sequence[Curve], file: Path) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from prunekit.contracts import Metric
-from prunekit.errors import relative
+from prunekit.errors import printable, relative
 from prunekit.results.comparison import Row
 from prunekit.results.metrics import format_metric, format_setting, is_fraction
 from prunekit.store.metrics import split_metric
@@ -121,7 +121,19 @@ def to_csv(rows: Sequence[Row]) -> str:
         records.append(record)
     text = io.StringIO()
     names = dict.fromkeys(name for record in records for name in record)
-    writer = csv.DictWriter(text, list(names), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(records)
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(map(_to_cell, names))
+    writer.writerows([_to_cell(record.get(name)) for name in names] for record in records)
     return text.getvalue()
+
+
+def _to_cell(value: Any) -> Any:
+    """A cell in one line; text that a spreadsheet would compute as a formula gets a quote."""
+    if not isinstance(value, str):
+        return value
+    text = printable(value, keep="")
+    try:
+        float(text)
+    except ValueError:
+        return f"'{text}" if text.lstrip().startswith(("=", "+", "-", "@")) else text
+    return text

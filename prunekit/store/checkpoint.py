@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from prunekit.contracts import Masks
 from prunekit.errors import UserError, relative
+from prunekit.reading import check_file
 from prunekit.store.files import write_bytes
+from prunekit.store.headers import read_header
 
 FORMAT = 1
 """Version of the header."""
@@ -62,14 +64,13 @@ def read_checkpoint(
     Raises `UserError` for a file that is missing, damaged, of another format, or if it should be
     `sealed` and is not, or has changed.
     """
+    check_file(path)
     try:
         with safe_open(path, framework="pt") as file:
-            header = dict(json.loads((file.metadata() or {}).get("prunekit", "{}")))
+            header = read_header((file.metadata() or {}).get("prunekit", "{}"), path)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if sealed and header.pop("sha256", None) != _hash(tensors, header):
             raise ValueError("its content has changed since it was written")
-    except FileNotFoundError:
-        raise UserError(f"there is no file {relative(path)}") from None
     except (SafetensorError, ValueError, TypeError, OSError) as error:
         raise UserError(
             f"{relative(path)} is damaged or not a safetensors file ({error})"

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from prunekit.errors import RunError, UserError, relative
+from prunekit.reading import LARGEST_JSON, parse_json, read_arrays, read_bytes
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -29,7 +30,12 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 def write_text(path: Path, content: str) -> None:
     """Write a text file in UTF-8. Raises `RunError` as `write_bytes` does."""
-    write_bytes(path, content.encode())
+    try:
+        write_bytes(path, content.encode())
+    except UnicodeEncodeError as error:
+        raise RunError(
+            f"cannot write {relative(path)}: it names a file whose name is not UTF-8; rename that"
+        ) from error
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -55,19 +61,21 @@ def write_npz(path: Path, arrays: Mapping[str, Any]) -> None:
 
 
 def read_npz(path: Path) -> dict[str, Any]:
-    """Read arrays by name; pickled ones are refused."""
-    import numpy as np
-
-    with np.load(path, allow_pickle=False) as arrays:
-        return dict(arrays)
+    """Read arrays by name; pickled ones are refused. Raises `UserError` if one cannot be read."""
+    try:
+        return dict(read_arrays(path))
+    except ValueError as error:
+        raise UserError(f"{relative(path)} cannot be read as an .npz file ({error})") from None
 
 
 def read_json(path: Path, advice: str = "remove it") -> Any:
     """Read a JSON file. Raises `UserError` with the advice if it is missing or damaged."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        return parse_json(read_bytes(path, LARGEST_JSON))
+    except ValueError as error:
         raise UserError(f"{relative(path)} cannot be read ({error}); {advice}") from None
+    except UserError as error:
+        raise UserError(f"{error}; {advice}") from None
 
 
 def copy(source: Path, target: Path) -> None:

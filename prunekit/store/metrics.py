@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
-from prunekit.contracts import Metric
+from prunekit.contracts import Metric, MetricKind
 
 FRACTIONS = {"abstained", "accuracy", "certified", "fraction", "rate", "verified"}
 DIAGNOSES = {
@@ -15,6 +15,14 @@ DIAGNOSES = {
     "timeouts": "ran out of time; they count as not verified but may be robust",
 }
 SETTINGS = {"standard", "seed", "sigma", "eps", "alpha", "n0", "samples", "sequential"}
+FIELDS: dict[str, Any] = {
+    **dict.fromkeys(("value", "low", "high"), int | float),
+    "n": int,
+    **dict.fromkeys(("unit", "kind", "note"), str),
+}
+"""Key of a metric's table -> the type of its value."""
+LARGEST = 1e100
+"""The largest number that a metric may be: means and deviations of it can be computed."""
 STANDARD = "not its standard attacks and budgets in all rows; compare only like rows"
 
 
@@ -26,11 +34,31 @@ def write_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
 def read_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """What `write_metrics` wrote. Raises `TypeError` for a table that is no metric."""
     return {
-        name: Metric(found["value"], **{k: v for k, v in found.items() if k != "value"})
+        name: _read_metric(name, **found)
         if isinstance(found, Mapping) and "value" in found
-        else found
+        else check_number(name, found)
         for name, found in metrics.items()
     }
+
+
+def check_number(name: str, value: Any) -> Any:
+    """The value. Raises `TypeError` for a number that nothing can be computed with."""
+    if isinstance(value, int | float) and not abs(value) <= LARGEST:
+        raise TypeError(f"{name} is {value:g}")
+    return value
+
+
+def _read_metric(name: str, value: Any, **told: Any) -> Metric:
+    for key, found in {"value": value, **told}.items():
+        if key not in FIELDS:
+            raise TypeError(f"{name} has an unknown {key!r}")
+        optional = found is None and key in ("n", "low", "high")
+        if not optional and (not isinstance(found, FIELDS[key]) or isinstance(found, bool)):
+            raise TypeError(f"{key} of {name} is {found!r}")
+        check_number(name, found)
+    if (told.get("n") or 0) < 0 or told.get("kind", "result") not in get_args(MetricKind):
+        raise TypeError(f"{name} is no metric: {told!r}")
+    return Metric(value, **told)
 
 
 def split_metric(metric: str) -> tuple[str, str]:
@@ -54,7 +82,8 @@ def read_old_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
         elif not (name.endswith(("_low", "_high")) or measure == "n"):
             images = metrics.get(f"{owner}.n") if owner else metrics.get("n")
             low, high = (metrics.get(f"{name}_{end}") for end in ("low", "high"))
-            found[name] = Metric(value, n=images, low=low, high=high, **_tell(measure))
+            told = {"n": images, "low": low, "high": high, **_tell(measure)}
+            found[name] = _read_metric(name, value, **told)
     return found
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from prunekit.errors import UserError, relative
+from prunekit.recipe.toml_lines import read_toml
 from prunekit.store.checkpoint import read_checkpoint
 from prunekit.store.layout import EVALUATIONS, MODEL, RECIPE, RUN, STORE
 
@@ -72,6 +72,9 @@ def read_network(path: Path) -> Network:
     known, run = header, None
     if file.name == MODEL and (file.parent / RUN).is_file():
         run = file.parent
-        known = {**header, **tomllib.loads((run / RECIPE).read_text(encoding="utf-8"))}
+        known = {**header, **read_toml(run / RECIPE)[0]}
     sections = {k: known[k] for k in ("dataset", "architecture", "threat") if known.get(k)}
+    for key, value in sections.items():
+        if not isinstance(value, dict) and not (isinstance(value, str) and key != "threat"):
+            raise UserError(f"{relative((run or file.parent) / RECIPE)}: its {key} is {value!r}")
     return Network(file, run, header, sections)

@@ -6,15 +6,18 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from prunekit.errors import UserError, relative
+from prunekit.errors import UserError, printable, relative
 from prunekit.recipe.document import Recipe, load_recipe
 from prunekit.recipe.plan import TOP_KEYS
+from prunekit.report import Tell
 from prunekit.store.files import read_json, seal
 from prunekit.store.keys import hash_file
 from prunekit.store.layout import MODEL, PLAN, RECIPE, RECORDS, RUN, RUN_FORMAT
 from prunekit.store.metrics import read_metrics, read_old_metrics
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -57,18 +60,29 @@ def open_recipe(path: Path, settings: Sequence[str] = (), *, trust: bool = False
     return recipe
 
 
-def find_runs(folder: Path) -> list[RunRecord]:
+def find_runs(folder: Path, tell: Tell | None = None) -> list[RunRecord]:
     """All runs in a folder and below, without hidden folders; those of a sweep in its order.
 
-    Raises `UserError` if there is no such folder, or if a `run.json` cannot be read.
+    A `run.json` that cannot be read is told, and its run left out. Raises `UserError` where nothing
+    is left, where there is no `tell`, and if there is no such folder.
     """
     if not folder.is_dir():
         raise UserError(f"there is no folder {relative(folder)}")
-    runs = []
+    runs, failures = [], []
     for parent, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        if RUN in files:
-            runs.append(read_run(Path(parent)))
+        if RUN in (*files, *folders):
+            try:
+                runs.append(read_run(Path(parent)))
+            except UserError as error:
+                if tell is None:
+                    raise
+                failures.append(error)
+    if failures and not runs:
+        raise failures[0]
+    if tell is not None:
+        for failure in failures:
+            tell(f"left out: {printable(str(failure), keep='')}")
     return sorted(runs, key=lambda run: (run.folder.parent, run.number, run.folder))
 
 
@@ -80,19 +94,24 @@ def read_run(folder: Path) -> RunRecord:
     try:
         return RunRecord(
             folder=folder,
-            name=told["name"],
-            status=told["status"],
-            smoke=bool(told["smoke"]),
-            seed=int(told["seed"]),
-            settings=dict(told["settings"]),
+            name=_take(told, "name", str),
+            status=_take(told, "status", str),
+            smoke=_take(told, "smoke", bool),
+            seed=_take(told, "seed", int),
+            settings=_take(told, "settings", dict),
             stages=tuple(
-                StageRecord(s["name"], s["kind"], s["key"], read(s.get("metrics") or {}))
-                for s in told["stages"]
+                StageRecord(
+                    _take(s, "name", str),
+                    _take(s, "kind", str),
+                    _take(s, "key", str),
+                    read(_take({"metrics": s.get("metrics") or {}}, "metrics", dict)),
+                )
+                for s in _take(told, "stages", list)
             ),
-            error=told.get("error") or "",
-            number=int(told.get("number", 0)),
-            keys=tuple(told.get("keys", ())),
-            layers=dict((told.get("sparsity") or {}).get("layers", {})),
+            error=(told.get("error") and _take(told, "error", str)) or "",
+            number=_take({"number": 0, **told}, "number", int),
+            keys=tuple(map(str, _take({"keys": [], **told}, "keys", list))),
+            layers=_read_layers(told.get("sparsity") or {}),
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         reason = f"lacks {error}" if isinstance(error, KeyError) else f"is damaged ({error})"
@@ -119,6 +138,22 @@ def find_changed(folder: Path) -> list[str]:
 def tell_changed(folder: Path) -> list[str]:
     """A warning for each of them."""
     return [f"{relative(folder / name)} is not what the run wrote" for name in find_changed(folder)]
+
+
+def _take(table: Mapping[str, Any], key: str, wanted: type[T]) -> T:
+    """A value of this type. Raises `KeyError`, or `TypeError` for one of another type."""
+    value = table[key]
+    if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
+        raise TypeError(f"{key} is {value!r}")
+    return value
+
+
+def _read_layers(sparsity: Mapping[str, Any]) -> dict[str, dict[str, int]]:
+    layers = _take({"layers": {}} | dict(sparsity), "layers", dict)
+    return {
+        name: {key: _take(counts, key, int) for key in ("kept", "weights")}
+        for name, counts in layers.items()
+    }
 
 
 def read_record(path: Path, advice: str) -> dict[str, Any]:

@@ -318,7 +318,7 @@ class Bomb:
     "damage",
     [
         cut_off, flip_a_byte, replace_with_text, replace_with_pickle, replace_with_single_array,
-        replace_array_with_text, remove,
+        replace_array_with_text,
     ],
 )  # fmt: skip
 def test_damaged_files_are_told_in_one_line(

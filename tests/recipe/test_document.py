@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from prunekit.errors import Place, UserError
+from prunekit.errors import Place, RecipeError, UserError
 from prunekit.recipe.document import load_recipe
 
 
@@ -272,3 +272,36 @@ def test_a_set_table_that_is_wrong():
     write("b.toml", STAGES)
     (line,) = refuse(write("r.toml", 'extends = "b.toml"\n[set]\nprone.x = 1\n"y.z" = 1\n'))[:1]
     assert line.startswith("r.toml:3: 'prone.x' names no stage")
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("[" * 5000 + "]" * 5000, "nested more than 32 levels deep"),
+        ("9" * 5000, "has a value of 5,000 characters"),
+        ("inf", "the value is inf, which is not finite"),
+        ("[1, nan]", "the value.1 is nan"),
+        ("1979-05-27", "the value is a date"),
+    ],
+    ids=lambda value: value[:12],
+)
+def test_a_setting_is_as_limited_as_a_recipe(tmp_path, value, message):
+    (tmp_path / "r.toml").write_text("seed = 1\n")
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(tmp_path / "r.toml", [f"seed={value}"])
+    assert str(caught.value).startswith("--set")
+    assert message in str(caught.value)
+
+
+def test_recipes_that_extend_each_other_without_end(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for n in range(100):
+        (tmp_path / f"{n}.toml").write_text(f'extends = "{n + 1}.toml"\n')
+    with pytest.raises(RecipeError, match=r"^32\.toml: is extended through 32 recipes already$"):
+        load_recipe(tmp_path / "0.toml")
+    (tmp_path / "round.toml").symlink_to("round.toml")
+    with pytest.raises(UserError, match=r"there is no recipe round\.toml"):
+        load_recipe(tmp_path / "round.toml")
+    (tmp_path / "long.toml").write_text(f'extends = "{"x" * 300}.toml"\n')
+    with pytest.raises(RecipeError, match=r"^long\.toml:1: there is no recipe "):
+        load_recipe(tmp_path / "long.toml")

@@ -192,3 +192,21 @@ def test_labels_are_folder_names_of_their_own(tmp_path):
     for name in labels:
         assert re.fullmatch(r"[A-Za-z0-9_.=,+-]+", name)
         (tmp_path / name).mkdir()
+
+
+def test_a_sweep_is_counted_before_it_is_unrolled(tmp_path):
+    values = list(range(1001))
+    sweep = f'[sweep]\nseed = {values}\n"prune.sparsity" = {values}\n"pretrain.epochs" = {values}\n'
+    found, problems = combine(tmp_path, sweep)
+    assert found == []
+    assert problems == [
+        "10: [sweep] has 1,003,003,001 combinations, and at most 10,000 are taken; split it into "
+        "recipes"
+    ]
+
+
+def test_labels_of_many_like_combinations_differ_and_stay_short():
+    labels = label([{"x": "a" * 200} for _ in range(2000)])
+    assert len(set(labels)) == 2000
+    assert labels[:3] == ["x=" + "a" * 118, "x=" + "a" * 118 + "+", "x=" + "a" * 118 + "++"]
+    assert max(map(len, labels)) < 130
