@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"
+# Tables would keep to it.
+os.environ.pop("COLUMNS", None)
 
 import pytest
 

@@ -142,8 +142,8 @@ def print_table(
 ) -> None:
     """Print a table, columns of numbers aligned to the right.
 
-    A terminal's width is kept by wrapping cells, those of the first `whole` columns apart; in a
-    file or a pipe the table is as wide as its content.
+    A terminal's width is kept by wrapping cells, those of the first `whole` columns apart; where
+    that is all of them, and in a file or a pipe, the table is as wide as its content.
     """
     from rich.console import Console
     from rich.measure import Measurement
@@ -158,10 +158,16 @@ def print_table(
             table.columns[place].justify = "right"
     for row in rows:
         table.add_row(*map(Text, row))
-    if not console.is_terminal:
+    if width_of(console) is None or whole >= len(titles):
         endless = console.options.update(max_width=100_000)
         console.width = max(console.width, Measurement.get(console, endless, table).maximum)
     console.print(table)
+
+
+def width_of(console: Console) -> int | None:
+    """The columns to keep to; None in a file or a pipe, unless COLUMNS says so."""
+    kept = console.is_terminal or "COLUMNS" in os.environ
+    return console.width if kept else None
 
 
 def note(text: str) -> None:

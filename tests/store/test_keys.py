@@ -119,6 +119,7 @@ SHOWING = (
     "store/networks.py",
     "store/records.py",
     "store/runs.py",
+    "store/settings.py",
     "store/stages.py",
     "testing.py",
 )
