@@ -128,6 +128,7 @@ def prunekit_objectives() -> Iterable[ObjectiveComponent]:
         paper="Madry et al., ICLR 2018, arXiv 1706.06083",
         forward_passes=lambda options: options.steps + 1,
         attack_passes=lambda options: options.steps,
+        accuracy_of=lambda options: "attacked training images",
         validates=("accuracy", "robust_accuracy"),
         select="robust_accuracy",
     )
@@ -160,6 +161,7 @@ def prunekit_objectives() -> Iterable[ObjectiveComponent]:
         options=FreeAdvOptions,
         paper="Shafahi et al., NeurIPS 2019, arXiv 1904.12843",
         replays=lambda options: options.replays,
+        accuracy_of=lambda options: "attacked training images",
         validates=("accuracy", "robust_accuracy"),
         select="robust_accuracy",
     )

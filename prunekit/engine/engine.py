@@ -25,6 +25,7 @@ from prunekit.recipe.plan import Plan, Run
 from prunekit.recipe.reduction import reduce_run
 from prunekit.recipe.stages import Stage, uses_in
 from prunekit.report import (
+    EpochDone,
     Event,
     Note,
     Report,
@@ -34,6 +35,7 @@ from prunekit.report import (
     StageDone,
     StageStarted,
     Stop,
+    rehearsing,
 )
 from prunekit.store.checkpoint import write_model
 from prunekit.store.files import read_npz
@@ -41,7 +43,7 @@ from prunekit.store.keys import used_version
 from prunekit.store.runs import RunFolder
 from prunekit.store.stages import StageFolder, StageResult, Store
 from prunekit.training.compute import Compute
-from prunekit.training.loop import retell
+from prunekit.training.progress import tell_epoch
 
 
 @dataclass
@@ -119,8 +121,10 @@ class Engine:
                     told = True
                 with tempfile.TemporaryDirectory(prefix="prunekit-") as scratch:
                     small = reduce_run(run, batches=1)
-                    quiet = Engine(Store(Path(scratch)), self.compute, _ignore, self.stop, True)
-                    quiet._run_one(small, loaded, None)
+                    store, report = Store(Path(scratch)), rehearsing(self.report)
+                    Engine(store, self.compute, report, self.stop, True)._run_one(
+                        small, loaded, None
+                    )
                 seen.add(parts)
             except (Interrupted, KeyboardInterrupt):
                 raise Interrupted from None
@@ -159,7 +163,8 @@ class Engine:
                 result = stored.read()
                 self.report(StageStarted(stage.name, stage.kind, key, stage.epochs, stored=True))
                 for row in result.history:
-                    self.report(retell(stage.name, stage.epochs, row))
+                    told = (stage.name, stage.epochs, row, stage.select, stage.accuracy_of)
+                    self.report(tell_epoch(*told, stored=True))
             else:
                 state = at.open()
                 work = partial(STAGES[stage.kind], state)
@@ -223,10 +228,15 @@ class Engine:
         """Compute a result, `compute(stage=, work=)`, with the components `uses`, and store it."""
         started = time.monotonic()
         told: list[str] = []
+        times: dict[int, float] = {}
 
         def report(event: Event) -> None:
             if isinstance(event, Note):
                 told.append(event.text)
+            elif isinstance(event, StageStarted):
+                times[0] = event.seconds
+            elif isinstance(event, EpochDone):
+                times[event.epoch] = event.seconds
             self.report(event)
 
         work = Work(at.run, at.loaded, self.compute, stored, key, report, self.stop)
@@ -252,8 +262,8 @@ class Engine:
             metrics["counts"] = describe_counts(state)
         result = StageResult(
             metrics,
-            [_finite(row) for row in outcome.history],
-            time.monotonic() - started,
+            [{**_finite(row), "seconds": times[row["epoch"]]} for row in outcome.history],
+            times.get(0, 0.0) + time.monotonic() - started,
             list(dict.fromkeys((*told, *outcome.notes))),
             {n: used_version(n) for use in uses for n in use.component.needs},
         )
@@ -281,10 +291,6 @@ class _Place:
         """Note that a stage is done, whose network is in that folder."""
         self._latest = latest
         self._state = None if reused else self._state
-
-
-def _ignore(event: Event) -> None:
-    """The report of a rehearsal, which is silent."""
 
 
 def _finite(row: Mapping[str, Any]) -> dict[str, Any]:
