@@ -17,7 +17,7 @@ from prunekit.engine.evaluating import assemble, judge
 from prunekit.engine.keys import StageKey, describe_stage, make_keys
 from prunekit.engine.stages import STAGES
 from prunekit.engine.work import Inputs, Loaded, Outcome, Work, build_state
-from prunekit.errors import Interrupted, RunError
+from prunekit.errors import DataMissingError, Interrupted, RunError
 from prunekit.models.building import describe_model
 from prunekit.models.failures import explain, release
 from prunekit.pruning.masks import State, describe_counts
@@ -102,7 +102,7 @@ class Engine:
         """Send one batch through every missing stage before hours are spent on the first.
 
         Returns label -> what would fail. Of runs that differ in numbers only, one that passes
-        speaks for the others.
+        speaks for the others. Raises `DataMissingError` where all runs lack the same data.
         """
         failures: dict[str, BaseException] = {}
         told = False
@@ -122,9 +122,8 @@ class Engine:
                 with tempfile.TemporaryDirectory(prefix="prunekit-") as scratch:
                     small = reduce_run(run, batches=1)
                     store, report = Store(Path(scratch)), rehearsing(self.report)
-                    Engine(store, self.compute, report, self.stop, True)._run_one(
-                        small, loaded, None
-                    )
+                    quiet = Engine(store, self.compute, report, self.stop, True)
+                    quiet._run_one(small, loaded, None)
                 seen.add(parts)
             except (Interrupted, KeyboardInterrupt):
                 raise Interrupted from None
@@ -133,6 +132,9 @@ class Engine:
                 if isinstance(error, RunError):
                     error = RunError(f"rehearsal, one batch a stage: {error}")
                 failures[run.label] = error
+        missing = {str(e) for e in failures.values() if isinstance(e, DataMissingError)}
+        if len(missing) == 1 and len(failures) == len(plan.runs):
+            raise DataMissingError(missing.pop())
         return failures
 
     def _run_one(self, run: Run, loaded: Loaded, folder: RunFolder | None) -> None:
@@ -163,8 +165,8 @@ class Engine:
                 result = stored.read()
                 self.report(StageStarted(stage.name, stage.kind, key, stage.epochs, stored=True))
                 for row in result.history:
-                    told = (stage.name, stage.epochs, row, stage.select, stage.accuracy_of)
-                    self.report(tell_epoch(*told, stored=True))
+                    own = (stage.name, stage.epochs, row, stage.select, stage.accuracy_of)
+                    self.report(tell_epoch(*own, stored=True))
             else:
                 state = at.open()
                 work = partial(STAGES[stage.kind], state)

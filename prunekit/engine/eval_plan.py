@@ -75,14 +75,15 @@ def plan_evaluation(network: Network, request: EvalRequest) -> Plan:
         ("threat", "eps"): ("--eps", request.eps),
     }
     folder = network.run or network.file.parent
-    recipe = Recipe(folder / RECIPE, data, locate_options(options))
+    recipe = Recipe(folder / RECIPE, data, locate_options(options), written=False)
     override(recipe, request.settings)
     try:
         plan = make_plan(recipe, load_registry())
     except RecipeError as error:
         if "threat" not in data and any("[threat]" in p.message for p in error.problems):
             raise UserError(
-                "the network does not say which threat model it was trained for; give --eps 8/255"
+                "the network does not say which threat model it was trained for; give its radius "
+                "with --eps, such as --eps 4/255"
             ) from None
         raise
     if plan.swept:

@@ -6,6 +6,7 @@ import copy
 import itertools
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from prunekit.errors import Problem
@@ -27,7 +28,7 @@ def unroll(recipe: Recipe, problems: list[Problem]) -> Iterator[tuple[dict[str, 
         if settings in seen:
             continue
         seen.append(settings)
-        variant = Recipe(recipe.path, copy.deepcopy(plain), dict(recipe.places))
+        variant = replace(recipe, data=copy.deepcopy(plain), places=dict(recipe.places))
         # A component comes before its options, whatever the order they are written in, and whether
         # the sweep or `--set` says so.
         both = [*combination, *recipe.overrides]

@@ -19,6 +19,15 @@ HINTS = {
 }
 """How a message of tomllib starts, and what that usually means in a recipe."""
 
+WRITTEN = {
+    r"=\s*[\d.]+\s*/\s*[\d.]+": 'fractions need quotes: eps = "8/255"',
+    r"^\s*\[+\s*stage\s*\]+": "stages are a list; write [[stage]], with two brackets, for each",
+    r"^\s*\[+\s*sweep\.case\s*\]+": "cases are a list; write [[sweep.case]] for each",
+    r"=\s*(True|False|None)\b": "write true or false, and leave out what there is not",
+    r"^[^=#]*:": "write key = value, with =",
+}
+"""What the line of a mistake looks like, and what that usually means in a recipe."""
+
 
 def read_toml(path: Path) -> tuple[dict[str, Any], dict[KeyPath, Place]]:
     """The data of a TOML file, and the place in it of every key path.
@@ -52,8 +61,10 @@ def _explain(error: tomllib.TOMLDecodeError, text: str) -> tuple[str, int]:
     if not found:
         line = text.rstrip().count("\n") + 1
         return "the file ends in the middle of a value; close the bracket or the quote", line
-    hints = [f"; {hint}" for start, hint in HINTS.items() if found[1].startswith(start)]
-    return "".join([found[1], *hints]), int(found[2])
+    wrong = text.split("\n")[int(found[2]) - 1]
+    hints = [hint for pattern, hint in WRITTEN.items() if re.search(pattern, wrong)]
+    hints += [hint for start, hint in HINTS.items() if found[1].startswith(start)]
+    return "; ".join([found[1], *hints[:1]]), int(found[2])
 
 
 def find_lines(text: str) -> dict[KeyPath, int]:

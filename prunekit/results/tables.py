@@ -116,11 +116,15 @@ def _list_metrics(rows: Sequence[Row], kind: str) -> list[str]:
 
 def write_notes(rows: Sequence[Row]) -> list[str]:
     """Lines for below the table: failed runs, and what limits the meaning of its numbers."""
-    notes = [
-        f"{relative(row.runs[0])}: {row.status}" + (f": {row.error}" if row.error else "")
-        for row in rows
-        if not row.stage
-    ]
+    unfinished: dict[str, list[str]] = {}
+    for row in rows:
+        if not row.stage:
+            told = f"{row.status}: {row.error}" if row.error else row.status
+            unfinished.setdefault(told, []).append(relative(row.runs[0]))
+    notes = []
+    for told, folders in unfinished.items():
+        more = f" and {len(folders) - 1} more" if len(folders) > 1 else ""
+        notes.append(f"{folders[0]}{more}: {told}")
     for name in _list_metrics(rows, "diagnosis"):
         most = max(row.metrics[name].mean for row in rows if name in row.metrics)
         if most > 0:
