@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,16 +119,48 @@ def _escape(character: str) -> str:
     return known.get(character) or (f"\\u{number:04x}" if number < 2**16 else f"\\U{number:08x}")
 
 
+SYNONYMS = {
+    "learning_rate": "lr", "epsilon": "eps", "radius": "eps", "wd": "weight_decay",
+    "decay": "weight_decay", "l2": "weight_decay", "bs": "batch_size", "num_epochs": "epochs",
+    "n_epochs": "epochs", "iterations": "steps", "num_steps": "steps", "iters": "steps",
+    "num_restarts": "restarts", "model": "architecture", "network": "architecture",
+    "arch": "architecture", "data": "dataset", "loss": "objective", "criterion": "objective",
+    "attack": "threat", "optim": "optimizer", "optimiser": "optimizer", "scheduler": "schedule",
+    "lr_schedule": "schedule", "method": "pruner", "device": "compute", "stages": "stage",
+    "prune_ratio": "sparsity", "amount": "sparsity", "type": "use", "magnitude": "lwm", "l1": "lwm",
+    "popup": "score", "hydra": "score", "madry": "pgd-at", "adversarial": "pgd-at", "at": "pgd-at",
+    "natural": "benign", "standard": "benign", "erm": "benign", "auto-attack": "autoattack",
+    "aa": "autoattack", "train": "pretrain", "training": "pretrain", "pruning": "prune",
+    "fine_tune": "finetune", "retrain": "finetune", "test": "evaluate", "eval": "evaluate",
+    "linf_norm": "linf", "inf": "linf", "l_inf": "linf", "euclidean": "l2", "filter": "channel",
+    "unstructured": "element", "weight": "element", "horizontal_flip": "flip", "cosineannealing":
+    "cosine", "uniform": "layer", "layerwise": "layer",
+}  # fmt: skip
+"""Other words of the field -> what recipes call it."""
+
+
+def _plain(word: str) -> str:
+    """The word without what people write differently: case, dashes, underscores, spaces."""
+    return re.sub(r"[\W_]", "", word.casefold())
+
+
 def suggest(word: str, words: Iterable[str]) -> str:
-    """Advice for a wrong word: the one that is most like it, or all there are.
+    """Advice for a wrong word: the one that means the same or is most like it, or all there are.
 
     >>> suggest("trads", ["trades", "mart"]), suggest("x", ["trades", "mart"])
     ("did you mean 'trades'?", 'there are: mart, trades')
+    >>> suggest("CIFAR-10", ["cifar10", "cifar100"]), suggest("learning_rate", ["lr", "steps"])
+    ("did you mean 'cifar10'?", "did you mean 'lr'?")
     """
     words = sorted(words)
-    close = difflib.get_close_matches(word, words, n=1)
-    if close:
-        return f"did you mean {close[0]!r}?"
+    plain = {_plain(known): known for known in reversed(words)}
+    synonyms = {_plain(other): meant for other, meant in SYNONYMS.items()}
+    meant = plain.get(_plain(word)) or synonyms.get(_plain(word), "")
+    close = difflib.get_close_matches(_plain(word), plain, n=1)
+    if meant not in words:
+        meant = plain[close[0]] if close else ""
+    if meant:
+        return f"did you mean {meant!r}?"
     return f"there are: {', '.join(words)}" if words else "it takes none"
 
 

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from prunekit.errors import Interrupted
 
+STOPPING = "stopping after this batch; again to stop now"
+
 
 @dataclass
 class Stop:
-    """Asks a running loop to stop at the next safe point; a second signal stops it at once."""
+    """Asks a running loop to stop at the next safe point; a second signal stops it at once.
+
+    The first one is answered on stderr, whatever reporters there are.
+    """
 
     requested: bool = False
 
@@ -31,6 +38,7 @@ class Stop:
             if self.requested:
                 raise KeyboardInterrupt
             self.requested = True
+            _answer(STOPPING)
 
         try:
             old = {s: signal.signal(s, request) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -42,6 +50,17 @@ class Stop:
         finally:
             for number, handler in old.items():
                 signal.signal(number, handler)
+
+
+def _answer(text: str) -> None:
+    """Write a line from a signal handler, above a live display if there is one."""
+    try:
+        sys.stderr.write(f"{text}\n")
+        sys.stderr.flush()
+    # The signal may have come in the middle of a write to the same stream.
+    except (RuntimeError, OSError, ValueError):
+        with suppress(OSError):
+            os.write(2, f"{text}\n".encode())
 
 
 class Reporter(Protocol):
@@ -76,7 +95,8 @@ class RunStarted:
 class StageStarted:
     """A stage begins, or resumes at the `epoch` and `batch` that an earlier process reached.
 
-    `stored`: nothing is computed, what follows was stored by an earlier process.
+    `stored`: nothing is computed, what follows was stored by an earlier process. `seconds`: what
+    earlier processes spent on it.
     """
 
     stage: str
@@ -87,6 +107,7 @@ class StageStarted:
     epoch: int = 0
     batch: int = 0
     stored: bool = False
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -104,7 +125,11 @@ class Progress:
 
 @dataclass(frozen=True)
 class EpochDone:
-    """An epoch is over; `epoch` counts from 1. `stored`: an earlier process computed it."""
+    """An epoch is over; `epoch` counts from 1. `stored`: an earlier process computed it.
+
+    `decides` is the one of its metrics that chooses the best epoch, "" if none does. The note of a
+    metric says of what it is. `seconds` are those of the whole epoch, over all processes.
+    """
 
     stage: str
     epoch: int
@@ -113,6 +138,7 @@ class EpochDone:
     best: bool = False
     seconds: float = 0.0
     stored: bool = False
+    decides: str = ""
 
 
 @dataclass(frozen=True)
@@ -156,6 +182,20 @@ class RunFailed:
 
 Event = RunStarted | StageStarted | Progress | EpochDone | StageDone | Note | RunDone | RunFailed
 Report = Callable[[Event], None]
+
+
+def rehearsing(report: Report) -> Report:
+    """Of what a rehearsal reports, tells `report` only where it is: as progress of "rehearsal"."""
+
+    def tell(event: Event) -> None:
+        if isinstance(event, StageStarted):
+            report(Progress("rehearsal", 0, 1, label=event.stage))
+        elif isinstance(event, Progress):
+            label = f"{event.stage}  {event.label}".strip()
+            report(Progress("rehearsal", event.done, event.total, label=label))
+
+    return tell
+
 
 Tell = Callable[[str], None]
 """Shows the user a line that is neither an event of a run nor a result."""

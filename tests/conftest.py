@@ -14,6 +14,8 @@ from typing import Any
 os.environ["OMP_NUM_THREADS"] = "1"
 # What recipes ran is not remembered for the person who runs the tests.
 os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="prunekit-state-")
+# Tables would keep to it.
+os.environ.pop("COLUMNS", None)
 
 import pytest
 

@@ -134,6 +134,7 @@ def prunekit_objectives() -> Iterable[ObjectiveComponent]:
         forward_passes=lambda options: options.steps + 1,
         attack_passes=lambda options: options.steps,
         validation_passes=count_validation,
+        accuracy_of=lambda options: "attacked training images",
         validates=("accuracy", "robust_accuracy"),
         select="robust_accuracy",
     )
@@ -169,6 +170,7 @@ def prunekit_objectives() -> Iterable[ObjectiveComponent]:
         paper="Shafahi et al., NeurIPS 2019, arXiv 1904.12843",
         replays=lambda options: options.replays,
         validation_passes=count_validation,
+        accuracy_of=lambda options: "attacked training images",
         validates=("accuracy", "robust_accuracy"),
         select="robust_accuracy",
     )

@@ -48,8 +48,9 @@ class Evaluation:
     about a result are issued as warnings.
 
     Every attack is seeded with `seed` on every batch, so batches do not depend on each other. With
-    a folder `scratch`, finished batches are stored there, and an interrupted evaluation resumes
-    after the last one with the same result. (pyautoattack 0.2.0 has a `state_path` for this, but
+    a folder `scratch`, finished attacks on a batch are stored there, and an interrupted evaluation
+    resumes after the last one with the same result. `pause` is called after each forward pass and
+    may raise. (pyautoattack 0.2.0 has a `state_path` for this, but
     cannot read it back, and would restart the interrupted attack with the remaining images.)
 
     Raises `UserError` if an attack named in the recipe needs more classes.
@@ -58,13 +59,20 @@ class Evaluation:
     threat: Threat
     options: AutoAttackOptions
     scratch: Path | None = None
+    pause: Callable[[], None] = lambda: None
 
     def __call__(self, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Result:
         kept = self.scratch / "autoattack.json" if self.scratch else None
         fooled: list[str] = []
         doubts: dict[str, str] = {}
+        begun: list[list[str]] = []
         if kept is not None and kept.exists():
-            fooled, doubts = read_json(kept)
+            fooled, doubts, *begun = read_json(kept)
+
+        def keep(*begun: list[str]) -> None:
+            if kept is not None:
+                write_json(kept, [fooled, doubts, *begun])
+
         done, seen, classes = len(fooled), 0, 0
         with frozen(model) as model, listening(doubts):
             for x, y in batches:
@@ -73,9 +81,9 @@ class Evaluation:
                     classes = self._count_classes(model, x)
                 if seen <= done:
                     continue
-                fooled += self._attack_batch(model, x, y, classes)
-                if kept is not None:
-                    write_json(kept, [fooled, doubts])
+                fooled += self._attack_batch(model, x, y, classes, begun, keep)
+                begun = []
+                keep()
         attack = np.array(fooled)
         correct = attack == ROBUST
         self._warn(attack, self._choose(classes), doubts)
@@ -113,13 +121,32 @@ class Evaluation:
         budgets = (self.options.steps, self.options.queries, self.options.restarts)
         return tuple(self._choose(classes)) == ATTACKS and budgets == (100, 5000, 1)
 
-    def _attack_batch(self, model: nn.Module, x: Tensor, y: Tensor, classes: int) -> list[str]:
-        """The record `attack` of each image of x (B, C, H, W) in [0, 1], with labels y (B,)."""
+    def _attack_batch(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        classes: int,
+        begun: Sequence[list[str]] = (),
+        keep: Callable[[list[str], list[str]], None] = lambda found, done: None,
+    ) -> list[str]:
+        """The record `attack` of each image of x (B, C, H, W) in [0, 1], with labels y (B,).
+
+        `keep` gets the record after each attack, and which are done; `begun` is what it got.
+        """
+
+        def logits(images: Tensor) -> Tensor:
+            self.pause()
+            return predict(model, images)
+
         with torch.no_grad():
             correct = is_correct(predict(model, x), y).cpu().numpy()
         found = np.where(correct, ROBUST, MISCLASSIFIED).astype(object)
-        suite = self._make_suite(lambda images: predict(model, images), x.device, classes)
-        for name in self._choose(classes):
+        done: list[str] = []
+        if begun:
+            found, done = np.array(begun[0], dtype=object), begun[1]
+        suite = self._make_suite(logits, x.device, classes)
+        for name in self._choose(classes)[len(done) :]:
             left = np.flatnonzero(found == ROBUST)
             if not len(left):
                 break
@@ -130,6 +157,8 @@ class Evaluation:
             _, prediction = suite.run_standard_evaluation(x[index], y[index], batch_size=len(left))
             sys.settrace(tracer)
             found[left[(prediction != y[index]).cpu().numpy()]] = name
+            done = [*done, name]
+            keep(list(found), done)
         return list(found)
 
     def _make_suite(
@@ -190,4 +219,5 @@ def listening(doubts: dict[str, str]) -> Iterator[None]:
 
 def build_autoattack(options: AutoAttackOptions, context: EvaluatorContext) -> Evaluation:
     """Build the evaluator `autoattack`; raises `UserError` if there is no threat."""
-    return Evaluation(check_threat(context.threat), options, context.scratch)
+    threat = check_threat(context.threat)
+    return Evaluation(threat, options, context.scratch, context.pause)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import time
 import traceback
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from prunekit import judge_batches
 from prunekit.contexts import EvaluatorContext
 from prunekit.contracts import Metric, Result
-from prunekit.errors import UserError
+from prunekit.errors import Interrupted, UserError
 from prunekit.evaluation import proportion
 from prunekit_lirpa import VerifiedOptions
 from prunekit_lirpa.bounds import Bounds
@@ -50,6 +49,8 @@ class Verified:
     eps: float
     options: VerifiedOptions
     scratch: Path | None = None
+    pause: Callable[[], None] = lambda: None
+    """Called before each torch operation of a bound; may raise `Interrupted`."""
 
     def __call__(self, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Result:
         bounds: list[Bounds] = []
@@ -92,14 +93,16 @@ class Verified:
         # The best bound of each margin so far, in each precision.
         best = [logits[:, 1:].to(one.dtype).fill_(-torch.inf) for one in bounds]
         tried: list[str] = []
-        end = None if self.options.seconds is None else time.monotonic() + self.options.seconds
+        seconds = self.options.seconds
+        end = float("inf") if seconds is None else time.monotonic() + seconds
         for name in self.options.methods:
             left = np.flatnonzero((method == OPEN) | (method == FAILED))
             if not len(left):
                 break
             index = torch.from_numpy(left).to(x.device)
             try:
-                with torch.set_grad_enabled(name == "alpha-crown"), deadline(end):
+                watch = Watch(end, self.pause)
+                with torch.set_grad_enabled(name == "alpha-crown"), watch:
                     for one, lower in zip(bounds, best, strict=True):
                         box = surround(x[index].to(one.dtype), self.eps)
                         for each in (name,) if one is bounds[0] else (*tried, name):
@@ -114,6 +117,8 @@ class Verified:
                     one.forget()
                 method[left] = LATE
                 break
+            except Interrupted:
+                raise
             # An exception of the verifier, whatever it is, says nothing about the network.
             except Exception as error:
                 for one in bounds:
@@ -162,31 +167,26 @@ class OutOfTimeError(BaseException):
     """The time limit is reached; not an `Exception`, so that no handler takes it for a failure."""
 
 
-class Deadline(TorchFunctionMode):
-    """Raises `OutOfTimeError` at the first torch operation after `end` (monotonic clock)."""
+class Watch(TorchFunctionMode):
+    """Raises `OutOfTimeError` at the first torch operation after `end` (monotonic clock).
 
-    def __init__(self, end: float) -> None:
+    Calls `pause` before each, which may raise too.
+    """
+
+    def __init__(self, end: float, pause: Callable[[], None]) -> None:
         super().__init__()
-        self.end = end
+        self.end, self.pause = end, pause
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        self.pause()
         if time.monotonic() > self.end:
             raise OutOfTimeError
         return func(*args, **(kwargs or {}))
 
 
-@contextmanager
-def deadline(end: float | None) -> Iterator[None]:
-    """Inside, torch operations raise `OutOfTimeError` after `end` (monotonic); None: no limit."""
-    if end is None:
-        yield
-    else:
-        with Deadline(end):
-            yield
-
-
 def build_verified(options: VerifiedOptions, context: EvaluatorContext) -> Verified:
     """Build the evaluator `verified`; raises `UserError` unless there is an L-infinity threat."""
-    return Verified(check_threat(context.threat, "verified"), options, context.scratch)
+    eps = check_threat(context.threat, "verified")
+    return Verified(eps, options, context.scratch, context.pause)

@@ -139,6 +139,9 @@ def prunekit_objectives() -> Iterable[ObjectiveComponent]:
         "Cohen et al., ICML 2019, arXiv 1902.02918",
         forward_passes=lambda options: 2 if options.loss == "stability" else 1,
         validation_passes=lambda options: options.validation_draws + 1,
+        accuracy_of=lambda options: (
+            "training images" if options.loss == "stability" else "noisy training images"
+        ),
         validates=("accuracy", "noisy_accuracy"),
         select="noisy_accuracy",
     )

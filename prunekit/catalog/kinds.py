@@ -47,6 +47,8 @@ class ObjectiveComponent(Component):
     """Names of its validation metrics, each a fraction of the images."""
     select: str = "accuracy"
     """The one of them that chooses the best epoch, or "last"."""
+    accuracy_of: Callable[[Any], str] = lambda options: "training images"
+    """options -> of what the logits of its loss are, such as "attacked training images"."""
     replays: Callable[[Any], int] = lambda options: 1
     """options -> optimizer steps on each batch. A recipe's epochs are divided by it."""
     forward_passes: Callable[[Any], int] = lambda options: 1

@@ -16,7 +16,7 @@ from prunekit.catalog.component import Radius, Use, default_of
 from prunekit.catalog.kinds import KINDS, ArchitectureComponent, PrunerComponent
 from prunekit.catalog.registry import Entry, load_registry
 from prunekit.cli.completion import complete_components, complete_kinds
-from prunekit.cli.group import as_json, echo, print_json, print_table
+from prunekit.cli.group import as_json, echo, print_json, print_table, width_of
 from prunekit.errors import UserError, suggest
 from prunekit.recipe.resolver import KIND_OF, field_types, key_of
 from prunekit.recipe.values import example_of, limits
@@ -57,6 +57,8 @@ FRAGMENTS = {
 @as_json
 def list_components(kind: str | None, match: str | None, as_json: bool) -> None:
     """List all components, or those of one KIND (objectives, pruners, ...)."""
+    from rich.console import Console
+
     registry = load_registry()
     wanted = kind and kind.removesuffix("s").replace("-", "_")
     if wanted and wanted not in KINDS:
@@ -71,7 +73,20 @@ def list_components(kind: str | None, match: str | None, as_json: bool) -> None:
     for plugin in registry.broken:
         status = f"broken: {plugin.reason}"
         rows.append(["plugin", plugin.plugin, "", plugin.distribution, status])
-    print_table(("kind", "name", "what it is", "from", "status"), rows)
+    titles = ["kind", "name", "what it is", "from", "status"]
+    width = width_of(Console())
+    if width and width < 3 + sum(max(map(len, column)) + 2 for column in zip(*rows, strict=True)):
+        # What is so of most components is left out, that the others are read.
+        titles = titles[:3]
+        rows = [[kind, name, _join(what, *more)] for kind, name, what, *more in rows]
+    print_table(titles, rows)
+
+
+def _join(summary: str, distribution: str, status: str) -> str:
+    """What a component is, with its origin and its status where they are not the usual ones."""
+    told = [] if distribution.partition(" ")[0] == "prunekit" else [f"from {distribution}"]
+    told += [] if status == "ready" else [status]
+    return f"{summary} ({', '.join(told)})".strip() if told else summary
 
 
 @click.command()

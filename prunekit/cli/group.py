@@ -7,6 +7,7 @@ import functools
 import importlib
 import json
 import os
+import re
 import shlex
 import sys
 import traceback
@@ -24,6 +25,7 @@ from prunekit.errors import (
     explain_briefly,
     printable,
     relative,
+    suggest,
 )
 
 if TYPE_CHECKING:
@@ -58,6 +60,22 @@ COMMANDS = {
 """Name of a command -> its "module:function" in this folder, imported when it is used."""
 
 
+OTHERWISE = {
+    "train": "run", "start": "run", "resume": "run", "prune": "run", "finetune": "run",
+    "evaluate": "eval", "test": "eval", "attack": "eval", "validate": "check", "lint": "check",
+    "compare": "results", "report": "results", "ls": "list", "info": "show", "describe": "show",
+    "create": "init", "plot": "curve", "gc": "clean", "convert": "import", "load": "import",
+    "--gpu": "--device cuda", "--cuda": "--device cuda", "--cpu": "--device cpu",
+    "--output": "--out FOLDER", "--name": "--out FOLDER", "--overwrite": "--force",
+    "--seed": "--set seed=1", "--epochs": "--set pretrain.epochs=10",
+    "--lr": "--set pretrain.optimizer.lr=0.1", "--sparsity": "--set prune.sparsity=0.95",
+    "--eps": "--set threat.eps=8/255", "--batch-size": "--set dataset.batch_size=64",
+    "--pruner": "--set prune.pruner=lwm", "--dataset": "--set dataset=cifar10",
+    "--model": "--set architecture=vgg16-bn", "--evaluators": "--with clean,pgd",
+}  # fmt: skip
+"""What other tools call a command or an option -> what to write here."""
+
+
 class Cli(click.Group):
     """Imports commands on demand and turns every exception into a message and an exit code."""
 
@@ -76,10 +94,24 @@ class Cli(click.Group):
         command.callback = _apart(command.callback)
         return command
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """The command that the first argument names, with advice where it names none."""
+        word = args[0]
+        if word in COMMANDS or word.startswith("-"):
+            return super().resolve_command(ctx, args)
+        advice = suggest(word, COMMANDS)
+        if word in OTHERWISE:
+            advice = f"write prunekit {OTHERWISE[word]}"
+        raise click.UsageError(f"there is no command {word!r}; {advice}", ctx)
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; exit with one message if it fails, and a traceback with `--debug`."""
         try:
             return super().invoke(ctx)
+        except click.NoSuchOption as error:
+            raise _point_to_option(error) from None
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except BrokenPipeError:
@@ -113,6 +145,19 @@ def stdout() -> TextIO:
     context = click.get_current_context(silent=True)
     stream: Any = context.meta.get(STDOUT, sys.stdout) if context else sys.stdout
     return cast(TextIO, stream)
+
+
+def _point_to_option(error: click.NoSuchOption) -> click.UsageError:
+    """The error of an option that there is not, with what to write instead."""
+    word, command = error.option_name.replace("_", "-"), error.ctx and error.ctx.command
+    known = [way for p in command.params for way in p.opts if way[:2] == "--"] if command else []
+    meant = OTHERWISE.get(word, "")
+    if meant.partition(" ")[0] in known:
+        advice = f"write {meant}"
+    else:
+        advice = suggest(word.removeprefix("--"), [way.removeprefix("--") for way in known])
+        advice = re.sub(r"([\w-]+)(?=['?,]|$)", r"--\1", advice)
+    return click.UsageError(f"there is no option {error.option_name!r}; {advice}", error.ctx)
 
 
 def _explain_exit(error: BaseException) -> tuple[str, int]:
@@ -189,8 +234,8 @@ def print_table(
 ) -> None:
     """Print a table, columns of numbers aligned to the right.
 
-    A terminal's width is kept by wrapping cells, those of the first `whole` columns apart; in a
-    file or a pipe the table is as wide as its content.
+    A terminal's width is kept by wrapping cells, those of the first `whole` columns apart; where
+    that is all of them, and in a file or a pipe, the table is as wide as its content.
     """
     from rich.console import Console
     from rich.measure import Measurement
@@ -201,14 +246,21 @@ def print_table(
     table = Table(box=box, pad_edge=False, collapse_padding=box is not None)
     for place, title in enumerate(titles):
         table.add_column(Text(printable(title)), no_wrap=place < whole, overflow="fold")
-        if any(row[place][:1].isdigit() for row in rows):
+        starts = {row[place][:1] for row in rows} - {"", "-"}
+        if starts and all(start.isdigit() for start in starts):
             table.columns[place].justify = "right"
     for row in rows:
         table.add_row(*(Text(printable(cell)) for cell in row))
-    if not console.is_terminal:
+    if width_of(console) is None or whole >= len(titles):
         endless = console.options.update(max_width=100_000)
         console.width = max(console.width, Measurement.get(console, endless, table).maximum)
     console.print(table)
+
+
+def width_of(console: Console) -> int | None:
+    """The columns to keep to; None in a file or a pipe, unless COLUMNS says so."""
+    kept = console.is_terminal or "COLUMNS" in os.environ
+    return console.width if kept else None
 
 
 def note(text: str) -> None:

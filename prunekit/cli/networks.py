@@ -74,7 +74,9 @@ def import_file(
         group.print_json({"run": str(out), **found})
         return
     group.echo(f"{relative(out)}: sparsity {100 * found['sparsity']:.2f} %")
-    group.warn(f"evaluate it: prunekit eval {relative(out)} --with clean,pgd --eps 8/255")
+    # The file of the run knows the radius, if anybody said it.
+    radius = "" if eps else " --eps RADIUS"
+    group.warn(f"evaluate it: prunekit eval {relative(out)} --with clean,pgd{radius}")
 
 
 @click.command()

@@ -44,6 +44,7 @@ def check(
 ) -> None:
     """Check recipes and report all mistakes at once. Trains nothing."""
     results: list[dict[str, Any]] = []
+    noted: dict[str, list[str]] = {}
     for path in recipes:
         networks: list[dict[str, Any]] = []
         plan = None
@@ -67,13 +68,16 @@ def check(
             results[-1]["networks"] = networks
         if not as_json:
             for text in (*plan.notes, *notes):
-                group.note(f"{path}: {text}")
+                noted.setdefault(text, []).append(str(path))
             group.echo(f"{path}: good ({group.count(len(plan.runs), 'run')})")
             _print_networks(networks)
     problems = [problem for result in results for problem in result["problems"]]
     if as_json:
         group.print_json({"recipes": results})
     else:
+        for text, paths in noted.items():
+            more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+            group.note(f"{paths[0]}{more}: {text}")
         for problem in problems:
             group.warn(problem)
     if problems:
@@ -165,8 +169,8 @@ def run(
         group.warn(f"{relative(out)} is done already: these are its results")
     print_results(out, as_json)
     failed = [folder for folder in folders or [] if folder.status == "failed"]
-    for run_folder in failed:
-        _print_failure(run_folder)
+    for error in dict.fromkeys(folder.error for folder in failed):
+        _print_failures([folder for folder in failed if folder.error == error])
     if failed:
         click.get_current_context().exit(1)
     group.warn(f"in {relative(out)}")
@@ -197,8 +201,11 @@ def _print_preview(plan: Plan, preview: dict[str, Any], as_json: bool) -> None:
     group.echo(f"# to do: {group.count(len(todo), 'stage')}, {passes:,} forward passes of a batch")
 
 
-def _print_failure(folder: RunFolder) -> None:
-    if click.get_current_context().find_root().params.get("debug") and folder.cause is not None:
-        traceback.print_exception(folder.cause)
-    name = f"run {folder.run.label!r}" if folder.plan.swept else "the run"
-    group.warn(f"prunekit: {name} failed: {folder.error}")
+def _print_failures(folders: list[RunFolder]) -> None:
+    """Print why these runs failed, all for the same reason."""
+    first = folders[0]
+    if click.get_current_context().find_root().params.get("debug") and first.cause is not None:
+        traceback.print_exception(first.cause)
+    name = f"run {first.run.label!r}" if first.plan.swept else "the run"
+    more = f" and {len(folders) - 1} more" if len(folders) > 1 else ""
+    group.warn(f"prunekit: {name}{more} failed: {first.error}")

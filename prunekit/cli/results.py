@@ -93,14 +93,22 @@ def print_results(
 
 
 def print_comparison(rows: Sequence[Row], console: Console) -> None:
-    """Print the table of the comparison and the notes below it."""
+    """Print the table of the comparison and the notes below it.
+
+    Where the table is wider than the terminal, its columns go into several, one below the other.
+    """
     from rich import box
     from rich.text import Text
 
     from prunekit.results import tables
 
-    titles, *lines = tables.tabulate(rows, "+-" if console.options.ascii_only else "±")
-    group.print_table(titles, lines, console, box=box.SIMPLE_HEAD, whole=0)
+    cells = tables.tabulate(rows, "+-" if console.options.ascii_only else "±")
+    width = group.width_of(console)
+    # The stage, the settings and the seeds say which row it is.
+    labels = cells[0].index("seed") + 1 if "seed" in cells[0] else 1 + tables.count_settings(rows)
+    blocks = tables.split(cells, labels, width) if width else [cells]
+    for titles, *lines in blocks:
+        group.print_table(titles, lines, console, box=box.SIMPLE_HEAD, whole=len(titles))
     for note in tables.write_notes(rows):
         console.print(Text(printable(note, keep="")), soft_wrap=True)
 

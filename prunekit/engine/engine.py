@@ -17,7 +17,7 @@ from prunekit.engine.evaluating import assemble, judge
 from prunekit.engine.keys import StageKey, describe_stage, make_keys
 from prunekit.engine.stages import STAGES
 from prunekit.engine.work import Inputs, Loaded, Outcome, Work, build_state
-from prunekit.errors import Interrupted, RunError
+from prunekit.errors import DataMissingError, Interrupted, RunError
 from prunekit.models.building import describe_model
 from prunekit.models.failures import explain, release
 from prunekit.pruning.masks import State, describe_counts
@@ -25,6 +25,7 @@ from prunekit.recipe.plan import Plan, Run
 from prunekit.recipe.reduction import reduce_run
 from prunekit.recipe.stages import Stage, uses_in
 from prunekit.report import (
+    EpochDone,
     Event,
     Note,
     Report,
@@ -34,6 +35,7 @@ from prunekit.report import (
     StageDone,
     StageStarted,
     Stop,
+    rehearsing,
 )
 from prunekit.store.checkpoint import write_model
 from prunekit.store.files import read_npz
@@ -41,7 +43,7 @@ from prunekit.store.keys import used_version
 from prunekit.store.runs import RunFolder
 from prunekit.store.stages import StageFolder, StageResult, Store
 from prunekit.training.compute import Compute
-from prunekit.training.loop import retell
+from prunekit.training.progress import tell_epoch
 
 
 @dataclass
@@ -100,7 +102,7 @@ class Engine:
         """Send one batch through every missing stage before hours are spent on the first.
 
         Returns label -> what would fail. Of runs that differ in numbers only, one that passes
-        speaks for the others.
+        speaks for the others. Raises `DataMissingError` where all runs lack the same data.
         """
         failures: dict[str, BaseException] = {}
         told = False
@@ -119,7 +121,8 @@ class Engine:
                     told = True
                 with tempfile.TemporaryDirectory(prefix="prunekit-") as scratch:
                     small = reduce_run(run, batches=1)
-                    quiet = Engine(Store(Path(scratch)), self.compute, _ignore, self.stop, True)
+                    store, report = Store(Path(scratch)), rehearsing(self.report)
+                    quiet = Engine(store, self.compute, report, self.stop, True)
                     quiet._run_one(small, loaded, None)
                 seen.add(parts)
             except (Interrupted, KeyboardInterrupt):
@@ -129,6 +132,9 @@ class Engine:
                 if isinstance(error, RunError):
                     error = RunError(f"rehearsal, one batch a stage: {error}")
                 failures[run.label] = error
+        missing = {str(e) for e in failures.values() if isinstance(e, DataMissingError)}
+        if len(missing) == 1 and len(failures) == len(plan.runs):
+            raise DataMissingError(missing.pop())
         return failures
 
     def _run_one(self, run: Run, loaded: Loaded, folder: RunFolder | None) -> None:
@@ -159,7 +165,8 @@ class Engine:
                 result = known
                 self.report(StageStarted(stage.name, stage.kind, key, stage.epochs, stored=True))
                 for row in result.history:
-                    self.report(retell(stage.name, stage.epochs, row))
+                    own = (stage.name, stage.epochs, row, stage.select, stage.accuracy_of)
+                    self.report(tell_epoch(*own, stored=True))
             else:
                 state = at.open()
                 work = partial(STAGES[stage.kind], state)
@@ -231,10 +238,15 @@ class Engine:
         """Compute a result, `compute(stage=, work=)`, with the components `uses`, and store it."""
         started = time.monotonic()
         told: list[str] = []
+        times: dict[int, float] = {}
 
         def report(event: Event) -> None:
             if isinstance(event, Note):
                 told.append(event.text)
+            elif isinstance(event, StageStarted):
+                times[0] = event.seconds
+            elif isinstance(event, EpochDone):
+                times[event.epoch] = event.seconds
             self.report(event)
 
         work = Work(at.run, at.loaded, self.compute, stored, key, report, self.stop)
@@ -260,8 +272,8 @@ class Engine:
             metrics["counts"] = describe_counts(state)
         result = StageResult(
             metrics,
-            [_finite(row) for row in outcome.history],
-            time.monotonic() - started,
+            [{**_finite(row), "seconds": times[row["epoch"]]} for row in outcome.history],
+            times.get(0, 0.0) + time.monotonic() - started,
             list(dict.fromkeys((*told, *outcome.notes))),
             {n: used_version(n) for use in uses for n in use.component.needs},
         )
@@ -288,10 +300,6 @@ class _Place:
         """Note that a stage is done, whose network is in that folder."""
         self._latest = latest
         self._state = None if reused else self._state
-
-
-def _ignore(event: Event) -> None:
-    """The report of a rehearsal, which is silent."""
 
 
 def _finite(row: Mapping[str, Any]) -> dict[str, Any]:

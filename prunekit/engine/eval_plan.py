@@ -88,7 +88,8 @@ def plan_evaluation(network: Network, request: EvalRequest) -> Plan:
     except RecipeError as error:
         if "threat" not in data and any("[threat]" in p.message for p in error.problems):
             raise UserError(
-                "the network does not say which threat model it was trained for; give --eps 8/255"
+                "the network does not say which threat model it was trained for; give --eps "
+                "with its radius, such as --eps 4/255"
             ) from None
         raise
     if plan.swept:

@@ -83,7 +83,7 @@ def plan_recipe(
 def read_recipe(source: str | Path | Mapping[str, Any], *, trust: bool = False) -> Recipe:
     """A recipe from a file or from its tables; `trust` as in `open_recipe`."""
     if isinstance(source, Mapping):
-        return Recipe(Path.cwd() / RECIPE, copy.deepcopy(dict(source)))
+        return Recipe(Path.cwd() / RECIPE, copy.deepcopy(dict(source)), written=False)
     return open_recipe(Path(source), trust=trust)
 
 
@@ -123,7 +123,7 @@ def do_stage(
         "compute": {"device": device},
         **sections,
     }
-    plan = make_plan(Recipe(Path.cwd() / RECIPE, tables), load_registry())
+    plan = make_plan(Recipe(Path.cwd() / RECIPE, tables, written=False), load_registry())
     (chosen,) = plan.runs
     (stage,) = chosen.stages
     compute = open_compute(plan.compute.device)

@@ -37,8 +37,9 @@ from prunekit.pruning.structures import fits
 from prunekit.recipe.stages import Stage
 from prunekit.report import Note, StageStarted
 from prunekit.steps import Masking
-from prunekit.training.loop import Fit, fit, label_metrics
+from prunekit.training.loop import Fit, fit
 from prunekit.training.masking import LearnedScores, Weights
+from prunekit.training.progress import label_metrics
 from prunekit.training.rewiring import Rewired, Rewiring
 
 
@@ -281,10 +282,11 @@ def _fit(
             report=work.report,
             stop=work.stop,
             checkpoint=work.folder.progress,
-            select=_selecting_metric(stage),
+            select=stage.select,
             clip_norm=options.clip_norm,
             replays=stage.replays,
             wrappers=[use.build(context) for use in options.wrap],
+            images=stage.accuracy_of,
         )
     )
 
@@ -294,11 +296,5 @@ def _best(history: list[dict[str, Any]], stage: Stage) -> dict[str, Any]:
     rows = [row for row in history if row["best"]]
     if not rows:
         return {}
-    epoch, select = rows[-1]["epoch"], _selecting_metric(stage)
-    return {"epoch": epoch, **label_metrics(rows[-1]), "select": select}
-
-
-def _selecting_metric(stage: Stage) -> str:
-    """The validation metric that chooses the best epoch of a stage."""
-    options = stage.options
-    return options.select or str(options.objective.component.select)
+    found = label_metrics(rows[-1], stage.accuracy_of)
+    return {"epoch": rows[-1]["epoch"], **found, "select": stage.select}

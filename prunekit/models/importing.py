@@ -113,7 +113,7 @@ def import_model(
         ("architecture", "use"): ("--model", sections["architecture"]["use"]),
         ("threat", "eps"): ("--eps", sections.get("threat", {}).get("eps")),
     }
-    recipe = Recipe(out / RECIPE, dict(sections), locate_options(options))
+    recipe = Recipe(out / RECIPE, dict(sections), locate_options(options), written=False)
     override(recipe, settings)
     plan = make_plan(recipe, load_registry())
     (run,) = plan.runs

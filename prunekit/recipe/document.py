@@ -41,12 +41,23 @@ class Recipe:
     """The settings of `--set`. They are in `data` already, and also override a sweep."""
     foreign: dict[str, str] = field(default_factory=dict)
     """Top-level keys that the user did not write, as `Resolver.foreign`."""
+    written: bool = True
+    """Whether it is in a file; a table of Python has no lines."""
 
     def locate(self, path: KeyPath) -> Place:
-        """Where a value was written, or else the innermost table that it belongs to."""
-        while path and path not in self.places:
-            path = path[:-1]
-        return self.places[path] if path else Place(relative(self.path), 1)
+        """Where a value was written, or else the innermost table that it belongs to.
+
+        Of what is in no file, the keys that lead to it.
+        """
+        known = path
+        while known and known not in self.places:
+            known = known[:-1]
+        if known:
+            return self.places[known]
+        if self.written:
+            return Place(relative(self.path), 1)
+        keys = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path)
+        return Place(keys.removeprefix(".") or "the recipe")
 
     def settings(self, table: Mapping[str, Any], path: KeyPath) -> Iterator[Setting]:
         """The settings that the table at `path` lists."""

@@ -12,14 +12,15 @@ from typing import Any
 from prunekit.catalog.component import Use
 from prunekit.catalog.registry import Registry
 from prunekit.contracts import Architecture, Data, Threat
-from prunekit.errors import Problem, RecipeError
-from prunekit.recipe.addresses import SECTIONS, resolve_address, takes_list
+from prunekit.errors import SYNONYMS, Problem, RecipeError
+from prunekit.recipe.addresses import OPTIONS, SECTIONS, resolve_address, takes_list
 from prunekit.recipe.document import FORMAT, Recipe
 from prunekit.recipe.resolver import THREAT_EXAMPLE, Resolver, describe
 from prunekit.recipe.sections import (
     ArchitectureOptions,
     ComputeOptions,
     DataOptions,
+    PruneOptions,
     ThreatOptions,
 )
 from prunekit.recipe.stages import Stage, resolve_stages, uses_in
@@ -178,7 +179,11 @@ def _with_whole_paths(value: Any, files: Mapping[tuple[str, str], str], key: str
 def _check_top(recipe: Recipe, resolver: Resolver) -> None:
     for key in recipe.data:
         if key not in TOP_KEYS:
+            meant = SYNONYMS.get(key, key)
             advice = suggest(key, (*TOP_KEYS, "extends", "set"))
+            for owner, options in (*OPTIONS.items(), ("[stage]", PruneOptions)):
+                if meant in {field.name for field in dataclasses.fields(options)}:
+                    advice = f"it belongs below [{owner}]: {meant} = ..."
             resolver.problem((key,), f"unknown key {key!r}; {advice}")
     version = recipe.data.get("format", FORMAT)
     if version != FORMAT:

@@ -18,7 +18,7 @@ from prunekit.catalog.containment import contained
 from prunekit.catalog.kinds import KINDS
 from prunekit.catalog.registry import Registry
 from prunekit.contracts import Threat
-from prunekit.errors import OptionError, Place, Problem, UserError, explain_briefly
+from prunekit.errors import SYNONYMS, OptionError, Place, Problem, UserError, explain_briefly
 from prunekit.reading import name_type
 from prunekit.recipe.trust import Guard
 from prunekit.recipe.values import (
@@ -103,7 +103,7 @@ class Resolver:
         fields = {key_of(f.name): f for f in dataclasses.fields(cls)}
         before = len(self.problems)
         for key in [key for key in table if key not in fields]:
-            advice = suggest(key, (*fields, *core))
+            advice = self._find_inside(key, fields, hints, table) or suggest(key, (*fields, *core))
             self.problem((*path, key), f"unknown option {key!r} of {owner}; {advice}")
         known = cls.norms[0] if issubclass(cls, Threatened) else "linf"
         norm = table.get("norm") or (self.threat.norm if self.threat else known)
@@ -131,6 +131,27 @@ class Resolver:
             of_plugin = f" of plugin {plugin}" if plugin else ""
             self.problem(path, f"{owner}{of_plugin} rejects its options: {reason}")
         return None
+
+    def _find_inside(
+        self,
+        key: str,
+        fields: Mapping[str, dataclasses.Field[Any]],
+        hints: Mapping[str, Any],
+        table: Mapping[str, Any],
+    ) -> str:
+        """Advice where an option is one of a component that the table names; "" elsewhere."""
+        for outer, f in fields.items():
+            named = _over_default(table.get(outer, default_of(f)), default_of(f))
+            use = named.get("use") if isinstance(named, Mapping) else named
+            for part in (hints[f.name], *get_args(hints[f.name])):
+                if get_origin(part) is not Use:
+                    continue
+                for entry in self.registry.search(str(use), KIND_OF[get_args(part)[0]]):
+                    inner = [key_of(o.name) for o in dataclasses.fields(entry.component.options)]
+                    meant = SYNONYMS.get(key, key)
+                    if meant in inner:
+                        return f"it belongs to its {outer}: write {outer}.{meant}"
+        return ""
 
     def use(
         self, kind: str, value: Any, path: KeyPath, core: Collection[str] = ()

@@ -44,6 +44,17 @@ class Stage:
         return ask(use, "replays") if use else 1
 
     @property
+    def select(self) -> str:
+        """The validation metric that chooses the best epoch, or "last"."""
+        return self.options.select or str(self.options.objective.component.select)
+
+    @property
+    def accuracy_of(self) -> str:
+        """Of what the accuracy of an epoch is, such as "attacked training images"."""
+        use = self.options.objective
+        return str(use.component.accuracy_of(use.options))
+
+    @property
     def epochs(self) -> int:
         """Passes over the training images: the recipe's `epochs` divided by the replays."""
         return -(-(self.options.epochs or 0) // self.replays)

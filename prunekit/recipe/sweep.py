@@ -8,6 +8,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from prunekit.errors import Problem
@@ -33,7 +34,7 @@ def unroll(recipe: Recipe, problems: list[Problem]) -> Iterator[tuple[dict[str, 
         if (known := _freeze(settings)) in seen:
             continue
         seen.add(known)
-        variant = Recipe(recipe.path, copy.deepcopy(plain), dict(places))
+        variant = replace(recipe, data=copy.deepcopy(plain), places=dict(places))
         # A component comes before its options, whatever the order they are written in, and whether
         # the sweep or `--set` says so.
         both = [*combination, *recipe.overrides]

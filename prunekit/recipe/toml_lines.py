@@ -19,6 +19,15 @@ HINTS = {
 }
 """How a message of tomllib starts, and what that usually means in a recipe."""
 
+WRITTEN = {
+    r"=\s*[\d.]+\s*/\s*[\d.]+": 'fractions need quotes: eps = "8/255"',
+    r"^\s*\[+\s*stage\s*\]+": "stages are a list; write [[stage]], with two brackets, for each",
+    r"^\s*\[+\s*sweep\.case\s*\]+": "cases are a list; write [[sweep.case]] for each",
+    r"=\s*(True|False|None)\b": "write true or false, and leave out what there is not",
+    r"^[^=#]*:": "write key = value, with =",
+}
+"""What the line of a mistake looks like, and what that usually means in a recipe."""
+
 LONGEST_NUMBER = 400
 """Most characters of a number; 64 bits need 20, and a float at most 325 before its point."""
 
@@ -90,11 +99,13 @@ def _explain(error: ValueError, text: str) -> tuple[str, int]:
         if reason.startswith("Cannot"):
             return _add_hint(reason), line
         return "the file ends in the middle of a value; close the bracket or the quote", line
-    return _add_hint(found[1]), int(found[2])
+    return _add_hint(found[1], text.split("\n")[int(found[2]) - 1]), int(found[2])
 
 
-def _add_hint(reason: str) -> str:
-    return "; ".join([reason, *(hint for start, hint in HINTS.items() if reason.startswith(start))])
+def _add_hint(reason: str, line: str = "") -> str:
+    hints = [hint for pattern, hint in WRITTEN.items() if re.search(pattern, line)]
+    hints += [hint for start, hint in HINTS.items() if reason.startswith(start)]
+    return "; ".join([reason, *hints[:1]])
 
 
 def find_lines(text: str) -> dict[KeyPath, int]:

@@ -12,9 +12,10 @@ from typing import Any
 
 from prunekit.contracts import Metric
 from prunekit.errors import UserError
-from prunekit.results.comparison import freeze
 from prunekit.results.metrics import format_metric, format_setting
+from prunekit.results.settings import describe, find_columns, freeze
 from prunekit.store.records import RunRecord
+from prunekit.store.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -41,18 +42,22 @@ def choose(
     Raises `UserError` if no run has an address, if a run is not done, or if the values were tried
     with different seeds, over which means cannot be compared.
     """
+    told = describe(runs)
+    columns = {*find_columns(runs, told), *(name for one in told for name in one.swept)}
     for address in addresses:
-        if not any(address in run.settings for run in runs):
-            known = sorted({name for run in runs for name in run.settings} - {"seed"})
-            there = ", ".join(known) or "none"
+        if not any(_look_up(settings, address)[0] for settings in told):
+            there = ", ".join(sorted(columns - {"name"})) or "none"
             raise UserError(f"--choose {address}: no run has this setting; there are: {there}")
     groups: dict[str, dict[str, list[RunRecord]]] = {}
-    for run in runs:
+    for run, settings in zip(runs, told, strict=True):
         # What `prunekit eval` found of a network follows the run that the network is of.
         judged = run.stages and all(stage.kind == "evaluate" for stage in run.stages)
-        if not judged and all(address in run.settings for address in addresses):
-            tried = freeze({address: run.settings[address] for address in addresses})
-            rest = {k: v for k, v in run.settings.items() if k not in (*addresses, "seed")}
+        looked = {address: _look_up(settings, address) for address in addresses}
+        if not judged and all(name for name, _ in looked.values()):
+            tried = freeze({a: run.settings.get(a, value) for a, (_, value) in looked.items()})
+            chosen = tuple(f"{name}." for name, _ in looked.values())
+            has = {"name": run.name, **settings.of("")}
+            rest = {a: has[a] for a in has if a in columns and not f"{a}.".startswith(chosen)}
             group = groups.setdefault(freeze({"name": run.name, **rest}), {})
             group.setdefault(tried, []).append(run)
     dropped: set[Path] = set()
@@ -65,6 +70,13 @@ def choose(
         choices.append(Choice(json.loads(others), json.loads(best), metric, compared))
     kept = [run for run in runs if not dropped & {run.folder, *run.folder.parents}]
     return kept, choices
+
+
+def _look_up(settings: Settings, address: str) -> tuple[str, Any]:
+    """(its one name, the value) of a setting, ("", None) where a run has none."""
+    has = settings.of("")
+    name = settings.names.get(address, address)
+    return (name, has[name]) if name in has else ("", None)
 
 
 def _score_values(by_value: Mapping[str, Sequence[RunRecord]]) -> tuple[str, dict[str, float]]:

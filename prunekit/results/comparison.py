@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
+import os
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from prunekit.contracts import Metric
+from prunekit.results.settings import describe, find_columns, find_plan, freeze
 from prunekit.store.records import RunRecord, StageRecord
 
 
@@ -30,7 +31,8 @@ class Value:
 class Row:
     """A result in the comparison, or a run without one (`stage` is empty then).
 
-    `settings` are those that vary among the compared runs; None if the runs of this row differ.
+    `settings` are those that vary among the compared runs; None where they do not bear on this row,
+    or where its runs differ.
     """
 
     stage: str
@@ -46,76 +48,84 @@ class Row:
 def compare(runs: Sequence[RunRecord]) -> list[Row]:
     """Make the rows of the comparison, dense networks first, then by settings as they appear.
 
-    There is one row for each distinct result of an evaluate stage, which several runs may share,
-    averaged over seeds; and one for every run that is not done or evaluated nothing.
+    There is one row for each distinct result of an evaluate stage, averaged over seeds. Runs share
+    it where all settings that it depends on are the same; those of later stages it has not. There
+    is one more for every run that is not done or evaluated nothing. Where no setting tells two
+    rows apart, the folder does.
     """
-    columns = _find_varying(runs)
-    shared: dict[tuple[str, str], list[tuple[RunRecord, StageRecord]]] = {}
-    unfinished = []
-    for run in runs:
+    told = describe(runs)
+    columns = find_columns(runs, told)
+    shared: dict[tuple[str, ...], list[_Found]] = {}
+    unfinished: list[_Found] = []
+    for run, settings in zip(runs, told, strict=True):
         evaluations = [stage for stage in run.stages if stage.kind == "evaluate"]
         for stage in evaluations:
-            shared.setdefault((stage.name, stage.key), []).append((run, stage))
+            bears = {"name": run.name, **settings.of(stage.name)}
+            # Without a recipe nobody knows which settings a result depends on.
+            same = freeze(bears if settings.before else run.name)
+            own = {address: bears.get(address) for address in columns}
+            found = _Found(_make_row(run, stage, own), same, run)
+            shared.setdefault((stage.name, stage.key, same), []).append(found)
         if run.status != "done" or not evaluations:
-            own = _find_common([run], columns)
-            where = (run.folder,)
-            row = Row("", run.status, run.smoke, own, (run.seed,), {}, where, run.error)
-            unfinished.append(row)
-    results = [_make_row(pairs, columns) for pairs in shared.values()]
-    stages = [*dict.fromkeys(row.stage for row in results), ""]
+            bears = {"name": run.name, **settings.of("")}
+            own = {address: bears.get(address) for address in columns}
+            row = Row("", run.status, run.smoke, own, (run.seed,), {}, (run.folder,), run.error)
+            unfinished.append(_Found(row, freeze([str(run.folder)]), run))
+    results = [_join(found) for found in shared.values()]
+    rows = [*_average_seeds(results), *(found.row for found in unfinished)]
+    return _sort(_name_folders(rows, runs))
+
+
+def _sort(rows: Sequence[Row]) -> list[Row]:
+    values: dict[str, list[str]] = {}
+    for row in rows:
+        for address, value in row.settings.items():
+            values.setdefault(address, []).append(freeze(value))
+    stages = [*dict.fromkeys(row.stage for row in rows if row.stage), ""]
 
     def order(row: Row) -> tuple[Any, ...]:
         rank = {
-            address: -1 if value is None else columns[address].index(freeze(value))
+            address: -1 if value is None else values[address].index(freeze(value))
             for address, value in row.settings.items()
         }
         dense = "sparsity" in row.metrics and not row.metrics["sparsity"].mean
         recipe = rank.pop("name", 0)
         return recipe, not dense, *rank.values(), stages.index(row.stage), row.seeds
 
-    return sorted(_average_seeds(results) + unfinished, key=order)
+    return sorted(rows, key=order)
 
 
-def freeze(value: Any) -> str:
-    """The value as text that is the same for equal values; `json.loads` undoes it."""
-    return json.dumps(value, sort_keys=True)
+@dataclass(frozen=True)
+class _Found:
+    """A row; rows with the `same` settings, shown or not, may be averaged; a run it is of."""
+
+    row: Row
+    same: str
+    run: RunRecord
 
 
-def _describe(run: RunRecord) -> dict[str, Any]:
-    """The settings that distinguish a run, and the name of its recipe, but not its seed."""
-    return {"name": run.name, **{k: v for k, v in run.settings.items() if k != "seed"}}
-
-
-def _find_varying(runs: Iterable[RunRecord]) -> dict[str, list[str]]:
-    """address -> its frozen values in order of first appearance, if there are several."""
-    described = [_describe(run) for run in runs]
-    addresses = dict.fromkeys(address for settings in described for address in settings)
-    values = {a: list(dict.fromkeys(freeze(s.get(a)) for s in described)) for a in addresses}
-    return {address: several for address, several in values.items() if len(several) > 1}
-
-
-def _find_common(runs: Sequence[RunRecord], columns: Iterable[str]) -> dict[str, Any]:
-    """address -> the value that all runs have, None if they differ."""
-    first, *others = map(_describe, runs)
-    same = {a for a in columns if all(other.get(a) == first.get(a) for other in others)}
-    return {address: first.get(address) if address in same else None for address in columns}
-
-
-def _make_row(pairs: Sequence[tuple[RunRecord, StageRecord]], columns: Iterable[str]) -> Row:
+def _join(found: Sequence[_Found]) -> _Found:
     """The row of one stored result, from all runs that share it."""
-    runs = [run for run, _ in pairs]
-    stage = pairs[0][1]
-    seeds = {run.seed for run in runs}
-    return Row(
-        stage=stage.name,
-        status="done",
-        smoke=any(run.smoke for run in runs),
-        settings=_find_common(runs, columns),
+    rows = [one.row for one in found]
+    first = rows[0].settings
+    settings = {
+        a: v if all(row.settings[a] == v for row in rows) else None for a, v in first.items()
+    }
+    seeds = {row.seeds for row in rows}
+    row = replace(
+        rows[0],
+        smoke=any(row.smoke for row in rows),
+        settings=settings,
         # A result that runs of different seeds share does not depend on the seed.
-        seeds=tuple(seeds) if len(seeds) == 1 else (),
-        metrics=_read_metrics(stage.metrics),
-        runs=tuple(run.folder for run in runs),
+        seeds=rows[0].seeds if len(seeds) == 1 else (),
+        runs=tuple(folder for row in rows for folder in row.runs),
     )
+    return replace(found[0], row=row)
+
+
+def _make_row(run: RunRecord, stage: StageRecord, settings: Mapping[str, Any]) -> Row:
+    metrics = _read_metrics(stage.metrics)
+    return Row(stage.name, "done", run.smoke, settings, (run.seed,), metrics, (run.folder,))
 
 
 def _read_metrics(metrics: Mapping[str, Any]) -> dict[str, Value]:
@@ -124,24 +134,49 @@ def _read_metrics(metrics: Mapping[str, Any]) -> dict[str, Value]:
     return {name: Value(metric) for name, metric in found.items()}
 
 
-def _average_seeds(rows: Iterable[Row]) -> list[Row]:
+def _average_seeds(found: Sequence[_Found]) -> list[Row]:
     """Make one row of those that differ only in the seed."""
-    groups: dict[tuple[str, bool, str], list[Row]] = {}
-    for row in rows:
-        groups.setdefault((row.stage, row.smoke, freeze(row.settings)), []).append(row)
+    groups: dict[tuple[str, ...], list[_Found]] = {}
+    for one in found:
+        shown = freeze(one.row.settings)
+        groups.setdefault((one.row.stage, str(one.row.smoke), shown, one.same), []).append(one)
     averaged: list[Row] = []
     for group in groups.values():
-        group.sort(key=lambda row: row.seeds)
-        seeds = tuple(seed for row in group for seed in row.seeds)
-        # A seed that occurs twice: the rows differ in something else, which a mean would hide.
-        if not len(set(seeds)) == len(group) > 1:
-            averaged += group
-            continue
-        names = dict.fromkeys(name for row in group for name in row.metrics)
-        metrics = {name: _average(name, group) for name in names}
-        folders = tuple(folder for row in group for folder in row.runs)
-        averaged.append(replace(group[0], seeds=seeds, metrics=metrics, runs=folders))
+        by_plan: dict[Path, list[Row]] = {}
+        for one in group:
+            # A seed that occurs twice: the rows differ in something that no recipe says, which a
+            # mean would hide.
+            twice = len({seed for f in group for seed in f.row.seeds}) < len(group)
+            plan = find_plan(one.run) if twice else Path()
+            by_plan.setdefault(plan, []).append(one.row)
+        for rows in by_plan.values():
+            averaged += _merge_seeds(sorted(rows, key=lambda row: row.seeds))
     return averaged
+
+
+def _merge_seeds(group: list[Row]) -> list[Row]:
+    """One row for these, or themselves if there are several of a seed."""
+    seeds = tuple(seed for row in group for seed in row.seeds)
+    if not len(set(seeds)) == len(group) > 1:
+        return group
+    names = dict.fromkeys(name for row in group for name in row.metrics)
+    metrics = {name: _average(name, group) for name in names}
+    folders = tuple(folder for row in group for folder in row.runs)
+    return [replace(group[0], seeds=seeds, metrics=metrics, runs=folders)]
+
+
+def _name_folders(rows: list[Row], runs: Sequence[RunRecord]) -> list[Row]:
+    """The rows, with their folders among the settings if nothing else tells two of them apart."""
+    labels = [(row.stage, row.smoke, freeze(row.settings)) for row in rows]
+    if len(set(labels)) == len(rows):
+        return rows
+    root = os.path.commonpath([run.folder.parent for run in runs])
+
+    def tell(row: Row) -> str | None:
+        folder = os.path.relpath(os.path.commonpath(row.runs), root)
+        return None if folder == "." else folder
+
+    return [replace(row, settings={**row.settings, "folder": tell(row)}) for row in rows]
 
 
 def _average(metric: str, rows: Sequence[Row]) -> Value:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from prunekit.contracts import Metric
@@ -48,7 +50,7 @@ def tabulate(rows: Sequence[Row], plus_minus: str = "±") -> list[list[str]]:
     cells = [
         [
             row.stage or "-",
-            *(format_setting(row.settings[address]) for address in addresses),
+            *(_show(row.settings[address]) for address in addresses),
             *[",".join(map(str, row.seeds)) or "-"] * seeds,
             *(fill(metric, row) for metric in metrics),
             *[f"{row.status}, SMOKE" if row.smoke else row.status] * marks,
@@ -56,6 +58,52 @@ def tabulate(rows: Sequence[Row], plus_minus: str = "±") -> list[list[str]]:
         for row in rows
     ]
     return [titles + ["status"] * marks, *cells]
+
+
+def _show(setting: Any) -> str:
+    """A setting as short as a person would write it."""
+    if isinstance(setting, float) and len(str(setting)) > 8 and not 255 * setting % 1:
+        return f"{255 * setting:.0f}/255"
+    if isinstance(setting, str) and setting.startswith(os.sep):
+        return relative(Path(setting))
+    return format_setting(setting)
+
+
+def count_settings(rows: Sequence[Row]) -> int:
+    """The number of columns that tell settings."""
+    return len({address for row in rows for address in row.settings})
+
+
+GAP = 2
+"""Spaces between two columns; half as many at each edge."""
+
+
+def split(cells: Sequence[Sequence[str]], labels: int, width: int) -> list[list[list[str]]]:
+    """The columns of a table in blocks of at most `width` characters, all rows in each.
+
+    Every block starts with the first `labels` columns, or with the number of the row where these
+    take more than half the width. Nothing is left out or cut: a wider column has its own block.
+    """
+    from rich.cells import cell_len
+
+    columns = [list(column) for column in zip(*cells, strict=True)]
+
+    def measure(column: Sequence[str]) -> int:
+        return GAP + max(cell_len(line) for cell in column for line in cell.split("\n"))
+
+    if sum(map(measure, columns)) <= width:
+        return [[list(row) for row in cells]]
+    first = columns[:labels]
+    if 2 * sum(map(measure, first)) > width:
+        first, labels = [["row", *(str(n) for n in range(1, len(cells)))]], 0
+    blocks, left = [list(first)], width - sum(map(measure, first))
+    for column in columns[labels:]:
+        if measure(column) > left and len(blocks[-1]) > len(first):
+            blocks.append(list(first))
+            left = width - sum(map(measure, first))
+        blocks[-1].append(column)
+        left -= measure(column)
+    return [[list(row) for row in zip(*block, strict=True)] for block in blocks]
 
 
 def _list_metrics(rows: Sequence[Row], kind: str) -> list[str]:
@@ -68,11 +116,15 @@ def _list_metrics(rows: Sequence[Row], kind: str) -> list[str]:
 
 def write_notes(rows: Sequence[Row]) -> list[str]:
     """Lines for below the table: failed runs, and what limits the meaning of its numbers."""
-    notes = [
-        f"{relative(row.runs[0])}: {row.status}" + (f": {row.error}" if row.error else "")
-        for row in rows
-        if not row.stage
-    ]
+    unfinished: dict[str, list[str]] = {}
+    for row in rows:
+        if not row.stage:
+            told = f"{row.status}: {row.error}" if row.error else row.status
+            unfinished.setdefault(told, []).append(relative(row.runs[0]))
+    notes = []
+    for told, folders in unfinished.items():
+        more = f" and {len(folders) - 1} more" if len(folders) > 1 else ""
+        notes.append(f"{folders[0]}{more}: {told}")
     for name in _list_metrics(rows, "diagnosis"):
         most = max(row.metrics[name].mean for row in rows if name in row.metrics)
         if most > 0:

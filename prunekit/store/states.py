@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from prunekit.errors import UserError, relative
+from prunekit.reading import check_file
 from prunekit.store.checkpoint import read_checkpoint
 
 DEPTH = 4
@@ -97,14 +98,11 @@ A learning rate that a schedule computed with numpy is such a number, in the opt
 
 def _load_tensors(path: Path) -> Any:
     """What `torch.save` wrote. Raises `UserError` unless that is tensors and plain values."""
-    if path.is_dir():
-        raise UserError(f"{relative(path)} is a folder; name a file in it")
+    check_file(path)
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(NUMPY):
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"there is no file {relative(path)}") from None
     except Exception as error:  # unpickling may raise anything
         # torch's own message is not shown: it says how to disable this protection.
         asked = re.search(r"GLOBAL ([\w.]+\w)", str(error))

@@ -16,7 +16,6 @@ from torch import Tensor
 from prunekit.contracts import (
     Clock,
     Loss,
-    Metric,
     Objective,
     OptimizerChoice,
     Settling,
@@ -26,16 +25,16 @@ from prunekit.data import seeds
 from prunekit.data.batches import Feed
 from prunekit.errors import RunError, UserError
 from prunekit.evaluation import balance, frozen, is_unbalanced
-from prunekit.report import EpochDone, Progress, Report, StageStarted, Stop
+from prunekit.report import Progress, Report, StageStarted, Stop
 from prunekit.steps import Averaging, Masking, Wrapper
-from prunekit.training.progress import Position, restore, save
+from prunekit.training.progress import Position, label_metrics, restore, save, tell_epoch
 from prunekit.training.rewiring import Rewired
 from prunekit.training.step import Stepper
 
 IMAGES = "#"
 """Key of the number of images among the sums of an epoch."""
 
-RESERVED = {IMAGES, "loss", "accuracy", "epoch", "best"}
+RESERVED = {IMAGES, "loss", "accuracy", "epoch", "best", "seconds"}
 """Names that a term of a loss cannot have."""
 
 CHECKPOINT_SECONDS = 300.0
@@ -65,6 +64,8 @@ class Fit:
     replays: int = 1
     """Optimizer steps on each batch."""
     wrappers: Sequence[Wrapper] = ()
+    images: str = "training images"
+    """Of what the accuracy of an epoch is."""
 
     def clock(self, epoch: int, batch: int, replay: int = 0) -> Clock:
         per_epoch = self.feed.count() * self.replays
@@ -116,15 +117,23 @@ def fit(job: Fit) -> list[dict[str, Any]]:
     batches = job.feed.count()
     if not batches:
         raise UserError("there is no training batch: too few images for batch_size")
-    job.report(StageStarted(job.stage, job.kind, job.key, job.epochs, batches, at.epoch, at.batch))
+    at.times += [0.0] * (at.epoch - len(at.times))
+    where, spent = (job.epochs, batches, at.epoch, at.batch), sum(at.times) + at.spent
+    job.report(StageStarted(job.stage, job.kind, job.key, *where, seconds=spent))
+
+    def tell(row: Mapping[str, Any], *, stored: bool) -> None:
+        timed = {**row, "seconds": at.times[row["epoch"] - 1]}
+        told = (job.stage, job.epochs, timed, job.select, job.images)
+        job.report(tell_epoch(*told, stored=stored))
+
     for row in at.history:
-        job.report(retell(job.stage, job.epochs, row))
+        tell(row, stored=True)
     names = model.state_dict().keys()
     if isinstance(job.masking, Rewired) and not (at.epoch or at.batch):
         job.masking.rewire(job.clock(0, 0), stepper.optimizer)
     while at.epoch < job.epochs:
-        started = time.monotonic()
-        _train_epoch(job, stepper, at, best)
+        began = time.monotonic() - at.spent
+        _train_epoch(job, stepper, at, best, began)
         job.masking.check()
         if changed := sorted(model.state_dict().keys() ^ names):
             raise RunError(
@@ -141,18 +150,18 @@ def fit(job: Fit) -> list[dict[str, Any]]:
             if row["best"]:
                 best = {name: value.detach().clone() for name, value in model.state_dict().items()}
         at.history.append(row)
-        at.epoch, at.batch, at.sums = at.epoch + 1, 0, {}
+        at.times.append(time.monotonic() - began)
+        at.epoch, at.batch, at.sums, at.spent = at.epoch + 1, 0, {}, 0.0
         save(job.checkpoint, stepper, at, best)
-        spent = time.monotonic() - started
-        job.report(
-            EpochDone(job.stage, at.epoch, job.epochs, label_metrics(row), row["best"], spent)
-        )
+        tell(row, stored=False)
         job.stop.check()
     model.load_state_dict(best)
     return at.history
 
 
-def _train_epoch(job: Fit, stepper: Stepper, at: Position, best: Mapping[str, Tensor]) -> None:
+def _train_epoch(
+    job: Fit, stepper: Stepper, at: Position, best: Mapping[str, Tensor], began: float
+) -> None:
     """Train the rest of an epoch; write a checkpoint if it takes long or is stopped."""
     device = job.feed.device
     sums, batches = _Sums(at.sums, device), job.feed.count()
@@ -177,11 +186,12 @@ def _train_epoch(job: Fit, stepper: Stepper, at: Position, best: Mapping[str, Te
             _check_finite(job, int(bad_step), at.epoch)
         if now - told > 0.2 or last:
             told, read = now, sums.read()
-            means = label_metrics({k: v / read[IMAGES] for k, v in read.items() if k != IMAGES})
+            means = {k: v / read[IMAGES] for k, v in read.items() if k != IMAGES}
+            means = label_metrics(means, job.images)
             progress = (at.batch, batches, at.epoch, job.epochs)
             job.report(Progress(job.stage, *progress, means, "training"))
         if halt:
-            saved, at.sums = now, sums.read()
+            saved, at.sums, at.spent = now, sums.read(), now - began
             save(job.checkpoint, stepper, at, best)
             job.stop.check()
     at.sums = sums.read()
@@ -261,19 +271,3 @@ def _is_best(job: Fit, at: Position, row: Mapping[str, Any]) -> bool:
         return at.epoch + 1 == job.epochs and at.best_value is None
     at.best_value = value
     return True
-
-
-def label_metrics(row: Mapping[str, Any]) -> dict[str, float]:
-    """The metrics of an epoch; accuracies, and all validation metrics, are fractions of images."""
-    return {
-        name: Metric(value, unit="fraction")
-        if name == "accuracy" or name.startswith("validation.")
-        else value
-        for name, value in row.items()
-        if name not in ("epoch", "best")
-    }
-
-
-def retell(stage: str, epochs: int, row: Mapping[str, Any]) -> EpochDone:
-    """The event of an epoch that an earlier process computed."""
-    return EpochDone(stage, row["epoch"], epochs, label_metrics(row), row["best"], stored=True)

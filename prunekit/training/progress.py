@@ -1,4 +1,5 @@
-"""The position of a training, and the checkpoint that restores it to the same bits."""
+"""The position of a training, what is told of it, and the checkpoint that restores it to the same
+bits."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunekit.contracts import Stateful
+from prunekit.contracts import Metric, Stateful
+from prunekit.report import EpochDone
 from prunekit.store.checkpoint import read_checkpoint, write_checkpoint
 from prunekit.training.step import Stepper
 
@@ -24,6 +26,10 @@ class Position:
     sums: dict[str, float] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     best_value: float | None = None
+    times: list[float] = field(default_factory=list)
+    """Seconds of each epoch, over all processes; checkpoints of older versions have none."""
+    spent: float = 0.0
+    """Seconds of the epoch that is not over."""
 
 
 def save(path: Path, stepper: Stepper, at: Position, best: Mapping[str, Tensor]) -> None:
@@ -84,3 +90,35 @@ def _find_stateful(stepper: Stepper) -> Iterator[tuple[str, Any]]:
     for name, owner in owners.items():
         if isinstance(owner, Stateful):
             yield name, owner
+
+
+def label_metrics(row: Mapping[str, Any], images: str = "") -> dict[str, float]:
+    """The metrics of an epoch; accuracies, and all validation metrics, are fractions of images.
+
+    The accuracy is noted to be one of these training `images`.
+    """
+    notes = {"accuracy": images}
+    return {
+        name: Metric(value, unit="fraction", note=notes.get(name, ""))
+        if name == "accuracy" or name.startswith("validation.")
+        else value
+        for name, value in row.items()
+        if name not in ("epoch", "best", "seconds")
+    }
+
+
+def tell_epoch(
+    stage: str, epochs: int, row: Mapping[str, Any], select: str, images: str, *, stored: bool
+) -> EpochDone:
+    """The event of an epoch from its row; `stored`: an earlier process computed it."""
+    found, decides = label_metrics(row, images), f"validation.{select}"
+    return EpochDone(
+        stage,
+        row["epoch"],
+        epochs,
+        found,
+        row["best"],
+        row.get("seconds", 0.0),
+        stored,
+        decides if decides in found else "",
+    )

@@ -80,6 +80,17 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(bench, stage):
     assert folder.metrics == whole.metrics
     (started,) = [e for e in bench.of(StageStarted) if e.stage == stage]
     assert started.epoch == 1
+    # Its first epoch keeps its time, of which nothing was spent in this process.
+    told = [e for e in bench.of(EpochDone) if e.stage == stage]
+    assert [e.stored for e in told] == [True, *[False] * (len(told) - 1)]
+    assert 0 < told[0].seconds == started.seconds
+    (computed,) = [e for e in bench.of(StageDone) if e.stage == stage]
+    assert computed.seconds >= sum(e.seconds for e in told)
+    bench.events.clear()
+    bench.run(recipe=recipe, out="stored")
+    again = [e for e in bench.of(EpochDone) if e.stage == stage]
+    assert [(e.seconds, e.decides) for e in again] == [(e.seconds, e.decides) for e in told]
+    assert told[0].decides == "validation.accuracy"
     assert bench.run(recipe=recipe)[0].metrics == whole.metrics
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import warnings
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from prunekit import Use, UserError
 from prunekit.contexts import EvaluatorContext
 from prunekit.contracts import Threat
-from prunekit.errors import OptionError
+from prunekit.errors import Interrupted, OptionError
 from prunekit.testing import check_component, example_context
 
 pyautoattack = pytest.importorskip("pyautoattack")
@@ -246,3 +247,34 @@ def test_counts_its_passes() -> None:
 
 def test_contract() -> None:
     check_component(COMPONENT)
+
+
+@pytest.mark.parametrize("calls", [3, 40, 400])
+def test_a_stop_within_a_batch_keeps_the_attacks_that_are_done(calls: int, tmp_path: Path) -> None:
+    """Stopped at any forward pass, it goes on to the records of one that was not stopped."""
+    model = make_net()
+    batches = make_batches(model)
+    whole = build(**FEW)(model, batches)
+    left = calls
+
+    def pause() -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise Interrupted
+
+    judge = dataclasses.replace(build(**FEW), scratch=tmp_path, pause=pause)
+    with pytest.raises(Interrupted):
+        judge(model, batches)
+    left = 10**9
+    again = judge(model, batches)
+    assert again.records["attack"].tolist() == whole.records["attack"].tolist()
+    assert again.metrics == whole.metrics
+    # Of what was done, at most one attack on one batch is done again.
+    assert 10**9 - left < 2 * count_passes(model, batches)
+
+
+def count_passes(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> int:
+    passes = []
+    dataclasses.replace(build(**FEW), pause=lambda: passes.append(1))(model, batches)
+    return len(passes)

@@ -193,7 +193,7 @@ def test_time_that_is_up_is_a_timeout_and_not_a_verdict(monkeypatch: pytest.Monk
 
 def add_for_hours() -> None:
     x = torch.zeros(10)
-    with evaluators.deadline(time.monotonic() + 0.05):
+    with evaluators.Watch(time.monotonic() + 0.05, lambda: None):
         for _ in range(10**9):
             x = x + 1
 
@@ -201,6 +201,23 @@ def add_for_hours() -> None:
 def test_a_deadline_ends_a_computation_in_the_middle() -> None:
     with pytest.raises(evaluators.OutOfTimeError):
         add_for_hours()
+
+
+def test_a_stop_within_a_bound_is_no_failure_of_it() -> None:
+    net = make_net()
+    x, y = make_batch(net)
+    calls = 0
+
+    def pause() -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 5:
+            raise Interrupted
+
+    judge = evaluators.Verified(EPS, VerifiedOptions(), pause=pause)
+    with pytest.raises(Interrupted):
+        judge(net, [(x, y)])
+    assert calls == 5
 
 
 def test_outputs_that_are_no_numbers_are_told() -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from datetime import datetime
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import numpy as np
@@ -28,8 +29,13 @@ from prunekit.report import (
     RunStarted,
     StageDone,
     StageStarted,
+    rehearsing,
 )
 from prunekit.testing import example_context
+
+VALID = "validation.robust_accuracy"
+VALUE = Metric(0.5, unit="fraction")
+ATTACKED = Metric(0.875, unit="fraction", note="attacked training images")
 
 
 def tell_run(folder: Path, *, smoke: bool = False) -> list[Event]:
@@ -49,14 +55,15 @@ def tell_run(folder: Path, *, smoke: bool = False) -> list[Event]:
             "prune",
             9,
             10,
-            {"loss": 0.56789, "accuracy": Metric(0.8125, unit="fraction")},
+            {"loss": 0.56789, "accuracy": Metric(0.8125, unit="fraction"), VALID: VALUE},
             seconds=12.34,
+            decides=VALID,
         ),
         EpochDone(
             "prune",
             10,
             10,
-            {"loss": 0.5, "accuracy": Metric(0.875, unit="fraction")},
+            {"loss": 0.5, "accuracy": ATTACKED},
             best=True,
             seconds=9,
         ),
@@ -64,7 +71,13 @@ def tell_run(folder: Path, *, smoke: bool = False) -> list[Event]:
             "prune",
             "prune",
             "k1",
-            {"sparsity": Metric(0.9, unit="sparsity"), "loss": 0.5, "layers": {"0": 1}},
+            {
+                "sparsity": Metric(0.9, unit="sparsity"),
+                "loss": 0.5,
+                "layers": {"0": 1},
+                VALID: VALUE,
+                "select": "robust_accuracy",
+            },
             seconds=75,
         ),
         RunDone("a", folder, {}, seconds=7260),
@@ -77,9 +90,9 @@ pretrain  stored already  accuracy 91.0%
 note: runs on a CPU
 warning: 3 layers left dense
 prune  resumes at epoch 9/10, batch 5/20
-prune  epoch  9/10        12s  accuracy 81.2%  loss 0.5679
-prune  epoch 10/10  best  9.0s  accuracy 87.5%  loss 0.5
-prune  done in 1m15s  sparsity 90.00%
+prune  epoch  9/10        validation.robust_accuracy 50.0%  accuracy 81.2%  12s  loss 0.5679
+prune  epoch 10/10  best  accuracy 87.5% (attacked training images)  9.0s  loss 0.5
+prune  done in 1m15s  validation.robust_accuracy 50.0%  sparsity 90.00%
 run 2/6 prune.pruner=snip(batches=2) prune.sparsity=0.9 done in 2h01m: FOLDER
 """
 
@@ -147,11 +160,14 @@ def test_live_display_leaves_the_terminal_as_it_was(end: str, tmp_path: Path) ->
 def test_live_display_shows_place_numbers_and_time_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock = iter([0.0, 0.0, 30.0, 30.1])
-    monkeypatch.setattr(console, "monotonic", lambda: next(clock))
+    clock = [0.0]
+    monkeypatch.setattr(console, "monotonic", lambda: clock[0])
+    # Between events, nothing is drawn here.
+    monkeypatch.setattr(console, "TICKS", 1e-3)
     screen, file = make_live_screen()
     screen(RunStarted("a", tmp_path, ("pretrain", "prune")))
     screen(StageStarted("prune", "prune", "k", epochs=10, batches=20, epoch=2))
+    clock[0] = 30.0
     # From 2 to 3.5 of 10 epochs in 30 s: at 20 s an epoch the other 6.5 take 130 s.
     screen(
         Progress(
@@ -165,11 +181,14 @@ def test_live_display_shows_place_numbers_and_time_left(
     )
     drawn = file.getvalue()
     assert "prune  2/2  epoch 4/10  batch 10/20" in drawn
-    assert "2m10s left" in drawn
+    assert "30s, 2m10s left" in drawn
     assert "accuracy 50.0%  loss 0.25" in drawn
-    # A tenth of a second later is too early to draw again.
+    # A tenth of a second later is too early to draw again, unless something else begins.
+    clock[0] = 30.1
     screen(Progress("prune", 11, 20, epoch=3, epochs=10))
     assert file.getvalue() == drawn
+    screen(Progress("prune", 1, 3, epoch=3, epochs=10, label="validating"))
+    assert "epoch 4/10  validating  batch 1/3" in file.getvalue().removeprefix(drawn)
     screen.close()
 
 
@@ -181,6 +200,57 @@ def test_time_left_of_evaluators_is_counted_for_each() -> None:
     assert part.estimate(20.0) is None
     part = part.advance(Progress("evaluate", 4, 10, label="pgd"), 50.0)
     assert part.estimate(50.0) == pytest.approx(60.0)
+    # While nothing happens, time goes by; it does not become 0 s.
+    assert part.estimate(70.0) == pytest.approx(40.0)
+    assert part.estimate(111.0) is None
+    part = part.advance(Progress("evaluate", 10, 10, label="pgd"), 120.0)
+    assert part.estimate(120.0) is None
+
+
+def test_a_long_attack_is_named_and_ticks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console, "TICKS", 50)
+    screen, file = make_live_screen()
+    screen(RunStarted("a", tmp_path, ("evaluate",)))
+    screen(StageStarted("evaluate", "evaluate", "k"))
+    for label, done in (("pgd", 1), ("pgd", 2), ("autoattack", 0)):
+        screen(Progress("evaluate", done, 2, label=label))
+    before = len(file.getvalue())
+    assert "evaluate  1/1  autoattack  batch 1/2" in file.getvalue()
+    end = monotonic() + 20
+    while "autoattack" not in file.getvalue()[before:]:
+        assert monotonic() < end
+    screen.close()
+    shown = file.getvalue()
+    assert " left" not in shown[shown.index("autoattack") :]
+
+
+def test_a_rehearsal_is_shown_before_any_run() -> None:
+    screen, file = make_live_screen()
+    report = rehearsing(screen)
+    report(StageStarted("prune", "prune", "k"))
+    report(Progress("evaluate", 0, 1, label="pgd"))
+    report(Note("not of the rehearsal"))
+    screen.close()
+    assert "rehearsal  prune  batch 1/1" in file.getvalue()
+    assert "rehearsal  evaluate  pgd  batch 1/1" in file.getvalue()
+    assert "not of" not in file.getvalue()
+
+
+@pytest.mark.parametrize("epochs", [15, 100])
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_an_epoch_is_whole_in_80_columns(epochs: int, stage: str) -> None:
+    """What decides comes first, then of what the accuracy is; what does not fit is left out."""
+    numbers = {"loss": 2.3, "accuracy": ATTACKED, "validation.accuracy": VALUE, VALID: VALUE}
+    event = EpochDone(stage, 1, epochs, numbers, best=True, seconds=75.0, decides=VALID)
+    line = console.describe_epoch(event, 80)
+    number = f"epoch {1:>{len(str(epochs))}}/{epochs}"
+    told = f"{stage}  {number}  best  {VALID} 50.0%  attacked 87.5%"
+    assert line.startswith(told)
+    assert len(line) <= 80
+    assert console.describe_epoch(event, None) == (
+        f"{stage}  {number}  best  {VALID} 50.0%  accuracy 87.5% (attacked training images)"
+        "  1m15s  validation.accuracy 50.0%  loss 2.3"
+    )
 
 
 def test_validation_after_an_epoch_moves_no_bar() -> None:
@@ -236,6 +306,7 @@ def test_jsonl_has_every_event_but_progress_in_order(tmp_path: Path) -> None:
         "best": False,
         "seconds": 0.0,
         "stored": True,
+        "decides": "",
         "loss": 0.7,
     }
     assert lines[0]["settings"]["prune.sparsity"] == 0.9

@@ -13,7 +13,7 @@ import pytest
 
 from prunekit.contracts import Metric
 from prunekit.results.comparison import Row, Value, compare
-from prunekit.results.tables import tabulate, to_csv, to_json
+from prunekit.results.tables import split, tabulate, to_csv, to_json
 from prunekit.store.records import find_runs
 
 
@@ -107,3 +107,31 @@ def test_reading_results_imports_neither_torch_nor_rich() -> None:
     )
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert told.stdout == "[]\n"
+
+
+@pytest.mark.parametrize("name", ["score", "n" * 60, "n" * 100])
+@pytest.mark.parametrize("metrics", [1, 20])
+@pytest.mark.parametrize("width", [40, 80])
+def test_blocks_keep_the_width_and_leave_nothing_out(name: str, metrics: int, width: int) -> None:
+    titles = ["stage", "pruner", *(f"pgd-strong-{n}\naccuracy %" for n in range(metrics))]
+    cells = [titles, *([f"s{row}", name, *("80.0 ± 0.1",) * metrics] for row in (1, 2))]
+    blocks = split(cells, 2, width)
+    for block in blocks:
+        assert len(block) == 3
+        wide = [
+            max(len(line) for cell in c for line in cell.split("\n"))
+            for c in zip(*block, strict=True)
+        ]
+        # What is wider than the terminal is alone beside the number of its row.
+        assert sum(wide) + 2 * len(wide) <= width or block[0] == ["row", "pruner"]
+    shown = [title for block in blocks for title in block[0]]
+    assert set(shown) - {"row"} == set(titles)
+    labels = {tuple(block[1][:2]) if block[0][0] == "stage" else block[1][0] for block in blocks}
+    assert labels in ({("s1", name)}, {"1"})
+
+
+def test_settings_are_shown_as_people_write_them() -> None:
+    settings = {"threat.eps": 8 / 255, "architecture.init": str(Path.cwd() / "w.safetensors")}
+    row = Row("pruned", "done", False, settings, (0,), {}, (Path("a"),))
+    assert tabulate([row])[1][1:] == ["8/255", "w.safetensors"]
+    assert f",{8 / 255}," in to_csv([row])

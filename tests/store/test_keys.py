@@ -123,6 +123,7 @@ SHOWING = (
     "store/records.py",
     "store/runs.py",
     "store/stage_folder.py",
+    "store/settings.py",
     "store/stages.py",
     "testing.py",
 )

@@ -1,0 +1,128 @@
+"""What a run was made with, read from the resolved recipe in its folder: address -> value."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from prunekit.recipe.addresses import resolve_address
+from prunekit.store.layout import RECIPE
+
+BIGGEST = 1 << 20
+"""Bytes of the largest recipe that is read; those that prunekit writes have a few thousand."""
+
+ELSEWHERE = ("format", "name", "seed", "report", "compute", "stage")
+"""Keys of a recipe that decide no result, or are told otherwise."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of a run by their addresses, defaults included, but not its seed.
+
+    `general` are those of its data, network, threat and training stages, and `judging` those of
+    each evaluate stage, such as "pgd.steps" and "evaluate.images". `swept` are those that a sweep,
+    or `prunekit eval`, gave to this run, and all that is known where there is no recipe.
+    """
+
+    general: Mapping[str, Any] = field(default_factory=dict)
+    judging: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    swept: Mapping[str, Any] = field(default_factory=dict)
+    names: Mapping[str, str] = field(default_factory=dict)
+    """Address as a sweep wrote it -> as it stands here."""
+    training: tuple[str, ...] = ()
+    """The names of the training stages."""
+    before: Mapping[str, int] = field(default_factory=dict)
+    """Evaluate stage -> how many training stages are before it: its result depends on no others."""
+
+    def of(self, stage: str) -> dict[str, Any]:
+        """The settings that bear on the result of an evaluate stage; all, if it is unknown."""
+        last = self.before.get(stage, len(self.training))
+        later = self.training[last:]
+        others = {a for own in self.judging.values() for a in own} if stage in self.before else ()
+        every = {**{a: v for a, v in self.swept.items() if a not in others}, **self.general}
+        bears = {a: v for a, v in every.items() if a.partition(".")[0] not in later}
+        if stage in self.before and not last:
+            bears = {a: v for a, v in bears.items() if a.partition(".")[0] != "objective"}
+        return {**bears, **self.judging.get(stage, {})}
+
+
+def read_settings(folder: Path, given: Mapping[str, Any]) -> Settings:
+    """The settings of the run in a folder, to which a sweep has `given` values for addresses."""
+    file = folder / RECIPE
+    try:
+        if file.is_file() and file.stat().st_size <= BIGGEST:
+            recipe = tomllib.loads(file.read_text(encoding="utf-8"))
+            if isinstance(recipe.get("stage"), list):
+                return _describe(recipe, given)
+    # Nobody promises that the file is as it was written.
+    except (OSError, ValueError, RecursionError):
+        pass
+    return _describe({}, given)
+
+
+def _describe(recipe: Mapping[str, Any], given: Mapping[str, Any]) -> Settings:
+    general: dict[str, Any] = {}
+    judging: dict[str, dict[str, Any]] = {}
+    training: list[str] = []
+    before: dict[str, int] = {}
+    for key, value in recipe.items():
+        if key not in ELSEWHERE:
+            general |= _flatten(value, key)
+    for stage in recipe.get("stage", ()):
+        if not isinstance(stage, dict):
+            continue
+        name = str(stage.get("name", stage.get("kind")))
+        table = {key: value for key, value in stage.items() if key not in ("kind", "name", "with")}
+        if stage.get("kind") == "evaluate":
+            judging[name] = dict(_flatten(table, "evaluate"))
+            judging[name] |= _flatten(stage.get("with"), "")
+            before[name] = len(training)
+        else:
+            training.append(name)
+            general |= _flatten(table, name)
+    names = {a: _name(recipe, a) for a in given if a.partition(".")[0] not in ELSEWHERE}
+    swept: dict[str, Any] = {}
+    for address, name in names.items():
+        swept |= _flatten(given[address], name)
+    return Settings(general, judging, swept, names, tuple(training), before)
+
+
+def _flatten(value: Any, address: str) -> Iterator[tuple[str, Any]]:
+    """(address, value) of all that is in a table; a component has the address of its options."""
+    if isinstance(value, dict):
+        if "use" in value:
+            yield address, value["use"]
+        for key, inner in value.items():
+            if key != "use":
+                yield from _flatten(inner, f"{address}.{key}")
+    elif isinstance(value, list) and all(isinstance(i, dict) and "use" in i for i in value):
+        for item in value:
+            name = str(item.get("name", item["use"])).rpartition(":")[2]
+            table = {key: inner for key, inner in item.items() if key != "name"}
+            yield from _flatten(table, f"{address}.{name}".removeprefix("."))
+    else:
+        yield address, value
+
+
+def _name(recipe: Mapping[str, Any], address: str) -> str:
+    """The address under which `_flatten` has what a sweep may call by several."""
+    path = resolve_address(recipe, address) if recipe else address
+    if isinstance(path, str):
+        return address.removesuffix(".use")
+    here: Any = recipe
+    words: list[str] = []
+    for key in path:
+        inside = isinstance(here, list)
+        here = here[key] if inside or (isinstance(here, dict) and key in here) else None
+        if inside and isinstance(here, dict):
+            key = str(here.get("name", here.get("use", here.get("kind")))).rpartition(":")[2]
+        words.append(str(key))
+    if path[0] != "stage":
+        return ".".join(words)
+    judges = recipe["stage"][path[1]].get("kind") == "evaluate"
+    if judges and len(words) > 3 and words[2] == "with":
+        return ".".join(words[3:])
+    return ".".join(["evaluate", *words[2:]] if judges else words[1:])
