@@ -129,8 +129,8 @@ def predict(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def is_correct(logits: Tensor, y: Tensor) -> Tensor:
-    """Whether logits (B, K) are largest at labels y (B,): booleans (B,); NaN is never correct."""
-    return (logits.argmax(1) == y) & ~logits.isnan().any(1)
+    """Whether logits (B, K) are largest at labels y (B,): booleans (B,); NaN never is."""
+    return (logits.argmax(1) == y) & logits.isfinite().all(1)
 
 
 def kl_divergences(logits: Tensor, adversarial: Tensor) -> Tensor:

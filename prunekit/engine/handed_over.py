@@ -5,14 +5,11 @@ from __future__ import annotations
 import copy
 import dataclasses
 import importlib
-import random
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -25,6 +22,7 @@ from prunekit.data.batches import Arrays, to_device
 from prunekit.engine.stages import STAGES
 from prunekit.engine.work import Loaded, Outcome, Work
 from prunekit.errors import Place, UserError
+from prunekit.judging import own_generators
 from prunekit.models.contract import check_tensors, find_logits
 from prunekit.pruning.masks import State
 from prunekit.recipe.document import Recipe, Setting, apply, load_recipe
@@ -146,15 +144,3 @@ class NoImages:
 
     def batches(self, indices: Sequence[Tensor]) -> Iterator[Tensor]:
         raise UserError("this pruner looks at images: give data=(x, y)")
-
-
-@contextmanager
-def own_generators() -> Iterator[None]:
-    """Restore the random generators of torch, numpy and Python afterwards."""
-    states = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        try:
-            yield
-        finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])

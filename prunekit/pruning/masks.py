@@ -46,10 +46,19 @@ def describe_counts(state: State) -> dict[str, Any]:
 
 
 def find_broken(model: nn.Module) -> str:
-    """The first parameter or buffer that holds NaN or infinity; empty where none does."""
+    """What cannot be computed with, and the first parameter or buffer that holds it; else empty.
+
+    A buffer may hold -infinity, as masks of attention do, unless it is a running statistic.
+    """
     for name, value in (*model.named_parameters(), *model.named_buffers()):
-        if value.is_floating_point() and not value.isfinite().all():
-            return name
+        if not value.is_floating_point():
+            continue
+        own = name.rpartition(".")[2]
+        strict = isinstance(value, nn.Parameter) or own.startswith("running_")
+        if not (value.isfinite() if strict else value.isfinite() | value.isneginf()).all():
+            return f"NaN or infinity in {name}"
+        if own == "running_var" and (value < 0).any():
+            return f"negative variances in {name}"
     return ""
 
 
