@@ -261,10 +261,9 @@ class Watch:
             # An input that is no image itself says nothing about the network.
             if x.isfinite().all():
                 far = (self._images - x).flatten(1).norm(dim=1)
-                nearest = self._first + int(far.argmin())
-                self.unreal.add(nearest)
-                if not far.min():
-                    self.nowhere.add(nearest)
+                nearest = {self._first + i for i in torch.nonzero(far == far.min())[:, 0].tolist()}
+                self.unreal |= nearest
+                self.nowhere |= nearest if not far.min() else set()
 
 
 @contextmanager

@@ -126,7 +126,7 @@ def test_every_judgement_tells_of_it(what, tmp_path):
     attack = {"use": "pgd", "steps": 2, "restarts": 1}
     net = Net(before)
     found = prunekit.evaluate(net, make_images(), ["clean", attack], threat="1/255")
-    (note,) = found.notes
+    note = found.notes[0]
     assert note.startswith("clean, pgd: the network")
     assert "evaluation mode" in note
     assert found.metrics[f"clean.{doubt}"] == 20
@@ -239,8 +239,8 @@ def test_no_number_under_attack_alone_is_told():
     found = prunekit.evaluate(Net(keep, after), (x, y), attacks, threat="0.001")
     assert found.metrics["clean.accuracy"] == 1
     assert found.metrics["pgd.accuracy"] == 0
-    (note,) = found.notes
-    assert note.startswith("pgd: the network gives NaN or infinity for 20 of 20 images")
+    told = "pgd: the network gives NaN or infinity for 20 of 20 images"
+    assert any(note.startswith(told) for note in found.notes)
 
 
 @pytest.mark.parametrize(

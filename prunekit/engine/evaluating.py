@@ -79,6 +79,9 @@ def judge(state: State, stage: Stage, use: Use[Evaluator], work: Work) -> Outcom
     doubts |= _count_unreal(watch, use, result, len(index))
     notes = [text for text, _ in doubts.values()] + [str(w.message) for w in caught]
     network = {**describe_masks(state), "counts": describe_counts(state)}
+    for value in result.metrics.values():
+        if isinstance(value, Metric) and value.doubtful:
+            notes.append(f"{int(value)} of {value.n} images {value.note}; not to be ranked")
     metrics = {k: v if isinstance(v, Metric) else Metric(v) for k, v in result.metrics.items()}
     metrics = {**{name: metric for name, (_, metric) in doubts.items()}, **metrics}
     return Outcome(
@@ -155,7 +158,7 @@ def assemble(stage: Stage, run: Run, loaded: Loaded, found: Mapping[str, Outcome
             correct = np.asarray(own.records["correct"])
             metrics[f"{use.name}.balanced_accuracy"] = balanced_proportion(correct, labels)
         for text in own.notes:
-            told.setdefault(text, []).append(use.name)
+            told.setdefault(text.removeprefix(f"{use.name}: "), []).append(use.name)
     notes = [f"{', '.join(names)}: {text}" for text, names in told.items()]
     notes += cross_examine(stage.options.with_, records)
     network = dict(next(iter(found.values())).metrics[NETWORK])

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from prunekit.contracts import Metric
+from prunekit.store.metrics import split_metric
 from prunekit.store.records import RunRecord, StageRecord
 
 
@@ -41,6 +42,15 @@ class Row:
     metrics: Mapping[str, Value]
     runs: tuple[Path, ...]
     error: str = ""
+    doubtful: tuple[str, ...] = ()
+    """Evaluators whose results are not to be ranked, of any seed (`Metric.doubtful`)."""
+
+
+def find_doubtful(stages: Iterable[StageRecord]) -> tuple[str, ...]:
+    """The evaluators whose results in these stages are not to be ranked."""
+    metrics = [item for stage in stages for item in stage.metrics.items()]
+    found = [k for k, v in metrics if isinstance(v, Metric) and v.doubtful]
+    return tuple(dict.fromkeys(split_metric(name)[0] for name in found))
 
 
 def compare(runs: Sequence[RunRecord]) -> list[Row]:
@@ -115,6 +125,7 @@ def _make_row(pairs: Sequence[tuple[RunRecord, StageRecord]], columns: Iterable[
         seeds=tuple(seeds) if len(seeds) == 1 else (),
         metrics=_read_metrics(stage.metrics),
         runs=tuple(run.folder for run in runs),
+        doubtful=find_doubtful([stage]),
     )
 
 
@@ -140,7 +151,9 @@ def _average_seeds(rows: Iterable[Row]) -> list[Row]:
         names = dict.fromkeys(name for row in group for name in row.metrics)
         metrics = {name: _average(name, group) for name in names}
         folders = tuple(folder for row in group for folder in row.runs)
-        averaged.append(replace(group[0], seeds=seeds, metrics=metrics, runs=folders))
+        doubtful = tuple(dict.fromkeys(name for row in group for name in row.doubtful))
+        one = replace(group[0], seeds=seeds, metrics=metrics, runs=folders, doubtful=doubtful)
+        averaged.append(one)
     return averaged
 
 
