@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from prunekit.errors import RunError
 from prunekit.evaluation import eval_mode
 
-IMAGES = 4
+IMAGES = 3
 """Images that `examine` looks at, and as many more that it makes from them."""
-REPEATS = 4
+REPEATS = 3
 """Times that the same batch is shown."""
 SAME = 1e-5
 """Outputs of the same batch are the same up to this part of the largest logit."""
@@ -164,10 +165,12 @@ def examine(model: nn.Module, x: Tensor) -> Examination:
         unlike = not all(_agree(first, other, same) for other in others)
         mixed = False
         if not unlike:
+            elsewhere = look(x.flip(0)).flip(0), _part(look, x)
+            mixed = not all(_agree(first, other, close) for other in elsewhere)
+        if mixed:  # unless rounding alone moves the logits as much
             noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
             floor = 10 * _distance(first, look(x * (1 - NUDGE * noise)))
-            mixed = not _agree(first, look(x.flip(0)).flip(0), close, floor)
-            mixed = mixed or not _agree(first, _part(look, x), close, floor)
+            mixed = not all(_agree(first, other, close, floor) for other in elsewhere)
     return Examination(unlike, mixed, tuple(moved), bool(first.isfinite().all(1).any()))
 
 
@@ -177,7 +180,7 @@ def is_random(model: nn.Module, x: Tensor) -> bool:
     Random generators are afterwards what they were.
     """
     with own_generators(), torch.no_grad():
-        first, *others = [read_logits(model(x), len(x)) for _ in range(2 * REPEATS)]
+        first, *others = [read_logits(model(x), len(x)) for _ in range(5)]
     same = max(SAME, 2 * float(torch.finfo(first.dtype).eps))
     return not all(_agree(first, other, same) for other in others)
 
@@ -276,7 +279,12 @@ def watching(model: nn.Module) -> Iterator[Watch]:
         if args and isinstance(args[0], Tensor) and not tracing:
             watch.see(args[0], read_logits(output, len(args[0])))
 
-    handle = model.register_forward_hook(see)
+    try:
+        handle = model.register_forward_hook(see)
+    except RuntimeError:  # scripted modules have none of their own
+        handle = register_module_forward_hook(
+            lambda module, args, output: see(module, args, output) if module is model else None
+        )
     try:
         yield watch
         watch.read()

@@ -271,8 +271,8 @@ def test_a_mask_of_minus_infinity_is_no_mistake():
 @pytest.mark.parametrize(
     ("give", "told"),
     [
-        (lambda z: z[:, 0], r"float32 of shape \(8,\)"),
-        (lambda z: z[:, :, None, None], r"float32 of shape \(8, 10, 1, 1\)"),
+        (lambda z: z[:, 0], r"float32 of shape \(6,\)"),
+        (lambda z: z[:, :, None, None], r"float32 of shape \(6, 10, 1, 1\)"),
         (lambda z: {"logits": z}, "a dict"),
         (lambda z: (z, z), "a tuple"),
         (lambda z: z.long(), "int64 of shape"),
@@ -284,7 +284,33 @@ def test_what_is_no_logits_is_named(give, told):
     with pytest.raises(RunError, match=f"the network gives {told}"):
         examine(net, torch.rand(30, *SHAPE))
     with pytest.raises(RunError, match="the network gives"), watching(net):
-        net(torch.rand(8, *SHAPE))
+        net(torch.rand(6, *SHAPE))
+
+
+@pytest.mark.parametrize("wrap", [lambda m: m, lambda m: nn.Sequential(m)])
+def test_a_scripted_network_is_judged_as_others(wrap):
+    x, _ = make_images()
+    y = torch.arange(20) % 10
+    plain = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    expected = prunekit.evaluate(plain, (x, y), ["clean", ALL[1]], threat="1/255")
+    scripted = wrap(torch.jit.script(plain))
+    found = prunekit.evaluate(scripted, (x, y), ["clean", ALL[1]], threat="1/255")
+    assert found.metrics == expected.metrics
+
+
+def test_a_network_with_nothing_to_prune_is_judged():
+    net = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64))
+    assert 0 <= prunekit.evaluate(net, make_images(), "clean").metrics["clean.accuracy"] <= 1
+
+
+@pytest.mark.parametrize("objective", ["pgd-at", "trades", "mart", "free-adv"])
+def test_training_against_attacks_needs_a_gradient_to_the_images(objective, tmp_path):
+    x, y = make_images(40)
+    recipe = {"dataset": {"use": "given", "batch_size": 10}, "threat": {"eps": 0.1}}
+    recipe |= {"objective": objective, "stage": [{"kind": "pretrain", "epochs": 1}]}
+    net = Net(lambda net, z: z.detach())
+    with pytest.raises(RunError, match="rehearsal.*lets no gradient through to its images"):
+        prunekit.run(recipe, model=net, data=(x, y, x, y), out=tmp_path / "r", quiet=True)
 
 
 def test_what_a_network_changed_is_put_back():

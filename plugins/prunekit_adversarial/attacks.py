@@ -134,9 +134,18 @@ def plan_attack(threat: Threat | None, steps: int, step_size: float | None = Non
 def predict(model: nn.Module, x: Tensor) -> Tensor:
     """Logits (B, K) of images (B, C, H, W), in float32 or wider.
 
-    In bfloat16, a softmax would lose small differences.
+    In bfloat16, a softmax would lose small differences. Raises `RunError` where the network cannot
+    take images with a gradient.
     """
-    logits: Tensor = model(x)
+    try:
+        logits: Tensor = model(x)
+    except RuntimeError as error:
+        # "Can't call numpy() on Tensor that requires grad."
+        if x.requires_grad and "requires grad" in str(error):
+            raise RunError(BLIND) from error
+        raise
+    if logits.is_inference():  # of a network that computes in inference mode: attacks change it
+        logits = logits.clone()
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
@@ -166,13 +175,7 @@ def differentiate(
     """
     with torch.enable_grad():
         x = x.detach().requires_grad_()
-        try:
-            logits = predict(model, x)
-        except RuntimeError as error:
-            # "Can't call numpy() on Tensor that requires grad."
-            if "requires grad" in str(error):
-                raise RunError(BLIND) from error
-            raise
+        logits = predict(model, x)
         value = loss(logits)
         if not value.requires_grad:
             raise RunError(BLIND)

@@ -128,7 +128,8 @@ def do_stage(
     train, test = (to_device(part, compute.device) for part in (data.train, data.test))
     nobody = Arrays(torch.empty(0), torch.empty(0, dtype=torch.int64))
     loaded = Loaded(dataclasses.replace(data, train=train, test=test), nobody)
-    state = State(compute.place(copy.deepcopy(model)))
+    with torch.no_grad():  # or the copy of a scripted network would depend on it
+        state = State(compute.place(copy.deepcopy(model)))
     with tempfile.TemporaryDirectory(prefix="prunekit-") as scratch, own_generators():
         work = Work(chosen, loaded, compute, StageFolder(Path(scratch)), "", report, Stop())
         outcome = STAGES[stage.kind](state, stage, work)

@@ -91,8 +91,12 @@ def assert_masked(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
 
 def count_weights(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, dict[str, int]]:
     """Layer -> {"kept", "weights"} over all prunable weights; a layer without a mask is dense."""
+    try:
+        weights = find_prunable(model)
+    except RunError:  # nothing can be pruned, in a quantized network, which may be judged anyway
+        return {}
     counts = {}
-    for name, weight in find_prunable(model).items():
+    for name, weight in weights.items():
         n = weight.numel()
         counts[name] = {"kept": int(masks[name].sum()) if name in masks else n, "weights": n}
     return counts
@@ -101,7 +105,7 @@ def count_weights(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, di
 def measure_sparsity(counts: Mapping[str, Mapping[str, int]]) -> float:
     """Fraction of all prunable weights that is removed."""
     total = sum(layer["weights"] for layer in counts.values())
-    return 1 - sum(layer["kept"] for layer in counts.values()) / total
+    return 1 - sum(layer["kept"] for layer in counts.values()) / total if total else 0.0
 
 
 def hash_masks(masks: Mapping[str, Tensor]) -> str:
