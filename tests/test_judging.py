@@ -309,7 +309,7 @@ def test_training_against_attacks_needs_a_gradient_to_the_images(objective, tmp_
     recipe = {"dataset": {"use": "given", "batch_size": 10}, "threat": {"eps": 0.1}}
     recipe |= {"objective": objective, "stage": [{"kind": "pretrain", "epochs": 1}]}
     net = Net(lambda net, z: z.detach())
-    with pytest.raises(RunError, match="rehearsal.*lets no gradient through to its images"):
+    with pytest.raises(RunError, match=r"rehearsal.*lets no gradient through to its images"):
         prunekit.run(recipe, model=net, data=(x, y, x, y), out=tmp_path / "r", quiet=True)
 
 
