@@ -79,6 +79,18 @@ class Leak(Function):
         return gradient * slope.to(gradient), None
 
 
+class Finite(Function):
+    """Images as they are; NaN in their gradient, which would make NaN of them, is zero."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient.nan_to_num(0.0)
+
+
 class Leaking(TorchFunctionMode):
     """Inside, functions that stop gradients let a part of them through; values stay the same."""
 

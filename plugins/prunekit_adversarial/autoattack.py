@@ -12,13 +12,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from pyautoattack import AutoAttack
 from torch import Tensor, nn
-from torch.autograd import Function
 from torch.nn import functional as F
 
 from prunekit import read_json, write_json
@@ -28,7 +26,7 @@ from prunekit.errors import UserError
 from prunekit.evaluation import frozen, proportion
 from prunekit.judging import is_random, watching
 from prunekit_adversarial import ATTACKS, FEW_CLASSES, TARGETS, AutoAttackOptions
-from prunekit_adversarial.again import attack_again, count_flat, is_flat
+from prunekit_adversarial.again import Finite, attack_again, count_flat, is_flat
 from prunekit_adversarial.attacks import (
     check_threat,
     differentiate,
@@ -266,18 +264,6 @@ class Evaluation:
             )
         for text in texts:
             warnings.warn(f"autoattack: {text}", stacklevel=3)
-
-
-class Finite(Function):
-    """Images as they are; NaN in their gradient, which would make NaN of them, is zero."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient.nan_to_num(0.0)
 
 
 @contextmanager

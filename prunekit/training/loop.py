@@ -67,8 +67,7 @@ class Fit:
     replays: int = 1
     """Optimizer steps on each batch."""
     wrappers: Sequence[Wrapper] = ()
-    told: set[str] = field(default_factory=set)
-    """What was said of its validations."""
+    told: set[str] = field(default_factory=set)  # of its validations
 
     def clock(self, epoch: int, batch: int, replay: int = 0) -> Clock:
         per_epoch = self.feed.count() * self.replays

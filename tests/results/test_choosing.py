@@ -92,10 +92,10 @@ def doubt(folder, images):
 
 def test_a_value_with_results_in_doubt_is_not_ranked(runs):
     doubt(runs / "score-0.01-0", 2)  # one percent, of one seed
-    _, (score, _) = choose(find_runs(runs), [LR])
+    _, (_, score) = choose(find_runs(runs), [LR])
     assert (score.chosen, score.unranked) == ({LR: 0.01}, ())
     doubt(runs / "score-0.01-0", 3)
-    kept, (score, lwm) = choose(find_runs(runs), [LR])
+    kept, (lwm, score) = choose(find_runs(runs), [LR])
     assert (score.chosen, score.unranked) == ({LR: 0.1}, ({LR: 0.01},))
     assert (lwm.chosen, lwm.unranked) == ({LR: 0.1}, ())
     assert not any(run.folder.name.startswith("score-0.01") for run in kept)
@@ -103,7 +103,7 @@ def test_a_value_with_results_in_doubt_is_not_ranked(runs):
         "; not ranked, with over 1 % of the images in doubt: finetune.optimizer.lr 0.01"
     )
     doubt(runs / "score-0.1-1", 100)
-    with pytest.raises(UserError, match=r"no value has results to rank"):
+    with pytest.raises(UserError, match="no value has results to rank"):
         choose(find_runs(runs), [LR])
 
 
