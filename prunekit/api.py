@@ -38,12 +38,12 @@ from prunekit.engine.handed_over import (
     NoImages,
     check_model,
     do_stage,
-    own_generators,
     plan_recipe,
     read_images,
 )
 from prunekit.engine.running import run_plan
 from prunekit.errors import Interrupted, RunError, UserError, relative
+from prunekit.judging import own_generators
 from prunekit.models.stored import load_network
 from prunekit.recipe.plan import Plan
 from prunekit.store.layout import STORE

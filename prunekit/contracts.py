@@ -197,8 +197,9 @@ class Metric(float):
 
     `n` is the number of images behind it, `low` and `high` are the ends of its 95 % interval.
     `unit` is "fraction" or "sparsity" (shown in percent), "pixels", or nothing. A "diagnosis"
-    counts images that limit how far results can be trusted, and `note` says why; a "setting" says
-    how results were measured, and `note` what to say of rows where it is 0.
+    counts images, of `n`, that limit how far results can be trusted, and `note` says why; a result
+    with over 1 % of them is flagged and not ranked. A "setting" says how results were measured, and
+    `note` what to say of rows where it is 0.
 
     >>> Metric(0.5, n=2, low=0.1, high=0.9, unit="fraction") + 0.25
     0.75
@@ -231,6 +232,11 @@ class Metric(float):
 
     def __getnewargs_ex__(self) -> tuple[tuple[float], dict[str, object]]:
         return (float(self),), dict(vars(self))
+
+    @property
+    def doubtful(self) -> bool:
+        """Whether it counts over 1 % of its `n` images, so that results are not to be ranked."""
+        return self.kind == "diagnosis" and self.n is not None and self > 0.01 * self.n
 
     def describe(self) -> dict[str, object]:
         """It as plain data: its value, and whatever else is said of it."""

@@ -47,7 +47,8 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
         if isinstance(module, parametrize.ParametrizationList)
         for parameter in module.parameters()
     }
-    trained = [p for p in model.parameters() if p.requires_grad and p not in made_from]
+    own = (p for p in model.parameters() if p.is_leaf and p not in made_from)
+    trained = [p for p in own if p.requires_grad]
     with eval_mode(model):
         for parameter in trained:
             parameter.requires_grad_(False)

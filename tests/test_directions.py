@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 CORE = ROOT / "prunekit"
-LOW = {"contexts", "contracts", "errors", "evaluation", "reading", "report", "steps"}
+LOW = {"contexts", "contracts", "errors", "evaluation", "judging", "reading", "report", "steps"}
 TABLE = re.findall(r"^\| `(\w+)` \|(.*)\|$", (ROOT / "docs/architecture.md").read_text(), re.M)
 ALLOWED = {folder: set(re.findall(r"`(\w+)`", may)) | LOW for folder, may in TABLE}
 ALLOWED |= dict.fromkeys(LOW, LOW) | {"api": set(ALLOWED) | LOW, "testing": set(ALLOWED) | LOW}

@@ -17,15 +17,27 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from prunekit.contracts import Threat
-from prunekit.errors import UserError
+from prunekit.errors import RunError, UserError
 from prunekit.evaluation import frozen
 
 START_NOISE = 0.001
 """Standard deviation of the starting noise of TRADES and MART: at x itself the KL is flat."""
 
 
+BLIND = (
+    "the network lets no gradient through to its images (no_grad, detach, numpy, argmax, "
+    "quantization), which attacks by gradient need; take one without gradients: "
+    '{ use = "autoattack", attacks = ["square"] }'
+)
+
+
 class Ball(Protocol):
     """All images in [0, 1] within `eps` of x; images are (B, C, H, W), lengths in pixel units."""
+
+    @property
+    def eps(self) -> float:
+        """The radius."""
+        ...
 
     def start(self, x: Tensor) -> Tensor:
         """Draw uniformly from the ball around x, then clamp to [0, 1]; (B, C, H, W)."""
@@ -122,15 +134,24 @@ def plan_attack(threat: Threat | None, steps: int, step_size: float | None = Non
 def predict(model: nn.Module, x: Tensor) -> Tensor:
     """Logits (B, K) of images (B, C, H, W), in float32 or wider.
 
-    In bfloat16, a softmax would lose small differences.
+    In bfloat16, a softmax would lose small differences. Raises `RunError` where the network cannot
+    take images with a gradient.
     """
-    logits: Tensor = model(x)
+    try:
+        logits: Tensor = model(x)
+    except RuntimeError as error:
+        # "Can't call numpy() on Tensor that requires grad."
+        if x.requires_grad and "requires grad" in str(error):
+            raise RunError(BLIND) from error
+        raise
+    if logits.is_inference():  # of a network that computes in inference mode: attacks change it
+        logits = logits.clone()
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def is_correct(logits: Tensor, y: Tensor) -> Tensor:
-    """Whether logits (B, K) are largest at labels y (B,): booleans (B,); NaN is never correct."""
-    return (logits.argmax(1) == y) & ~logits.isnan().any(1)
+    """Whether logits (B, K) are largest at labels y (B,): booleans (B,); NaN never is."""
+    return (logits.argmax(1) == y) & logits.isfinite().all(1)
 
 
 def kl_divergences(logits: Tensor, adversarial: Tensor) -> Tensor:
@@ -145,6 +166,25 @@ def kl_divergence(logits: Tensor, adversarial: Tensor) -> Tensor:
     return kl_divergences(logits, adversarial).sum()
 
 
+def differentiate(
+    model: nn.Module, x: Tensor, loss: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """The logits (B, K) and the gradient of loss(logits) at images x (B, C, H, W); zero for NaN.
+
+    Raises `RunError` where the network lets no gradient through to its images.
+    """
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        logits = predict(model, x)
+        value = loss(logits)
+        if not value.requires_grad:
+            raise RunError(BLIND)
+        (gradient,) = torch.autograd.grad(value, x, allow_unused=True)
+    if gradient is None:
+        raise RunError(BLIND)
+    return logits.detach(), gradient.nan_to_num(0.0)
+
+
 def climb(
     model: nn.Module,
     x: Tensor,
@@ -157,13 +197,12 @@ def climb(
     `x` are the clean images and `adversarial` the current ones, both (B, C, H, W) in [0, 1]. `loss`
     sums over the batch, so that no image's gradient depends on the other images. Returns the next
     images, and the logits (B, K) and the gradient (B, C, H, W) at the current ones.
+
+    Raises `RunError` as `differentiate` does.
     """
-    with torch.enable_grad():
-        adversarial = adversarial.detach().requires_grad_()
-        logits = predict(model, adversarial)
-        (gradient,) = torch.autograd.grad(loss(logits), adversarial)
+    logits, gradient = differentiate(model, adversarial, loss)
     step = attack.step_size * attack.ball.direction(gradient)
-    return attack.ball.project(adversarial.detach() + step, x), logits.detach(), gradient
+    return attack.ball.project(adversarial.detach() + step, x), logits, gradient
 
 
 def pgd(

@@ -10,23 +10,44 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from pyautoattack import AutoAttack
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from prunekit import read_json, write_json
 from prunekit.contexts import EvaluatorContext
 from prunekit.contracts import Metric, Result, Threat
 from prunekit.errors import UserError
 from prunekit.evaluation import frozen, proportion
+from prunekit.judging import Watch, is_random, watching
 from prunekit_adversarial import ATTACKS, FEW_CLASSES, TARGETS, AutoAttackOptions
-from prunekit_adversarial.attacks import check_threat, is_correct, predict
+from prunekit_adversarial.again import Finite, attack_again, count_flat, is_flat
+from prunekit_adversarial.attacks import (
+    check_threat,
+    differentiate,
+    is_correct,
+    plan_attack,
+    predict,
+)
 
 ROBUST, MISCLASSIFIED = "robust", "misclassified"
 """Values of the record `attack` for images that no attack fooled, and that needed no attack."""
+LEAKING, NOT_FINITE = "leaking", "not-finite"
+"""Values for images fooled by a gradient that leaks, and near which the network gives no numbers.
+"""
+
+RAND = ("apgd-ce", "apgd-dlr")
+"""The attacks of its version `rand`, for networks that answer at random."""
+DRAWS = 20
+"""Draws over which that version averages a gradient."""
+
+BY_VALUE = {"square"}
+"""Attacks that need no gradients."""
 
 DLR = {"apgd-dlr", "apgd-t"}
 """Attacks whose loss compares the 4 largest logits (3 if untargeted)."""
@@ -40,12 +61,17 @@ class Evaluation:
     """Accuracy under several attacks in turn; an image that was fooled is not attacked again.
 
     By default the attacks are those of standard AutoAttack (Croce and Hein, ICML 2020),
-    with min(9, K - 1) targets; for fewer than 4 classes they are APGD-CE, FAB and Square.
+    with min(9, K - 1) targets; for fewer than 4 classes they are APGD-CE, FAB and Square. For a
+    network that answers at random they are those of AutoAttack's version `rand`, and the gradients
+    of APGD are means over 20 draws whatever attacks are named. Images without a gradient that all
+    attacks leave correct are attacked again (`attack_again`).
 
-    Metrics: `accuracy` with its interval, `seed`, and `standard`, which is 1 if attacks and budgets
-    are those of standard AutoAttack, else 0. Records: `correct` (N,) bool; `attack` (N,), the name
-    of the attack that fooled the image, or `ROBUST`, or `MISCLASSIFIED`. AutoAttack's own doubts
-    about a result are issued as warnings.
+    Metrics: `accuracy` with its interval, `seed`, `standard`, which is 1 if attacks and budgets
+    are those of standard AutoAttack, else 0, and where there is one `zero_gradient`, the number of
+    images without a gradient; `draws` for a random network. Records: `correct` (N,) bool; `attack`
+    (N,), the name of the attack that fooled the image (`LEAKING` for one whose gradient leaks), or
+    `ROBUST`, or `MISCLASSIFIED`; `zero_gradient` (N,) bool. AutoAttack's own doubts about a result
+    are issued as warnings.
 
     Every attack is seeded with `seed` on every batch, so batches do not depend on each other. With
     a folder `scratch`, finished attacks on a batch are stored there, and an interrupted evaluation
@@ -53,7 +79,8 @@ class Evaluation:
     may raise. (pyautoattack 0.2.0 has a `state_path` for this, but
     cannot read it back, and would restart the interrupted attack with the remaining images.)
 
-    Raises `UserError` if an attack named in the recipe needs more classes.
+    Raises `UserError` if an attack named in the recipe needs more classes, and `RunError` if one
+    needs gradients that the network does not give.
     """
 
     threat: Threat
@@ -64,39 +91,52 @@ class Evaluation:
     def __call__(self, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Result:
         kept = self.scratch / "autoattack.json" if self.scratch else None
         fooled: list[str] = []
+        flat: list[bool] = []
         doubts: dict[str, str] = {}
         begun: list[list[str]] = []
         if kept is not None and kept.exists():
-            fooled, doubts, *begun = read_json(kept)
+            fooled, flat, doubts, *begun = read_json(kept)
 
         def keep(*begun: list[str]) -> None:
             if kept is not None:
-                write_json(kept, [fooled, doubts, *begun])
+                write_json(kept, [fooled, flat, doubts, *begun])
 
-        done, seen, classes = len(fooled), 0, 0
+        done, seen, classes, random = len(fooled), 0, 0, False
         with frozen(model) as model, listening(doubts):
             for x, y in batches:
                 seen += len(y)
                 if not classes:
                     classes = self._count_classes(model, x)
+                    random = is_random(model, x[:2])
                 if seen <= done:
                     continue
-                fooled += self._attack_batch(model, x, y, classes, begun, keep)
-                begun = []
+                found = self._attack_batch(model, x, y, classes, random, begun, keep)
+                fooled, flat, begun = fooled + found[0], flat + found[1], []
                 keep()
         attack = np.array(fooled)
         correct = attack == ROBUST
-        self._warn(attack, self._choose(classes), doubts)
+        self._warn(attack, self._choose(classes, random), doubts)
         metrics = {
             "accuracy": proportion(correct),
             "standard": Metric(
-                self._is_standard(classes),
+                self._is_standard(classes, random),
                 kind="setting",
                 note="not its standard attacks and budgets in all rows; compare only like rows",
             ),
             "seed": Metric(self.options.seed, kind="setting"),
         }
-        return Result(metrics, {"correct": correct, "attack": attack})
+        zeros = np.array(flat, dtype=bool)
+        if random:
+            metrics["draws"] = Metric(DRAWS, kind="setting")
+            kind = "named attacks" if self.options.attacks else "version rand, APGD on two losses"
+            warnings.warn(
+                f"autoattack: the network answers at random: {kind}, with gradients over {DRAWS} "
+                "draws; accuracies of other versions do not compare",
+                stacklevel=2,
+            )
+        if zeros.any():
+            metrics["zero_gradient"] = count_flat(zeros, attack != MISCLASSIFIED)
+        return Result(metrics, {"correct": correct, "attack": attack, "zero_gradient": zeros})
 
     @torch.no_grad()
     def _count_classes(self, model: nn.Module, x: Tensor) -> int:
@@ -112,12 +152,16 @@ class Evaluation:
             )
         return classes
 
-    def _choose(self, classes: int) -> Sequence[str]:
+    def _choose(self, classes: int, random: bool = False) -> Sequence[str]:
         """The names of the attacks for this number of classes, in order."""
+        if random and not self.options.attacks:
+            return RAND if classes >= 3 else RAND[:1]
         return self.options.attacks or (ATTACKS if classes >= 4 else FEW_CLASSES)
 
-    def _is_standard(self, classes: int) -> bool:
+    def _is_standard(self, classes: int, random: bool = False) -> bool:
         """Whether attacks and budgets are those of standard AutoAttack."""
+        if random:
+            return False
         budgets = (self.options.steps, self.options.queries, self.options.restarts)
         return tuple(self._choose(classes)) == ATTACKS and budgets == (100, 5000, 1)
 
@@ -127,42 +171,92 @@ class Evaluation:
         x: Tensor,
         y: Tensor,
         classes: int,
+        random: bool,
         begun: Sequence[list[str]] = (),
         keep: Callable[[list[str], list[str]], None] = lambda found, done: None,
-    ) -> list[str]:
-        """The record `attack` of each image of x (B, C, H, W) in [0, 1], with labels y (B,).
+    ) -> tuple[list[str], list[bool]]:
+        """The records `attack` and `zero_gradient` of each image of x (B, C, H, W) in [0, 1], with
+        labels y (B,).
 
-        `keep` gets the record after each attack, and which are done; `begun` is what it got.
+        `keep` gets the first after each attack, and which are done; `begun` is what it got.
         """
+        chosen = self._choose(classes, random)
 
         def logits(images: Tensor) -> Tensor:
             self.pause()
-            return predict(model, images)
+            return predict(model, Finite.apply(images))
 
-        with torch.no_grad():
-            correct = is_correct(predict(model, x), y).cpu().numpy()
-        found = np.where(correct, ROBUST, MISCLASSIFIED).astype(object)
-        done: list[str] = []
-        if begun:
-            found, done = np.array(begun[0], dtype=object), begun[1]
-        suite = self._make_suite(logits, x.device, classes)
-        for name in self._choose(classes)[len(done) :]:
-            left = np.flatnonzero(found == ROBUST)
-            if not len(left):
-                break
-            suite.attacks_to_run = [name]
-            index = torch.from_numpy(left).to(x.device)
-            # Its checks switch off whatever traces the process: a debugger, coverage.
-            tracer = sys.gettrace()
-            _, prediction = suite.run_standard_evaluation(x[index], y[index], batch_size=len(left))
-            sys.settrace(tracer)
-            found[left[(prediction != y[index]).cpu().numpy()]] = name
-            done = [*done, name]
-            keep(list(found), done)
-        return list(found)
+        with watching(model) as watch:
+            watch.begin(x, 0)
+            with torch.no_grad():
+                correct = is_correct(predict(model, x), y)
+            flat = torch.zeros_like(correct)
+            if not BY_VALUE.issuperset(chosen):
+                loss = partial(F.cross_entropy, target=y, reduction="sum")
+                outputs, gradient = differentiate(model, x, loss)
+                flat = correct & is_flat(gradient, outputs, y, self.threat.eps)
+            found = np.where(correct.cpu().numpy(), ROBUST, MISCLASSIFIED).astype(object)
+            done: list[str] = []
+            if begun:
+                found, done = np.array(begun[0], dtype=object), begun[1]
+            suite = self._make_suite(logits, x.device, classes, random)
+            for name in chosen[len(done) :]:
+                left = np.flatnonzero(found == ROBUST)
+                if not len(left):
+                    break
+                suite.attacks_to_run = [name]
+                index = torch.from_numpy(left).to(x.device)
+                # Its checks switch off whatever traces the process: a debugger, coverage.
+                tracer = sys.gettrace()
+                own = x[index], y[index]
+                _, prediction = suite.run_standard_evaluation(*own, batch_size=len(left))
+                sys.settrace(tracer)
+                found[left[(prediction != y[index]).cpu().numpy()]] = name
+                self._note_unreal(found, watch)
+                done = [*done, name]
+                keep(list(found), done)
+            left = np.flatnonzero(flat.cpu().numpy() & (found == ROBUST))
+            if len(left):
+                # Square has had all its queries where it is among the attacks.
+                queries = (
+                    0 if "square" in chosen else min(self.options.queries, 10 * self.options.steps)
+                )
+                self._attack_again(model, x, y, found, left, queries)
+            self._note_unreal(found, watch)
+        return list(found), flat.tolist()
+
+    @staticmethod
+    def _note_unreal(found: np.ndarray, watch: Watch) -> None:
+        """Attacks take the first NaN for the largest logit, which may be that of the label."""
+        watch.read()
+        for i in watch.unreal:
+            found[i] = NOT_FINITE if found[i] == ROBUST else found[i]
+
+    def _attack_again(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        found: np.ndarray,
+        left: np.ndarray,
+        queries: int,
+    ) -> None:
+        """Change the records of the images `left` that attacks without their gradients fool."""
+        index = torch.from_numpy(left).to(x.device)
+        attack = plan_attack(self.threat, self.options.steps)
+        with torch.random.fork_rng(devices=[x.device] if x.device.type == "cuda" else []):
+            torch.manual_seed(self.options.seed)
+            again = attack_again(model, x[index], y[index], attack, queries)
+        leaking, either = (part.cpu().numpy() for part in again)
+        found[left[either]] = "square"
+        found[left[leaking]] = LEAKING
 
     def _make_suite(
-        self, logits: Callable[[Tensor], Tensor], device: torch.device, classes: int
+        self,
+        logits: Callable[[Tensor], Tensor],
+        device: torch.device,
+        classes: int,
+        random: bool = False,
     ) -> AutoAttack:
         """AutoAttack with its standard settings, except for those in the options."""
         norm = {"linf": "Linf", "l2": "L2"}[self.threat.norm]
@@ -181,6 +275,9 @@ class Evaluation:
         suite.apgd_targeted.n_target_classes = suite.fab.n_target_classes = targets
         suite.fab.n_iter = steps
         suite.square.n_queries = self.options.queries
+        if random:
+            suite.version = "rand"
+            suite.apgd.eot_iter = suite.apgd_targeted.eot_iter = DRAWS
         return suite
 
     def _warn(self, attack: np.ndarray, chosen: Sequence[str], doubts: dict[str, str]) -> None:

@@ -15,14 +15,26 @@ from torch.nn import functional as F
 
 from prunekit import NoOptions, judge_batches
 from prunekit.contexts import EvaluatorContext
-from prunekit.contracts import Evaluator, Metric, Result
+from prunekit.contracts import Evaluator, Result
 from prunekit.evaluation import proportion
+from prunekit.judging import watching
 from prunekit_adversarial import PgdOptions
-from prunekit_adversarial.attacks import Attack, climb, is_correct, plan_attack, predict
+from prunekit_adversarial.again import attack_again, count_flat, is_flat
+from prunekit_adversarial.attacks import (
+    Attack,
+    climb,
+    differentiate,
+    is_correct,
+    plan_attack,
+    predict,
+)
 
 ROBUST = -1
 MISCLASSIFIED = -2
 """Values of the record `restart` for images that no restart fooled, and that needed none."""
+
+QUERIES = 100
+"""The least queries of Square at an image without a gradient."""
 
 
 @torch.no_grad()
@@ -52,10 +64,14 @@ class Pgd:
     one iterate that fools the network is enough. Source: Madry et al., ICLR 2018, section 2.1.
 
     Metrics: `accuracy` with its interval, and `zero_gradient`, the number of images whose input
-    gradient was exactly zero at their first start, about which gradient attacks say little.
-    Records: `correct` (N,) bool; `restart` (N,) int16, the number of the restart that fooled the
-    image, or `ROBUST`, or `MISCLASSIFIED`; `zero_gradient` (N,) bool. With a folder `scratch`,
-    finished batches are kept there.
+    gradient was zero, or lost in rounding, at their first start: gradient attacks say little about
+    them, so that those that are left are attacked again (`attack_again`). Records: `correct` (N,)
+    bool; `restart` (N,) int16, the number of the restart that fooled the image, `restarts` for an
+    attack whose gradient leaks, the next number for Square, the one after it where some iterate
+    gave NaN or infinity; or `ROBUST`, or `MISCLASSIFIED`;
+    `zero_gradient` (N,) bool. With a folder `scratch`, finished batches are kept there.
+
+    Raises `RunError` where the network lets no gradient through to its images.
     """
 
     attack: Attack
@@ -64,13 +80,19 @@ class Pgd:
     scratch: Path | None = None
 
     def __call__(self, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Result:
-        found = judge_batches(partial(self._attack_batch, model), batches, self.scratch)
+        last: list[Tensor] = []
+
+        def attack(x: Tensor, y: Tensor) -> dict[str, np.ndarray]:
+            last[:] = [x[:1]]
+            return self._attack_batch(model, x, y)
+
+        found = judge_batches(attack, batches, self.scratch)
         found["correct"] = found["restart"] == ROBUST
-        zeros = Metric(
-            found["zero_gradient"].sum(),
-            kind="diagnosis",
-            note="gave no gradient; its accuracy may be overestimated, try another attack",
-        )
+        attacked = found["restart"] != MISCLASSIFIED
+        if last and not attacked.any():
+            # As in a rehearsal: a network that no attack could be made on is told anyway.
+            differentiate(model, last[0], torch.sum)
+        zeros = count_flat(found["zero_gradient"], attacked)
         return Result({"accuracy": proportion(found["correct"]), "zero_gradient": zeros}, found)
 
     def _attack_batch(self, model: nn.Module, x: Tensor, y: Tensor) -> dict[str, np.ndarray]:
@@ -78,6 +100,15 @@ class Pgd:
 
         x is (B, C, H, W) in [0, 1], y is (B,).
         """
+        with watching(model) as watch:
+            watch.begin(x, 0)
+            restart, zeros = self._attack_images(model, x, y)
+        unreal = [i for i in watch.unreal if restart[i] == ROBUST]
+        restart[unreal] = self.restarts + 2
+        return {"restart": restart.cpu().numpy(), "zero_gradient": zeros.cpu().numpy()}
+
+    def _attack_images(self, model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """The records as tensors, but for images whose iterates in between gave no numbers."""
         with torch.no_grad():
             correct = is_correct(predict(model, x), y)
         restart = torch.where(correct, ROBUST, MISCLASSIFIED).to(torch.int16)
@@ -90,7 +121,13 @@ class Pgd:
             restart[left[fooled]] = number
             if number == 0:
                 zeros[left] = flat
-        return {"restart": restart.cpu().numpy(), "zero_gradient": zeros.cpu().numpy()}
+        left = (zeros & (restart == ROBUST)).nonzero().squeeze(1)
+        if len(left):
+            queries = max(QUERIES, 2 * self.restarts * self.attack.steps)
+            leaking, either = attack_again(model, x[left], y[left], self.attack, queries)
+            restart[left[either]] = self.restarts + 1
+            restart[left[leaking]] = self.restarts
+        return restart, zeros
 
     def _climb_once(self, model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """One restart on x (B, C, H, W) with labels y (B,).
@@ -105,7 +142,7 @@ class Pgd:
             loss = partial(F.cross_entropy, target=y, reduction="sum")
             ahead, logits, gradient = climb(model, x, adversarial, loss, self.attack)
             if step == 0:
-                flat = (gradient == 0).flatten(1).all(1)
+                flat = is_flat(gradient, logits, y, self.attack.ball.eps)
             if self.iterate == "any":
                 stands = is_correct(logits, y)
                 fooled = fooled.index_fill(0, left[~stands], True)

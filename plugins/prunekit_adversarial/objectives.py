@@ -14,8 +14,10 @@ from torch.nn import functional as F
 from prunekit import NoOptions
 from prunekit.contexts import ObjectiveContext
 from prunekit.contracts import Clock, Loss
+from prunekit.errors import RunError
 from prunekit_adversarial import FreeAdvOptions, MartOptions, PgdAtOptions, TradesOptions
 from prunekit_adversarial.attacks import (
+    BLIND,
     L2,
     Attack,
     check_threat,
@@ -184,8 +186,10 @@ class FreeAdv:
     def after_step(self) -> None:
         """Update the noise with the gradient that the step's backward pass computed for it."""
         used, self._used = self._used, None
-        if used is None or used.grad is None:
+        if used is None:
             raise RuntimeError("free-adv: after_step() called without a step and its backward()")
+        if used.grad is None:
+            raise RunError(BLIND)
         moved = (used.detach() + self.eps * used.grad.sign()).clamp_(-self.eps, self.eps)
         if self.noise is None or len(self.noise) < len(moved):
             self.noise = moved

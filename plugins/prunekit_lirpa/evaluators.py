@@ -86,7 +86,7 @@ class Verified:
         labels y (B,). The last of `bounds` decides; one before it finds what is worth deciding."""
         with torch.no_grad():
             logits = bounds[0].model(x)
-            correct = ((logits.argmax(1) == y) & ~logits.isnan().any(1)).cpu().numpy()
+            correct = ((logits.argmax(1) == y) & logits.isfinite().all(1)).cpu().numpy()
         method = np.where(correct, OPEN, MISCLASSIFIED).astype(object)
         margin = np.full(len(y), np.nan)
         failure = np.full(len(y), "", dtype=object)

@@ -157,4 +157,5 @@ def prunekit_evaluators() -> Iterable[EvaluatorComponent]:
         options=CertifyOptions,
         paper="Cohen et al., ICML 2019, arXiv 1902.02918",
         forward_passes=lambda options: options.n0 + options.n,
+        guarantees=True,
     )

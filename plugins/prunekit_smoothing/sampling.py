@@ -15,7 +15,7 @@ from prunekit import derive_seed
 from prunekit_smoothing import CHUNK
 
 NO_CLASS = -1
-"""The class of an output with NaN."""
+"""The class of an output with NaN or infinity."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,6 @@ class Sampler:
             yield list(zip(part, torch.split(classes.cpu(), sizes), strict=True))
 
     def classify(self, noisy: Tensor) -> Tensor:
-        """Classes (B,) int64 of noisy images (B, C, H, W); `NO_CLASS` if a logit is NaN."""
+        """Classes (B,) int64 of noisy images (B, C, H, W); `NO_CLASS` if a logit is no number."""
         logits: Tensor = self.model(noisy)
-        return logits.argmax(1).masked_fill(logits.isnan().any(1), NO_CLASS)
+        return logits.argmax(1).masked_fill(~logits.isfinite().all(1), NO_CLASS)

@@ -121,6 +121,9 @@ class EvaluatorComponent(Component):
     An "attack" records `correct`: it did not fool the network. A "proof" records `verified`: no
     attack can. The core warns if the two contradict each other.
     """
+    guarantees: bool = False
+    """Its numbers are guarantees, as those of a proof are: they hold for functions of single images
+    only, and the core refuses other networks."""
     beats: tuple[str, ...] = ()
     """Names of weaker attacks, which should leave at least as many images correct."""
     forward_passes: Callable[[Any], int] = lambda options: 1

@@ -34,7 +34,8 @@ def results(
     """Compare all runs below FOLDER (mean and spread over seeds).
 
     For example, --choose finetune.optimizer.lr keeps, for every combination of the other settings,
-    only the learning rate that was best on the validation images. Test results play no part.
+    only the learning rate that was best on the validation images. Test results play no part, but
+    values with results marked ! are not ranked.
     """
     if as_json + as_csv + layers > 1:
         raise click.UsageError("--json, --csv and --layers exclude each other")

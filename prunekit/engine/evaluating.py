@@ -12,21 +12,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from prunekit.catalog.component import Use
 from prunekit.contexts import EvaluatorContext
-from prunekit.contracts import Evaluator, Metric
+from prunekit.contracts import Evaluator, Metric, Result
 from prunekit.data import seeds
 from prunekit.data.batches import eval_batches
 from prunekit.engine.work import Loaded, Outcome, Work, describe_masks
 from prunekit.errors import RunError
-from prunekit.evaluation import balanced_proportion, frozen, is_unbalanced
+from prunekit.evaluation import balanced_proportion, eval_mode, frozen, is_unbalanced
+from prunekit.judging import IMAGES, Standing, Watch, examine, watching
 from prunekit.pruning.masks import State, describe_counts, find_broken
 from prunekit.recipe.plan import Run
 from prunekit.recipe.stages import Stage
 from prunekit.report import Progress, StageStarted
-from prunekit.store.files import read_npz, write_npz
+from prunekit.store.files import read_json, read_npz, write_json, write_npz
 from prunekit.store.stages import StageFolder
 
 
@@ -46,18 +47,27 @@ def judge(state: State, stage: Stage, use: Use[Evaluator], work: Work) -> Outcom
     Its random numbers depend on the run's seed, the component and the batch alone.
     """
     if broken := find_broken(state.model):
-        raise RunError(f"{broken} of the network holds NaN or infinity: there is nothing to judge")
+        raise RunError(f"the network holds {broken}: there is nothing to judge")
     index = _choose_images(stage, work.run, work.loaded)
+    owner = f"evaluator {use.component.name!r} of plugin {use.plugin}"
+    standing = Standing(state.model)
+    doubts = _look(state.model, use, index, work)
     seed = (work.run.seed, "evaluate", use.component.name)
     seeds.seed_all(*seed)
     context = EvaluatorContext(
         **vars(work.context(stage, state)), scratch=work.folder.scratch(), pause=work.stop.check
     )
     evaluator = use.build(context)
-    with frozen(state.model) as model, warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        result = evaluator(model, _watched(work, stage, use.name, index, seed))
-    owner = f"evaluator {use.component.name!r} of plugin {use.plugin}"
+    try:
+        with (
+            frozen(state.model) as model,
+            watching(model) as watch,
+            warnings.catch_warnings(record=True) as caught,
+        ):
+            warnings.simplefilter("always")
+            result = evaluator(model, _watched(work, stage, use.name, index, seed, watch))
+    finally:
+        standing.restore()
     for name, value in result.metrics.items():
         if not math.isfinite(value):
             raise RunError(f"{owner} gave {name} = {value}")
@@ -66,10 +76,64 @@ def judge(state: State, stage: Stage, use: Use[Evaluator], work: Work) -> Outcom
     for name, values in result.records.items():
         if len(values) != len(index):
             raise RunError(f"{owner} gave {len(values)} records {name!r} for {len(index)} images")
-    notes = tuple(dict.fromkeys(str(w.message) for w in caught))
+    doubts |= _count_unreal(watch, use, result, len(index))
+    notes = [text for text, _ in doubts.values()] + [str(w.message) for w in caught]
     network = {**describe_masks(state), "counts": describe_counts(state)}
+    for value in result.metrics.values():
+        if isinstance(value, Metric) and value.doubtful:
+            notes.append(f"{int(value)} of {value.n} images {value.note}; not to be ranked")
     metrics = {k: v if isinstance(v, Metric) else Metric(v) for k, v in result.metrics.items()}
-    return Outcome({**metrics, NETWORK: network}, records=result.records, notes=notes)
+    metrics = {**{name: metric for name, (_, metric) in doubts.items()}, **metrics}
+    return Outcome(
+        {**metrics, NETWORK: network}, records=result.records, notes=tuple(dict.fromkeys(notes))
+    )
+
+
+Doubts = dict[str, tuple[str, Metric]]
+"""Name -> what is said of a result, and the metric that says it in tables."""
+
+
+def _look(model: nn.Module, use: Use[Evaluator], index: Tensor, work: Work) -> Doubts:
+    """What keeps the network from being a function of single images, as a few of them show.
+
+    Raises `RunError` if there is nothing to judge: no numbers at all, or no function to prove of.
+    """
+    test, size = work.loaded.data.test, work.run.data.batch_size
+    (x, _), *_ = eval_batches(test, IMAGES, work.device, index[:: -(-len(index) // IMAGES)])
+    found = examine(model, x)
+    if not found.finite:
+        with eval_mode(model), torch.no_grad():
+            batches = eval_batches(test, size, work.device, index)
+            if not any(model(x).isfinite().all(1).any() for x, _ in batches):
+                raise RunError(NOTHING.format(images=f"each of the {len(index)} images"))
+    if use.component.guarantees or use.component.judges == "proof":
+        found.demand("a guarantee")
+    n = len(index)
+    return {
+        name: (text, Metric(n, n=n, kind="diagnosis", note=f"are in doubt: {text}"))
+        for name, text in found.doubts.items()
+    }
+
+
+NOTHING = "the network gives NaN or infinity for {images}: there is nothing to judge"
+
+
+def _count_unreal(watch: Watch, use: Use[Evaluator], result: Result, n: int) -> Doubts:
+    """What is to say of images for which the network gave NaN or infinity, attacked or not.
+
+    Raises `RunError` if it gave nothing else.
+    """
+    if watch.outputs and not watch.real:
+        raise RunError(NOTHING.format(images=f"everything that {use.name} showed it"))
+    if not (unreal := sorted(watch.unreal)):
+        return {}
+    text = f"the network gives NaN or infinity for {len(unreal)} of {n} images, or near them; "
+    text += "such outputs count as wrong"
+    wrongly = np.asarray(result.records.get("correct", np.zeros(n)))[sorted(watch.nowhere)]
+    if wrongly.any():
+        text += f", but {use.name} counts {np.count_nonzero(wrongly)} of these images as correct"
+    note = "got NaN or infinity from it, which counts as wrong"
+    return {"not_finite": (text, Metric(len(unreal), n=n, kind="diagnosis", note=note))}
 
 
 NETWORK = "network"
@@ -83,7 +147,7 @@ def assemble(stage: Stage, run: Run, loaded: Loaded, found: Mapping[str, Outcome
     unbalanced = is_unbalanced(loaded.data.test.labels.cpu().numpy())
     metrics: dict[str, Any] = {}
     records: dict[str, np.ndarray] = {"index": index.numpy(), "label": labels}
-    notes: list[str] = []
+    told: dict[str, list[str]] = {}
     for use in stage.options.with_:
         own = found[use.name]
         metrics |= {f"{use.name}.{k}": v for k, v in own.metrics.items() if k != NETWORK}
@@ -93,7 +157,9 @@ def assemble(stage: Stage, run: Run, loaded: Loaded, found: Mapping[str, Outcome
         if unbalanced and "accuracy" in own.metrics and "correct" in own.records:
             correct = np.asarray(own.records["correct"])
             metrics[f"{use.name}.balanced_accuracy"] = balanced_proportion(correct, labels)
-        notes += [f"{use.name}: {text}" for text in own.notes]
+        for text in own.notes:
+            told.setdefault(text.removeprefix(f"{use.name}: "), []).append(use.name)
+    notes = [f"{', '.join(names)}: {text}" for text, names in told.items()]
     notes += cross_examine(stage.options.with_, records)
     network = dict(next(iter(found.values())).metrics[NETWORK])
     # What was stored is a plain number again.
@@ -140,8 +206,11 @@ def _choose(n: int, images: int | None) -> Tensor:
 
 
 def _watched(
-    work: Work, stage: Stage, name: str, index: Tensor, seed: tuple[int | str, ...]
+    work: Work, stage: Stage, name: str, index: Tensor, seed: tuple[int | str, ...], watch: Watch
 ) -> Iterator[tuple[Tensor, Tensor]]:
+    kept = work.folder.scratch() / "not-finite.json"
+    if kept.exists():
+        watch.unreal, watch.nowhere = map(set, read_json(kept))
     size = work.run.data.batch_size
     total = -(-len(index) // size)
     batches = eval_batches(work.loaded.data.test, size, work.device, index)
@@ -149,7 +218,11 @@ def _watched(
         work.stop.check()
         work.report(Progress(stage.name, done, total, label=name))
         seeds.seed_all(*seed, done)
+        watch.begin(batch[0], done * size)
         yield batch
+        watch.read()
+        if watch.unreal:
+            write_json(kept, [sorted(watch.unreal), sorted(watch.nowhere)])
     work.report(Progress(stage.name, total, total, label=name))
 
 

@@ -6,14 +6,12 @@ import copy
 import dataclasses
 import importlib
 import math
-import random
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -27,6 +25,7 @@ from prunekit.engine.stages import STAGES
 from prunekit.engine.work import Loaded, Outcome, Work
 from prunekit.errors import Place, UserError
 from prunekit.evaluation import eval_mode
+from prunekit.judging import own_generators
 from prunekit.models.contract import check_tensors, find_logits
 from prunekit.pruning.layers import watch_network
 from prunekit.pruning.masks import State, take_zeros
@@ -136,7 +135,8 @@ def do_stage(
     train, test = (to_device(part, compute.device) for part in (data.train, data.test))
     nobody = Arrays(torch.empty(0), torch.empty(0, dtype=torch.int64))
     loaded = Loaded(dataclasses.replace(data, train=train, test=test), nobody)
-    state = State(compute.place(copy.deepcopy(model)))
+    with torch.no_grad():  # or the copy of a scripted network would depend on it
+        state = State(compute.place(copy.deepcopy(model)))
     if stage.prunes:
         shape = data.shape if any(data.shape) else _guess_shape(state.model)
         if shape:
@@ -182,15 +182,3 @@ class NoImages:
 
     def batches(self, indices: Sequence[Tensor]) -> Iterator[Tensor]:
         raise UserError("this pruner looks at images: give data=(x, y)")
-
-
-@contextmanager
-def own_generators() -> Iterator[None]:
-    """Restore the random generators of torch, numpy and Python afterwards."""
-    states = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        try:
-            yield
-        finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])

@@ -128,7 +128,7 @@ def import_model(
         raise source.error("holds no weights: all of them are 0 or 1, as those of masks are")
     apply_masks(model, masks)
     if broken := find_broken(model):
-        raise source.error(f"holds NaN or infinity in {broken}")
+        raise source.error(f"holds {broken}")
     digest = hash_file(source.path)
     counts = describe_counts(State(model, masks))
     metrics = {

@@ -90,10 +90,19 @@ def describe_counts(state: State) -> dict[str, Any]:
 
 
 def find_broken(model: nn.Module) -> str:
-    """The first parameter or buffer that holds NaN or infinity; empty where none does."""
+    """What cannot be computed with, and the first parameter or buffer that holds it; else empty.
+
+    A buffer may hold -infinity, as masks of attention do, unless it is a running statistic.
+    """
     for name, value in (*model.named_parameters(), *model.named_buffers()):
-        if value.is_floating_point() and not value.isfinite().all():
-            return name
+        if not value.is_floating_point():
+            continue
+        own = name.rpartition(".")[2]
+        strict = isinstance(value, nn.Parameter) or own.startswith("running_")
+        if not (value.isfinite() if strict else value.isfinite() | value.isneginf()).all():
+            return f"NaN or infinity in {name}"
+        if own == "running_var" and (value < 0).any():
+            return f"negative variances in {name}"
     return ""
 
 
@@ -130,9 +139,13 @@ def assert_masked(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
 
 def count_weights(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, dict[str, int]]:
     """Layer -> {"kept", "weights"} over all prunable weights; a layer without a mask is dense."""
+    try:
+        faults = find_faults(model)
+    except RunError:  # nothing can be pruned, in a quantized network, which may be judged anyway
+        return {}
     counts = {}
     named = dict(model.named_parameters())
-    for name in [name for name, fault in find_faults(model).items() if not fault]:
+    for name in [name for name, fault in faults.items() if not fault]:
         n = named[name].numel()
         counts[name] = {"kept": int(masks[name].sum()) if name in masks else n, "weights": n}
     return counts

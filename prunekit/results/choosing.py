@@ -12,6 +12,7 @@ from typing import Any
 
 from prunekit.contracts import Metric
 from prunekit.errors import UserError
+from prunekit.results.comparison import find_doubtful
 from prunekit.results.metrics import format_metric, format_setting
 from prunekit.results.settings import describe, find_columns, freeze
 from prunekit.store.records import RunRecord
@@ -29,6 +30,8 @@ class Choice:
     chosen: Mapping[str, Any]
     metric: str
     scores: tuple[tuple[Mapping[str, Any], float], ...]
+    unranked: tuple[Mapping[str, Any], ...] = ()
+    """Values that were not compared: some of their results are not to be ranked."""
 
 
 def choose(
@@ -37,10 +40,11 @@ def choose(
     """Of runs that differ only in `addresses` and the seed, keep the best on validation.
 
     Compares the metric by which the last training stage selected its epoch, averaged over seeds;
-    the first of equals wins. Runs whose settings lack an address are kept.
+    the first of equals wins. Runs whose settings lack an address are kept. A value whose results
+    are in doubt (`Metric.doubtful`) is not ranked.
 
-    Raises `UserError` if no run has an address, if a run is not done, or if the values were tried
-    with different seeds, over which means cannot be compared.
+    Raises `UserError` if no run has an address, if no value can be ranked, if a run is not done, or
+    if the values were tried with different seeds, over which means cannot be compared.
     """
     told = describe(runs)
     columns = {*find_columns(runs, told), *(name for one in told for name in one.swept)}
@@ -64,10 +68,18 @@ def choose(
     choices = []
     for others, by_value in groups.items():
         metric, scores = _score_values(by_value)
+        left = {v for v, own in by_value.items() if any(find_doubtful(r.stages) for r in own)}
+        scores = {value: score for value, score in scores.items() if value not in left}
+        if not scores:
+            raise UserError(
+                f"--choose {' '.join(addresses)}: no value has results to rank; over 1 % of the "
+                "images of each are in doubt, as `prunekit results` says"
+            )
         best = max(scores, key=lambda value: scores[value])
         dropped |= {run.folder for value, own in by_value.items() if value != best for run in own}
         compared = tuple((json.loads(value), score) for value, score in scores.items())
-        choices.append(Choice(json.loads(others), json.loads(best), metric, compared))
+        unranked = tuple(json.loads(value) for value in by_value if value in left)
+        choices.append(Choice(json.loads(others), json.loads(best), metric, compared, unranked))
     kept = [run for run in runs if not dropped & {run.folder, *run.folder.parents}]
     return kept, choices
 
@@ -129,4 +141,6 @@ def tell(choice: Choice) -> str:
         for values, score in choice.scores
     )
     where = words(choice.others) or choice.others["name"]
-    return f"{where}: {words(choice.chosen)} by {choice.metric} ({compared})"
+    left = "; ".join(map(words, choice.unranked))
+    left = f"; not ranked, with over 1 % of the images in doubt: {left}" if left else ""
+    return f"{where}: {words(choice.chosen)} by {choice.metric} ({compared}){left}"

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import os
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from prunekit.contracts import Metric
 from prunekit.results.settings import describe, find_columns, find_plan, freeze
+from prunekit.store.metrics import split_metric
 from prunekit.store.records import RunRecord, StageRecord
 
 
@@ -43,6 +44,15 @@ class Row:
     metrics: Mapping[str, Value]
     runs: tuple[Path, ...]
     error: str = ""
+    doubtful: tuple[str, ...] = ()
+    """Evaluators whose results are not to be ranked, of any seed (`Metric.doubtful`)."""
+
+
+def find_doubtful(stages: Iterable[StageRecord]) -> tuple[str, ...]:
+    """The evaluators whose results in these stages are not to be ranked."""
+    metrics = [item for stage in stages for item in stage.metrics.items()]
+    found = [k for k, v in metrics if isinstance(v, Metric) and v.doubtful]
+    return tuple(dict.fromkeys(split_metric(name)[0] for name in found))
 
 
 def compare(runs: Sequence[RunRecord]) -> list[Row]:
@@ -125,7 +135,8 @@ def _join(found: Sequence[_Found]) -> _Found:
 
 def _make_row(run: RunRecord, stage: StageRecord, settings: Mapping[str, Any]) -> Row:
     metrics = _read_metrics(stage.metrics)
-    return Row(stage.name, "done", run.smoke, settings, (run.seed,), metrics, (run.folder,))
+    known = (run.smoke, settings, (run.seed,), metrics, (run.folder,))
+    return Row(stage.name, "done", *known, doubtful=find_doubtful([stage]))
 
 
 def _read_metrics(metrics: Mapping[str, Any]) -> dict[str, Value]:
@@ -162,7 +173,8 @@ def _merge_seeds(group: list[Row]) -> list[Row]:
     names = dict.fromkeys(name for row in group for name in row.metrics)
     metrics = {name: _average(name, group) for name in names}
     folders = tuple(folder for row in group for folder in row.runs)
-    return [replace(group[0], seeds=seeds, metrics=metrics, runs=folders)]
+    doubtful = tuple(dict.fromkeys(name for row in group for name in row.doubtful))
+    return [replace(group[0], seeds=seeds, metrics=metrics, runs=folders, doubtful=doubtful)]
 
 
 def _name_folders(rows: list[Row], runs: Sequence[RunRecord]) -> list[Row]:

@@ -16,6 +16,9 @@ from prunekit.results.comparison import Row
 from prunekit.results.metrics import format_metric, format_setting, is_fraction
 from prunekit.store.metrics import split_metric
 
+DOUBT = " !"
+"""Marks results that are not to be ranked."""
+
 
 def tabulate(rows: Sequence[Row], plus_minus: str = "±") -> list[list[str]]:
     """The cells of the table as text, titles first; "-" if there is no value."""
@@ -44,6 +47,7 @@ def tabulate(rows: Sequence[Row], plus_minus: str = "±") -> list[list[str]]:
             spread = Metric(value.sd, unit=value.mean.unit)
             sd = format_metric(spread, unit="") if is_fraction(spread) else f"{value.sd:.2g}"
             text += f" {plus_minus} {sd}"
+        text += DOUBT if split_metric(metric)[0] in row.doubtful else ""
         return text + (f" ({value.seeds})" if value.seeds < len(row.seeds) else "")
 
     titles = ["stage", *map(shorten, addresses), *["seed"] * seeds, *map(entitle, metrics)]
@@ -130,6 +134,8 @@ def write_notes(rows: Sequence[Row]) -> list[str]:
         if most > 0:
             images = f"up to {float(most):.4g} images of a network"
             notes.append(f"{split_metric(name)[0]}: {images} {most.note}")
+    if any(row.doubtful for row in rows):
+        notes.append(f"{DOUBT.strip()}: so for over 1 % of the images, which is not to be ranked")
     for name in _list_metrics(rows, "setting"):
         for mean in (row.metrics[name].mean for row in rows if name in row.metrics):
             if mean.note and mean < 1:
@@ -170,6 +176,8 @@ def to_csv(rows: Sequence[Row]) -> str:
             record[address] = None if setting is None else format_setting(setting)
         for name, value in row.metrics.items():
             record |= {name: value.mean, f"{name}_sd": value.sd, f"{name}_seeds": value.seeds}
+        if row.doubtful:
+            record["doubtful"] = " ".join(row.doubtful)
         records.append(record)
     text = io.StringIO()
     names = dict.fromkeys(name for record in records for name in record)

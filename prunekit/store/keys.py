@@ -22,6 +22,7 @@ DECIDING = (
     "engine/stages.py",
     "engine/work.py",
     "evaluation.py",
+    "judging.py",
     "models/building.py",
     "pruning/",
     "recipe/stages.py",

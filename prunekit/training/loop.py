@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,9 @@ from prunekit.data import seeds
 from prunekit.data.batches import Feed
 from prunekit.errors import RunError, UserError
 from prunekit.evaluation import balance, frozen, is_unbalanced
-from prunekit.report import Progress, Report, StageStarted, Stop
+from prunekit.judging import Standing, examine, watching
+from prunekit.pruning.masks import find_broken
+from prunekit.report import Note, Progress, Report, StageStarted, Stop
 from prunekit.steps import Averaging, Masking, Wrapper
 from prunekit.training.progress import Position, label_metrics, restore, save, tell_epoch
 from prunekit.training.rewiring import Rewired
@@ -66,6 +68,7 @@ class Fit:
     wrappers: Sequence[Wrapper] = ()
     images: str = "training images"
     """Of what the accuracy of an epoch is."""
+    told: set[str] = field(default_factory=set)  # of its validations
 
     def clock(self, epoch: int, batch: int, replay: int = 0) -> Clock:
         per_epoch = self.feed.count() * self.replays
@@ -213,9 +216,8 @@ def _summarize(job: Fit, at: Position) -> dict[str, Any]:
     images = at.sums[IMAGES]
     row: dict[str, Any] = {"epoch": at.epoch + 1}
     row |= {name: value / images for name, value in at.sums.items() if name != IMAGES}
-    for name, parameter in job.masking.model.named_parameters():
-        if not parameter.isfinite().all():
-            raise _diverged(job, f"{name} is not finite after epoch {at.epoch + 1}")
+    if broken := find_broken(job.masking.model):
+        raise _diverged(job, f"not finite after epoch {at.epoch + 1}: {broken}")
     row |= {f"validation.{name}": value for name, value in validate(job, at.epoch).items()}
     return row
 
@@ -233,13 +235,18 @@ def validate(job: Fit, epoch: int) -> dict[str, float]:
 
     def classify(x: Tensor, y: Tensor) -> Mapping[str, Tensor]:
         with torch.no_grad():
-            return {"accuracy": model(x).argmax(1) == y}
+            logits = model(x)
+            return {"accuracy": (logits.argmax(1) == y) & logits.isfinite().all(1)}
 
     check = job.objective.validate if isinstance(job.objective, Validating) else classify
     found: dict[str, list[Tensor]] = {}
     labels: list[Tensor] = []
-    with frozen(model):
+    standing = Standing(model)
+    with frozen(model), watching(model) as watch:
         for number, (x, y) in enumerate(job.feed.validate()):
+            if not job.told:
+                _tell(job, "", *examine(model, x).doubts.values())
+            watch.begin(x, number * job.feed.size)
             seeds.seed_all(*job.seed, "validation", number)
             for name, value in check(x, y).items():
                 found.setdefault(name, []).append(value.double().cpu())
@@ -247,11 +254,25 @@ def validate(job: Fit, epoch: int) -> dict[str, float]:
             job.report(
                 Progress(job.stage, number + 1, total, epoch, job.epochs, label="validating")
             )
+    # What validation images leave in a network would be training on them.
+    standing.restore()
+    if watch.outputs and not watch.real:
+        raise _diverged(job, "the network gives NaN or infinity for every validation image")
+    if watch.unreal:
+        _tell(job, "the network gives NaN or infinity for some images, which count as wrong")
     means = {name: float(torch.cat(values).mean()) for name, values in found.items()}
     if "accuracy" in found and is_unbalanced(job.feed.train.labels.cpu().numpy()):
         correct = torch.cat(found["accuracy"]).numpy()
         means["balanced_accuracy"] = balance(correct, torch.cat(labels).numpy())[0]
     return means
+
+
+def _tell(job: Fit, *texts: str) -> None:
+    """Warn of what was not told yet."""
+    for text in texts:
+        if text and text not in job.told:
+            job.report(Note(f"validation: {text}", warning=True))
+    job.told.update(texts)
 
 
 def _is_best(job: Fit, at: Position, row: Mapping[str, Any]) -> bool:

@@ -164,6 +164,46 @@ def test_contradicting_verdicts_are_told(bench, parts):
     assert warning.startswith("UNSOUND: attack breaks 10 images that proof certified")
 
 
+@pytest.mark.parametrize("spoilt", [3, 10])
+def test_the_core_counts_what_is_no_number_for_any_evaluator(spoilt, bench, parts):
+    """One that takes NaN as it comes: told with the number, an error if there is nothing else."""
+    registry = bench.registry()
+
+    def build(options, context):
+        def forward(module, args, logits):
+            first = args[0].flatten(1)[:, 0]
+            return logits.masked_fill((first < limit)[:, None], torch.nan)
+
+        context.model.register_forward_hook(forward)
+
+        def evaluate(model, batches):
+            right = np.concatenate([(model(x).argmax(1) >= 0).numpy() for x, _ in batches])
+            return Result({"accuracy": right.mean()}, {"correct": right})
+
+        return evaluate
+
+    with np.load(bench.folder / "images.npz") as kept:
+        arrays = dict(kept)
+    arrays["x_test"].reshape(10, -1)[:, 0] = np.arange(10)
+    np.savez(bench.folder / "images.npz", **arrays)
+    limit = (spoilt - 0.5) / 255
+    parts.build_attack = build
+    component = EvaluatorComponent(name="theirs", summary="", build="told_parts:build_attack")
+    path = bench.folder / "r.toml"
+    path.write_text(bench.recipe.replace('["clean"]', '["theirs"]'))
+    entry = Entry(component, "told", "told-dist 1.2")
+    plan = make_plan(load_recipe(path), Registry((*registry.entries, entry)))
+    (folder,) = bench.engine().run(plan, bench.folder / "out")
+    if spoilt == 10:
+        assert "NaN or infinity for everything that theirs showed it" in folder.error
+        return
+    (note,) = json.loads((folder.path / "run.json").read_text())["stages"][-1]["notes"]
+    assert note == (
+        "theirs: the network gives NaN or infinity for 3 of 10 images, or near them; such outputs "
+        "count as wrong, but theirs counts 3 of these images as correct"
+    )
+
+
 def give_verdict(record, verdict):
     def build(options, context):
         def evaluate(model, batches):

@@ -13,6 +13,7 @@ import numpy as np
 import prunekit_adversarial
 import pytest
 import torch
+from prunekit_adversarial.again import square
 from prunekit_adversarial.attacks import (
     L2,
     Attack,
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from prunekit import Use, UserError
+from prunekit import RunError, Use, UserError
 from prunekit.contexts import EvaluatorContext
 from prunekit.contracts import Clock, Threat
 from prunekit.testing import example_context
@@ -741,6 +742,104 @@ def test_pgd_counts_images_without_a_gradient_at_their_first_start() -> None:
     assert result.metrics["zero_gradient"] == 16
     assert result.records["restart"].tolist()[8:12] == [-2, -1, -1, -1]
     assert (result.records["restart"] >= 0).any()
+
+
+class Pixel(nn.Module):
+    """Logits (f(v), -f(v)) of the mean v of an image less 1/2, label 0: robust where v > eps."""
+
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        value = self.function(x.mean((1, 2, 3)) - 0.5)
+        return torch.stack([value, -value], 1)
+
+
+class Dead(nn.Module):
+    """Two ReLUs, both closed at every image: only their slopes below zero say where to go."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        v = x.mean((1, 2, 3)) - 0.5
+        left = torch.relu(-v) - torch.nn.functional.relu(v - 9, inplace=True)
+        return torch.stack([torch.full_like(v, 1e-3), left], 1)
+
+
+FLAT = {
+    "sign": Pixel(torch.sign),
+    "rounded": Pixel(lambda v: (8 * v + 0.5).round() - 0.5),
+    "certain": Pixel(lambda v: 1e6 * v),
+    "float noise": Pixel(lambda v: v.sign() + 1e-25 * v),
+    "comparison": Pixel(lambda v: (v > 0).to(v) - 0.5 + 0 * v),
+    "NaN": Pixel(lambda v: v + 0 * (v - v.detach()).abs().sqrt()),
+    "closed ReLUs": Dead(),
+}
+
+
+@pytest.mark.parametrize("threat", [LINF, Threat("l2", 0.4)], ids=["linf", "l2"])
+@pytest.mark.parametrize("what", FLAT)
+def test_images_without_a_gradient_are_attacked_again(what: str, threat: Threat) -> None:
+    # The mean of 4 x 4 pixels moves by up to 0.1 in both norms.
+    values = torch.tensor([0.65, 0.61, 0.55, 0.52, 0.45])
+    x, y = values[:, None, None, None].expand(5, 1, 4, 4).contiguous(), torch.zeros(5).long()
+    torch.manual_seed(0)
+    result = build("pgd", threat, FLAT[what], steps=20, restarts=2)(FLAT[what], [(x, y)])
+    assert result.records["correct"].tolist() == [True, True, False, False, False]
+    assert result.records["zero_gradient"].tolist() == [True] * 4 + [False]
+    flat = result.metrics["zero_gradient"]
+    assert (flat, flat.n, flat.doubtful) == (4, 4, True)
+    assert set(result.records["restart"].tolist()) <= {-2, -1, 0, 1, 2, 3}
+
+
+def test_a_confident_network_has_a_gradient() -> None:
+    """1 - p of the label is far below what float32 can tell from 0, and its gradient is right."""
+    model = Pixel(lambda v: 200 * v)
+    x = torch.full((1, 1, 4, 4), 0.6)
+    result = build("pgd", LINF, model, steps=3, restarts=1)(model, [(x, torch.zeros(1).long())])
+    assert result.metrics["zero_gradient"] == 0
+
+
+BLIND = {
+    "detach": lambda x: x.detach(),
+    "numpy": lambda x: torch.from_numpy(x.numpy()),
+    "numpy, detached": lambda x: torch.from_numpy(x.detach().numpy()),
+    "argmax": lambda x: F.one_hot((x > 0.5).long(), 2)[..., 1].to(x),
+}
+
+
+@pytest.mark.parametrize("label", [0, 1])  # correct, and nothing to attack
+@pytest.mark.parametrize("way", BLIND)
+def test_a_network_without_a_gradient_to_its_images_is_named(way: str, label: int) -> None:
+    class Blind(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return Pixel(torch.tanh)(BLIND[way](x))
+
+    x, y = torch.full((2, 1, 4, 4), 0.6), torch.full((2,), label)
+    with pytest.raises(RunError, match=r'lets no gradient through.*attacks = \["square"\]'):
+        build("pgd", LINF, Blind(), steps=2, restarts=1)(Blind(), [(x, y)])
+    assert build("clean", None, Blind())(Blind(), [(x, y)]).metrics["accuracy"] == 1 - label
+
+
+def test_square_stays_in_the_ball_and_finds_what_it_can() -> None:
+    seen = []
+
+    class Seen(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(x)
+            return Pixel(torch.sign)(x)
+
+    for threat in (LINF, BALL):
+        seen.clear()
+        x = torch.rand(6, 3, 5, 7) * 0.02 + 0.53
+        x[0, 0, 0] = 1.0
+        attack = plan_attack(threat, 1)
+        square(Seen(), x, torch.zeros(6).long(), attack, 50)
+        assert len(seen) > 1
+        for images in seen:
+            change = (images[:, None] - x).flatten(2)
+            far = change.abs().amax(2) if threat.norm == "linf" else change.norm(dim=2)
+            assert far.amin(1).max() <= threat.eps + 1e-5
+            assert 0 <= images.min() <= images.max() <= 1
 
 
 def test_declarations_do_not_import_torch() -> None:

@@ -15,7 +15,7 @@ import torch
 from prunekit_adversarial import ATTACKS, AutoAttackOptions, count_autoattack, prunekit_evaluators
 from torch import Tensor, nn
 
-from prunekit import Use, UserError
+from prunekit import RunError, Use, UserError
 from prunekit.contexts import EvaluatorContext
 from prunekit.contracts import Threat
 from prunekit.errors import Interrupted, OptionError
@@ -224,7 +224,7 @@ def test_what_autoattack_doubts_is_warned_of() -> None:
 def test_counts_its_passes() -> None:
     model = make_net()
     with torch.no_grad():  # nothing fools it
-        model[4].weight.zero_()
+        model[4].weight.mul_(1e-3)
         model[4].bias.copy_(torch.arange(10.0))
     x, y = torch.rand(2, 1, 8, 8), torch.full((2,), 9)
     for name in ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square"):
@@ -243,6 +243,112 @@ def test_counts_its_passes() -> None:
         checks = calls - count_autoattack(AutoAttackOptions(**options))
         # Of every attack and target: which images are left, and whether they still are.
         assert 0 <= checks < 60, (name, checks)
+
+
+class Noisy(nn.Module):
+    """A network whose forward draws, in evaluation mode too."""
+
+    def __init__(self, classes: int = 10) -> None:
+        super().__init__()
+        self.net = make_net(classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.net(x + 0.05 * torch.randn_like(x))
+        return logits
+
+
+@pytest.mark.parametrize(
+    ("classes", "chosen"), [(2, "apgd-ce"), (3, "apgd-ce apgd-dlr"), (10, "apgd-ce apgd-dlr")]
+)
+def test_a_network_that_answers_at_random_gets_the_version_for_it(
+    classes: int, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate = build(steps=3)
+    model = Noisy(classes).eval()
+    assert " ".join(evaluate._choose(classes, True)) == chosen
+    assert evaluate._make_suite(model, torch.device("cpu"), classes, True).apgd.eot_iter == 20
+    assert evaluate._make_suite(model, torch.device("cpu"), classes).apgd.eot_iter == 1
+    assert not build(attacks=ATTACKS)._is_standard(10, True)
+    ran = []
+    run = pyautoattack.AutoAttack.run_standard_evaluation
+    monkeypatch.setattr(
+        pyautoattack.AutoAttack,
+        "run_standard_evaluation",
+        lambda self, *a, **k: ran.append(self) or run(self, *a, **k),
+    )
+    x = torch.rand(8, 1, 8, 8)
+    with pytest.warns(UserWarning, match="answers at random: version rand.* over 20 draws") as told:
+        result = evaluate(model, [(x, model.net(x).argmax(1))])
+    # The advice to take this version would mislead.
+    assert not any('version="rand"' in str(w.message) for w in told)
+    assert {suite.attacks_to_run[0] for suite in ran} <= set(chosen.split())
+    assert {(s.version, s.apgd.eot_iter) for s in ran} == {("rand", 20)}
+    assert (result.metrics["standard"], result.metrics["draws"]) == (0, 20)
+
+
+def test_attacks_named_for_a_random_network_run_as_named_over_20_draws() -> None:
+    evaluate = build(attacks=("apgd-ce", "square"), steps=2, queries=3)
+    assert evaluate._choose(10, True) == ("apgd-ce", "square")
+    model = Noisy().eval()
+    x = torch.rand(4, 1, 8, 8)
+    with pytest.warns(UserWarning, match="answers at random: named attacks"):
+        result = evaluate(model, [(x, model.net(x).argmax(1))])
+    assert result.metrics["standard"] == 0
+
+
+class Rounded(nn.Module):
+    """The mean of the image, rounded: class 0 where it is below 1/2; no gradient anywhere."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        high = (x.mean((1, 2, 3)) - 0.5).sign()
+        return torch.stack([-high, high, high - 5, high - 6], 1)
+
+
+@pytest.mark.parametrize("attacks", [("apgd-ce",), ("fab",), None], ids=["apgd", "fab", "all"])
+def test_images_without_a_gradient_are_attacked_again(attacks: Any) -> None:
+    # A step of the leaking gradient is along its sign: robust where the mean is below 0.5 - eps.
+    values = torch.tensor([0.4, 0.469, 0.471, 0.49, 0.6])
+    x, y = values[:, None, None, None].expand(5, 1, 4, 4).contiguous(), torch.zeros(5).long()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        result = build(attacks=attacks, steps=8, queries=200)(Rounded().eval(), [(x, y)])
+    assert result.records["correct"].tolist() == [True, True, False, False, False]
+    assert result.records["zero_gradient"].tolist() == [True] * 4 + [False]
+    flat = result.metrics["zero_gradient"]
+    assert (flat, flat.n, flat.doubtful) == (4, 4, True)
+
+
+def test_a_network_without_a_gradient_to_its_images_is_named_and_square_does() -> None:
+    model = make_net().eval()
+
+    class Detached(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            logits: Tensor = model(x.detach())
+            return logits
+
+    x = torch.rand(4, 1, 8, 8)
+    y = model(x).argmax(1)
+    with pytest.raises(RunError, match=r'no gradient through.*attacks = \["square"\]'):
+        build(**FEW)(Detached(), [(x, y)])
+    result = build(attacks=("square",), queries=3)(Detached(), [(x, y)])
+    assert not result.records["zero_gradient"].any()
+
+
+def test_nan_near_an_image_counts_as_wrong_whatever_class_it_names() -> None:
+    class Hole(nn.Module):
+        """All logits are NaN off the multiples of 1/4: the first of them is the label's."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            off = ((4 * x).round() != 4 * x).flatten(1).any(1)
+            return x.flatten(1)[:, :10].masked_fill(off[:, None], torch.nan)
+
+    x = torch.zeros(3, 1, 8, 8)
+    x[:, 0, 0, 0] = 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        evaluate = build(attacks=("apgd-ce",), steps=3)
+        result = evaluate(Hole().eval(), [(x, torch.zeros(3).long())])
+    assert result.records["correct"].tolist() == [False] * 3
 
 
 def test_contract() -> None:

@@ -7,7 +7,9 @@ from click.testing import CliRunner
 
 from prunekit.cli.group import main
 from prunekit.errors import UserError
-from prunekit.results.choosing import choose
+from prunekit.results.choosing import choose, tell
+from prunekit.results.comparison import compare
+from prunekit.results.tables import tabulate, to_csv, to_json, write_notes
 from prunekit.store.records import find_runs
 
 LR = "finetune.optimizer.lr"
@@ -75,6 +77,48 @@ def test_several_settings_are_chosen_together(runs):
     kept, (choice,) = choose(find_runs(runs), [LR, "prune.pruner"])
     assert choice.chosen == {LR: 0.01, "prune.pruner": "score"}
     assert len(kept) == 2
+
+
+def doubt(folder, images):
+    """Say in a finished run that pgd found so many of its 200 images without a gradient."""
+    file = folder / "run.json"
+    record = json.loads(file.read_text())
+    flat = {"value": images, "n": 200, "kind": "diagnosis", "note": "gave no gradient"}
+    accuracy = {"value": 0.5, "unit": "fraction"}
+    found = {"pgd.accuracy": accuracy, "pgd.zero_gradient": flat}
+    record["stages"][-1]["metrics"] |= found
+    file.write_text(json.dumps(record | {"format": 2}))
+
+
+def test_a_value_with_results_in_doubt_is_not_ranked(runs):
+    doubt(runs / "score-0.01-0", 2)  # one percent, of one seed
+    _, (_, score) = choose(find_runs(runs), [LR])
+    assert (score.chosen, score.unranked) == ({LR: 0.01}, ())
+    doubt(runs / "score-0.01-0", 3)
+    kept, (lwm, score) = choose(find_runs(runs), [LR])
+    assert (score.chosen, score.unranked) == ({LR: 0.1}, ({LR: 0.01},))
+    assert (lwm.chosen, lwm.unranked) == ({LR: 0.1}, ())
+    assert not any(run.folder.name.startswith("score-0.01") for run in kept)
+    assert tell(score).endswith(
+        "; not ranked, with over 1 % of the images in doubt: finetune.optimizer.lr 0.01"
+    )
+    doubt(runs / "score-0.1-1", 100)
+    with pytest.raises(UserError, match="no value has results to rank"):
+        choose(find_runs(runs), [LR])
+
+
+def test_a_table_marks_results_in_doubt(runs):
+    doubt(runs / "score-0.01-0", 3)
+    rows = compare(find_runs(runs))
+    marked = [row for row in rows if row.doubtful]
+    assert [row.doubtful for row in marked] == [("pgd",)]
+    assert (marked[0].settings[LR], marked[0].seeds) == (0.01, (0, 1))
+    titles, *lines = tabulate(rows)
+    column = titles.index("pgd\naccuracy %")
+    assert [line[column].endswith(" !") for line in lines] == [bool(row.doubtful) for row in rows]
+    assert any(note.startswith("!: ") for note in write_notes(rows))
+    assert "doubtful" in to_csv(rows).splitlines()[0]
+    assert to_json(marked)["rows"][0]["doubtful"] == ("pgd",)
 
 
 def test_a_value_that_lacks_a_seed_is_refused(runs):

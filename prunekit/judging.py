@@ -1,0 +1,292 @@
+"""What a judgement rests on: a network that is a function of single images, and gives numbers."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
+
+from prunekit.errors import RunError
+from prunekit.evaluation import eval_mode
+
+IMAGES = 3
+"""Images that `examine` looks at, and as many more that it makes from them."""
+REPEATS = 3
+"""Times that the same batch is shown."""
+SAME = 1e-5
+"""Outputs of the same batch are the same up to this part of the largest logit."""
+CLOSE = 1e-4
+"""Those of an image in another batch are: kernels round differently for another batch size."""
+NUDGE = 1e-6
+"""How far pixels are moved to see how much rounding moves the logits."""
+
+
+@contextmanager
+def own_generators() -> Iterator[None]:
+    """Restore the random generators of torch, numpy and Python afterwards."""
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+
+
+def read_logits(output: Any, images: int) -> Tensor:
+    """What a network gave for a number of images, if it is logits (B, K) of real numbers.
+
+    Raises `RunError`, which says what it gave instead.
+    """
+    if isinstance(output, Tensor):
+        if output.dim() == 2 and len(output) == images and output.is_floating_point():
+            return output
+        found = f"{str(output.dtype).removeprefix('torch.')} of shape {tuple(output.shape)}"
+    else:
+        found = f"a {type(output).__name__}"
+    raise RunError(
+        f"the network gives {found} for {images} images, instead of logits, floats of shape "
+        f"({images}, number of classes): wrap it in a module that returns these"
+    )
+
+
+class Standing:
+    """The parameters and buffers of a network as they are now; for one that changes them itself."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._owners = [(module, dict(module._buffers)) for module in model.modules()]
+        self._kept = {name: (value, value.detach().clone()) for name, value in _state(model)}
+
+    def moved(self) -> tuple[str, ...]:
+        """Names of those that are not what they were."""
+        now = dict(_state(self._model))
+        both = now.keys() & self._kept.keys()
+        changed = [name for name in both if not _same(now[name], self._kept[name][1])]
+        return tuple(sorted([*changed, *(now.keys() ^ self._kept.keys())]))
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Make them what they were; a tensor that nothing changed is not touched."""
+        for module, buffers in self._owners:
+            if any(module._buffers.get(n) is not b for n, b in buffers.items()) or (
+                len(buffers) != len(module._buffers)
+            ):
+                module._buffers.clear()
+                module._buffers.update(buffers)
+        for value, kept in self._kept.values():
+            if not _same(value, kept):
+                value.copy_(kept)
+
+
+def _state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    if one.shape != other.shape or torch.equal(one, other):
+        return one.shape == other.shape
+    return one.is_floating_point() and torch.allclose(one, other, 0, 0, equal_nan=True)
+
+
+@dataclass(frozen=True)
+class Examination:
+    """How a network answers a few images, in evaluation mode.
+
+    `random`: the same batch gets other answers. `mixed`: the answer for an image depends on the
+    other images of its batch. `moved`: parameters and buffers that the forward pass changes.
+    `finite`: some logits are numbers.
+    """
+
+    random: bool
+    mixed: bool
+    moved: tuple[str, ...]
+    finite: bool
+
+    @property
+    def doubts(self) -> dict[str, str]:
+        """Short name -> what keeps the network from being a function of single images."""
+        found = {}
+        if self.random:
+            found["random"] = (
+                "the network answers the same images differently each time, in evaluation mode (a "
+                "random layer, or a state that forward changes): its numbers depend on the draw"
+            )
+        if self.mixed:
+            found["batch_dependent"] = (
+                "the network's answer for an image depends on the other images of its batch, in "
+                "evaluation mode: its numbers depend on batch_size and on the order of the images"
+            )
+        if self.moved:
+            found["stateful"] = (
+                f"the network's forward pass changes {', '.join(self.moved[:3])} in evaluation "
+                "mode: its numbers depend on what it saw before (undone after each judgement)"
+            )
+        return found
+
+    def demand(self, what: str) -> None:
+        """Raise `RunError` if there are doubts: `what` would mean nothing."""
+        for text in self.doubts.values():
+            raise RunError(f"{text}; {what} would mean nothing")
+
+
+@torch.no_grad()
+def examine(model: nn.Module, x: Tensor) -> Examination:
+    """Look whether a network is a function of single images, with a few of x (B, C, H, W).
+
+    The same batch several times, backwards, and in two parts; differences that rounding explains
+    do not count. Random generators, modes, parameters and buffers are afterwards what they were.
+
+    Raises `RunError` if the network does not give logits.
+    """
+    x = x[:: -(-len(x) // IMAGES)]
+    x = torch.cat([x, 0.7 * (1 - x)])  # never one image alone, nor all alike
+    standing = Standing(model)
+    moved: dict[str, None] = {}
+
+    def look(images: Tensor) -> Tensor:
+        output = read_logits(model(images), len(images))
+        moved.update(dict.fromkeys(standing.moved()))
+        standing.restore()
+        return output
+
+    with own_generators(), eval_mode(model):
+        first, *others = [look(x) for _ in range(REPEATS)]
+        rough = float(torch.finfo(first.dtype).eps)
+        same, close = max(SAME, 2 * rough), max(CLOSE, 8 * rough)
+        unlike = not all(_agree(first, other, same) for other in others)
+        mixed = False
+        if not unlike:
+            elsewhere = look(x.flip(0)).flip(0), _part(look, x)
+            mixed = not all(_agree(first, other, close) for other in elsewhere)
+        if mixed:  # unless rounding alone moves the logits as much
+            noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
+            floor = 10 * _distance(first, look(x * (1 - NUDGE * noise)))
+            mixed = not all(_agree(first, other, close, floor) for other in elsewhere)
+    return Examination(unlike, mixed, tuple(moved), bool(first.isfinite().all(1).any()))
+
+
+def is_random(model: nn.Module, x: Tensor) -> bool:
+    """Whether the network answers x (B, C, H, W), as it is called, differently from time to time.
+
+    Random generators are afterwards what they were.
+    """
+    with own_generators(), torch.no_grad():
+        first, *others = [read_logits(model(x), len(x)) for _ in range(5)]
+    same = max(SAME, 2 * float(torch.finfo(first.dtype).eps))
+    return not all(_agree(first, other, same) for other in others)
+
+
+def _part(look: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Logits of x in two parts; NaN where layers fail that want several images."""
+    try:
+        return torch.cat([look(x[:1]), look(x[1:])])
+    except RunError:
+        raise
+    except Exception:  # whatever such layers raise
+        return torch.full((len(x), 1), torch.nan)
+
+
+def _distance(one: Tensor, other: Tensor) -> float:
+    """The largest difference of logits that are finite in both."""
+    both = one.isfinite() & other.isfinite()
+    if not both.any():
+        return 0.0
+    return float((one[both].cpu().double() - other[both].cpu().double()).abs().amax())
+
+
+def _agree(one: Tensor, other: Tensor, part: float, floor: float = 0.0) -> bool:
+    """Whether logits (B, K) are equal up to `part` of the largest finite one, or to `floor`."""
+    if one.shape != other.shape or not torch.equal(one.isfinite(), other.isfinite()):
+        return False
+    finite = one[one.isfinite()].cpu().double()
+    largest = float(finite.abs().amax()) if len(finite) else 0.0
+    return _distance(one, other) <= max(part * largest, floor)
+
+
+@dataclass
+class Watch:
+    """What outputs a network gave while it was judged, image by image.
+
+    `unreal` are the numbers of the images for which, as they are or near them, it gave NaN or
+    infinity; `outputs` counts what was seen, and `real` says whether anything finite was among it.
+    """
+
+    unreal: set[int] = field(default_factory=set)
+    nowhere: set[int] = field(default_factory=set)
+    """Those of them for which it did so as they are."""
+    outputs: int = 0
+    real: bool = False
+    _images: Tensor | None = None
+    _first: int = 0
+    _late: tuple[Tensor, Tensor] | None = None
+
+    def begin(self, images: Tensor, first: int) -> None:
+        """The judgement goes on with these images (B, C, H, W); the number of the first."""
+        self.read()
+        self._images, self._first = images, first
+
+    def see(self, x: Tensor, logits: Tensor) -> None:
+        """Note the outputs (B, K) at inputs x (B, C, H, W)."""
+        self.read()
+        self.outputs += len(logits)
+        self._late = (x.detach(), logits.detach().isfinite().all(1))
+        # On a GPU it is read when the next one is seen: reading it now would stall the device.
+        if logits.device.type == "cpu":
+            self.read()
+
+    def read(self) -> None:
+        """Take note of what was seen last."""
+        if self._late is None:
+            return
+        x, good = self._late
+        self._late = None
+        count = int(good.sum())
+        self.real |= count > 0
+        if count < len(good) and self._images is not None:
+            self._find(x[~good])
+
+    def _find(self, inputs: Tensor) -> None:
+        """Note which images these inputs were made from: the nearest ones."""
+        assert self._images is not None
+        numbers = range(self._first, self._first + len(self._images))
+        for x in inputs:
+            if self.unreal.issuperset(numbers) or x.shape != self._images.shape[1:]:
+                return
+            # An input that is no image itself says nothing about the network.
+            if x.isfinite().all():
+                far = (self._images - x).flatten(1).norm(dim=1)
+                nearest = {self._first + i for i in torch.nonzero(far == far.min())[:, 0].tolist()}
+                self.unreal |= nearest
+                self.nowhere |= nearest if not far.min() else set()
+
+
+@contextmanager
+def watching(model: nn.Module) -> Iterator[Watch]:
+    """Watch every output of the network inside; raises `RunError` there for what is no logits."""
+    watch = Watch()
+
+    def see(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        tracing = torch._C._get_tracing_state() is not None
+        if args and isinstance(args[0], Tensor) and not tracing:
+            watch.see(args[0], read_logits(output, len(args[0])))
+
+    try:
+        handle = model.register_forward_hook(see)
+    except RuntimeError:  # scripted modules have none of their own
+        handle = register_module_forward_hook(
+            lambda module, args, output: see(module, args, output) if module is model else None
+        )
+    try:
+        yield watch
+        watch.read()
+    finally:
+        handle.remove()

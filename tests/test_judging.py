@@ -1,0 +1,326 @@
+"""What a judgement says of networks that are no function of single images, or give no numbers."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import prunekit
+from prunekit.errors import RunError
+from prunekit.judging import Standing, examine, is_random, watching
+
+SHAPE = (1, 8, 8)
+
+
+class Net(nn.Module):
+    """A linear network around what a test puts before it: before(self, x (B, 64))."""
+
+    def __init__(self, before=lambda self, z: z, after=lambda self, z: z):
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc = nn.Linear(64, 10)
+        self.before, self.after = before, after
+        self.calls = 0
+        self.register_buffer("seen", torch.zeros(()))
+        self.norm = nn.BatchNorm1d(64, track_running_stats=False)
+
+    def forward(self, x):
+        return self.after(self, self.fc(self.before(self, x.flatten(1))))
+
+
+def count_calls(net, z):
+    net.calls += 1
+    return z + 0.01 * net.calls
+
+
+def count_in_buffer(net, z):
+    net.seen += 1
+    return z
+
+
+def replace_buffer(net, z):
+    net.seen = net.seen + 1
+    return z
+
+
+def draw_own(net, z):
+    return z + torch.from_numpy(np.random.default_rng().normal(size=z.shape)).float()
+
+
+UNSOUND = {
+    "dropout": (lambda net, z: F.dropout(z, 0.5), "random"),
+    "noise": (lambda net, z: z + 0.01 * torch.randn_like(z), "random"),
+    "python's generator": (lambda net, z: z * random.random(), "random"),
+    "a generator of its own": (draw_own, "random"),
+    "a counter": (count_calls, "random"),
+    "mean of the batch": (lambda net, z: z - z.mean(0), "batch_dependent"),
+    "batch norm": (lambda net, z: net.norm(z), "batch_dependent"),
+    "the neighbour": (lambda net, z: z + 0.1 * z.roll(1, 0), "batch_dependent"),
+    "the place": (lambda net, z: z * torch.arange(1.0, len(z) + 1)[:, None], "batch_dependent"),
+    "softmax over the batch": (lambda net, z: z.softmax(0), "batch_dependent"),
+    "a seed": (
+        lambda net, z: z + torch.randn(z.shape, generator=torch.Generator().manual_seed(0)),
+        "batch_dependent",
+    ),
+    "a buffer": (count_in_buffer, "stateful"),
+    "a new buffer": (replace_buffer, "stateful"),
+}
+
+
+def make_images(n=20):
+    images = torch.randint(256, (n, *SHAPE), generator=torch.Generator().manual_seed(1))
+    return images.to(torch.uint8), torch.arange(n) % 10
+
+
+@pytest.mark.parametrize("images", [1, 2, 30])
+@pytest.mark.parametrize("what", UNSOUND)
+def test_what_is_no_function_of_single_images_is_found(what, images):
+    before, doubt = UNSOUND[what]
+    net = Net(before)
+    assert list(examine(net, torch.rand(images, *SHAPE)).doubts) == [doubt]
+    assert not net.seen
+
+
+@pytest.mark.parametrize("images", [1, 2, 30])
+@pytest.mark.parametrize(
+    "net",
+    [
+        Net(),
+        Net(lambda net, z: F.dropout(z, 0.5, net.training)),
+        Net(after=lambda net, z: z * 0),  # constant
+        Net(after=lambda net, z: z * 1e20),
+        Net(after=lambda net, z: z + 1e6),
+        Net(after=lambda net, z: z.half()),
+        Net(after=lambda net, z: z.bfloat16()),
+        Net(after=lambda net, z: z / 0),  # no number, but always the same
+        nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 3)),
+    ],
+)
+def test_what_is_one_is_left_alone(net, images):
+    assert examine(net, torch.rand(images, *SHAPE)).doubts == {}
+    assert net.training
+
+
+def test_a_look_draws_nothing_from_the_generators():
+    net = Net(lambda net, z: F.dropout(z, 0.5) * random.random() * np.random.rand())
+    torch.manual_seed(3)
+    np.random.seed(3)
+    random.seed(3)
+    expected = torch.rand(2), np.random.rand(), random.random()
+    torch.manual_seed(3)
+    np.random.seed(3)
+    random.seed(3)
+    examine(net, torch.rand(4, *SHAPE, generator=torch.Generator()))
+    assert is_random(net, torch.zeros(1, *SHAPE) + 0.5)
+    assert torch.equal(torch.rand(2), expected[0])
+    assert (np.random.rand(), random.random()) == expected[1:]
+
+
+@pytest.mark.parametrize("what", ["dropout", "mean of the batch", "a buffer"])
+def test_every_judgement_tells_of_it(what, tmp_path):
+    before, doubt = UNSOUND[what]
+    attack = {"use": "pgd", "steps": 2, "restarts": 1}
+    net = Net(before)
+    found = prunekit.evaluate(net, make_images(), ["clean", attack], threat="1/255")
+    note = found.notes[0]
+    assert note.startswith("clean, pgd: the network")
+    assert "evaluation mode" in note
+    assert found.metrics[f"clean.{doubt}"] == 20
+    assert found.metrics[f"pgd.{doubt}"].kind == "diagnosis"
+
+
+def test_a_sound_network_gets_no_note_and_no_other_metric():
+    found = prunekit.evaluate(Net(), make_images(), "clean")
+    assert (found.notes, found.metrics.keys()) == ((), {"clean.accuracy"})
+
+
+def test_validation_tells_too_and_leaves_no_image_in_the_network(tmp_path):
+    """A buffer that counts the passes: those of validation are undone."""
+    x, y = make_images(40)
+    stages = [{"kind": "pretrain", "epochs": 2}]
+    recipe = {"dataset": {"use": "given", "batch_size": 10, "validation": 0.25}}
+    recipe |= {"objective": "benign", "stage": stages}
+    data = (x, y, x, y)
+    found = prunekit.run(
+        recipe, model=Net(count_in_buffer), data=data, out=tmp_path / "r", quiet=True
+    )
+    # Three batches an epoch; building may try the network once.
+    assert found.model.seen - 2 * 3 in (0, 1)
+    (stage,) = json.loads((tmp_path / "r" / "run.json").read_text())["stages"]
+    (note,) = stage["notes"]
+    assert note.startswith("validation: the network's forward pass changes seen")
+
+
+@pytest.mark.parametrize("evaluator", ["certify", "verified"])
+@pytest.mark.parametrize("what", ["dropout", "mean of the batch", "a buffer"])
+def test_there_is_no_certificate_of_what_is_no_function(evaluator, what):
+    pytest.importorskip("auto_LiRPA" if evaluator == "verified" else "torch")
+    options = {"certify": {"sigma": 0.25, "n0": 10, "n": 100, "radii": [0.1]}, "verified": {}}[
+        evaluator
+    ]
+    with pytest.raises(RunError, match=r"evaluation mode.* would mean nothing"):
+        prunekit.evaluate(
+            Net(UNSOUND[what][0]), make_images(), {"use": evaluator, **options}, threat="1/255"
+        )
+
+
+def spoil(rows, value=torch.nan):
+    """Gives `value` for images whose first pixel is one of `rows` / 255."""
+
+    def after(net, x):
+        return x.masked_fill(
+            torch.isin((255 * net.input[:, 0]).round(), torch.tensor(rows))[:, None], value
+        )
+
+    return after
+
+
+def keep(net, z):
+    net.input = z.detach()
+    return z
+
+
+def number_images(n=20):
+    """Images whose first pixel is their number."""
+    x, y = make_images(n)
+    x[:, 0, 0, 0] = torch.arange(n)
+    return x, y
+
+
+ALL = [
+    "clean",
+    {"use": "pgd", "steps": 2, "restarts": 1},
+    {"use": "certify", "sigma": 0.25, "n0": 5, "n": 20, "radii": [0.1]},
+    {"use": "autoattack", "attacks": ["square"], "queries": 3},
+]
+
+
+@pytest.mark.parametrize("evaluator", ALL, ids=["clean", "pgd", "certify", "autoattack"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_no_number_for_any_image_is_an_error(evaluator, value):
+    if evaluator == ALL[3]:
+        pytest.importorskip("pyautoattack")
+    net = Net(after=lambda net, z: z * 0 + value)
+    with pytest.raises(RunError, match="NaN or infinity for each of the 20 images"):
+        prunekit.evaluate(net, make_images(), evaluator, threat="1/255")
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_no_number_for_some_images_is_told_with_their_number_and_wrong(value):
+    x, _ = number_images()
+    sound = Net()
+    y = sound(x / 255).argmax(1)
+    net = Net(keep, spoil([2, 3, 15], value))
+    found = prunekit.evaluate(net, (x, y), ["clean", ALL[1]], threat="0.0001", batch_size=8)
+    assert found.metrics["clean.accuracy"] == 17 / 20
+    assert found.records["clean.correct"][[2, 3, 15]].tolist() == [False] * 3
+    for name in ("clean", "pgd"):
+        assert found.metrics[f"{name}.not_finite"] == 3
+        assert not found.records[f"{name}.correct"][[2, 3, 15]].any()
+    (note,) = found.notes
+    assert note.startswith("clean, pgd: the network gives NaN or infinity for 3 of 20 images")
+
+
+def test_no_number_under_attack_alone_is_told():
+    """Logits are NaN at images that are not multiples of 1/255."""
+
+    def after(net, logits):
+        pixels = 255 * net.input
+        odd = ((pixels - pixels.round()).abs() > 0.01).any(1)
+        return logits.masked_fill(odd[:, None], torch.nan)
+
+    x, _ = make_images()
+    y = Net()(x / 255).argmax(1)
+    attacks = ["clean", ALL[1]]
+    found = prunekit.evaluate(Net(keep, after), (x, y), attacks, threat="0.001")
+    assert found.metrics["clean.accuracy"] == 1
+    assert found.metrics["pgd.accuracy"] == 0
+    told = "pgd: the network gives NaN or infinity for 20 of 20 images"
+    assert any(note.startswith(told) for note in found.notes)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "what"),
+    [
+        ("norm.running_var", -0.5, "negative variances in norm.running_var"),
+        ("norm.running_var", -1e-7, "negative variances in norm.running_var"),
+        ("norm.running_var", torch.inf, "NaN or infinity in norm.running_var"),
+        ("norm.running_mean", torch.nan, "NaN or infinity in norm.running_mean"),
+        ("seen", torch.nan, "NaN or infinity in seen"),
+        ("fc.weight", torch.nan, "NaN or infinity in fc.weight"),
+    ],
+)
+def test_numbers_that_no_network_can_hold_are_named(name, value, what):
+    net = Net()
+    net.norm = nn.BatchNorm1d(64)
+    net.state_dict()[name].view(-1)[0] = value
+    with pytest.raises(RunError, match=f"{what}: there is nothing to judge"):
+        prunekit.evaluate(net, make_images(), "clean")
+
+
+def test_a_mask_of_minus_infinity_is_no_mistake():
+    net = Net()
+    net.seen.fill_(-torch.inf)
+    assert prunekit.evaluate(net, make_images(), "clean").notes == ()
+
+
+@pytest.mark.parametrize(
+    ("give", "told"),
+    [
+        (lambda z: z[:, 0], r"float32 of shape \(6,\)"),
+        (lambda z: z[:, :, None, None], r"float32 of shape \(6, 10, 1, 1\)"),
+        (lambda z: {"logits": z}, "a dict"),
+        (lambda z: (z, z), "a tuple"),
+        (lambda z: z.long(), "int64 of shape"),
+        (lambda z: z.sum(0, keepdim=True), r"float32 of shape \(1, 10\)"),
+    ],
+)
+def test_what_is_no_logits_is_named(give, told):
+    net = Net(after=lambda net, z: give(z))
+    with pytest.raises(RunError, match=f"the network gives {told}"):
+        examine(net, torch.rand(30, *SHAPE))
+    with pytest.raises(RunError, match="the network gives"), watching(net):
+        net(torch.rand(6, *SHAPE))
+
+
+@pytest.mark.parametrize("wrap", [lambda m: m, lambda m: nn.Sequential(m)])
+def test_a_scripted_network_is_judged_as_others(wrap):
+    x, _ = make_images()
+    y = torch.arange(20) % 10
+    plain = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    expected = prunekit.evaluate(plain, (x, y), ["clean", ALL[1]], threat="1/255")
+    scripted = wrap(torch.jit.script(plain))
+    found = prunekit.evaluate(scripted, (x, y), ["clean", ALL[1]], threat="1/255")
+    assert found.metrics == expected.metrics
+
+
+def test_a_network_with_nothing_to_prune_is_judged():
+    net = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64))
+    assert 0 <= prunekit.evaluate(net, make_images(), "clean").metrics["clean.accuracy"] <= 1
+
+
+@pytest.mark.parametrize("objective", ["pgd-at", "trades", "mart", "free-adv"])
+def test_training_against_attacks_needs_a_gradient_to_the_images(objective, tmp_path):
+    x, y = make_images(40)
+    recipe = {"dataset": {"use": "given", "batch_size": 10}, "threat": {"eps": 0.1}}
+    recipe |= {"objective": objective, "stage": [{"kind": "pretrain", "epochs": 1}]}
+    net = Net(lambda net, z: z.detach())
+    with pytest.raises(RunError, match=r"rehearsal.*lets no gradient through to its images"):
+        prunekit.run(recipe, model=net, data=(x, y, x, y), out=tmp_path / "r", quiet=True)
+
+
+def test_what_a_network_changed_is_put_back():
+    net = Net(replace_buffer)
+    buffer = net.seen
+    standing = Standing(net)
+    net(torch.rand(2, *SHAPE))
+    net.register_buffer("late", torch.ones(1))
+    net.fc.bias.data.fill_(3)
+    assert standing.moved() == ("fc.bias", "late", "seen")
+    standing.restore()
+    assert standing.moved() == ()
+    assert net.seen is buffer
