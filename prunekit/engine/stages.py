@@ -18,7 +18,7 @@ from prunekit.engine.work import Outcome, Work, describe_masks
 from prunekit.errors import RunError
 from prunekit.evaluation import eval_mode
 from prunekit.pruning.groups import Group, find_groups, follow
-from prunekit.pruning.layers import describe_faults, find_faults, find_prunable, find_unprunable
+from prunekit.pruning.layers import find_prunable, tell_unprunable
 from prunekit.pruning.masks import (
     State,
     apply_masks,
@@ -201,9 +201,8 @@ def _find_structured(state: State, stage: Stage, work: Work) -> tuple[dict[str, 
 def _thaw(state: State, work: Work) -> None:
     """Begin a stage that trains; tells what the network itself keeps as it is."""
     state.thaw()
-    for text in state.notes:
-        work.report(Note(text))
-    state.notes.clear()
+    while state.notes:
+        work.report(Note(state.notes.pop(0)))
     if state.frozen:
         named = ", ".join(state.frozen[:8])
         more = f" and {len(state.frozen) - 8} more" if len(state.frozen) > 8 else ""
@@ -221,11 +220,8 @@ def _find_unstructured(
     model: nn.Module, exclude: Sequence[str] | None, work: Work
 ) -> dict[str, Tensor]:
     """The prunable weights without those that `exclude`, or the architecture, leaves dense."""
-    faults, others = find_faults(model), find_unprunable(model).items()
-    if named := ", ".join(f"{name} ({layer})" for name, layer in others if name not in faults):
-        work.report(Note(f"cannot be pruned, by the kind of their layer: {named}"))
-    if named := describe_faults(model):
-        work.report(Note(f"left dense, as their zeros would be none of the network's: {named}"))
+    for text in tell_unprunable(model):
+        work.report(Note(text))
     if exclude is not None:
         return find_prunable(model, exclude)
     left: Sequence[str] = getattr(model, "leave_dense", ())

@@ -157,3 +157,13 @@ def find_unprunable(model: nn.Module) -> dict[str, str]:
         # Vectors, also those with axes of one entry for broadcasting, are none.
         if sum(size > 1 for size in parameter.shape) > 1 and name not in prunable
     }
+
+
+def tell_unprunable(model: nn.Module) -> list[str]:
+    """What a stage that prunes says of the weights that it cannot."""
+    faults, others = find_faults(model), find_unprunable(model).items()
+    kinds = ", ".join(f"{name} ({layer})" for name, layer in others if name not in faults)
+    told = [f"cannot be pruned, by the kind of their layer: {kinds}"] if kinds else []
+    changed = describe_faults(model)
+    ours = "left dense, as their zeros would be none of the network's"
+    return [*told, *([f"{ours}: {changed}"] if changed else [])]
