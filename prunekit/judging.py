@@ -20,6 +20,8 @@ IMAGES = 3
 """Images that `examine` looks at, and as many more that it makes from them."""
 REPEATS = 3
 """Times that the same batch is shown."""
+LOOKS = REPEATS + 3
+"""Forward passes that `examine` does, backwards and in two parts included."""
 SAME = 1e-5
 """Outputs of the same batch are the same up to this part of the largest logit."""
 CLOSE = 1e-4

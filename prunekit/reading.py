@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import stat
 import zipfile
 from collections.abc import Container, Iterable
@@ -84,15 +85,24 @@ def _too_large(path: Path, largest: float) -> UserError:
     return UserError(f"{relative(path)} is too large: at most {largest / 2**20:g} MB are read")
 
 
+BRACKET = re.compile(r"""[\[\]{}]|"(?:[^"\\]|\\.)*+""")
+"""What opens and closes lists and tables in JSON; strings are taken whole."""
+
+
 def parse_json(text: str | bytes, *, finite: bool = True) -> Any:
     """Plain data from JSON. Raises `ValueError`, whose message says what is wrong and where.
 
     Without `finite`, it may hold NaN and infinity, as Python writes them.
     """
-    try:
-        value = json.loads(text, object_pairs_hook=_read_table)
-    except RecursionError:
-        raise ValueError(f"it is nested more than {DEEPEST} levels deep") from None
+    if isinstance(text, bytes):
+        text = text.decode(json.detect_encoding(text), "surrogatepass")
+    depth = 0
+    # Counted first: how deep json's own recursion may go is not for it to say.
+    for mark in BRACKET.finditer(text):
+        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(mark[0], 0)
+        if depth > 10 * DEEPEST:
+            raise ValueError(f"it is nested more than {DEEPEST} levels deep")
+    value = json.loads(text, object_pairs_hook=_read_table)
     if fault := find_fault(value, finite=finite):
         path, message = fault
         raise ValueError(f"{'.'.join(map(str, path)) or 'it'} {message}")

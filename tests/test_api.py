@@ -329,7 +329,7 @@ def test_what_is_wrong_is_said(here):
 def test_what_python_made_is_told_apart_on_the_command_line(here):
     prunekit.run("r.toml", model=make_net(), data=DATA, out="x", quiet=True)
     done = CliRunner().invoke(main, ["eval", "x", "--with", "clean"])
-    assert done.exit_code == 1
+    assert done.exit_code == 2
     assert "the images came from a Python program; call prunekit.run there" in done.output
     # Named anew, it is as any other.
     rest = ["--dataset", "npz", "--set", "dataset.file=images.npz", "--model", "python"]

@@ -13,6 +13,7 @@ from prunekit.data.batches import Feed
 from prunekit.engine.keys import make_keys
 from prunekit.engine.work import Inputs, Loaded, build_state
 from prunekit.errors import relative
+from prunekit.judging import LOOKS
 from prunekit.models.failures import explained
 from prunekit.pruning.layers import find_prunable
 from prunekit.recipe.plan import Plan, Run
@@ -78,7 +79,8 @@ def _count_work(run: Run, loaded: Loaded, stage: Stage, compute: Compute) -> tup
     if stage.kind == "evaluate":
         images = min(options.images or math.inf, len(loaded.data.test.labels))
         batches = min(math.ceil(images / size), stage.limit or math.inf)
-        return 0, int(batches) * sum(ask(u, "forward_passes") for u in options.with_)
+        passes = sum(ask(u, "forward_passes") for u in options.with_)
+        return 0, int(batches) * passes + LOOKS * len(options.with_)
     feed = Feed(loaded.data.train, loaded.validation, size, compute.device, limit=stage.limit)
     recalibrates = stage.kind == "prune" and options.bn == "recalibrate"
     after = feed.count() if recalibrates else 0
@@ -87,7 +89,8 @@ def _count_work(run: Run, loaded: Loaded, stage: Stage, compute: Compute) -> tup
     use = options.objective
     steps = stage.epochs * feed.count() * stage.replays
     judged = ask(use, "validation_passes")
-    checked = stage.epochs * feed.count_validation() * judged
+    validation = feed.count_validation()
+    checked = stage.epochs * validation * judged + (LOOKS if validation else 0)
     once = ask(use, "forward_passes")
     again = once - ask(use, "attack_passes")
     more = sum(ask(wrapper, "passes") - 1 for wrapper in options.wrap)

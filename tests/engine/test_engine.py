@@ -540,7 +540,7 @@ def nobody(tmp_path):
 
     @contextmanager
     def nobody():
-        for path in (tmp_path, *list(tmp_path.parents)[:2]):
+        for path in (tmp_path, *list(tmp_path.parents)[:3]):
             path.chmod(0o755)
         inner = list(tmp_path.rglob("*"))
         for path in inner:
