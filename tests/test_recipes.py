@@ -9,7 +9,7 @@ from prunekit.cli.group import main
 from prunekit.cli.recipes import plan_recipe
 from prunekit.engine.running import run_plan
 from prunekit.recipe import reduction
-from prunekit.recipe.resolver import describe
+from prunekit.recipe.describing import describe
 
 ROOT = Path(__file__).parent.parent
 RECIPES = {

@@ -39,6 +39,10 @@ def identify(model: nn.Module) -> dict[str, Any]:
     return {**found, "content": hashlib.sha256(text.getvalue()).hexdigest()[:32]}
 
 
+FAULTS = "pruning_faults"
+"""What pruning notes of a layer that it looked at."""
+
+
 class _Describer(pickle.Pickler):
     """Pickles a network with code represented by its source, so that every process agrees."""
 
@@ -87,7 +91,7 @@ class _Describer(pickle.Pickler):
             if callable(value) and isinstance(value.__reduce_ex__(5), str):
                 return object, _describe(value)  # one that pickle would write by name
             return NotImplemented
-        held = {k: v for k, v in vars(value).items() if k != "training"}
+        held = {k: v for k, v in vars(value).items() if k not in ("training", FAULTS)}
         for name, hooks in held.items():
             if "_hooks" in name and isinstance(hooks, Mapping):
                 held[name] = list(hooks.values())

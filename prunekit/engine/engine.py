@@ -16,11 +16,11 @@ from prunekit.catalog.component import Use
 from prunekit.engine.evaluating import assemble, judge
 from prunekit.engine.keys import StageKey, describe_stage, make_keys
 from prunekit.engine.stages import STAGES
-from prunekit.engine.work import Inputs, Loaded, Outcome, Work, build_state
+from prunekit.engine.work import Inputs, Loaded, Outcome, Place, Work
 from prunekit.errors import DataMissingError, Interrupted, RunError
 from prunekit.models.building import describe_model
 from prunekit.models.failures import explain, release
-from prunekit.pruning.masks import State, describe_counts
+from prunekit.pruning.masks import describe_counts
 from prunekit.recipe.plan import Plan, Run
 from prunekit.recipe.reduction import reduce_run
 from prunekit.recipe.stages import Stage, uses_in
@@ -141,7 +141,7 @@ class Engine:
         keys = make_keys(run, loaded, self.compute)
         if folder is not None:
             folder.expect([part for key in keys for part in key.parts])
-        at = _Place(run, loaded, self.compute)
+        at = Place(run, loaded, self.compute)
         for stage, key in zip(run.stages, keys, strict=True):
             if stage.kind == "evaluate":
                 result, reused, records = self._judge(stage, key, at)
@@ -158,7 +158,7 @@ class Engine:
             if folder is not None:
                 folder.add(stage, key.key, result, reused, **files)
 
-    def _train(self, stage: Stage, key: str, at: _Place) -> tuple[StageResult, bool, StageFolder]:
+    def _train(self, stage: Stage, key: str, at: Place) -> tuple[StageResult, bool, StageFolder]:
         """(result, whether it was stored, where it is stored) of a stage that makes a network."""
         with self._open(stage, key, describe_stage(stage)) as (stored, known):
             if reused := known is not None:
@@ -175,7 +175,7 @@ class Engine:
         return result, reused, stored
 
     def _judge(
-        self, stage: Stage, key: StageKey, at: _Place
+        self, stage: Stage, key: StageKey, at: Place
     ) -> tuple[StageResult, bool, Mapping[str, Any]]:
         """(result, whether all of it was stored, records) of an evaluate stage."""
         found: dict[str, Outcome] = {}
@@ -204,6 +204,7 @@ class Engine:
             seconds=sum(result.seconds for result in new or [r for _, r in results]),
             notes=list(outcome.notes),
             versions={k: v for _, result in results for k, v in result.versions.items()},
+            compute=results[-1][1].compute,
             files=files,
         )
         return whole, not new, outcome.records
@@ -231,7 +232,7 @@ class Engine:
         stage: Stage,
         key: str,
         stored: StageFolder,
-        at: _Place,
+        at: Place,
         compute: Callable[..., Outcome],
         uses: Iterable[Use[Any]],
     ) -> StageResult:
@@ -250,6 +251,8 @@ class Engine:
             self.report(event)
 
         work = Work(at.run, at.loaded, self.compute, stored, key, report, self.stop)
+        for text in at.tell():
+            report(Note(text))
         try:
             outcome = compute(stage=stage, work=work)
         except (Exception, SystemExit) as error:
@@ -276,30 +279,9 @@ class Engine:
             times.get(0, 0.0) + time.monotonic() - started,
             list(dict.fromkeys((*told, *outcome.notes))),
             {n: used_version(n) for use in uses for n in use.component.needs},
+            self.compute.describe(),
         )
         return stored.finish(result, describe_stage(stage))
-
-
-@dataclass
-class _Place:
-    """Where a run is: the network after its latest stage, built when it is first needed."""
-
-    run: Run
-    loaded: Loaded
-    compute: Compute
-    _latest: StageFolder | None = None
-    _state: State | None = None
-
-    def open(self) -> State:
-        """The network; a stage that trains changes it in place."""
-        if self._state is None:
-            self._state = build_state(self.run, self.loaded.data, self.compute, self._latest)
-        return self._state
-
-    def move(self, latest: StageFolder, reused: bool) -> None:
-        """Note that a stage is done, whose network is in that folder."""
-        self._latest = latest
-        self._state = None if reused else self._state
 
 
 def _finite(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,8 +11,8 @@ import torch
 from prunekit.catalog.component import Use
 from prunekit.catalog.containment import ask
 from prunekit.engine.work import Loaded
+from prunekit.recipe.describing import describe
 from prunekit.recipe.plan import Run
-from prunekit.recipe.resolver import describe
 from prunekit.recipe.stages import Stage, uses_in
 from prunekit.store.keys import hash_file, hash_stage, version_of
 from prunekit.training.compute import Compute
@@ -55,7 +55,9 @@ def make_keys(run: Run, loaded: Loaded, compute: Compute) -> list[StageKey]:
 
 def _describe_network(run: Run) -> dict[str, Any]:
     init = hash_file(run.init) if run.init else None
-    return {"architecture": describe(run.architecture, hash_file), "init": init}
+    known = {"architecture": describe(run.architecture, hash_file), "init": init}
+    # Whether its zeros are masks.
+    return known | ({"trained": run.trains_first} if run.starts_given else {})
 
 
 def _key_evaluator(

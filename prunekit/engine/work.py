@@ -27,8 +27,8 @@ from prunekit.pruning.masks import (
     take_zeros,
 )
 from prunekit.recipe import reduction
+from prunekit.recipe.describing import describe
 from prunekit.recipe.plan import Run
-from prunekit.recipe.resolver import describe
 from prunekit.recipe.sections import DataOptions
 from prunekit.recipe.stages import Stage
 from prunekit.report import Note, Report, Stop
@@ -190,16 +190,43 @@ def build_state(
     state = State(model)
     if latest is not None:
         state.masks = read_model(latest.model, model)
-    elif run.init is not None or run.architecture.value is not None:
+    elif run.starts_given:
         masks = start_from(run.init, model) if run.init else None
         if masks is not None:
             state.masks = masks
             drop_changed(state)
         else:
-            first = next((s.kind for s in run.stages if s.kind != "evaluate"), "")
-            take_zeros(state, trained=first == "pretrain")
+            take_zeros(state, trained=run.trains_first)
     state.masks = {name: mask.to(compute.device) for name, mask in state.masks.items()}
     return state
+
+
+@dataclass
+class Place:
+    """Where a run is: the network after its latest stage, built when it is first needed."""
+
+    run: Run
+    loaded: Loaded
+    compute: Compute
+    _latest: StageFolder | None = None
+    _state: State | None = None
+
+    def open(self) -> State:
+        """The network; a stage that trains changes it in place."""
+        if self._state is None:
+            self._state = build_state(self.run, self.loaded.data, self.compute, self._latest)
+        return self._state
+
+    def tell(self) -> list[str]:
+        """What there is to say of how it was loaded, once."""
+        notes = self.open().notes
+        told, notes[:] = list(notes), []
+        return told
+
+    def move(self, latest: StageFolder, reused: bool) -> None:
+        """Note that a stage is done, whose network is in that folder."""
+        self._latest = latest
+        self._state = None if reused else self._state
 
 
 @dataclass(frozen=True)

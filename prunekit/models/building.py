@@ -21,8 +21,8 @@ from prunekit.pruning.layers import (
     find_weights,
     watch_network,
 )
+from prunekit.recipe.describing import describe
 from prunekit.recipe.plan import Plan, Run
-from prunekit.recipe.resolver import describe
 
 
 def build_network(

@@ -14,8 +14,9 @@ from prunekit.catalog.registry import Registry
 from prunekit.contracts import Architecture, Data, Threat
 from prunekit.errors import SYNONYMS, Problem, RecipeError
 from prunekit.recipe.addresses import OPTIONS, SECTIONS, resolve_address, takes_list
+from prunekit.recipe.describing import describe
 from prunekit.recipe.document import FORMAT, Recipe
-from prunekit.recipe.resolver import THREAT_EXAMPLE, Resolver, describe
+from prunekit.recipe.resolver import THREAT_EXAMPLE, Resolver
 from prunekit.recipe.sections import (
     ArchitectureOptions,
     ComputeOptions,
@@ -47,6 +48,16 @@ class Run:
     init: Path | None
     threat: Threat | None
     stages: tuple[Stage, ...]
+
+    @property
+    def starts_given(self) -> bool:
+        """Whether its network comes with weights: from a file, or from a Python program."""
+        return self.init is not None or self.architecture.value is not None
+
+    @property
+    def trains_first(self) -> bool:
+        """Whether the first stage that changes the network trains all of its weights."""
+        return next((s.kind for s in self.stages if s.kind != "evaluate"), "") == "pretrain"
 
     def uses(self) -> list[Use[Any]]:
         """All components that the run names, at any depth."""

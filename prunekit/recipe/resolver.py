@@ -20,6 +20,7 @@ from prunekit.catalog.registry import Registry
 from prunekit.contracts import Threat
 from prunekit.errors import SYNONYMS, OptionError, Place, Problem, UserError, explain_briefly
 from prunekit.reading import name_type
+from prunekit.recipe.describing import key_of
 from prunekit.recipe.trust import Guard
 from prunekit.recipe.values import (
     KeyPath,
@@ -39,11 +40,6 @@ THREAT_EXAMPLE = 'write [threat] with norm = "linf" and eps = "8/255"'
 NAME = r"[\w+-]+"
 """Names of stages and evaluators, which are parts of paths and of the names of metrics."""
 NAME_RULE = "must consist of letters, digits, '-', '_' and '+'"
-
-
-def key_of(field_name: str) -> str:
-    """The recipe's key of a field, without the underscore that Python's keywords need."""
-    return field_name.removesuffix("_")
 
 
 @cache
@@ -280,24 +276,3 @@ def _over_default(value: Any, default: Any) -> Any:
         return value
     base = {"use": default} if isinstance(default, str) else default
     return {**base, **value} if isinstance(base, Mapping) else value
-
-
-def describe(value: Any, of_path: Callable[[Path], Any] = str) -> Any:
-    """Options as a recipe could write them: plain data with defaults, None left out.
-
-    `of_path` says what represents a file: its path in a recipe, its content in a hash.
-    """
-    if isinstance(value, Use):
-        named = {"name": value.name} if value.name != value.component.name else {}
-        reference = value.reference or value.component.name
-        return {"use": reference, **named, **describe(value.options, of_path)}
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        pairs = ((key_of(f.name), getattr(value, f.name)) for f in dataclasses.fields(value))
-        return {k: describe(v, of_path) for k, v in pairs if v is not None}
-    if isinstance(value, Path):
-        return of_path(value)
-    if isinstance(value, tuple | list):
-        return [describe(v, of_path) for v in value]
-    if isinstance(value, dict):
-        return {k: describe(v, of_path) for k, v in value.items()}
-    return float(value) if isinstance(value, float) else value

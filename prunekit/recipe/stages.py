@@ -12,7 +12,8 @@ from typing import Any
 from prunekit.catalog.component import Use
 from prunekit.catalog.containment import ask
 from prunekit.contracts import read_ratio
-from prunekit.recipe.resolver import NAME, NAME_RULE, Resolver, describe, key_of
+from prunekit.recipe.describing import describe, key_of
+from prunekit.recipe.resolver import NAME, NAME_RULE, Resolver
 from prunekit.recipe.sections import SELECTION_KEYS, STAGE_OPTIONS
 from prunekit.recipe.values import KeyPath, Mistake, suggest
 

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from prunekit.catalog.component import Use
+from prunekit.catalog.containment import ask
 from prunekit.errors import UserError
+from prunekit.recipe.describing import describe
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Guard:
 
     def __call__(self, use: Use[Any]) -> None:
         """Raise `UserError` unless the component may be built; remember what the user named."""
-        if self.source == "" or not (risk := use.component.risks(use.options)):
+        if self.source == "" or not (risk := ask(use, "risks")):
             return
         mark = _identify(use)
         if self.source is None:
@@ -40,10 +42,8 @@ class Guard:
 
 def _identify(use: Use[Any]) -> str:
     """A hash of what would run: of the files' content, wherever they are, and of the options."""
-    from prunekit.recipe.resolver import describe  # which imports this module
-
     named = [use.kind, use.component.build, describe(use.options, _hash)]
-    content = [named, [_hash(file) for file in use.component.files(use.options)]]
+    content = [named, [_hash(file) for file in ask(use, "files")]]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

@@ -117,6 +117,7 @@ class RunFolder:
                 "reused": reused,
                 "notes": result.notes,
                 "versions": dict(result.versions),
+                "compute": dict(result.compute),
                 "files": dict(result.files),
                 "metrics": write_metrics(metrics),
             }

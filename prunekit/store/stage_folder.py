@@ -38,12 +38,14 @@ class StageResult:
     notes: list[str] = field(default_factory=list)
     versions: Mapping[str, str] = field(default_factory=dict)
     """Versions of the packages that the stage's components need."""
+    compute: Mapping[str, Any] = field(default_factory=dict)
+    """The device and the threads that it was computed with."""
     files: Mapping[str, str] = field(default_factory=dict)
     """Name -> SHA-256 of the files that belong to the result."""
 
 
 TYPES = {"metrics": dict, "history": list, "seconds": float, "notes": list, "versions": dict,
-         "files": dict}  # fmt: skip
+         "compute": dict, "files": dict}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import pytest
 from prunekit.catalog.component import option
 from prunekit.contracts import Threat
 from prunekit.errors import OptionError, Place
-from prunekit.recipe.resolver import describe
+from prunekit.recipe.describing import describe
 
 
 @dataclass(frozen=True)
