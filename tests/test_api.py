@@ -266,6 +266,19 @@ def test_channels_that_meet_are_removed_together(pruner, here):
     assert torch.equal(net(x), before)
 
 
+def test_a_run_that_only_judges_holds_the_network_that_it_judged(here):
+    stages = [{"kind": "evaluate", "with": ["clean"]}]
+    net = make_net().eval()
+    for _ in range(2):
+        found = prunekit.run({"stage": stages}, model=net, data=DATA, out="j", quiet=True)
+        state = found.model.state_dict()
+        assert all(torch.equal(state[name], value) for name, value in net.state_dict().items())
+        assert found.metrics["evaluate"]["clean.accuracy"].n == 10
+    assert prunekit.load("j", net).metrics == found.metrics
+    recipe = {"architecture": {"use": "python", "file": "net.py"}, "stage": stages}
+    assert prunekit.run(recipe, data=DATA, out="p", quiet=True).model.fc.out_features == 3
+
+
 def test_the_same_call_finds_its_result_and_another_network_or_image_does_not(here):
     arguments = {"data": DATA, "quiet": True}
     first = prunekit.run("r.toml", model=make_net(), out="runs/a", **arguments)

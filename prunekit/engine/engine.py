@@ -142,6 +142,9 @@ class Engine:
         if folder is not None:
             folder.expect([part for key in keys for part in key.parts])
         at = Place(run, loaded, self.compute)
+        # Where no stage makes a network, and no file has it, the run's folder gets the one judged.
+        if folder is not None and not run.init and {s.kind for s in run.stages} == {"evaluate"}:
+            self._write(folder.model, at, {})
         for stage, key in zip(run.stages, keys, strict=True):
             if stage.kind == "evaluate":
                 result, reused, records = self._judge(stage, key, at)
@@ -224,6 +227,13 @@ class Engine:
             warn = partial(self._note, warning=True)
             yield stored, stored.repair(warn, description)
 
+    def _write(self, file: Path, at: Place, told: Mapping[str, Any]) -> None:
+        """Write the network as it is now, with what is `told` of it."""
+        state = at.open()
+        known = describe_model(at.run, at.loaded.data.shape, at.loaded.data.classes)
+        header = {**known, **told, "smoke": self.smoke}
+        write_model(file, state.model, state.masks, header)
+
     def _note(self, text: str, *, warning: bool = False) -> None:
         self.report(Note(text, warning))
 
@@ -263,16 +273,10 @@ class Engine:
         if stage.kind == "evaluate":
             stored.write_records(outcome.records)
         else:
-            state = at.open()
-            header = {
-                **describe_model(at.run, at.loaded.data.shape, at.loaded.data.classes),
-                "stage": describe_stage(stage),
-                # No stage has pruned what `init` brought pruned.
-                "sparsity": stage.sparsity or float(outcome.metrics["sparsity"]),
-                "smoke": self.smoke,
-            }
-            write_model(stored.model, state.model, state.masks, header)
-            metrics["counts"] = describe_counts(state)
+            # No stage has pruned what `init` brought pruned.
+            sparsity = stage.sparsity or float(outcome.metrics["sparsity"])
+            self._write(stored.model, at, {"stage": describe_stage(stage), "sparsity": sparsity})
+            metrics["counts"] = describe_counts(at.open())
         result = StageResult(
             metrics,
             [{**_finite(row), "seconds": times[row["epoch"]]} for row in outcome.history],

@@ -23,6 +23,7 @@ from prunekit.pruning.masks import (
     State,
     apply_masks,
     count_weights,
+    is_frozen,
     measure_sparsity,
 )
 from prunekit.pruning.selection import (
@@ -238,7 +239,8 @@ def _recalibrate(model: nn.Module, batches: Callable[[], Iterator[tuple[Tensor, 
 
     The images are augmented and not attacked; everything but batch normalization is in eval mode.
     """
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    kinds = nn.modules.batchnorm._BatchNorm
+    norms = [m for m in model.modules() if isinstance(m, kinds) and not is_frozen(m)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()

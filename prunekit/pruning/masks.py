@@ -35,6 +35,16 @@ class State:
         self.model.train()
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name not in self.frozen)
+        for module in filter(is_frozen, self.model.modules()):
+            module.eval()
+
+
+def is_frozen(module: nn.Module) -> bool:
+    """Whether it is a normalization of which nothing is trained: its statistics stay, too."""
+    if not isinstance(module, nn.modules.batchnorm._NormBase):
+        return False
+    own = [parameter.requires_grad for parameter in module.parameters()]
+    return bool(own) and not any(own)
 
 
 def find_zeros(weights: Mapping[str, Tensor]) -> Masks:

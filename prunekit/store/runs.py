@@ -91,6 +91,11 @@ class RunFolder:
         }
         self._write()
 
+    @property
+    def model(self) -> Path:
+        """The file of its network."""
+        return self.path / MODEL
+
     def expect(self, keys: Sequence[str]) -> None:
         """Record the keys of all results, so that `clean` keeps what a stopped run has."""
         self._record |= {"keys": list(keys), "stages": [], "sparsity": None}

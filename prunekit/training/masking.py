@@ -115,10 +115,10 @@ class LearnedScores:
         self._lent: list[tuple[Tensor, Tensor]] = []
         trains = {parameter for parameter in model.parameters() if parameter.requires_grad}
         model.requires_grad_(False)
-        model.train()
         for module in model.modules():
             if isinstance(module, NORMS):
-                module.train(bn != "freeze")
+                if bn == "freeze":
+                    module.eval()
                 for parameter in trains.intersection(module.parameters()):
                     parameter.requires_grad_(bn != "freeze")
         self.rates = dict(rates or {})

@@ -121,6 +121,23 @@ def test_what_the_network_freezes_no_stage_trains(kind, make_normed_net):
     assert {"1.bias", "3.weight"} <= moved
 
 
+@pytest.mark.parametrize("kind", ["weights", "scores"])
+def test_a_frozen_normalization_keeps_its_statistics(kind, make_normed_net):
+    net = make_normed_net()
+    net[1].requires_grad_(False)
+    state = State(net)
+    state.thaw()
+    before = snapshot(net)
+    if kind == "weights":
+        trained = Weights(net, {})
+    else:
+        start = {"4.weight": net[4].weight.detach().clone()}
+        trained = LearnedScores(net, Scores(start, layerwise=True), Selection(0.5), {})
+    train(trained, OPTIMIZERS["sgd"](flat(trained)))
+    trained.detach()
+    assert not {name for name in changed(before, net) if name.startswith("1.")}
+
+
 @pytest.mark.parametrize(
     ("bn", "moves"), [("train", NORMS | STATISTICS), ("freeze", set())], ids=["train", "freeze"]
 )
