@@ -9,12 +9,9 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from prunekit.errors import EscapeError, PluginError, UserError, explain_briefly
-
-if TYPE_CHECKING:
-    from prunekit.catalog.component import Use
 
 
 @contextmanager
@@ -44,8 +41,8 @@ def contained() -> Iterator[None]:
                 os.chdir(folder)
 
 
-def ask(use: Use[Any], what: str) -> Any:
-    """What a function of a component's declaration, such as `passes`, says of its options.
+def ask(use: Any, what: str) -> Any:
+    """What a function of the declaration of a `Use`, such as `passes`, says of its options.
 
     Raises `PluginError` if it fails, and `UserError` if that is what it raises.
     """
