@@ -98,6 +98,18 @@ def describe(error: BaseException) -> str:
         return f"(its message cannot be shown: {type(failure).__name__})"
 
 
+def lacks_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on whatever device: that says nothing about what was tried.
+
+    >>> lacks_memory(MemoryError()), lacks_memory(RuntimeError("mat1 and mat2 do not fit"))
+    (True, False)
+    """
+    words = ("not enough memory", "can't allocate memory", "out of memory", "_alloc_failed")
+    # On a CPU torch raises what it raises for everything.
+    told = isinstance(error, RuntimeError) and any(w in describe(error).lower() for w in words)
+    return told or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+
+
 def printable(text: str, keep: str = "\n\t") -> str:
     r"""The text with control characters, and those that change its direction, written as escapes.
 

@@ -7,15 +7,11 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-
-from prunekit.errors import EscapeError, Interrupted, RunError, UserError, describe
+from prunekit.errors import EscapeError, Interrupted, RunError, UserError, describe, lacks_memory
 from prunekit.recipe.plan import Run
 
 OURS = re.compile(r"\(prunekit(?: \S+)?\)$")
 """Matches the end of the name of a plugin that comes with prunekit."""
-
-MEMORY = ("not enough memory", "can't allocate memory", "out of memory")
 
 
 def explain(error: BaseException, run: Run) -> str:
@@ -26,9 +22,7 @@ def explain(error: BaseException, run: Run) -> str:
     reason = f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
     if isinstance(error, EscapeError):
         reason = str(error)
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and any(word in describe(error).lower() for word in MEMORY)
-    ):
+    if lacks_memory(error):
         return (
             f"memory ran out; lower dataset.batch_size (now {run.data.batch_size}) with --set "
             f"dataset.batch_size={max(run.data.batch_size // 2, 1)}, or take a smaller network"

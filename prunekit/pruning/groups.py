@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.contracts import Masks
-from prunekit.evaluation import eval_mode
 from prunekit.pruning.channels import Decisions
 from prunekit.pruning.tracing import Tracer
 
@@ -52,8 +51,7 @@ def find_groups(
     weights and vectors are zero, so is what readers take of it, whatever the image.
     """
     tracer = Tracer(model, weights)
-    with eval_mode(model):
-        tracer.run(model, example)
+    tracer.run(model, example)
     decisions, reasons = tracer.decisions, tracer.decisions.reasons()
     roots = {n: decisions.roots(c).long().cpu() for n, c in tracer.channels.items()}
     units: list[dict[int, int]] = []

@@ -7,16 +7,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from prunekit.errors import lacks_memory
 from prunekit.pruning.channels import NONE, Decisions, Entries, Trail, at_first
+from prunekit.pruning.looking import Look, undisturbed
 from prunekit.pruning.operators import CONSTANT, Call
 from prunekit.pruning.products import find_rule
 
 
-class Tracer(TorchDispatchMode):
+class Tracer(Look):
     """Follows the output channels of `weights` (names) through a forward pass of the model.
 
     Every operator is told from what it does: one that moves entries moves the channels' numbers,
@@ -25,7 +26,7 @@ class Tracer(TorchDispatchMode):
     """
 
     def __init__(self, model: nn.Module, weights: Collection[str]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         named = dict(model.named_parameters())
         self.names = {id(parameter): name for name, parameter in named.items()}
         self.lengths = {
@@ -56,7 +57,7 @@ class Tracer(TorchDispatchMode):
         self._turned: Any = WeakTensorKeyDictionary()
 
     def run(self, model: nn.Module, example: Tensor) -> None:
-        """Send images (1, C, H, W) through the model, in its present mode."""
+        """Send images (1, C, H, W) through the model, in evaluation mode; it stays as it is."""
         hooks: list[Any] = []
         for name, module in model.named_modules():
             enter = module.register_forward_pre_hook(
@@ -64,7 +65,7 @@ class Tracer(TorchDispatchMode):
             )
             hooks += [enter, module.register_forward_hook(self._leave)]
         try:
-            with torch.no_grad(), self:
+            with undisturbed(model), self:
                 out = model(example)
         finally:
             for hook in hooks:
@@ -119,7 +120,9 @@ class Tracer(TorchDispatchMode):
         rule = find_rule(call)
         try:
             known = rule is not None and rule(self, call)
-        except (RuntimeError, TypeError, ValueError, IndexError):
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            if lacks_memory(error):
+                raise
             known = False  # an operator in a way that its rule does not foresee
         for tensor in call.tensors if not known else ():
             if trail := self.trail(tensor):

@@ -7,18 +7,16 @@ make other kernels of it, whose entries are not zero.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from prunekit.evaluation import eval_mode
+from prunekit.errors import lacks_memory
+from prunekit.pruning.looking import Look, undisturbed
 
 CHANGED = "changed before it multiplies"
 UNUSED = "reaches no product"
@@ -40,7 +38,7 @@ Trace = dict[str, Tensor | None]
 """Name of a weight -> which entries of a tensor are kept ones of it; None: it says nothing."""
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(Look):
     """Follows weights, by the memory that holds them, to where they meet the images.
 
     Views need no rule of their own then. An entry that is removed must be zero wherever it arrives,
@@ -48,7 +46,7 @@ class _Watch(TorchDispatchMode):
     """
 
     def __init__(self, weights: Mapping[str, Tensor], images: Sequence[Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.traces: dict[StorageWeakRef, Trace] = {}
         self.lit = {_place(image) for image in images}
         """Memory whose content follows from the images."""
@@ -56,10 +54,6 @@ class _Watch(TorchDispatchMode):
         self.changed: set[str] = set()
         for name, weight in weights.items():
             self._write(weight, name, weight.detach() != 0)
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # True would import the compiler, which takes seconds
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -159,16 +153,11 @@ def _follow(
         # An operator on entries: of a removed one, whatever it meets, nothing may be left.
         shape = torch.broadcast_shapes(*(t.shape for t in inputs))
         together = [k.expand(shape) for k in kept]
-    except (RuntimeError, TypeError, AttributeError):
+    except (RuntimeError, TypeError, AttributeError) as error:
+        if lacks_memory(error):
+            raise
         return None
     return torch.stack(together).all(0) if together else None
-
-
-def _as_written() -> AbstractContextManager[Any]:
-    """Compiled networks run operator by operator inside; without a compiler there are none."""
-    compiler = "torch._dynamo" in sys.modules
-    stance: Any = torch.compiler.set_stance("force_eager") if compiler else nullcontext()
-    return stance  # type: ignore[no-any-return]
 
 
 def watch_weights(
@@ -181,7 +170,8 @@ def watch_weights(
 
     The weights (parameters of the model) get random values half of which are zero, then the other
     half, and `call` sends `images` through in evaluation mode. Afterwards weights and buffers, and
-    all random generators, are as before.
+    all random generators, are as before. Raises what torch does when memory runs out: what can be
+    pruned must not depend on how much of it is free.
     """
     generator = torch.Generator().manual_seed(0)
     masks, values = {}, {}
@@ -193,27 +183,20 @@ def watch_weights(
         # Of a size that networks start with.
         width = max(weight.numel() // max(len(weight), 1), 1)
         values[name] = torch.rand(weight.shape, generator=generator).sub_(0.5).mul_(3 * width**-0.5)
-    before = [(t, t.detach().clone()) for t in (*weights.values(), *model.buffers())]
-    fast = torch.backends.mha.get_fastpath_enabled()
     used, changed = set(weights), set[str]()
     try:
-        # Its kernel is one operator, inside of which nothing can be seen.
-        torch.backends.mha.set_fastpath_enabled(False)
         for first in (True, False):
-            with torch.no_grad(), torch.random.fork_rng(), eval_mode(model):
+            with undisturbed(model):
                 for name, weight in weights.items():
                     weight.copy_(values[name])
                     weight.mul_(masks[name] if first else ~masks[name])
-                with _as_written(), _Watch(weights, images) as watch:
+                with _Watch(weights, images) as watch:
                     call()
             used &= watch.used
             changed |= watch.changed
     except Exception as error:  # networks may raise anything
+        if lacks_memory(error):
+            raise
         reason = (str(error).splitlines() or [""])[0]
         return dict.fromkeys(weights, f"cannot be watched: {type(error).__name__}: {reason}")
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-        with torch.no_grad():
-            for tensor, value in before:
-                tensor.copy_(value)
     return {n: CHANGED if n in changed else "" if n in used else UNUSED for n in weights}

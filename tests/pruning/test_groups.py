@@ -190,7 +190,7 @@ NETS = {
     "packed attention": (
         lambda: Net(lambda n, x: n.m(*[n.a(x).flatten(2).transpose(1, 2)] * 3)[0], 256,
                     a=conv(3, 4), m=nn.MultiheadAttention(4, 2, batch_first=True)),
-        {}, "a m.in_proj_weight m.out_proj",
+        {"a": 4}, "m.in_proj_weight m.out_proj",  # also where torch would take its fast path
     ),
     "a recurrent layer": (
         lambda: Net(lambda n, x: n.m(n.a(x).flatten(2).transpose(1, 2))[0], 128, a=conv(3, 4),

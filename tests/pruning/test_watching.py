@@ -1,14 +1,20 @@
 """What reaches a product: the weight with its zeros, or another kernel that is made of it."""
 
+import random
+from contextlib import nullcontext
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from prunekit.errors import RunError, UserError
+from prunekit.pruning import tracing, watching
+from prunekit.pruning.groups import find_groups
 from prunekit.pruning.layers import find_faults, find_prunable, watch_network
 from prunekit.pruning.masks import apply_masks, count_weights, measure_sparsity
-from prunekit.pruning.watching import CHANGED, UNUSED
+from prunekit.pruning.watching import CHANGED, UNUSED, watch_weights
 
 ONES = torch.ones(6, 1)
 
@@ -172,3 +178,75 @@ def test_buffers_that_a_forward_changes_are_as_before():
     watch_network(net, (6,))
     assert net.seen == 0
     assert net.training
+
+
+class Restless(nn.Module):
+    """Changes in its forward pass whatever a network can change."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.last = nn.Linear(6, 5), nn.Linear(5, 2)
+        self.register_buffer("seen", torch.zeros(()))
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.seen += 1
+        self.calls = self.calls + 1
+        noise = np.random.rand() + random.random()
+        return self.last(self.layer(x) * (torch.rand(()) + noise))
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda net: watch_network(net, (6,)),
+        lambda net: find_groups(net, torch.zeros(1, 6), ["layer.weight", "last.weight"]),
+    ],
+    ids=["watched", "traced"],
+)
+def test_looking_at_a_network_leaves_no_trace(look):
+    net = Restless().train()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    own = dict(net.named_buffers())
+    draws = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    look(net)
+    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
+    assert all(own[name] is value for name, value in net.named_buffers())
+    assert net.training
+    assert draws == (
+        random.getstate(),
+        np.random.get_state()[1].tolist(),
+        torch.get_rng_state().tolist(),
+    )
+
+
+NO_MEMORY = [
+    MemoryError(),
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"),
+]
+
+
+@pytest.mark.parametrize("error", NO_MEMORY, ids=["python", "cuda", "cpu", "cublas"])
+def test_memory_that_runs_out_is_no_property_of_the_network(error, monkeypatch):
+    """Otherwise what is pruned would depend on how much memory is free."""
+
+    def fail(*args, **kwargs):
+        raise error
+
+    net = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 2))
+    for module, name in ((watching, "_follow"), (net[1], "forward")):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, fail)
+            with pytest.raises(type(error)):
+                watch_weights(
+                    net,
+                    {"0.weight": net[0].weight},
+                    lambda: net[1](F.linear(torch.ones(1, 6), net[0].weight.abs())),
+                    [],
+                )
+    for rule in (fail, None):
+        monkeypatch.setattr(tracing, "find_rule", lambda call, rule=rule: rule)
+        with pytest.raises(type(error)) if rule else nullcontext():
+            find_groups(net, torch.zeros(1, 6), ["0.weight"])

@@ -1,0 +1,50 @@
+"""How to look at a forward pass, operator by operator, and leave no trace of it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from prunekit.evaluation import eval_mode
+from prunekit.judging import Standing, own_generators
+
+
+class Look(TorchDispatchMode):
+    """Is told of every operator that torch runs inside."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # True would import the compiler, which takes seconds
+
+
+def _as_written() -> AbstractContextManager[Any]:
+    """Compiled networks run operator by operator inside; without a compiler there are none."""
+    compiler = "torch._dynamo" in sys.modules
+    stance: Any = torch.compiler.set_stance("force_eager") if compiler else nullcontext()
+    return stance  # type: ignore[no-any-return]
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Inside, the network is in evaluation mode, and every operator is one that can be seen.
+
+    Afterwards its parameters, buffers and modes, and all random generators, are what they were.
+    """
+    standing, fast = Standing(model), torch.backends.mha.get_fastpath_enabled()
+    try:
+        # The fast path of attention is one operator, inside of which nothing can be seen.
+        torch.backends.mha.set_fastpath_enabled(False)
+        with torch.no_grad(), own_generators(), eval_mode(model), _as_written():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        standing.restore()
