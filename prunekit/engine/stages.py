@@ -67,7 +67,7 @@ def _rewire(state: State, stage: Stage, work: Work) -> Rewired:
     use = stage.options.rewire
     weights, selection = _find_structured(state, stage, work)
     groups = selection.groups
-    if any(mask.dim() == 1 for mask in state.masks.values()):
+    if not groups and any(mask.dim() == 1 for mask in state.masks.values()):
         # A channel that an earlier stage removed comes back with its bias, scale and shift.
         groups = _find_groups(state, weights, work)[0]
     rewiring = Rewiring(

@@ -131,10 +131,17 @@ def follow(masks: Masks, groups: Sequence[Group]) -> Masks:
     return found
 
 
+def _is_plain(group: Group, names: Collection[str]) -> bool:
+    """Whether the units are the channels of one weight, in its own order."""
+    return len(names) == 1 and all(
+        torch.equal(group.weights[name], torch.arange(group.size)) for name in names
+    )
+
+
 def join_units(group: Group, masks: Masks) -> Tensor:
     """Masks (O, ...) of its weights -> (size,) whether anything of a unit is kept."""
-    (first, *rest) = masks.values()
-    if not rest and len(first) == group.size:
+    first = next(iter(masks.values()))
+    if _is_plain(group, masks):
         return first.flatten(1).any(1)
     alive = torch.zeros(group.size, dtype=torch.bool, device=first.device)
     for name, mask in masks.items():
@@ -144,8 +151,8 @@ def join_units(group: Group, masks: Masks) -> Tensor:
 
 def average_units(group: Group, channels: Mapping[str, Tensor]) -> Tensor:
     """Values (O,) of its weights' channels -> (size,) their mean over the channels of a unit."""
-    (first, *rest) = channels.values()
-    if not rest and len(first) == group.size:
+    first = next(iter(channels.values()))
+    if _is_plain(group, channels):
         return first
     total, counts = torch.zeros_like(first[:1]).repeat(group.size), torch.zeros(group.size)
     for name, values in channels.items():
@@ -156,5 +163,8 @@ def average_units(group: Group, channels: Mapping[str, Tensor]) -> Tensor:
             # Sums of equal length, in one order on every device.
             order = units.argsort(stable=True).to(values.device)
             values, units = values[order].unflatten(0, (len(there), -1)).sum(1), there
-        total = total.index_add(0, units.to(values.device), values)
+        else:
+            # A GPU would add them in any order.
+            total, values = total.cpu(), values.cpu()
+        total = total.index_add(0, units.to(values.device), values).to(first.device)
     return total / counts.to(total)

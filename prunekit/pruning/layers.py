@@ -16,8 +16,8 @@ WEIGHTS = ("weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj
 """Names of the parameters that can be pruned, in the order that layers register them."""
 
 FAULTS = "pruning_faults"
-"""The attribute of a layer that `watch_network` saw: name of its weight -> why it cannot be pruned,
-or ""."""
+"""The attribute of a layer that was watched, in its network or alone: name of its weight -> why it
+cannot be pruned, or ""."""
 
 PLAIN = (nn.Conv2d, nn.Linear, nn.MultiheadAttention)
 
@@ -36,10 +36,10 @@ def _find_own(module: nn.Module) -> tuple[str, ...]:
 def _find_faults(module: nn.Module) -> dict[str, str]:
     """Name of a weight of one layer -> why it cannot be pruned; "" if it can."""
     names = _find_own(module)
-    seen = module.__dict__.get(FAULTS)
-    if seen is None:
-        # Without images, at least a layer of another class is tried alone.
-        seen = {} if not names or _is_plain(module) else _watch_alone(module, names)
+    seen = module.__dict__.get(FAULTS, {})
+    if not seen.keys() >= set(names) and not _is_plain(module):
+        # Without images, at least a layer of another class is tried alone, and once.
+        seen = module.__dict__[FAULTS] = {**_watch_alone(module, names), **seen}
     return {name: seen.get(name, "") for name in names}
 
 

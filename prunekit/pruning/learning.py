@@ -87,10 +87,6 @@ class ScoredChannels(_Part):
         return self.soften(self.score.abs().flatten(1).mean(1))
 
 
-_MADE: dict[nn.Module, Tensor] = {}
-"""Openings that are made once for all gates, while `effective_weights` lasts."""
-
-
 class GroupOpening(nn.Module):
     """What each unit (n,) of a group is multiplied with: 1, or `LEAK`.
 
@@ -103,11 +99,16 @@ class GroupOpening(nn.Module):
         self.group, self.names = group, list(group.weights)
         self.parts = nn.ModuleList(parts[name] for name in self.names)
         self.device = parts[self.names[0]].score.device
+        self.made: Tensor | None = None
+        """What all gates take, while `effective_weights` lasts."""
         self.shared = len(self.names) > 1 or len(group.gates) > 1
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "made": None}  # copies make their own
+
     def forward(self) -> Tensor:
-        if self in _MADE:
-            return _MADE[self]
+        if self.made is not None:
+            return self.made
         scored: Any = dict(zip(self.names, self.parts, strict=True))
         soft = average_units(self.group, {name: part() for name, part in scored.items()})
         kept = join_units(self.group, {name: part.mask for name, part in scored.items()})
@@ -223,19 +224,19 @@ def effective_weights(model: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]
     """
     shared = [m for m in model.modules() if isinstance(m, GroupOpening) and m.shared]
     with parametrize.cached():
-        with torch.enable_grad():
-            made = []
-            for opening in shared:
-                _MADE[opening] = opening()
-            for module in model.modules():
-                for own in _find_scored(module):
-                    lists: Any = module.parametrizations
-                    made.append((lists[own].original, getattr(module, own)))
         try:
+            with torch.enable_grad():
+                made = []
+                for opening in shared:
+                    opening.made = opening()
+                for module in model.modules():
+                    for own in _find_scored(module):
+                        lists: Any = module.parametrizations
+                        made.append((lists[own].original, getattr(module, own)))
             yield made
         finally:
             for opening in shared:
-                _MADE.pop(opening, None)
+                opening.made = None
 
 
 def effective_parameters(model: nn.Module) -> dict[str, Tensor]:

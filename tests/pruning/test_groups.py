@@ -26,6 +26,7 @@ from prunekit.training.masking import LearnedScores
 
 CLOCK = Clock(0, 10, 0, 2)
 IMAGES = (2, 3, 8, 8)
+CUDA = torch.cuda.is_available()
 
 
 class Net(nn.Module):
@@ -570,3 +571,33 @@ def test_a_depthwise_convolution_that_is_excluded_stays_and_lets_channels_pass()
     assert [*groups[0].gates] == ["bd"]
     assert not dense
     check_removal(net, groups, torch.rand(IMAGES))
+
+
+def test_a_later_layer_alone_says_which_units_stay():
+    """Its channels are in another order: channel 0 is of unit 2."""
+    order = torch.tensor([2, 0, 1])
+    units = torch.arange(3)
+    group = Group(3, {"a": units, "b": order}, {"v": units}, {}, {})
+    masks = {"b": torch.tensor([[True], [False], [True]])}
+    assert follow(masks, [group])["v"].tolist() == [False, True, True]
+    assert average_units(group, {"b": torch.tensor([1.0, 2.0, 3.0])}).tolist() == [2, 3, 1]
+
+
+@pytest.mark.parametrize(
+    "device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not CUDA, reason="no GPU"))]
+)
+def test_units_with_unlike_numbers_of_channels(device):
+    """b has three channels for unit 0 and one for unit 1: (3 + 1 + 2 + 6) / 4, (5 + 7) / 2."""
+    group = Group(2, {"a": torch.arange(2), "b": torch.tensor([0, 0, 1, 0])}, {}, {}, {})
+    a = torch.tensor([3.0, 5.0], device=device, requires_grad=True)
+    b = torch.tensor([1.0, 2.0, 7.0, 6.0], device=device, requires_grad=True)
+    found = average_units(group, {"a": a, "b": b})
+    assert found.device == a.device
+    assert found.tolist() == [3, 6]
+    found.backward(torch.tensor([4.0, 2.0], device=device))
+    assert (a.grad.tolist(), b.grad.tolist()) == ([1, 1], [1, 1, 1, 1])
+    many = torch.randint(7, (4000,), generator=torch.Generator().manual_seed(0))
+    values = torch.rand(4000, generator=torch.Generator().manual_seed(0)).to(device)
+    group = Group(7, {"a": many}, {}, {}, {})
+    first = average_units(group, {"a": values})
+    assert all(torch.equal(average_units(group, {"a": values}), first) for _ in range(20))

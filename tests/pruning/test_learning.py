@@ -16,6 +16,7 @@ from prunekit.pruning.groups import Group, find_groups
 from prunekit.pruning.layers import find_prunable
 from prunekit.pruning.learning import (
     LEAK,
+    GroupOpening,
     ScoredChannels,
     ScoredWeight,
     attach,
@@ -253,6 +254,20 @@ def test_a_gate_behind_a_normalisation_multiplies_its_scale_and_shift():
     plain.load_state_dict({**plain.state_dict(), **values})
     x = torch.rand(3, 1, 4, 4)
     torch.testing.assert_close(plain(x), net(x))
+
+
+def test_a_copy_makes_openings_of_its_own():
+    """Two gates share one opening while a step lasts; the copy's follows the copy's mask."""
+    net = nn.Sequential(nn.Linear(2, 3), nn.Sigmoid(), nn.Identity())
+    units = torch.arange(3)
+    group = Group(3, {"0.weight": units}, {}, {"0": (1, units), "1": (1, units)}, {})
+    attach_gates(net, {"0.weight": ScoredChannels(torch.ones(3, 2))}, [group])
+    with effective_weights(net):
+        twin = copy.deepcopy(net)
+        torch.testing.assert_close(twin(torch.ones(1, 2)), net(torch.ones(1, 2)))
+        twin[1].channel_gate.homes[0].parts[0].mask.fill_(False)
+        assert twin(torch.ones(1, 2)).abs().max() <= LEAK < net(torch.ones(1, 2)).abs().max()
+    assert all(m.made is None for m in net.modules() if isinstance(m, GroupOpening))
 
 
 def test_a_plain_copy_is_as_if_nothing_had_been_attached():

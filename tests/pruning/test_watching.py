@@ -1,5 +1,6 @@
 """What reaches a product: the weight with its zeros, or another kernel that is made of it."""
 
+import copy
 import random
 from contextlib import nullcontext
 
@@ -12,7 +13,7 @@ from torch import nn
 from prunekit.errors import RunError, UserError
 from prunekit.pruning import tracing, watching
 from prunekit.pruning.groups import find_groups
-from prunekit.pruning.layers import find_faults, find_prunable, watch_network
+from prunekit.pruning.layers import find_faults, find_prunable, find_unprunable, watch_network
 from prunekit.pruning.masks import apply_masks, count_weights, measure_sparsity
 from prunekit.pruning.watching import CHANGED, UNUSED, watch_weights
 
@@ -250,3 +251,19 @@ def test_memory_that_runs_out_is_no_property_of_the_network(error, monkeypatch):
         monkeypatch.setattr(tracing, "find_rule", lambda call, rule=rule: rule)
         with pytest.raises(type(error)) if rule else nullcontext():
             find_groups(net, torch.zeros(1, 6), ["0.weight"])
+
+
+def test_a_layer_alone_is_tried_once():
+    calls = []
+
+    def use(weight, x):
+        calls.append(weight.clone())
+        return F.linear(x, weight - weight.mean())
+
+    layer = make_layer(use)
+    for _ in range(3):
+        assert find_faults(layer) == {"weight": CHANGED}
+        assert find_unprunable(layer) == {"weight": "Layer"}
+    assert len(calls) == 2  # half of its entries, and the other half
+    assert find_faults(copy.deepcopy(layer)) == {"weight": CHANGED}
+    assert len(calls) == 2
