@@ -165,7 +165,8 @@ def _guess_shape(model: nn.Module) -> tuple[int, ...] | None:
     channels = dict.fromkeys((first.in_channels if isinstance(first, nn.Conv2d) else 3, 3, 1))
     shapes += [(c, size, size) for c in channels for size in SIZES]
     like = next(model.parameters())
-    with eval_mode(model), torch.no_grad(), torch.random.fork_rng():
+    devices = [like.device] if like.device.type == "cuda" else []  # others are left alone
+    with eval_mode(model), torch.no_grad(), torch.random.fork_rng(devices):
         for shape in shapes:
             with suppress(Exception):  # layers may raise anything for images of the wrong size
                 model(torch.zeros(2, *shape, device=like.device))

@@ -31,6 +31,8 @@ class Group:
     the group's channels see them only through these."""
     readers: Mapping[str, Tensor]
     """Weight -> unit (I,) that each of its inputs reads."""
+    scales: frozenset[str] = frozenset()
+    """Those of the vectors that multiply; the others are added."""
 
     @property
     def name(self) -> str:
@@ -77,7 +79,8 @@ def find_groups(
             dense |= dict.fromkeys(names, why)
             continue
         stand = {n: (tracer.sites[n][0], c) for n, c in gates[number].items()}
-        groups.append(Group(len(known), own_units[number], vectors[number], stand, readers[number]))
+        own, along, reads = own_units[number], vectors[number], readers[number]
+        groups.append(Group(len(known), own, along, stand, reads, tracer.scales & along.keys()))
     return groups, dense
 
 

@@ -163,7 +163,7 @@ def act(tracer: Tracer, call: Call) -> bool:
         channels = torch.maximum(channels, trail.channels)
     sites = frozenset[str]().union(*(trail.sites for trail in trails.values()))
 
-    def try_zeros(*, vectors: bool) -> Tensor:
+    def try_zeros(*, removed: bool = True, vectors: bool = False) -> Tensor:
         draw = torch.Generator().manual_seed(0)
 
         def change(tensor: Tensor) -> Tensor:
@@ -172,7 +172,7 @@ def act(tracer: Tracer, call: Call) -> bool:
             if vectors and tracer.entries(tensor):
                 return torch.zeros_like(tensor)
             anything = torch.randn(tensor.shape, generator=draw).to(tensor)
-            if id(tensor) not in trails:
+            if id(tensor) not in trails or not removed:
                 return anything
             trail = tracer.trail(tensor)
             assert trail is not None
@@ -181,11 +181,12 @@ def act(tracer: Tracer, call: Call) -> bool:
 
         return call.again(change)[0] == 0
 
-    zero = try_zeros(vectors=False)
+    zero = try_zeros()
     entries = [found for t in call.tensors if (found := tracer.entries(t))]
     if entries and not bool(zero[channels >= 0].all()):
         alone = try_zeros(vectors=True)
-        if len(entries) == 1 and (site := tracer.follow(entries[0], channels)):
+        scale = bool(try_zeros(removed=False, vectors=True).all())
+        if len(entries) == 1 and (site := tracer.follow(entries[0], channels, multiplies=scale)):
             zero, sites = alone, frozenset({site})
     elif entries:
         tracer.apart.update(found.vector for found in entries)

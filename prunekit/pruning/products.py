@@ -215,7 +215,11 @@ def normalize(tracer: Tracer, call: Call) -> bool:
     if trail is None:
         return False
     channels, zero = tracer.planes(trail, 1)
-    sites = {tracer.follow(tracer.entries(v), channels) for v in (scale, shift) if v is not None}
+    sites = {
+        tracer.follow(tracer.entries(v), channels, multiplies=v is scale)
+        for v in (scale, shift)
+        if v is not None
+    }
     out = call.outputs[0]
     if scale is None:
         # Zeros stay so by their own statistics, and not by those of earlier images.

@@ -43,6 +43,8 @@ class Tracer(Look):
         self.uses, self.calls = dict.fromkeys(weights, 0), dict.fromkeys(weights, 0)
         self.followed: dict[str, list[tuple[Tensor, Tensor]]] = {}
         """Vector -> (indices of its entries, the channels that they go with)."""
+        self.scales: frozenset[str] = frozenset()
+        """Those of the followed vectors that multiply; the others are added."""
         self.apart: set[str] = set()
         """Vectors that are used, too, where none of their entries could go with a channel."""
         self.sites: dict[str, tuple[int, Tensor]] = {}
@@ -206,13 +208,14 @@ class Tracer(Look):
                 return f"~{name}"
         return ""
 
-    def follow(self, entries: Entries | None, channels: Tensor) -> str:
+    def follow(self, entries: Entries | None, channels: Tensor, *, multiplies: bool = False) -> str:
         """Let entries go with the channels at their places; the site behind them, or nothing."""
         if entries is None:
             return ""
         site = self.owner(entries.vector)
         if not site or entries.vector not in self._trained:
             return ""
+        self.scales |= {entries.vector} if multiplies else set()
         index = entries.index.expand(channels.shape).flatten()
         channels = channels.flatten()
         first = torch.full((int(index.max()) + 1,), NONE, device=index.device)

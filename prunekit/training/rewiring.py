@@ -55,6 +55,7 @@ class Rewired(Weights):
 
     def __init__(self, model: nn.Module, masks: Masks, rewiring: Rewiring) -> None:
         self.rewiring = rewiring
+        self._scales = {name for group in rewiring.groups for name in group.scales}
         named = dict(model.named_parameters())
         vectors = [name for group in rewiring.groups for name in group.vectors]
         moving = dict.fromkeys([*rewiring.weights, *vectors])
@@ -138,7 +139,7 @@ class Rewired(Weights):
         if weight.dim() == 1:
             # A channel cannot grow from nothing: not behind a normalization's scale of zero, nor
             # before a ReLU, whose derivative at 0 is zero.
-            weight.masked_fill_(mask & ~before, 1.0 if name.endswith(".weight") else LEAK)
+            weight.masked_fill_(mask & ~before, 1.0 if name in self._scales else LEAK)
         for state in _shaped_like(weight, optimizer.state.get(weight, {}).values()):
             state.masked_fill_(~stays, 0)
         before.copy_(mask)

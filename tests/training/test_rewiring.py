@@ -10,6 +10,7 @@ from prunekit.data.batches import Arrays, Feed
 from prunekit.data.seeds import generator
 from prunekit.errors import Interrupted, RunError
 from prunekit.pruning.groups import Group, find_groups
+from prunekit.pruning.learning import LEAK
 from prunekit.pruning.selection import Selection
 from prunekit.report import EpochDone, Stop
 from prunekit.store.checkpoint import read_checkpoint
@@ -228,7 +229,8 @@ def test_counts_of_its_own_may_drift_and_must_end_at_the_target():
 def make_group(*vectors):
     """The six channels of the first layer, and what goes with them."""
     units = torch.arange(6)
-    return Group(6, {"1.weight": units}, dict.fromkeys(vectors, units), {}, {})
+    scales = frozenset(vectors) & {"2.weight"}
+    return Group(6, {"1.weight": units}, dict.fromkeys(vectors, units), {}, {}, scales)
 
 
 def test_a_channel_that_grows_again_can_learn():
@@ -251,6 +253,51 @@ def test_a_channel_that_grows_again_can_learn():
     for step in range(2, 5):
         take(stepper, step)
     assert net[1].weight[:3].any()
+
+
+class Affine(nn.Module):
+    """Scales and shifts channels by vectors of any names."""
+
+    def __init__(self, channels, scale, shift, norm):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(channels, affine=False)
+        self.names, self.apart = (scale, shift), norm == "apart"
+        self.register_parameter(scale, nn.Parameter(torch.rand(channels) + 0.5))
+        self.register_parameter(shift, nn.Parameter(torch.rand(channels)))
+
+    def forward(self, x):
+        scale, shift = (getattr(self, name) for name in self.names)
+        if self.apart:
+            return self.norm(x) * scale[:, None, None] + shift[:, None, None]
+        return F.batch_norm(x, self.norm.running_mean, self.norm.running_var, scale, shift)
+
+
+@pytest.mark.parametrize("norm", ["inside", "apart"])
+@pytest.mark.parametrize(
+    ("scale", "shift"), [("weight", "bias"), ("gamma", "beta"), ("bias", "weight")]
+)
+def test_a_scale_is_told_by_what_it_does(scale, shift, norm):
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1), Affine(4, scale, shift, norm), nn.ReLU(), nn.Flatten(),
+        nn.Linear(64, 3),
+    )  # fmt: skip
+    (group,), _ = find_groups(net, torch.zeros(1, 1, 4, 4), ["0.weight", "4.weight"])
+    assert group.vectors.keys() >= {f"1.{scale}", f"1.{shift}"}
+    assert group.scales == {f"1.{scale}"}
+    closed = torch.tensor([0.0, 0.0, 1.0, 1.0]).view(4, 1, 1, 1).expand(4, 1, 3, 3)
+    wanted = iter([closed, 1 - closed])
+    plan = Rewiring(
+        Told({1}, lambda m: Scores({"0.weight": next(wanted)})), "told",
+        Selection(0.5, structure="channel", groups=[group]), lambda clock: 1.0, ["0.weight"],
+        (0, 0), groups=[group],
+    )  # fmt: skip
+    masking = Rewired(net, {}, plan)
+    optimizer = make_stepper(masking).optimizer
+    masking.rewire(Clock(0, 10, 0, 1), optimizer)
+    masking.rewire(Clock(1, 10, 0, 1), optimizer)
+    assert getattr(net[1], scale).tolist()[:2] == [1, 1]
+    assert getattr(net[1], shift)[:2].tolist() == pytest.approx([LEAK, LEAK])
 
 
 def test_nothing_is_left_on_the_network():
