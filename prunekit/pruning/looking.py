@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from prunekit.evaluation import eval_mode
-from prunekit.judging import Standing, own_generators
+from prunekit.judging import own_generators
 
 
 class Look(TorchDispatchMode):
@@ -39,7 +39,10 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
     Afterwards its parameters, buffers and modes, and all random generators, are what they were.
     """
-    standing, fast = Standing(model), torch.backends.mha.get_fastpath_enabled()
+    # Copied without a look at the values: sparse tensors, say, cannot be compared.
+    values = [(t, t.detach().clone()) for t in (*model.parameters(), *model.buffers())]
+    owned = [(m._buffers, n, b) for m in model.modules() for n, b in m._buffers.items()]
+    fast = torch.backends.mha.get_fastpath_enabled()
     try:
         # The fast path of attention is one operator, inside of which nothing can be seen.
         torch.backends.mha.set_fastpath_enabled(False)
@@ -47,4 +50,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-        standing.restore()
+        for own, name, buffer in owned:
+            own[name] = buffer
+        with torch.no_grad():
+            for tensor, value in values:
+                tensor.copy_(value)

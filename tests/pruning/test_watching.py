@@ -253,6 +253,25 @@ def test_memory_that_runs_out_is_no_property_of_the_network(error, monkeypatch):
             find_groups(net, torch.zeros(1, 6), ["0.weight"])
 
 
+class Sparse(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("graph", torch.eye(5).to_sparse())
+
+    def forward(self, x):
+        return x @ self.graph.to_dense()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:FutureWarning")
+@pytest.mark.parametrize("make", [lambda: torch.jit.script(nn.BatchNorm1d(5)), Sparse])
+def test_parts_that_are_no_plain_modules_are_no_obstacle(make):
+    net = nn.Sequential(nn.Linear(6, 5), make(), nn.Linear(5, 2))
+    before = net[0].weight.clone()
+    watch_network(net, (6,))
+    assert find_faults(net) == {"0.weight": "", "2.weight": ""}
+    assert torch.equal(net[0].weight, before)
+
+
 def test_a_layer_alone_is_tried_once():
     calls = []
 
