@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from prunekit.contracts import Masks
 from prunekit.pruning.channels import Decisions
+from prunekit.pruning.products import find_rule
 from prunekit.pruning.tracing import Tracer
 
 
@@ -52,7 +53,7 @@ def find_groups(
     `example` (1, C, H, W) is sent through the model once, in eval mode. When a unit's entries of
     weights and vectors are zero, so is what readers take of it, whatever the image.
     """
-    tracer = Tracer(model, weights)
+    tracer = Tracer(model, weights, find_rule)
     tracer.run(model, example)
     decisions, reasons = tracer.decisions, tracer.decisions.reasons()
     roots = {n: decisions.roots(c).long().cpu() for n, c in tracer.channels.items()}

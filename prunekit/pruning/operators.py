@@ -6,53 +6,12 @@ A rule tells the tracer what it knows of the output, and returns False where it 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 
 from prunekit.pruning.channels import NONE, PAD, Entries, Trail, at_first
-
-CONSTANT = "a removed channel would leave a constant"
-
-if TYPE_CHECKING:
-    from prunekit.pruning.tracing import Tracer
-
-
-@dataclass(frozen=True)
-class Call:
-    """An operator that was called."""
-
-    func: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    out: Any
-
-    @property
-    def name(self) -> str:
-        """As in aten, without what says that it works in place."""
-        return str(self.func._schema.name).removeprefix("aten::").rstrip("_")
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        return [t for t in tree_leaves((self.args, self.kwargs)) if isinstance(t, Tensor)]
-
-    @property
-    def outputs(self) -> list[Tensor]:
-        return [t for t in tree_leaves(self.out) if isinstance(t, Tensor)]
-
-    def again(self, change: Callable[[Tensor], Tensor]) -> list[Tensor]:
-        """What it returns for other tensors in the place of its own."""
-        args, kwargs = tree_map(
-            lambda x: change(x) if isinstance(x, Tensor) else x, (self.args, self.kwargs)
-        )
-        found = tree_leaves(self.func(*args, **kwargs))
-        return [t for t in found if isinstance(t, Tensor)]
-
-
-Rule: TypeAlias = "Callable[[Tracer, Call], bool]"
+from prunekit.pruning.tracing import CONSTANT, Call, Tracer
 
 VIEWS = {"view", "_unsafe_view", "_reshape_alias", "reshape"}
 TURNS = {"t", "transpose"}

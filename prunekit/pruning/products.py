@@ -2,28 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from prunekit.pruning.channels import NONE, Trail
-from prunekit.pruning.operators import (
-    BLANKS,
-    CONSTANT,
-    ENTRYWISE,
-    MOVES,
-    PLANES,
-    REDUCTIONS,
-    Call,
-    Rule,
-    act,
-    mix,
-    move,
-)
-
-if TYPE_CHECKING:
-    from prunekit.pruning.tracing import Tracer
+from prunekit.pruning.operators import BLANKS, ENTRYWISE, MOVES, PLANES, REDUCTIONS, act, mix, move
+from prunekit.pruning.tracing import CONSTANT, Call, Rule, Tracer
 
 
 def find_rule(call: Call) -> Rule | None:

@@ -2,19 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from prunekit.errors import lacks_memory
 from prunekit.pruning.channels import NONE, Decisions, Entries, Trail, at_first
 from prunekit.pruning.looking import Look, undisturbed
-from prunekit.pruning.operators import CONSTANT, Call
-from prunekit.pruning.products import find_rule
+
+CONSTANT = "a removed channel would leave a constant"
+
+
+@dataclass(frozen=True)
+class Call:
+    """An operator that was called."""
+
+    func: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    out: Any
+
+    @property
+    def name(self) -> str:
+        """As in aten, without what says that it works in place."""
+        return str(self.func._schema.name).removeprefix("aten::").rstrip("_")
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [t for t in tree_leaves((self.args, self.kwargs)) if isinstance(t, Tensor)]
+
+    @property
+    def outputs(self) -> list[Tensor]:
+        return [t for t in tree_leaves(self.out) if isinstance(t, Tensor)]
+
+    def again(self, change: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        """What it returns for other tensors in the place of its own."""
+        args, kwargs = tree_map(
+            lambda x: change(x) if isinstance(x, Tensor) else x, (self.args, self.kwargs)
+        )
+        found = tree_leaves(self.func(*args, **kwargs))
+        return [t for t in found if isinstance(t, Tensor)]
+
+
+Rule: TypeAlias = "Callable[[Tracer, Call], bool]"
 
 
 class Tracer(Look):
@@ -25,8 +60,14 @@ class Tracer(Look):
     takes, so that nothing is removed on a guess.
     """
 
-    def __init__(self, model: nn.Module, weights: Collection[str]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        weights: Collection[str],
+        find_rule: Callable[[Call], Rule | None],
+    ) -> None:
         super().__init__()
+        self._find_rule = find_rule
         named = dict(model.named_parameters())
         self.names = {id(parameter): name for name, parameter in named.items()}
         self.lengths = {
@@ -119,7 +160,7 @@ class Tracer(Look):
     def _follow(self, call: Call) -> None:
         target = call.args[0] if call.func._schema.is_mutable else None
         before = self.trail(target)
-        rule = find_rule(call)
+        rule = self._find_rule(call)
         try:
             known = rule is not None and rule(self, call)
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
