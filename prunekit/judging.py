@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -176,17 +176,6 @@ def examine(model: nn.Module, x: Tensor) -> Examination:
     return Examination(unlike, mixed, tuple(moved), bool(first.isfinite().all(1).any()))
 
 
-def is_random(model: nn.Module, x: Tensor) -> bool:
-    """Whether the network answers x (B, C, H, W), as it is called, differently from time to time.
-
-    Random generators are afterwards what they were.
-    """
-    with own_generators(), torch.no_grad():
-        first, *others = [read_logits(model(x), len(x)) for _ in range(5)]
-    same = max(SAME, 2 * float(torch.finfo(first.dtype).eps))
-    return not all(_agree(first, other, same) for other in others)
-
-
 def _part(look: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Logits of x in two parts; NaN where layers fail that want several images."""
     try:
@@ -220,6 +209,7 @@ class Watch:
 
     `unreal` are the numbers of the images for which, as they are or near them, it gave NaN or
     infinity; `outputs` counts what was seen, and `real` says whether anything finite was among it.
+    `keep` is called whenever what `state` tells has changed.
     """
 
     unreal: set[int] = field(default_factory=set)
@@ -227,6 +217,7 @@ class Watch:
     """Those of them for which it did so as they are."""
     outputs: int = 0
     real: bool = False
+    keep: Callable[[], None] = lambda: None
     _images: Tensor | None = None
     _first: int = 0
     _late: tuple[Tensor, Tensor] | None = None
@@ -239,7 +230,6 @@ class Watch:
     def see(self, x: Tensor, logits: Tensor) -> None:
         """Note the outputs (B, K) at inputs x (B, C, H, W)."""
         self.read()
-        self.outputs += len(logits)
         self._late = (x.detach(), logits.detach().isfinite().all(1))
         # On a GPU it is read when the next one is seen: reading it now would stall the device.
         if logits.device.type == "cpu":
@@ -251,10 +241,33 @@ class Watch:
             return
         x, good = self._late
         self._late = None
+        before = self._measure()
+        self.outputs += len(good)
         count = int(good.sum())
         self.real |= count > 0
         if count < len(good) and self._images is not None:
             self._find(x[~good])
+        if self._measure() != before:
+            self.keep()
+
+    def find_unreal(self) -> list[int]:
+        """Which of the images that the judgement is at are among `unreal`; by place, from 0."""
+        self.read()
+        places = range(0 if self._images is None else len(self._images))
+        return [i for i in places if self._first + i in self.unreal]
+
+    def state(self) -> dict[str, Any]:
+        """What a judgement that goes on later has to restore, as plain data."""
+        told = {"unreal": sorted(self.unreal), "nowhere": sorted(self.nowhere)}
+        return {**told, "outputs": self.outputs, "real": self.real}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state` told."""
+        self.unreal, self.nowhere = set(state["unreal"]), set(state["nowhere"])
+        self.outputs, self.real = state["outputs"], state["real"]
+
+    def _measure(self) -> tuple[int, ...]:
+        return bool(self.outputs), self.real, len(self.unreal), len(self.nowhere)
 
     def _find(self, inputs: Tensor) -> None:
         """Note which images these inputs were made from: the nearest ones."""
@@ -272,9 +285,9 @@ class Watch:
 
 
 @contextmanager
-def watching(model: nn.Module) -> Iterator[Watch]:
+def watching(model: nn.Module, watch: Watch | None = None) -> Iterator[Watch]:
     """Watch every output of the network inside; raises `RunError` there for what is no logits."""
-    watch = Watch()
+    watch = Watch() if watch is None else watch
 
     def see(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         tracing = torch._C._get_tracing_state() is not None
@@ -289,6 +302,6 @@ def watching(model: nn.Module) -> Iterator[Watch]:
         )
     try:
         yield watch
-        watch.read()
     finally:
         handle.remove()
+        watch.read()  # also of a judgement that was stopped and goes on later
