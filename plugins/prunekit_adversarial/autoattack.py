@@ -202,8 +202,10 @@ class Evaluation:
             # Its checks switch off whatever traces the process: a debugger, coverage.
             tracer = sys.gettrace()
             own = x[index], y[index]
-            _, prediction = suite.run_standard_evaluation(*own, batch_size=len(left))
-            sys.settrace(tracer)
+            try:
+                _, prediction = suite.run_standard_evaluation(*own, batch_size=len(left))
+            finally:
+                sys.settrace(tracer)
             found[left[(prediction != y[index]).cpu().numpy()]] = name
             self._note_unreal(found)
             done = [*done, name]
