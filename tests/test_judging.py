@@ -380,3 +380,28 @@ def test_a_judgement_stopped_anywhere_ends_as_one_that_was_not(evaluator, rows, 
         with pytest.raises(KeyboardInterrupt):
             judge_until(left, left)
         assert judge_until(10**6, left)[0] == whole, left
+
+
+def drift(net, z):
+    net.seen += 1
+    return z * (1 + 0.01 * net.seen)
+
+
+@pytest.mark.parametrize(
+    ("before", "random"), [(UNSOUND["noise"][0], True), (UNSOUND["a counter"][0], True),
+                           (drift, False), (lambda net, z: z, False)],
+    ids=["noise", "a counter", "a buffer", "sound"],
+)  # fmt: skip
+def test_autoattack_takes_for_random_what_the_result_says_is(before, random):
+    pytest.importorskip("pyautoattack")
+    x, _ = make_images(4)
+    data = x, Net()(x / 255).argmax(1)
+    few = {"use": "autoattack", "steps": 1, "queries": 1}
+    found = prunekit.evaluate(Net(before), data, few, threat="1/255").metrics
+    assert ("autoattack.draws" in found) == ("autoattack.random" in found) == random
+    assert not random or not found["autoattack.random"].doubtful  # it attacks what draws
+    named = {**few, "attacks": ["square"]}
+    found = prunekit.evaluate(Net(before), data, named, threat="1/255").metrics
+    assert ("autoattack.random" in found) == random
+    assert not random or found["autoattack.random"].doubtful
+    assert "autoattack.zero_gradient" not in found  # nothing looked at gradients

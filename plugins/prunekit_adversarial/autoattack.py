@@ -61,11 +61,11 @@ class Evaluation:
     attacks leave correct are attacked again (`attack_again`).
 
     Metrics: `accuracy` with its interval, `seed`, `standard`, which is 1 if attacks and budgets
-    are those of standard AutoAttack, else 0, and where there is one `zero_gradient`, the number of
-    images without a gradient; `draws` for a random network. Records: `correct` (N,) bool; `attack`
-    (N,), the name of the attack that fooled the image (`LEAKING` for one whose gradient leaks), or
-    `ROBUST`, or `MISCLASSIFIED`; `zero_gradient` (N,) bool. AutoAttack's own doubts about a result
-    are issued as warnings.
+    are those of standard AutoAttack, else 0, and `zero_gradient`, the number of images without a
+    gradient, unless no attack uses one; `draws` for a random network. Records: `correct` (N,) bool;
+    `attack` (N,), the name of the attack that fooled the image (`LEAKING` for one whose gradient
+    leaks), or `ROBUST`, or `MISCLASSIFIED`; `zero_gradient` (N,) bool. AutoAttack's own doubts
+    about a result are issued as warnings.
 
     Every attack is seeded with `seed` on every batch, so batches do not depend on each other. With
     a folder `scratch`, finished attacks on a batch are stored there, and an interrupted evaluation
@@ -124,13 +124,15 @@ class Evaluation:
         zeros = np.array(flat, dtype=bool)
         if self.random:
             metrics["draws"] = Metric(DRAWS, kind="setting")
+            if not self.options.attacks:  # made for such networks: in place of the core's doubt
+                metrics["random"] = Metric(1, kind="setting", note="of networks that do not draw")
             kind = "named attacks" if self.options.attacks else "version rand, APGD on two losses"
             warnings.warn(
                 f"autoattack: the network answers at random: {kind}, with gradients over {DRAWS} "
                 "draws; accuracies of other versions do not compare",
                 stacklevel=2,
             )
-        if zeros.any():
+        if not BY_VALUE.issuperset(self._choose(classes)):
             metrics["zero_gradient"] = count_flat(zeros, attack != MISCLASSIFIED)
         return Result(metrics, {"correct": correct, "attack": attack, "zero_gradient": zeros})
 

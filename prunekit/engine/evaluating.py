@@ -87,6 +87,7 @@ def judge(state: State, stage: Stage, use: Use[Evaluator], work: Work) -> Outcom
         if isinstance(value, Metric) and value.doubtful:
             notes.append(f"{int(value)} of {value.n} images {value.note}; not to be ranked")
     metrics = {k: v if isinstance(v, Metric) else Metric(v) for k, v in result.metrics.items()}
+    # A metric of the same name is of an evaluator that takes the doubt into account.
     metrics = {**{name: metric for name, (_, metric) in doubts.items()}, **metrics}
     return Outcome(
         {**metrics, NETWORK: network}, records=result.records, notes=tuple(dict.fromkeys(notes))
