@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,18 +34,22 @@ NUDGE = 1e-6
 def own_generators() -> Iterator[None]:
     """Restore the random generators of torch, numpy and Python afterwards."""
     states = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
+    # What looks at the generator of a GPU sets that up, and a run on the CPU needs none.
+    begun = torch.cuda.is_initialized()
+    with torch.random.fork_rng(range(torch.cuda.device_count()) if begun else []):
         try:
             yield
         finally:
             random.setstate(states[0])
             np.random.set_state(states[1])
+    if not begun and torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(torch.initial_seed())  # as torch would have begun them
 
 
-def read_logits(output: Any, images: int) -> Tensor:
+def read_logits(output: Any, images: int, owner: str = "the network", mode: str = "") -> Tensor:
     """What a network gave for a number of images, if it is logits (B, K) of real numbers.
 
-    Raises `RunError`, which says what it gave instead.
+    Raises `RunError`, which says what it gave instead; `owner` is what that calls the network.
     """
     if isinstance(output, Tensor):
         if output.dim() == 2 and len(output) == images and output.is_floating_point():
@@ -54,7 +58,7 @@ def read_logits(output: Any, images: int) -> Tensor:
     else:
         found = f"a {type(output).__name__}"
     raise RunError(
-        f"the network gives {found} for {images} images, instead of logits, floats of shape "
+        f"{owner} gives {found} for {images} images{mode}, instead of logits, floats of shape "
         f"({images}, number of classes): wrap it in a module that returns these"
     )
 
@@ -78,11 +82,10 @@ class Standing:
     def restore(self) -> None:
         """Make them what they were; a tensor that nothing changed is not touched."""
         for module, buffers in self._owners:
-            if any(module._buffers.get(n) is not b for n, b in buffers.items()) or (
-                len(buffers) != len(module._buffers)
-            ):
-                module._buffers.clear()
-                module._buffers.update(buffers)
+            for name in set(module._buffers.keys()) - buffers.keys():
+                del module._buffers[name]
+            for name, buffer in buffers.items():  # one by one: scripted modules know no other way
+                module._buffers[name] = buffer
         for value, kept in self._kept.values():
             if not _same(value, kept):
                 value.copy_(kept)
@@ -209,7 +212,7 @@ class Watch:
 
     `unreal` are the numbers of the images for which, as they are or near them, it gave NaN or
     infinity; `outputs` counts what was seen, and `real` says whether anything finite was among it.
-    `keep` is called whenever what `state` tells has changed.
+    `keep` is called whenever what is to be kept has changed.
     """
 
     unreal: set[int] = field(default_factory=set)
@@ -255,16 +258,6 @@ class Watch:
         self.read()
         places = range(0 if self._images is None else len(self._images))
         return [i for i in places if self._first + i in self.unreal]
-
-    def state(self) -> dict[str, Any]:
-        """What a judgement that goes on later has to restore, as plain data."""
-        told = {"unreal": sorted(self.unreal), "nowhere": sorted(self.nowhere)}
-        return {**told, "outputs": self.outputs, "real": self.real}
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state` told."""
-        self.unreal, self.nowhere = set(state["unreal"]), set(state["nowhere"])
-        self.outputs, self.real = state["outputs"], state["real"]
 
     def _measure(self) -> tuple[int, ...]:
         return bool(self.outputs), self.real, len(self.unreal), len(self.nowhere)

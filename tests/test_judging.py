@@ -296,7 +296,7 @@ def test_what_is_no_logits_is_named(give, told):
 def test_a_scripted_network_is_judged_as_others(wrap):
     x, _ = make_images()
     y = torch.arange(20) % 10
-    plain = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    plain = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64), nn.Linear(64, 10))
     expected = prunekit.evaluate(plain, (x, y), ["clean", ALL[1]], threat="1/255")
     scripted = wrap(torch.jit.script(plain))
     found = prunekit.evaluate(scripted, (x, y), ["clean", ALL[1]], threat="1/255")
@@ -405,3 +405,12 @@ def test_autoattack_takes_for_random_what_the_result_says_is(before, random):
     assert ("autoattack.random" in found) == random
     assert not random or found["autoattack.random"].doubtful
     assert "autoattack.zero_gradient" not in found  # nothing looked at gradients
+
+
+def test_a_look_sets_up_no_gpu(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda *a: asked.append(a))
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda *a: None)
+    examine(Net(), torch.rand(4, *SHAPE))
+    assert asked == []

@@ -219,9 +219,14 @@ def _watched(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     kept = work.folder.scratch() / "not-finite.json"
     if kept.exists():
-        watch.restore(read_json(kept))
-    # At once: what an evaluator has stored is not shown to the network again.
-    watch.keep = lambda: write_json(kept, watch.state())
+        unreal, nowhere, watch.outputs, watch.real = read_json(kept)
+        watch.unreal, watch.nowhere = set(unreal), set(nowhere)
+
+    def keep() -> None:
+        seen = [sorted(watch.unreal), sorted(watch.nowhere), watch.outputs, watch.real]
+        write_json(kept, seen)
+
+    watch.keep = keep  # at once: what an evaluator has stored is not shown to the network again
     size = work.run.data.batch_size
     total = -(-len(index) // size)
     batches = eval_batches(work.loaded.data.test, size, work.device, index)
