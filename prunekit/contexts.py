@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from prunekit.contracts import Data, Masks, Objective, Scores, Threat
-    from prunekit.judging import Examination, Watch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,10 +115,10 @@ class EvaluatorContext(NetworkContext):
     pause: Callable[[], None]
     """To be called, by what takes long over a batch, at points where nothing would be lost; raises
     `Interrupted` if the user asked for a stop."""
-    examination: Examination
-    """Whether the network is a function of single images."""
-    watch: Watch
-    """What sees every output of the network: near which images it gave NaN or infinity."""
+    examination: Any
+    """Whether the network is a function of single images, a `prunekit.judging.Examination`."""
+    watch: Any
+    """A `prunekit.judging.Watch` of all outputs: near which images are they NaN or infinity?"""
 
 
 @dataclass(frozen=True, kw_only=True)
