@@ -115,6 +115,10 @@ class EvaluatorContext(NetworkContext):
     pause: Callable[[], None]
     """To be called, by what takes long over a batch, at points where nothing would be lost; raises
     `Interrupted` if the user asked for a stop."""
+    examination: Any
+    """Whether the network is a function of single images, a `prunekit.judging.Examination`."""
+    watch: Any
+    """A `prunekit.judging.Watch` of all outputs: near which images are they NaN or infinity?"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,18 +34,22 @@ NUDGE = 1e-6
 def own_generators() -> Iterator[None]:
     """Restore the random generators of torch, numpy and Python afterwards."""
     states = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
+    # What looks at the generator of a GPU sets that up, and a run on the CPU needs none.
+    begun = torch.cuda.is_initialized()
+    with torch.random.fork_rng(range(torch.cuda.device_count()) if begun else []):
         try:
             yield
         finally:
             random.setstate(states[0])
             np.random.set_state(states[1])
+    if not begun and torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(torch.initial_seed())  # as torch would have begun them
 
 
-def read_logits(output: Any, images: int) -> Tensor:
+def read_logits(output: Any, images: int, owner: str = "the network", mode: str = "") -> Tensor:
     """What a network gave for a number of images, if it is logits (B, K) of real numbers.
 
-    Raises `RunError`, which says what it gave instead.
+    Raises `RunError`, which says what it gave instead; `owner` is what that calls the network.
     """
     if isinstance(output, Tensor):
         if output.dim() == 2 and len(output) == images and output.is_floating_point():
@@ -54,7 +58,7 @@ def read_logits(output: Any, images: int) -> Tensor:
     else:
         found = f"a {type(output).__name__}"
     raise RunError(
-        f"the network gives {found} for {images} images, instead of logits, floats of shape "
+        f"{owner} gives {found} for {images} images{mode}, instead of logits, floats of shape "
         f"({images}, number of classes): wrap it in a module that returns these"
     )
 
@@ -78,11 +82,10 @@ class Standing:
     def restore(self) -> None:
         """Make them what they were; a tensor that nothing changed is not touched."""
         for module, buffers in self._owners:
-            if any(module._buffers.get(n) is not b for n, b in buffers.items()) or (
-                len(buffers) != len(module._buffers)
-            ):
-                module._buffers.clear()
-                module._buffers.update(buffers)
+            for name in set(module._buffers.keys()) - buffers.keys():
+                del module._buffers[name]
+            for name, buffer in buffers.items():  # one by one: scripted modules know no other way
+                module._buffers[name] = buffer
         for value, kept in self._kept.values():
             if not _same(value, kept):
                 value.copy_(kept)
@@ -176,17 +179,6 @@ def examine(model: nn.Module, x: Tensor) -> Examination:
     return Examination(unlike, mixed, tuple(moved), bool(first.isfinite().all(1).any()))
 
 
-def is_random(model: nn.Module, x: Tensor) -> bool:
-    """Whether the network answers x (B, C, H, W), as it is called, differently from time to time.
-
-    Random generators are afterwards what they were.
-    """
-    with own_generators(), torch.no_grad():
-        first, *others = [read_logits(model(x), len(x)) for _ in range(5)]
-    same = max(SAME, 2 * float(torch.finfo(first.dtype).eps))
-    return not all(_agree(first, other, same) for other in others)
-
-
 def _part(look: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Logits of x in two parts; NaN where layers fail that want several images."""
     try:
@@ -220,6 +212,7 @@ class Watch:
 
     `unreal` are the numbers of the images for which, as they are or near them, it gave NaN or
     infinity; `outputs` counts what was seen, and `real` says whether anything finite was among it.
+    `keep` is called whenever what is to be kept has changed.
     """
 
     unreal: set[int] = field(default_factory=set)
@@ -227,6 +220,7 @@ class Watch:
     """Those of them for which it did so as they are."""
     outputs: int = 0
     real: bool = False
+    keep: Callable[[], None] = lambda: None
     _images: Tensor | None = None
     _first: int = 0
     _late: tuple[Tensor, Tensor] | None = None
@@ -239,7 +233,6 @@ class Watch:
     def see(self, x: Tensor, logits: Tensor) -> None:
         """Note the outputs (B, K) at inputs x (B, C, H, W)."""
         self.read()
-        self.outputs += len(logits)
         self._late = (x.detach(), logits.detach().isfinite().all(1))
         # On a GPU it is read when the next one is seen: reading it now would stall the device.
         if logits.device.type == "cpu":
@@ -251,10 +244,23 @@ class Watch:
             return
         x, good = self._late
         self._late = None
+        before = self._measure()
+        self.outputs += len(good)
         count = int(good.sum())
         self.real |= count > 0
         if count < len(good) and self._images is not None:
             self._find(x[~good])
+        if self._measure() != before:
+            self.keep()
+
+    def find_unreal(self) -> list[int]:
+        """Which of the images that the judgement is at are among `unreal`; by place, from 0."""
+        self.read()
+        places = range(0 if self._images is None else len(self._images))
+        return [i for i in places if self._first + i in self.unreal]
+
+    def _measure(self) -> tuple[int, ...]:
+        return bool(self.outputs), self.real, len(self.unreal), len(self.nowhere)
 
     def _find(self, inputs: Tensor) -> None:
         """Note which images these inputs were made from: the nearest ones."""
@@ -272,9 +278,9 @@ class Watch:
 
 
 @contextmanager
-def watching(model: nn.Module) -> Iterator[Watch]:
+def watching(model: nn.Module, watch: Watch | None = None) -> Iterator[Watch]:
     """Watch every output of the network inside; raises `RunError` there for what is no logits."""
-    watch = Watch()
+    watch = Watch() if watch is None else watch
 
     def see(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         tracing = torch._C._get_tracing_state() is not None
@@ -289,6 +295,6 @@ def watching(model: nn.Module) -> Iterator[Watch]:
         )
     try:
         yield watch
-        watch.read()
     finally:
         handle.remove()
+        watch.read()  # also of a judgement that was stopped and goes on later

@@ -10,8 +10,14 @@ from torch import nn
 from torch.nn import functional as F
 
 import prunekit
+from prunekit.engine.evaluating import judge
+from prunekit.engine.handed_over import plan_recipe
+from prunekit.engine.work import Inputs, Work, build_state
 from prunekit.errors import RunError
-from prunekit.judging import Standing, examine, is_random, watching
+from prunekit.judging import Standing, examine, watching
+from prunekit.report import Stop
+from prunekit.store.stages import StageFolder
+from prunekit.training.compute import open_compute
 
 SHAPE = (1, 8, 8)
 
@@ -115,7 +121,6 @@ def test_a_look_draws_nothing_from_the_generators():
     np.random.seed(3)
     random.seed(3)
     examine(net, torch.rand(4, *SHAPE, generator=torch.Generator()))
-    assert is_random(net, torch.zeros(1, *SHAPE) + 0.5)
     assert torch.equal(torch.rand(2), expected[0])
     assert (np.random.rand(), random.random()) == expected[1:]
 
@@ -291,7 +296,7 @@ def test_what_is_no_logits_is_named(give, told):
 def test_a_scripted_network_is_judged_as_others(wrap):
     x, _ = make_images()
     y = torch.arange(20) % 10
-    plain = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    plain = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64), nn.Linear(64, 10))
     expected = prunekit.evaluate(plain, (x, y), ["clean", ALL[1]], threat="1/255")
     scripted = wrap(torch.jit.script(plain))
     found = prunekit.evaluate(scripted, (x, y), ["clean", ALL[1]], threat="1/255")
@@ -324,3 +329,88 @@ def test_what_a_network_changed_is_put_back():
     standing.restore()
     assert standing.moved() == ()
     assert net.seen is buffer
+
+
+PASSES = {"left": 0}
+
+
+def stop_in_time(net, z):
+    """Stops at once, as a second Ctrl-C does, in the forward pass that a test chose."""
+    PASSES["left"] -= 1
+    if not PASSES["left"]:
+        raise KeyboardInterrupt
+    return keep(net, z)
+
+
+RESUMED = {
+    "pgd": {"use": "pgd", "steps": 2, "restarts": 1},
+    "any": {"use": "pgd", "steps": 2, "restarts": 1, "iterate": "any"},
+    "autoattack": {"use": "autoattack", "attacks": ["apgd-ce", "square"], "steps": 2, "queries": 3},
+    "certify": ALL[2],
+}
+
+
+@pytest.mark.parametrize("evaluator", RESUMED.values(), ids=RESUMED)
+@pytest.mark.parametrize("rows", [[1, 2, 9], range(4, 12)], ids=["some", "after the first batch"])
+def test_a_judgement_stopped_anywhere_ends_as_one_that_was_not(evaluator, rows, tmp_path):
+    if evaluator["use"] == "autoattack":
+        pytest.importorskip("pyautoattack")
+    x, _ = number_images(12)
+    data = *make_images(), x, Net()(x / 255).argmax(1)
+    recipe = {"dataset": {"use": "given", "batch_size": 4}, "threat": {"eps": 0.0001}}
+    recipe |= {"stage": [{"kind": "evaluate", "with": [evaluator]}]}
+    (run,) = plan_recipe(recipe, Net(stop_in_time, spoil(list(rows))), data, None).runs
+    (use,) = run.stages[0].options.with_
+    compute = open_compute("cpu")
+    loaded = Inputs(compute, lambda event: None).load(run)
+    state = build_state(run, loaded.data, compute)
+
+    def judge_until(left, name):
+        """What is found, and after how many forward passes."""
+        PASSES["left"] = left
+        folder = StageFolder(tmp_path / str(name))
+        work = Work(run, loaded, compute, folder, "", lambda event: None, Stop())
+        found = judge(state, run.stages[0], use, work)
+        records = {name: record.tolist() for name, record in found.records.items()}
+        return (found.metrics, found.notes, records), left - PASSES["left"]
+
+    whole, passes = judge_until(10**6, "whole")
+    assert whole[0]["not_finite"] >= len(rows)
+    for left in range(1, passes + 1, max(passes // 40, 1)):
+        with pytest.raises(KeyboardInterrupt):
+            judge_until(left, left)
+        assert judge_until(10**6, left)[0] == whole, left
+
+
+def drift(net, z):
+    net.seen += 1
+    return z * (1 + 0.01 * net.seen)
+
+
+@pytest.mark.parametrize(
+    ("before", "random"), [(UNSOUND["noise"][0], True), (UNSOUND["a counter"][0], True),
+                           (drift, False), (lambda net, z: z, False)],
+    ids=["noise", "a counter", "a buffer", "sound"],
+)  # fmt: skip
+def test_autoattack_takes_for_random_what_the_result_says_is(before, random):
+    pytest.importorskip("pyautoattack")
+    x, _ = make_images(4)
+    data = x, Net()(x / 255).argmax(1)
+    few = {"use": "autoattack", "steps": 1, "queries": 1}
+    found = prunekit.evaluate(Net(before), data, few, threat="1/255").metrics
+    assert ("autoattack.draws" in found) == ("autoattack.random" in found) == random
+    assert not random or not found["autoattack.random"].doubtful  # it attacks what draws
+    named = {**few, "attacks": ["square"]}
+    found = prunekit.evaluate(Net(before), data, named, threat="1/255").metrics
+    assert ("autoattack.random" in found) == random
+    assert not random or found["autoattack.random"].doubtful
+    assert "autoattack.zero_gradient" not in found  # nothing looked at gradients
+
+
+def test_a_look_sets_up_no_gpu(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda *a: asked.append(a))
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda *a: None)
+    examine(Net(), torch.rand(4, *SHAPE))
+    assert asked == []

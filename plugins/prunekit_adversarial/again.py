@@ -28,8 +28,12 @@ LEAKING: set[Any] = {
     *(torch.sign, torch.sgn, torch.round, torch.floor, torch.ceil, torch.trunc, torch.heaviside),
     *(Tensor.relu, Tensor.clamp, Tensor.clamp_min, Tensor.clamp_max, Tensor.clip, Tensor.sign),
     *(Tensor.sgn, Tensor.round, Tensor.floor, Tensor.ceil, Tensor.trunc, Tensor.heaviside),
+    *(F.relu_, F.hardtanh_, torch.threshold_, torch.clamp_, torch.clamp_min_, torch.clamp_max_),
+    *(torch.clip_, torch.round_, torch.floor_, torch.ceil_, torch.trunc_, Tensor.relu_),
+    *(Tensor.clamp_, Tensor.clamp_min_, Tensor.clamp_max_, Tensor.clip_, Tensor.sign_),
+    *(Tensor.sgn_, Tensor.round_, Tensor.floor_, Tensor.ceil_, Tensor.trunc_, Tensor.heaviside_),
 }
-"""Functions of single numbers whose slope is zero over whole intervals."""
+"""Functions of single numbers whose slope is zero over whole intervals; "_" works in place."""
 
 SIZE = 0.8
 """The part of an image that the first squares of Square cover."""
@@ -40,8 +44,9 @@ HALVINGS = (0.001, 0.005, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8)
 def is_flat(gradient: Tensor, logits: Tensor, y: Tensor, eps: float) -> Tensor:
     """Whether gradients (B, C, H, W) of the cross-entropy say nothing, (B,) bool.
 
-    They do not where no move within `eps` would, to first order, change logits (B, K) by more than
-    they are rounded by; labels y are (B,).
+    They do not where no move of any pixel by up to `eps` would, to first order, change logits
+    (B, K) by more than they are rounded by; labels y are (B,). In L2, where pixels share `eps`, the
+    moves looked at are longer than an attack's, so that fewer gradients count as flat.
     """
     numbers = torch.finfo(logits.dtype)
     off = (logits.softmax(1) - F.one_hot(y, logits.shape[1])).abs().sum(1)
@@ -98,9 +103,12 @@ class Leaking(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func in LEAKING and args and isinstance(args[0], Tensor) and args[0].requires_grad:
+            own = args[0].detach().clone()
             with torch.no_grad():
-                value = func(args[0].detach().clone(), *args[1:], **(kwargs or {}))
-            return Leak.apply(args[0], value)
+                value = func(own, *args[1:], **(kwargs or {}))
+            leaking = Leak.apply(args[0], value)
+            # In place, as `inplace=True` says too: the network may go on with what it gave.
+            return args[0].copy_(leaking) if value is own else leaking
         return func(*args, **(kwargs or {}))
 
 

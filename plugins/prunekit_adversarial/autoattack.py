@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import json
-import logging
-import re
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from pyautoattack import AutoAttack
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -24,8 +20,8 @@ from prunekit.contexts import EvaluatorContext
 from prunekit.contracts import Metric, Result, Threat
 from prunekit.errors import UserError
 from prunekit.evaluation import frozen, proportion
-from prunekit.judging import Watch, is_random, watching
-from prunekit_adversarial import ATTACKS, FEW_CLASSES, TARGETS, AutoAttackOptions
+from prunekit.judging import Watch
+from prunekit_adversarial import ATTACKS, FEW_CLASSES, AutoAttackOptions
 from prunekit_adversarial.again import Finite, attack_again, count_flat, is_flat
 from prunekit_adversarial.attacks import (
     check_threat,
@@ -34,6 +30,7 @@ from prunekit_adversarial.attacks import (
     plan_attack,
     predict,
 )
+from prunekit_adversarial.suite import DRAWS, listening, make_suite
 
 ROBUST, MISCLASSIFIED = "robust", "misclassified"
 """Values of the record `attack` for images that no attack fooled, and that needed no attack."""
@@ -43,9 +40,6 @@ LEAKING, NOT_FINITE = "leaking", "not-finite"
 
 RAND = ("apgd-ce", "apgd-dlr")
 """The attacks of its version `rand`, for networks that answer at random."""
-DRAWS = 20
-"""Draws over which that version averages a gradient."""
-
 BY_VALUE = {"square"}
 """Attacks that need no gradients."""
 
@@ -67,11 +61,11 @@ class Evaluation:
     attacks leave correct are attacked again (`attack_again`).
 
     Metrics: `accuracy` with its interval, `seed`, `standard`, which is 1 if attacks and budgets
-    are those of standard AutoAttack, else 0, and where there is one `zero_gradient`, the number of
-    images without a gradient; `draws` for a random network. Records: `correct` (N,) bool; `attack`
-    (N,), the name of the attack that fooled the image (`LEAKING` for one whose gradient leaks), or
-    `ROBUST`, or `MISCLASSIFIED`; `zero_gradient` (N,) bool. AutoAttack's own doubts about a result
-    are issued as warnings.
+    are those of standard AutoAttack, else 0, and `zero_gradient`, the number of images without a
+    gradient, unless no attack uses one; `draws` for a random network. Records: `correct` (N,) bool;
+    `attack` (N,), the name of the attack that fooled the image (`LEAKING` for one whose gradient
+    leaks), or `ROBUST`, or `MISCLASSIFIED`; `zero_gradient` (N,) bool. AutoAttack's own doubts
+    about a result are issued as warnings.
 
     Every attack is seeded with `seed` on every batch, so batches do not depend on each other. With
     a folder `scratch`, finished attacks on a batch are stored there, and an interrupted evaluation
@@ -87,6 +81,9 @@ class Evaluation:
     options: AutoAttackOptions
     scratch: Path | None = None
     pause: Callable[[], None] = lambda: None
+    random: bool = False
+    """Whether the network answers at random."""
+    watch: Watch = field(default_factory=Watch)
 
     def __call__(self, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Result:
         kept = self.scratch / "autoattack.json" if self.scratch else None
@@ -101,40 +98,41 @@ class Evaluation:
             if kept is not None:
                 write_json(kept, [fooled, flat, doubts, *begun])
 
-        done, seen, classes, random = len(fooled), 0, 0, False
+        done, seen, classes = len(fooled), 0, 0
         with frozen(model) as model, listening(doubts):
             for x, y in batches:
                 seen += len(y)
                 if not classes:
                     classes = self._count_classes(model, x)
-                    random = is_random(model, x[:2])
                 if seen <= done:
                     continue
-                found = self._attack_batch(model, x, y, classes, random, begun, keep)
+                found = self._attack_batch(model, x, y, classes, begun, keep)
                 fooled, flat, begun = fooled + found[0], flat + found[1], []
                 keep()
         attack = np.array(fooled)
         correct = attack == ROBUST
-        self._warn(attack, self._choose(classes, random), doubts)
+        self._warn(attack, self._choose(classes), doubts)
         metrics = {
             "accuracy": proportion(correct),
             "standard": Metric(
-                self._is_standard(classes, random),
+                self._is_standard(classes),
                 kind="setting",
                 note="not its standard attacks and budgets in all rows; compare only like rows",
             ),
             "seed": Metric(self.options.seed, kind="setting"),
         }
         zeros = np.array(flat, dtype=bool)
-        if random:
+        if self.random:
             metrics["draws"] = Metric(DRAWS, kind="setting")
+            if not self.options.attacks:  # made for such networks: in place of the core's doubt
+                metrics["random"] = Metric(1, kind="setting", note="of networks that do not draw")
             kind = "named attacks" if self.options.attacks else "version rand, APGD on two losses"
             warnings.warn(
                 f"autoattack: the network answers at random: {kind}, with gradients over {DRAWS} "
                 "draws; accuracies of other versions do not compare",
                 stacklevel=2,
             )
-        if zeros.any():
+        if not BY_VALUE.issuperset(self._choose(classes)):
             metrics["zero_gradient"] = count_flat(zeros, attack != MISCLASSIFIED)
         return Result(metrics, {"correct": correct, "attack": attack, "zero_gradient": zeros})
 
@@ -152,15 +150,15 @@ class Evaluation:
             )
         return classes
 
-    def _choose(self, classes: int, random: bool = False) -> Sequence[str]:
+    def _choose(self, classes: int) -> Sequence[str]:
         """The names of the attacks for this number of classes, in order."""
-        if random and not self.options.attacks:
+        if self.random and not self.options.attacks:
             return RAND if classes >= 3 else RAND[:1]
         return self.options.attacks or (ATTACKS if classes >= 4 else FEW_CLASSES)
 
-    def _is_standard(self, classes: int, random: bool = False) -> bool:
+    def _is_standard(self, classes: int) -> bool:
         """Whether attacks and budgets are those of standard AutoAttack."""
-        if random:
+        if self.random:
             return False
         budgets = (self.options.steps, self.options.queries, self.options.restarts)
         return tuple(self._choose(classes)) == ATTACKS and budgets == (100, 5000, 1)
@@ -171,7 +169,6 @@ class Evaluation:
         x: Tensor,
         y: Tensor,
         classes: int,
-        random: bool,
         begun: Sequence[list[str]] = (),
         keep: Callable[[list[str], list[str]], None] = lambda found, done: None,
     ) -> tuple[list[str], list[bool]]:
@@ -180,56 +177,54 @@ class Evaluation:
 
         `keep` gets the first after each attack, and which are done; `begun` is what it got.
         """
-        chosen = self._choose(classes, random)
+        chosen = self._choose(classes)
 
         def logits(images: Tensor) -> Tensor:
             self.pause()
             return predict(model, Finite.apply(images))
 
-        with watching(model) as watch:
-            watch.begin(x, 0)
-            with torch.no_grad():
-                correct = is_correct(predict(model, x), y)
-            flat = torch.zeros_like(correct)
-            if not BY_VALUE.issuperset(chosen):
-                loss = partial(F.cross_entropy, target=y, reduction="sum")
-                outputs, gradient = differentiate(model, x, loss)
-                flat = correct & is_flat(gradient, outputs, y, self.threat.eps)
-            found = np.where(correct.cpu().numpy(), ROBUST, MISCLASSIFIED).astype(object)
-            done: list[str] = []
-            if begun:
-                found, done = np.array(begun[0], dtype=object), begun[1]
-            suite = self._make_suite(logits, x.device, classes, random)
-            for name in chosen[len(done) :]:
-                left = np.flatnonzero(found == ROBUST)
-                if not len(left):
-                    break
-                suite.attacks_to_run = [name]
-                index = torch.from_numpy(left).to(x.device)
-                # Its checks switch off whatever traces the process: a debugger, coverage.
-                tracer = sys.gettrace()
-                own = x[index], y[index]
+        with torch.no_grad():
+            correct = is_correct(predict(model, x), y)
+        flat = torch.zeros_like(correct)
+        if not BY_VALUE.issuperset(chosen):
+            loss = partial(F.cross_entropy, target=y, reduction="sum")
+            outputs, gradient = differentiate(model, x, loss)
+            flat = correct & is_flat(gradient, outputs, y, self.threat.eps)
+        found = np.where(correct.cpu().numpy(), ROBUST, MISCLASSIFIED).astype(object)
+        done: list[str] = []
+        if begun:
+            found, done = np.array(begun[0], dtype=object), begun[1]
+        suite = make_suite(self.threat, self.options, logits, x.device, classes, self.random)
+        for name in chosen[len(done) :]:
+            left = np.flatnonzero(found == ROBUST)
+            if not len(left):
+                break
+            suite.attacks_to_run = [name]
+            index = torch.from_numpy(left).to(x.device)
+            # Its checks switch off whatever traces the process: a debugger, coverage.
+            tracer = sys.gettrace()
+            own = x[index], y[index]
+            try:
                 _, prediction = suite.run_standard_evaluation(*own, batch_size=len(left))
+            finally:
                 sys.settrace(tracer)
-                found[left[(prediction != y[index]).cpu().numpy()]] = name
-                self._note_unreal(found, watch)
-                done = [*done, name]
-                keep(list(found), done)
-            left = np.flatnonzero(flat.cpu().numpy() & (found == ROBUST))
-            if len(left):
-                # Square has had all its queries where it is among the attacks.
-                queries = (
-                    0 if "square" in chosen else min(self.options.queries, 10 * self.options.steps)
-                )
-                self._attack_again(model, x, y, found, left, queries)
-            self._note_unreal(found, watch)
+            found[left[(prediction != y[index]).cpu().numpy()]] = name
+            self._note_unreal(found)
+            done = [*done, name]
+            keep(list(found), done)
+        left = np.flatnonzero(flat.cpu().numpy() & (found == ROBUST))
+        if len(left):
+            # Square has had all its queries where it is among the attacks.
+            queries = (
+                0 if "square" in chosen else min(self.options.queries, 10 * self.options.steps)
+            )
+            self._attack_again(model, x, y, found, left, queries)
+        self._note_unreal(found)
         return list(found), flat.tolist()
 
-    @staticmethod
-    def _note_unreal(found: np.ndarray, watch: Watch) -> None:
+    def _note_unreal(self, found: np.ndarray) -> None:
         """Attacks take the first NaN for the largest logit, which may be that of the label."""
-        watch.read()
-        for i in watch.unreal:
+        for i in self.watch.find_unreal():
             found[i] = NOT_FINITE if found[i] == ROBUST else found[i]
 
     def _attack_again(
@@ -251,35 +246,6 @@ class Evaluation:
         found[left[either]] = "square"
         found[left[leaking]] = LEAKING
 
-    def _make_suite(
-        self,
-        logits: Callable[[Tensor], Tensor],
-        device: torch.device,
-        classes: int,
-        random: bool = False,
-    ) -> AutoAttack:
-        """AutoAttack with its standard settings, except for those in the options."""
-        norm = {"linf": "Linf", "l2": "L2"}[self.threat.norm]
-        suite = AutoAttack(
-            logits, norm=norm, eps=self.threat.eps, seed=self.options.seed, device=device
-        )
-        steps, targets = self.options.steps, min(TARGETS, classes - 1)
-        for apgd in (suite.apgd, suite.apgd_targeted):
-            # The checkpoints of its step size are fractions of the number of steps; the constructor
-            # computed them for its default number.
-            apgd.n_iter = steps
-            apgd.n_iter_2 = max(int(0.22 * steps), 1)
-            apgd.n_iter_min = max(int(0.06 * steps), 1)
-            apgd.size_decr = max(int(0.03 * steps), 1)
-        suite.apgd.n_restarts = suite.fab.n_restarts = self.options.restarts
-        suite.apgd_targeted.n_target_classes = suite.fab.n_target_classes = targets
-        suite.fab.n_iter = steps
-        suite.square.n_queries = self.options.queries
-        if random:
-            suite.version = "rand"
-            suite.apgd.eot_iter = suite.apgd_targeted.eot_iter = DRAWS
-        return suite
-
     def _warn(self, attack: np.ndarray, chosen: Sequence[str], doubts: dict[str, str]) -> None:
         """Warn of AutoAttack's `doubts`, and if Square fooled many images (`SQUARE_GAIN`).
 
@@ -297,24 +263,9 @@ class Evaluation:
             warnings.warn(f"autoattack: {text}", stacklevel=3)
 
 
-@contextmanager
-def listening(doubts: dict[str, str]) -> Iterator[None]:
-    """Collects AutoAttack's log warnings in `doubts`; of those that differ only in numbers, one."""
-
-    class Listener(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            text = record.getMessage().partition(" See flags_doc")[0].strip()
-            doubts.setdefault(re.sub(r"\d+", "#", text), text)
-
-    logger, listener = logging.getLogger("auto-attack"), Listener(logging.WARNING)
-    logger.addHandler(listener)
-    try:
-        yield
-    finally:
-        logger.removeHandler(listener)
-
-
 def build_autoattack(options: AutoAttackOptions, context: EvaluatorContext) -> Evaluation:
     """Build the evaluator `autoattack`; raises `UserError` if there is no threat."""
     threat = check_threat(context.threat)
-    return Evaluation(threat, options, context.scratch, context.pause)
+    return Evaluation(
+        threat, options, context.scratch, context.pause, context.examination.random, context.watch
+    )

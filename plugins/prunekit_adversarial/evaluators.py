@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -17,7 +17,7 @@ from prunekit import NoOptions, judge_batches
 from prunekit.contexts import EvaluatorContext
 from prunekit.contracts import Evaluator, Result
 from prunekit.evaluation import proportion
-from prunekit.judging import watching
+from prunekit.judging import Watch
 from prunekit_adversarial import PgdOptions
 from prunekit_adversarial.again import attack_again, count_flat, is_flat
 from prunekit_adversarial.attacks import (
@@ -78,6 +78,7 @@ class Pgd:
     restarts: int
     iterate: Literal["last", "any"]
     scratch: Path | None = None
+    watch: Watch = field(default_factory=Watch)
 
     def __call__(self, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Result:
         last: list[Tensor] = []
@@ -100,10 +101,8 @@ class Pgd:
 
         x is (B, C, H, W) in [0, 1], y is (B,).
         """
-        with watching(model) as watch:
-            watch.begin(x, 0)
-            restart, zeros = self._attack_images(model, x, y)
-        unreal = [i for i in watch.unreal if restart[i] == ROBUST]
+        restart, zeros = self._attack_images(model, x, y)
+        unreal = [i for i in self.watch.find_unreal() if restart[i] == ROBUST]
         restart[unreal] = self.restarts + 2
         return {"restart": restart.cpu().numpy(), "zero_gradient": zeros.cpu().numpy()}
 
@@ -163,4 +162,4 @@ def build_clean(options: NoOptions, context: EvaluatorContext) -> Evaluator:
 def build_pgd(options: PgdOptions, context: EvaluatorContext) -> Pgd:
     """Build the evaluator `pgd`; raises `UserError` if there is no threat."""
     attack = plan_attack(context.threat, options.steps, options.step_size)
-    return Pgd(attack, options.restarts, options.iterate, context.scratch)
+    return Pgd(attack, options.restarts, options.iterate, context.scratch, context.watch)

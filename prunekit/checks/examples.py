@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from prunekit import report as told
 from prunekit.contexts import Context
 from prunekit.contracts import Clock, Loss, Scores
+from prunekit.judging import Examination, Watch
 from prunekit.pruning.selection import Selection
 from prunekit.steps import Masking
 from prunekit.training.masking import LearnedScores
@@ -109,6 +110,8 @@ def _example_values(model: nn.Module) -> dict[str, Callable[[], Any]]:
 
     return {
         "seed": lambda: 0,
+        "examination": lambda: Examination(random=False, mixed=False, moved=(), finite=True),
+        "watch": Watch,
         "folder": Path.cwd,
         "shape": lambda: SHAPE,
         "classes": lambda: CLASSES,

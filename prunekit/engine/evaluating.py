@@ -22,7 +22,7 @@ from prunekit.data.batches import eval_batches
 from prunekit.engine.work import Loaded, Outcome, Work, describe_masks
 from prunekit.errors import RunError
 from prunekit.evaluation import balanced_proportion, eval_mode, frozen, is_unbalanced
-from prunekit.judging import IMAGES, Standing, Watch, examine, watching
+from prunekit.judging import IMAGES, Examination, Standing, Watch, examine, watching
 from prunekit.pruning.masks import State, describe_counts, find_broken
 from prunekit.recipe.plan import Run
 from prunekit.recipe.stages import Stage
@@ -51,17 +51,21 @@ def judge(state: State, stage: Stage, use: Use[Evaluator], work: Work) -> Outcom
     index = _choose_images(stage, work.run, work.loaded)
     owner = f"evaluator {use.component.name!r} of plugin {use.plugin}"
     standing = Standing(state.model)
-    doubts = _look(state.model, use, index, work)
+    examination, watch = _look(state.model, use, index, work), Watch()
     seed = (work.run.seed, "evaluate", use.component.name)
     seeds.seed_all(*seed)
     context = EvaluatorContext(
-        **vars(work.context(stage, state)), scratch=work.folder.scratch(), pause=work.stop.check
+        **vars(work.context(stage, state)),
+        scratch=work.folder.scratch(),
+        pause=work.stop.check,
+        examination=examination,
+        watch=watch,
     )
     evaluator = use.build(context)
     try:
         with (
             frozen(state.model) as model,
-            watching(model) as watch,
+            watching(model, watch),
             warnings.catch_warnings(record=True) as caught,
         ):
             warnings.simplefilter("always")
@@ -76,13 +80,14 @@ def judge(state: State, stage: Stage, use: Use[Evaluator], work: Work) -> Outcom
     for name, values in result.records.items():
         if len(values) != len(index):
             raise RunError(f"{owner} gave {len(values)} records {name!r} for {len(index)} images")
-    doubts |= _count_unreal(watch, use, result, len(index))
+    doubts = _describe(examination, len(index)) | _count_unreal(watch, use, result, len(index))
     notes = [text for text, _ in doubts.values()] + [str(w.message) for w in caught]
     network = {**describe_masks(state), "counts": describe_counts(state)}
     for value in result.metrics.values():
         if isinstance(value, Metric) and value.doubtful:
             notes.append(f"{int(value)} of {value.n} images {value.note}; not to be ranked")
     metrics = {k: v if isinstance(v, Metric) else Metric(v) for k, v in result.metrics.items()}
+    # A metric of the same name is of an evaluator that takes the doubt into account.
     metrics = {**{name: metric for name, (_, metric) in doubts.items()}, **metrics}
     return Outcome(
         {**metrics, NETWORK: network}, records=result.records, notes=tuple(dict.fromkeys(notes))
@@ -93,8 +98,8 @@ Doubts = dict[str, tuple[str, Metric]]
 """Name -> what is said of a result, and the metric that says it in tables."""
 
 
-def _look(model: nn.Module, use: Use[Evaluator], index: Tensor, work: Work) -> Doubts:
-    """What keeps the network from being a function of single images, as a few of them show.
+def _look(model: nn.Module, use: Use[Evaluator], index: Tensor, work: Work) -> Examination:
+    """How the network answers a few of the images.
 
     Raises `RunError` if there is nothing to judge: no numbers at all, or no function to prove of.
     """
@@ -108,7 +113,11 @@ def _look(model: nn.Module, use: Use[Evaluator], index: Tensor, work: Work) -> D
                 raise RunError(NOTHING.format(images=f"each of the {len(index)} images"))
     if use.component.guarantees or use.component.judges == "proof":
         found.demand("a guarantee")
-    n = len(index)
+    return found
+
+
+def _describe(found: Examination, n: int) -> Doubts:
+    """What keeps the network from being a function of single images, of n of them."""
     return {
         name: (text, Metric(n, n=n, kind="diagnosis", note=f"are in doubt: {text}"))
         for name, text in found.doubts.items()
@@ -210,7 +219,14 @@ def _watched(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     kept = work.folder.scratch() / "not-finite.json"
     if kept.exists():
-        watch.unreal, watch.nowhere = map(set, read_json(kept))
+        unreal, nowhere, watch.outputs, watch.real = read_json(kept)
+        watch.unreal, watch.nowhere = set(unreal), set(nowhere)
+
+    def keep() -> None:
+        seen = [sorted(watch.unreal), sorted(watch.nowhere), watch.outputs, watch.real]
+        write_json(kept, seen)
+
+    watch.keep = keep  # at once: what an evaluator has stored is not shown to the network again
     size = work.run.data.batch_size
     total = -(-len(index) // size)
     batches = eval_batches(work.loaded.data.test, size, work.device, index)
@@ -220,9 +236,6 @@ def _watched(
         seeds.seed_all(*seed, done)
         watch.begin(batch[0], done * size)
         yield batch
-        watch.read()
-        if watch.unreal:
-            write_json(kept, [sorted(watch.unreal), sorted(watch.nowhere)])
     work.report(Progress(stage.name, total, total, label=name))
 
 

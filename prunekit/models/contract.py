@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from itertools import chain
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from prunekit.errors import RunError
 from prunekit.evaluation import eval_mode
+from prunekit.judging import Standing, own_generators, read_logits
 from prunekit.store.checkpoint import find_misfit
 
 
@@ -96,47 +95,17 @@ def find_logits(
     """
     first = next(chain(model.parameters(), model.buffers()), torch.empty(0))
     mode = " in train mode" if training else ""
+    standing = Standing(model)
     try:
-        with _standing(model, training, first.device), torch.no_grad():
-            logits: Any = model(torch.zeros(2, *shape, device=first.device))
+        with eval_mode(model), own_generators(), torch.no_grad():
+            model.train(training)
+            logits = model(torch.zeros(2, *shape, device=first.device))
     except Exception as error:  # layers may raise anything for images of the wrong size
         size = " x ".join(map(str, shape))
         raise RunError(f"{owner} cannot take images of {size}{mode}: {_shorten(error)}") from error
-    if not isinstance(logits, Tensor):
-        kind = type(logits).__name__
-        raise RunError(
-            f"{owner} gives a {kind}{mode}, instead of logits (B, K); return the logits alone, "
-            "without other outputs such as those of auxiliary heads"
-        )
-    if not logits.is_floating_point():
-        raise RunError(f"{owner} gives {logits.dtype}{mode}, instead of logits in floats")
-    if logits.dim() != 2 or len(logits) != 2:
-        raise RunError(
-            f"{owner} gives {tuple(logits.shape)} for 2 images{mode}, instead of logits (2, K)"
-        )
-    return logits
-
-
-@contextmanager
-def _standing(model: nn.Module, training: bool, device: torch.device) -> Iterator[None]:
-    """Inside, the network is in the mode; afterwards buffers and random numbers are as before."""
-    held = [
-        (module, name, buffer, buffer.clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
-    devices = [device] if device.type == "cuda" else []
-    try:
-        with eval_mode(model), torch.random.fork_rng(devices):
-            if training:
-                model.train()
-            yield
     finally:
-        for module, name, buffer, before in held:
-            with torch.no_grad():
-                buffer.copy_(before)
-            module._buffers[name] = buffer
+        standing.restore()
+    return read_logits(logits, 2, owner, mode)
 
 
 def _shorten(error: Exception) -> str:

@@ -1,7 +1,9 @@
 """A network is looked at once, when it is built or handed over: what it gives, holds and stores."""
 
 import copy
+import random
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -47,11 +49,11 @@ OUTPUTS = {
     "a list": lambda z: [z],
     "a dict": lambda z: {"logits": z},
     "a NoneType": lambda z: None,
-    "torch.int64": lambda z: z.argsort(),
-    "torch.complex64": lambda z: z + 0j,
-    "(2,)": lambda z: z[:, 0],
-    "(2, 2, 1)": lambda z: z[..., None],
-    "(1, 2)": lambda z: z[:1],
+    "int64 of shape (2, 2)": lambda z: z.argsort(),
+    "complex64 of shape (2, 2)": lambda z: z + 0j,
+    "float32 of shape (2,)": lambda z: z[:, 0],
+    "float32 of shape (2, 2, 1)": lambda z: z[..., None],
+    "float32 of shape (1, 2)": lambda z: z[:1],
 }
 
 
@@ -81,7 +83,7 @@ def test_a_second_head_in_training_matters_where_something_is_trained(kind):
     if kind == "evaluate":
         assert build_network(run, SHAPE, 2)
     else:
-        with pytest.raises(RunError, match="a tuple in train mode"):
+        with pytest.raises(RunError, match="a tuple for 2 images in train mode"):
             build_network(run, SHAPE, 2)
 
 
@@ -90,8 +92,16 @@ def test_looking_leaves_the_network_and_all_draws_as_they_are():
         nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Dropout(), nn.Flatten(), nn.Linear(8, 2)
     )
     net[1].eval()
+
+    def draw(*_):
+        random.random()
+        np.random.rand()
+
+    net.register_forward_hook(draw)
     before, seed = copy.deepcopy(net.state_dict()), torch.random.get_rng_state()
+    others = random.getstate(), np.random.get_state()[1].tolist()
     find_logits(net, SHAPE, "it", training=True)
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == others
     check_state_dict(net, "it")
     assert all(torch.equal(v, before[n]) for n, v in net.state_dict().items())
     assert torch.equal(torch.random.get_rng_state(), seed)

@@ -13,7 +13,7 @@ import numpy as np
 import prunekit_adversarial
 import pytest
 import torch
-from prunekit_adversarial.again import square
+from prunekit_adversarial.again import Leaking, square
 from prunekit_adversarial.attacks import (
     L2,
     Attack,
@@ -849,3 +849,36 @@ def test_declarations_do_not_import_torch() -> None:
         "assert 'torch' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+CHANGES = {
+    "inplace=True": lambda y: F.relu(y, inplace=True),
+    "by position": lambda y: F.relu6(y, True),
+    "hardtanh": lambda y: F.hardtanh(y, 0, 1, inplace=True),
+    "threshold": lambda y: F.threshold_(y, 0.0, 0.0),
+    "relu_": torch.relu_,
+    "clamp_": lambda y: y.clamp_(0, 1),
+    "round_": Tensor.round_,
+    "a module": nn.ReLU(inplace=True),
+    "not in place": F.relu,
+    "a number": lambda y: y.clamp(min=0),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_values_are_the_same_where_gradients_leak_in_place_too(what: str) -> None:
+    change = CHANGES[what]
+
+    def forward(x: Tensor) -> tuple[Tensor, Tensor]:
+        y = 2 * x
+        given = change(y)
+        return y, given
+
+    x = torch.tensor([-0.4, -0.2, 0.3], requires_grad=True)
+    expected = forward(x)
+    with Leaking():
+        found = forward(x)
+    assert all(map(torch.equal, found, expected))
+    assert (found[0] is found[1]) == (expected[0] is expected[1])
+    (gradient,) = torch.autograd.grad(found[1].sum(), x)
+    assert gradient[:2].tolist() == pytest.approx([0.2, 0.2])  # of 2, a tenth

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import logging
 import warnings
 from collections.abc import Iterator
@@ -19,18 +20,27 @@ from prunekit import RunError, Use, UserError
 from prunekit.contexts import EvaluatorContext
 from prunekit.contracts import Threat
 from prunekit.errors import Interrupted, OptionError
+from prunekit.judging import Examination, watching
 from prunekit.testing import check_component, example_context
 
 pyautoattack = pytest.importorskip("pyautoattack")
+make_suite = importlib.import_module("prunekit_adversarial.suite").make_suite
 
 LINF, BALL = Threat("linf", 0.03), Threat("l2", 0.4)
 COMPONENT = next(c for c in prunekit_evaluators() if c.name == "autoattack")
 FEW = {"steps": 5, "queries": 20}
 
 
-def build(threat: Threat | None = LINF, **options: Any) -> Any:
+def build(threat: Threat | None = LINF, *, random: bool = False, **options: Any) -> Any:
     use: Use[Any] = Use(COMPONENT, COMPONENT.options(**options), threat=threat)
-    return use.build(example_context(EvaluatorContext))
+    found = Examination(random=random, mixed=False, moved=(), finite=True)
+    return use.build(example_context(EvaluatorContext, examination=found))
+
+
+def make(judge: Any, model: nn.Module, classes: int = 10) -> Any:
+    """The suite that an evaluator works with."""
+    device = torch.device("cpu")
+    return make_suite(judge.threat, judge.options, model, device, classes, judge.random)
 
 
 def make_net(classes: int = 10) -> nn.Module:
@@ -55,7 +65,7 @@ def make_batches(model: nn.Module, sizes: tuple[int, ...] = (24, 9)) -> list[tup
 
 @pytest.mark.parametrize("threat", [LINF, BALL], ids=["linf", "l2"])
 def test_standard_has_the_settings_of_the_reference(threat: Threat) -> None:
-    suite = build(threat)._make_suite(make_net(), torch.device("cpu"), 10)
+    suite = make(build(threat), make_net())
     norm = {"linf": "Linf", "l2": "L2"}[threat.norm]
     reference = pyautoattack.AutoAttack(
         make_net(), norm=norm, eps=threat.eps, seed=0, device=torch.device("cpu")
@@ -68,7 +78,7 @@ def test_standard_has_the_settings_of_the_reference(threat: Threat) -> None:
             k: v for k, v in expected.items() if k not in left_out
         }
     shorter = pyautoattack.autopgd_base.APGDAttack(make_net(), n_iter=40, eps=0.1)
-    found = build(steps=40)._make_suite(make_net(), torch.device("cpu"), 10).apgd_targeted
+    found = make(build(steps=40), make_net()).apgd_targeted
     for name in ("n_iter", "n_iter_2", "n_iter_min", "size_decr"):
         assert getattr(found, name) == getattr(shorter, name)
 
@@ -83,7 +93,7 @@ def test_attacks_follow_each_other_as_in_the_reference(threat: Threat) -> None:
         result = evaluate(model, iter(batches))
     expected = []
     for x, y in batches:
-        suite = evaluate._make_suite(model, torch.device("cpu"), 10)
+        suite = make(evaluate, model)
         suite.attacks_to_run = list(ATTACKS)
         _, prediction = suite.run_standard_evaluation(x, y, batch_size=len(x))
         expected += (prediction == y).tolist()
@@ -117,7 +127,7 @@ def test_any_number_of_classes(classes: int, chosen: str, targets: int) -> None:
     model = make_net(classes)
     evaluate = build(**FEW, seed=3)
     assert " ".join(evaluate._choose(classes)) == chosen
-    suite = evaluate._make_suite(model, torch.device("cpu"), classes)
+    suite = make(evaluate, model, classes)
     assert suite.apgd_targeted.n_target_classes == suite.fab.n_target_classes == targets
     x = torch.rand(4, 1, 8, 8)
     with warnings.catch_warnings():
@@ -263,12 +273,12 @@ class Noisy(nn.Module):
 def test_a_network_that_answers_at_random_gets_the_version_for_it(
     classes: int, chosen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    evaluate = build(steps=3)
+    evaluate = build(steps=3, random=True)
     model = Noisy(classes).eval()
-    assert " ".join(evaluate._choose(classes, True)) == chosen
-    assert evaluate._make_suite(model, torch.device("cpu"), classes, True).apgd.eot_iter == 20
-    assert evaluate._make_suite(model, torch.device("cpu"), classes).apgd.eot_iter == 1
-    assert not build(attacks=ATTACKS)._is_standard(10, True)
+    assert " ".join(evaluate._choose(classes)) == chosen
+    assert make(evaluate, model, classes).apgd.eot_iter == 20
+    assert make(build(steps=3), model, classes).apgd.eot_iter == 1
+    assert not build(attacks=ATTACKS, random=True)._is_standard(10)
     ran = []
     run = pyautoattack.AutoAttack.run_standard_evaluation
     monkeypatch.setattr(
@@ -287,8 +297,8 @@ def test_a_network_that_answers_at_random_gets_the_version_for_it(
 
 
 def test_attacks_named_for_a_random_network_run_as_named_over_20_draws() -> None:
-    evaluate = build(attacks=("apgd-ce", "square"), steps=2, queries=3)
-    assert evaluate._choose(10, True) == ("apgd-ce", "square")
+    evaluate = build(attacks=("apgd-ce", "square"), steps=2, queries=3, random=True)
+    assert evaluate._choose(10) == ("apgd-ce", "square")
     model = Noisy().eval()
     x = torch.rand(4, 1, 8, 8)
     with pytest.warns(UserWarning, match="answers at random: named attacks"):
@@ -347,7 +357,9 @@ def test_nan_near_an_image_counts_as_wrong_whatever_class_it_names() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         evaluate = build(attacks=("apgd-ce",), steps=3)
-        result = evaluate(Hole().eval(), [(x, torch.zeros(3).long())])
+        with watching(model := Hole().eval(), evaluate.watch):
+            evaluate.watch.begin(x, 0)
+            result = evaluate(model, [(x, torch.zeros(3).long())])
     assert result.records["correct"].tolist() == [False] * 3
 
 
