@@ -13,15 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
-from prunekit.errors import RunError
+from prunekit.errors import RunError, lacks_memory
 from prunekit.evaluation import eval_mode
 
 IMAGES = 3
 """Images that `examine` looks at, and as many more that it makes from them."""
 REPEATS = 3
 """Times that the same batch is shown."""
-LOOKS = REPEATS + 3
-"""Forward passes that `examine` does, backwards and in two parts included."""
+LOOKS = REPEATS + 6
+"""Forward passes that `examine` does, backwards and in parts included."""
 SAME = 1e-5
 """Outputs of the same batch are the same up to this part of the largest logit."""
 CLOSE = 1e-4
@@ -106,9 +106,8 @@ def _same(one: Tensor, other: Tensor) -> bool:
 class Examination:
     """How a network answers a few images, in evaluation mode.
 
-    `random`: the same batch gets other answers. `mixed`: the answer for an image depends on the
-    other images of its batch. `moved`: parameters and buffers that the forward pass changes.
-    `finite`: some logits are numbers.
+    `random`: the same batch gets other answers. `mixed`: answers depend on the other images of the
+    batch. `moved`: what the forward pass changes. `finite`: some logits are numbers.
     """
 
     random: bool
@@ -145,14 +144,13 @@ class Examination:
 
 @torch.no_grad()
 def examine(model: nn.Module, x: Tensor) -> Examination:
-    """Look whether a network is a function of single images, with a few of x (B, C, H, W).
+    """Look whether a network is a function of single images, with the batch x (B, C, H, W).
 
-    The same batch several times, backwards, and in two parts; differences that rounding explains
-    do not count. Random generators, modes, parameters and buffers are afterwards what they were.
-
-    Raises `RunError` if the network does not give logits.
+    A few of them several times, backwards, and in two parts, as all of them; differences that
+    rounding explains do not count. Random generators, modes, parameters and buffers stay. Raises
+    `RunError` if the network does not give logits.
     """
-    x = x[:: -(-len(x) // IMAGES)]
+    whole, x = x, x[:: -(-len(x) // IMAGES)]
     x = torch.cat([x, 0.7 * (1 - x)])  # never one image alone, nor all alike
     standing = Standing(model)
     moved: dict[str, None] = {}
@@ -170,22 +168,24 @@ def examine(model: nn.Module, x: Tensor) -> Examination:
         unlike = not all(_agree(first, other, same) for other in others)
         mixed = False
         if not unlike:
-            elsewhere = look(x.flip(0)).flip(0), _part(look, x)
-            mixed = not all(_agree(first, other, close) for other in elsewhere)
+            pairs = [(first, look(x.flip(0)).flip(0)), (first, _part(look, x, 1))]
+            if len(whole) > IMAGES:
+                pairs.append((look(whole), _part(look, whole, len(whole) // 3 + 1)))
+            mixed = not all(_agree(*pair, close) for pair in pairs)
         if mixed:  # unless rounding alone moves the logits as much
             noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
             floor = 10 * _distance(first, look(x * (1 - NUDGE * noise)))
-            mixed = not all(_agree(first, other, close, floor) for other in elsewhere)
+            mixed = not all(_agree(*pair, close, floor) for pair in pairs)
     return Examination(unlike, mixed, tuple(moved), bool(first.isfinite().all(1).any()))
 
 
-def _part(look: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+def _part(look: Callable[[Tensor], Tensor], x: Tensor, first: int) -> Tensor:
     """Logits of x in two parts; NaN where layers fail that want several images."""
     try:
-        return torch.cat([look(x[:1]), look(x[1:])])
-    except RunError:
-        raise
-    except Exception:  # whatever such layers raise
+        return torch.cat([look(x[:first]), look(x[first:])])
+    except Exception as error:  # whatever such layers raise
+        if isinstance(error, RunError) or lacks_memory(error):
+            raise
         return torch.full((len(x), 1), torch.nan)
 
 

@@ -91,6 +91,28 @@ def test_what_is_no_function_of_single_images_is_found(what, images):
     assert not net.seen
 
 
+def roll_large(net, z):
+    return z.roll(1, 0) if len(z) > 16 else z
+
+
+def give_each_class_eight(net, z):
+    out = z.clone()
+    for c in range(z.shape[1]):
+        out[(z.argmax(1) == c).nonzero().flatten()[8:]] = 0
+    return out
+
+
+def center_large(net, z):
+    return z - z.mean(0) if len(z) >= 32 else z
+
+
+@pytest.mark.parametrize("after", [roll_large, give_each_class_eight, center_large])
+def test_what_large_batches_alone_do_is_found(after):
+    net = Net(after=after)
+    assert list(examine(net, torch.rand(128, *SHAPE)).doubts) == ["batch_dependent"]
+    assert examine(net, torch.rand(3, *SHAPE)).doubts == {}
+
+
 @pytest.mark.parametrize("images", [1, 2, 30])
 @pytest.mark.parametrize(
     "net",

@@ -22,7 +22,7 @@ from prunekit.data.batches import eval_batches
 from prunekit.engine.work import Loaded, Outcome, Work, describe_masks
 from prunekit.errors import RunError
 from prunekit.evaluation import balanced_proportion, eval_mode, frozen, is_unbalanced
-from prunekit.judging import IMAGES, Examination, Standing, Watch, examine, watching
+from prunekit.judging import Examination, Standing, Watch, examine, watching
 from prunekit.pruning.masks import State, describe_counts, find_broken
 from prunekit.recipe.plan import Run
 from prunekit.recipe.stages import Stage
@@ -104,7 +104,7 @@ def _look(model: nn.Module, use: Use[Evaluator], index: Tensor, work: Work) -> E
     Raises `RunError` if there is nothing to judge: no numbers at all, or no function to prove of.
     """
     test, size = work.loaded.data.test, work.run.data.batch_size
-    (x, _), *_ = eval_batches(test, IMAGES, work.device, index[:: -(-len(index) // IMAGES)])
+    x, _ = next(iter(eval_batches(test, size, work.device, index[:: -(-len(index) // size)])))
     found = examine(model, x)
     if not found.finite:
         with eval_mode(model), torch.no_grad():

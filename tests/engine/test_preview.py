@@ -38,22 +38,22 @@ PRUNE = {"kind": "prune", "sparsity": 0.5}
 @pytest.mark.parametrize(
     ("objective", "stages", "passes"),
     [
-        # Each validated stage and each evaluator looks six times first.
+        # Each validated stage and each evaluator looks nine times first.
         # 30 images of 38 in 4 batches of 8 (2 epochs), 8 to validate in one batch.
-        ("benign", [FINETUNE], [6 + 8 * 1 + 2 * 1]),
-        (PGD, [FINETUNE], [6 + 8 * 3 + 2 * 5]),
-        ({**PGD, "use": "trades"}, [FINETUNE], [6 + 8 * 5 + 2 * 5]),
-        ({**PGD, "use": "mart"}, [FINETUNE], [6 + 8 * 4 + 2 * 5]),
+        ("benign", [FINETUNE], [9 + 8 * 1 + 2 * 1]),
+        (PGD, [FINETUNE], [9 + 8 * 3 + 2 * 5]),
+        ({**PGD, "use": "trades"}, [FINETUNE], [9 + 8 * 5 + 2 * 5]),
+        ({**PGD, "use": "mart"}, [FINETUNE], [9 + 8 * 4 + 2 * 5]),
         # 2 steps on each batch, so that it passes over the images once.
-        ({"use": "free-adv", "replays": 2, "validation_steps": 3}, [FINETUNE], [6 + 8 * 1 + 1 * 5]),
-        ({"use": "smoothing", "validation_draws": 3}, [FINETUNE], [6 + 8 * 2 + 2 * 4]),
+        ({"use": "free-adv", "replays": 2, "validation_steps": 3}, [FINETUNE], [9 + 8 * 1 + 1 * 5]),
+        ({"use": "smoothing", "validation_draws": 3}, [FINETUNE], [9 + 8 * 2 + 2 * 4]),
         # Both of its passes go through the loss; one attack serves them.
-        (PGD, [{**FINETUNE, "wrap": ["awp"]}], [6 + 8 * 4 + 2 * 5]),
+        (PGD, [{**FINETUNE, "wrap": ["awp"]}], [9 + 8 * 4 + 2 * 5]),
         # Statistics are made anew with one pass over the images, also after scores were learned.
-        ("benign", [{**PRUNE, "epochs": 1, "bn": "recalibrate"}], [6 + 4 + 1 + 4]),
+        ("benign", [{**PRUNE, "epochs": 1, "bn": "recalibrate"}], [9 + 4 + 1 + 4]),
         ("benign", [{**PRUNE, "pruner": "lwm", "bn": "recalibrate"}], [4]),
         ("benign", [{**PRUNE, "pruner": "lwm"}], [0]),
-        ("benign", [{**PRUNE, "epochs": 1}], [6 + 4 + 1]),
+        ("benign", [{**PRUNE, "epochs": 1}], [9 + 4 + 1]),
         # 12 images in two batches.
         (
             "benign",
@@ -61,7 +61,7 @@ PRUNE = {"kind": "prune", "sparsity": 0.5}
                 FINETUNE,
                 {"kind": "evaluate", "with": ["clean", {"use": "pgd", "steps": 2, "restarts": 2}]},
             ],
-            [6 + 10, 2 * 6 + 2 * (1 + (1 + 2 * 3))],
+            [9 + 10, 2 * 9 + 2 * (1 + (1 + 2 * 3))],
         ),
     ],
 )
