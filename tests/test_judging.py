@@ -323,6 +323,8 @@ def test_a_scripted_network_is_judged_as_others(wrap):
     scripted = wrap(torch.jit.script(plain))
     found = prunekit.evaluate(scripted, (x, y), ["clean", ALL[1]], threat="1/255")
     assert found.metrics == expected.metrics
+    assert [note.split(":")[1] for note in found.notes] == [" the network is scripted"]
+    assert not expected.notes
 
 
 def test_a_network_with_nothing_to_prune_is_judged():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -94,6 +95,12 @@ class Pgd:
             # As in a rehearsal: a network that no attack could be made on is told anyway.
             differentiate(model, last[0], torch.sum)
         zeros = count_flat(found["zero_gradient"], attacked)
+        if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+            warnings.warn(
+                "the network is scripted: where gradients vanish inside it, nothing can be put in "
+                "their place; autoattack's square needs no gradients",
+                stacklevel=2,
+            )
         return Result({"accuracy": proportion(found["correct"]), "zero_gradient": zeros}, found)
 
     def _attack_batch(self, model: nn.Module, x: Tensor, y: Tensor) -> dict[str, np.ndarray]:
