@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import os
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.machinery import EXTENSION_SUFFIXES, SOURCE_SUFFIXES
 from pathlib import Path
 from typing import Any
 
 from prunekit import ArchitectureComponent, DatasetComponent, hookimpl, option
-from prunekit.errors import relative
+from prunekit.errors import UserError, relative
 
 DETAILS = """\
 This is the only component with which a recipe runs code: the code in the file. `build` names a
@@ -31,6 +33,9 @@ code before, or with --trust."""
 
 CODE = (*EXTENSION_SUFFIXES, *SOURCE_SUFFIXES)
 """Endings of the files that can be imported."""
+
+MOST_FOLDERS = 20_000
+"""Most folders of a package; links among a few could lead to endless others."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +93,26 @@ def _find_beside(folder: Path, names: Iterable[str]) -> Iterator[Path]:
         yield from (f for suffix in CODE if (f := folder / f"{name}{suffix}").is_file())
         package = folder / name
         if (package / "__init__.py").is_file() or (package.is_dir() and not _is_installed(name)):
-            yield from (f for f in package.rglob("*") if f.name.endswith(CODE) and f.is_file())
+            yield from (f for f in _walk(package) if f.name.endswith(CODE) and f.is_file())
+
+
+def _walk(package: Path) -> Iterator[Path]:
+    """All that is below a folder, as an import finds it: through links too.
+
+    A link back to a folder that it is in is followed once: deeper, everything has been listed.
+    Raises `UserError` for more folders than a package has.
+    """
+    todo: list[tuple[Path, frozenset[str]]] = [(package, frozenset())]
+    for folder, above in todo:
+        if len(todo) > MOST_FOLDERS:
+            told = f"{relative(package)} holds over {MOST_FOLDERS:,} folders, through links perhaps"
+            raise UserError(f"{told}; a package that a Python file imports may not")
+        real = os.path.realpath(folder)
+        with suppress(OSError):  # what cannot be listed, or may be endless, cannot be imported
+            for path in folder.iterdir():
+                yield path
+                if path.is_dir() and real not in above:
+                    todo.append((path, above | {real}))
 
 
 def _is_installed(name: str) -> bool:

@@ -41,9 +41,13 @@ class Guard:
 
 
 def _identify(use: Use[Any]) -> str:
-    """A hash of what would run: of the files' content, wherever they are, and of the options."""
+    """A hash of what would run: of the files' content and names, and of the options.
+
+    Names are relative to the folder of the first file, wherever that is.
+    """
     named = [use.kind, use.component.build, describe(use.options, _hash)]
-    content = [named, [_hash(file) for file in ask(use, "files")]]
+    files = ask(use, "files")
+    content = [named, [[os.path.relpath(file, files[0].parent), _hash(file)] for file in files]]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

@@ -214,6 +214,16 @@ def test_the_file_and_what_it_imports_are_hashed(here):
     assert reused("runs/e") == [False] * 3
 
 
+def test_the_names_of_what_it_imports_are_hashed(here):
+    write("blocks.py", "import pkg\n" + BLOCKS)
+    write("pkg/__init__.py", "")
+    write("pkg/one.py", "x = 1\n")
+    call("run", "r.toml", "--out", "runs/a")
+    (here / "mine/pkg/one.py").rename(here / "mine/pkg/two.py")
+    call("run", "r.toml", "--out", "runs/b")
+    assert reused("runs/b") == [False] * 3
+
+
 def test_imports_are_found_at_any_depth(here):
     write("net.py", "import os, a.deep\nfrom b import x\n\ndef f():\n    import d\n")
     write("a/__init__.py", "")

@@ -153,6 +153,47 @@ def test_what_changed_since_does_not_run(stranger, change):
     assert REFUSED in call("eval", "runs/a", "--with", "clean", code=2)
 
 
+ASKS = "try:\n    from . import fast\nexcept ImportError:\n    fast = None\n"
+
+
+@pytest.mark.parametrize("way", ["a linked folder", "a linked folder of links", "a new name"])
+def test_a_package_may_not_find_more_than_it_had(stranger, way):
+    """What a package imports if it is there was not there when the user ran it."""
+    evil = Path("part.py").read_text()
+    Path("part.py").write_text("import pkg\n")
+    Path("pkg").mkdir()
+    Path("pkg/__init__.py").write_text(ASKS)
+    Path("pkg/cleanup.py").write_text(evil)
+    call("check", "--deep", "r.toml")
+    call("eval", "runs/a", "--with", "clean", "--images", 5)
+    assert not (stranger / "ran").exists()
+    if way == "a new name":
+        Path("pkg/cleanup.py").rename("pkg/fast.py")
+    else:
+        Path("payload/fast").mkdir(parents=True)
+        Path("payload/fast/__init__.py").write_text(evil)
+        Path("payload/fast/again").symlink_to("../fast")
+        Path("pkg/fast").symlink_to("../payload/fast")
+        if way == "a linked folder of links":
+            shutil.move("pkg", "elsewhere")
+            Path("pkg").symlink_to("elsewhere")
+    assert REFUSED in call("eval", "runs/a", "--with", "clean", "--images", 5, code=2)
+    assert not (stranger / "ran").exists()
+    importlib.invalidate_caches()
+    call("eval", "runs/a", "--with", "clean", "--images", 5, "--trust")
+    assert (stranger / "ran").exists()
+
+
+def test_folders_that_link_to_each_other_end(stranger):
+    Path("part.py").write_text("import linked\n")
+    for name in "abcdefghij":
+        Path("linked", name).mkdir(parents=True)
+        for other in "abcdefghij":
+            Path("linked", name, other).symlink_to(f"../{other}")
+    told = call("check", "--deep", "r.toml", code=2)
+    assert "linked holds over 20,000 folders, through links perhaps" in told
+
+
 def test_a_file_of_init_names_no_code(stranger):
     (stranger / "sent/mine.toml").write_text(
         RECIPE.replace('use = "python"\nfile = "net.py"', 'use = "lin-1"\ninit = "m.safetensors"')
