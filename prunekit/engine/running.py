@@ -14,10 +14,10 @@ from prunekit.contexts import ReporterContext
 from prunekit.engine.engine import Engine
 from prunekit.engine.keys import make_keys
 from prunekit.engine.work import Inputs
-from prunekit.errors import Interrupted, PluginError, UserError, explain_briefly, relative
+from prunekit.errors import Interrupted, PluginError, UserError, explain_briefly
 from prunekit.recipe.plan import Plan
 from prunekit.report import Closing, Event, Note, Report, Reporter, RunStarted, Stop, Tell
-from prunekit.store.files import set_aside
+from prunekit.store.files import relative_link, set_aside
 from prunekit.store.runs import OutFolder, RunFolder
 from prunekit.store.stages import Store
 from prunekit.training.compute import Compute, open_compute
@@ -43,7 +43,7 @@ def run_plan(
     compute = open_compute(plan.compute.device, plan.compute.threads)
     folder = OutFolder(out, plan)
     known = folder.prepare(tell, force=force)
-    changed = folder.find_changed() if known is not None else []
+    changed = folder.find_changed(done=known is not None)
     if known is not None and not changed and _is_current(plan, known, compute, anew, tell):
         return None
     Store(store).prepare(tell)
@@ -56,8 +56,12 @@ def run_plan(
             reporters(plan, out, tell) as report,
         ):
             for file in changed:
-                aside = relative(set_aside(file))
-                tell(f"{relative(file)} is not what the run wrote: moved to {aside}")
+                where = relative_link(file)
+                if os.path.lexists(file):
+                    aside = relative_link(set_aside(file))
+                    tell(f"{where} is not what the run wrote: moved to {aside}")
+                else:
+                    tell(f"{where} is missing: it is written again")
             for note in plan.notes:
                 report(Note(note))
             engine = Engine(Store(store), compute, report, stop or Stop(), smoke=plan.smoke)

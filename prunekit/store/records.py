@@ -12,7 +12,7 @@ from prunekit.errors import UserError, printable, relative
 from prunekit.recipe.document import Recipe, load_recipe
 from prunekit.recipe.plan import TOP_KEYS
 from prunekit.report import Tell
-from prunekit.store.files import read_json, seal
+from prunekit.store.files import read_json, relative_link, seal
 from prunekit.store.keys import hash_file
 from prunekit.store.layout import MODEL, PLAN, RECIPE, RECORDS, RUN, RUN_FORMAT
 from prunekit.store.metrics import read_metrics, read_old_metrics
@@ -118,26 +118,39 @@ def read_run(folder: Path) -> RunRecord:
         raise UserError(f"{relative(folder / RUN)} {reason}; {advice}") from error
 
 
-def find_changed(folder: Path) -> list[str]:
-    """Names of files in a run's folder that are there and not what the run wrote.
+def find_changed(folder: Path, *, done: bool = False) -> list[str]:
+    """Names of files in a run's folder that are lost, or not what the run wrote.
 
-    Nothing is known of a run that has not ended, or whose record has no hashes or cannot be read.
+    Nothing is known of a run that has not ended, or whose record has no hashes or cannot be read;
+    of one that is known to be `done`, the record itself is damaged then.
     """
     try:
         told = read_record(folder / RUN, "")
+        if done and read_run(folder).status != "done":
+            return [RUN]
     except UserError:
-        return []
+        return [RUN] if done else []
     files = told.get("files")
     if told.get("status") == "running" or not isinstance(files, dict):
         return []
     paths = [folder / name for name in (MODEL, RECORDS, RECIPE) if name in files]
-    changed = [p.name for p in paths if p.is_file() and hash_file(p) != files[p.name]]
+    changed = [p.name for p in paths if not p.is_file() or hash_file(p) != files[p.name]]
     return [*changed, *([RUN] if told.get("sha256") != seal(told) else [])]
 
 
+def find_blocking(folder: Path) -> list[str]:
+    """Names of what stands in the place of a run's files and is no file: a folder, a pipe, ..."""
+    paths = [folder / name for name in (RUN, MODEL, RECORDS, RECIPE)]
+    return [p.name for p in paths if os.path.lexists(p) and not p.is_file()]
+
+
 def tell_changed(folder: Path) -> list[str]:
-    """A warning for each of them."""
-    return [f"{relative(folder / name)} is not what the run wrote" for name in find_changed(folder)]
+    """A warning for each file of `find_changed`."""
+    return [
+        f"{relative_link(folder / name)} "
+        + ("is not what the run wrote" if os.path.lexists(folder / name) else "is missing")
+        for name in find_changed(folder)
+    ]
 
 
 def _take(table: Mapping[str, Any], key: str, wanted: type[T]) -> T:
@@ -162,7 +175,7 @@ def read_record(path: Path, advice: str) -> dict[str, Any]:
     Raises `UserError`, which ends with the advice, if it is missing, damaged or of another format.
     """
     told = read_json(path, advice)
-    if not isinstance(told, dict) or "format" not in told:
+    if not isinstance(told, dict) or type(told.get("format")) is not int:
         raise UserError(f"{relative(path)} was not written by prunekit; {advice}")
     if told["format"] not in (1, RUN_FORMAT):
         raise UserError(

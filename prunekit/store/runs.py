@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +35,13 @@ from prunekit.store.files import (
 from prunekit.store.keys import find_versions, hash_file
 from prunekit.store.layout import MODEL, PLAN, RECIPE, RECORDS, RUN, RUN_FORMAT, RUN_LOCK
 from prunekit.store.metrics import write_metrics
-from prunekit.store.records import find_changed, read_record
+from prunekit.store.records import find_blocking, find_changed, read_record
 from prunekit.store.stages import StageResult
 
 OTHER_FOLDER = "choose another folder with --out"
+ASIDE = f"{OTHER_FOLDER}, or move it aside with --force"
+MADE_WITH = {"inputs": list, "compute": dict, "stages": list}
+"""Key of a `plan.json` that says what its runs were made with -> the type of its value."""
 
 
 @dataclass
@@ -66,8 +70,8 @@ class RunFolder:
         if self.plan.swept:  # the folder has a name that no user chose
             refuse_link(self.path)
         make_folder(self.path)
-        for partial in find_partial(self.path):
-            partial.unlink()
+        for part in find_partial(self.path):
+            part.unlink()
         write_text(self.path / RECIPE, tomli_w.dumps(self.plan.describe(self.run)))
         known: dict[str, Any] = {"keys": [], "stages": [], "sparsity": None}
         with suppress(UserError):
@@ -173,30 +177,30 @@ class OutFolder:
         if force and self.path.exists():
             self._move_aside(tell)
         if marker.is_file():
-            content = read_record(marker, OTHER_FOLDER)
+            content = read_record(marker, ASIDE)
             if content.get("plan") != digest(self.plan):
                 raise UserError(
                     f"{where} holds the runs of another recipe ({content.get('recipe', '?')}); "
-                    f"{OTHER_FOLDER}, or move it aside with --force"
+                    f"{ASIDE}"
                 )
-            return content if content.get("done") else None
+            kept = all(isinstance(content.get(k, t()), t) for k, t in MADE_WITH.items())
+            return content if content.get("done") and kept else None
         ours = {self.path / RUN_LOCK, *find_partial(self.path)}
         if self.path.is_dir() and set(self.path.iterdir()) - ours:
-            raise UserError(
-                f"{where} holds files that are not runs of prunekit; {OTHER_FOLDER}, or move it "
-                "aside with --force"
-            )
+            raise UserError(f"{where} holds files that are not runs of prunekit; {ASIDE}")
         make_folder(self.path)
         self.mark(done=False)
         if self.plan.swept:
             write_text(self.path / RECIPE, tomli_w.dumps(dict(self.plan.document)))
         return None
 
-    def find_changed(self) -> list[Path]:
-        """Files of its runs that are not what the runs wrote."""
+    def find_changed(self, *, done: bool) -> list[Path]:
+        """Files of its runs that are lost or not what the runs wrote; unless the plan is done, only
+        what they cannot be written over."""
+        find = partial(find_changed, done=True) if done else find_blocking
         labels = [run.label for run in self.plan.runs] if self.plan.swept else ["."]
         folders = [self.path / label for label in labels]
-        return [folder / name for folder in folders for name in find_changed(folder)]
+        return [folder / name for folder in folders for name in find(folder)]
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -210,8 +214,8 @@ class OutFolder:
                 f"{OTHER_FOLDER}"
             ) from None
         with held:
-            for partial in find_partial(self.path):
-                partial.unlink()
+            for part in find_partial(self.path):
+                part.unlink()
             yield
 
     def mark(self, *, done: bool, **made_with: Any) -> None:

@@ -123,7 +123,7 @@ def test_files_of_somebody_else_are_left_alone(here, call):
     assert [p.name for p in (here / "mine").iterdir()] == ["thesis.tex"]
     (here / "mine/plan.json").write_text("[]")
     _, err = call("run", "r.toml", "--out", "mine", "--device", "cpu", code=2)
-    way = "choose another folder with --out"
+    way = "choose another folder with --out, or move it aside with --force"
     assert err == f"prunekit: mine/plan.json was not written by prunekit; {way}\n"
 
 
@@ -262,6 +262,73 @@ def test_smoke_proves_a_recipe_beside_its_real_run(here, call, recipe):
     assert (told["status"], told["smoke"]) == ("done", True)
     assert err.endswith("in runs/tiny-smoke\n")
     assert not (here / "runs/tiny").exists()
+
+
+def damage(path, kind):
+    path.unlink()
+    if kind == "a folder":
+        path.mkdir()
+    elif kind == "a pipe":
+        os.mkfifo(path)
+    elif kind == "a link to nothing":
+        path.symlink_to("nothing")
+    elif kind is not None:
+        path.write_text(kind)
+
+
+@pytest.mark.parametrize("done", [True, False])
+@pytest.mark.parametrize("kind", ["null", '{"format": 2}', '{"form', "a folder", "a pipe", None])
+def test_a_broken_record_of_a_run_is_written_again(ran, call, kind, done):
+    whole = call("results")[0]
+    if not done:
+        plan = ran / "runs/tiny/plan.json"
+        plan.write_text(json.dumps({**json.loads(plan.read_text()), "done": False}))
+    damage(ran / "runs/tiny/run.json", kind)
+    out, err = call("run", "r.toml", "--device", "cpu")
+    assert out == whole
+    told = (
+        "is missing: it is written again" if kind is None else "moved to runs/tiny/run.json.damag"
+    )
+    # What a run wrote that has not ended is written over.
+    assert (told in err) is (done or kind in ("a folder", "a pipe"))
+    assert json.loads((ran / "runs/tiny/run.json").read_text())["status"] == "done"
+    assert "is done already" in call("run", "r.toml", "--device", "cpu")[1]
+
+
+@pytest.mark.parametrize("name", ["records.npz", "recipe.toml", "model.safetensors"])
+@pytest.mark.parametrize("kind", [None, "x", "a folder", "a pipe", "a link to nothing"])
+def test_a_lost_or_swapped_file_of_a_run_is_written_again(ran, call, name, kind):
+    file = ran / "runs/tiny" / name
+    content = file.read_bytes()
+    damage(file, kind)
+    fault = "is missing" if kind is None else "is not what the run wrote"
+    assert call("results")[1] == f"runs/tiny/{name} {fault}\n"
+    _, err = call("run", "r.toml", "--device", "cpu")
+    after = ": it is written again" if kind is None else f": moved to runs/tiny/{name}.damaged1"
+    assert f"runs/tiny/{name} {fault}{after}\n" in err
+    assert file.read_bytes() == content
+    assert not file.is_symlink()
+    assert call("results")[1] == ""
+
+
+@pytest.mark.parametrize(
+    "kind", ["[" * 2000, '{"format": 2', "{}", '{"format": null}', "a pipe", "a folder"]
+)
+def test_a_damaged_plan_blocks_nothing_for_good(ran, call, kind):
+    damage(ran / "runs/tiny/plan.json", kind)
+    _, err = call("run", "r.toml", "--device", "cpu", code=2)
+    assert err.count("\n") == 1
+    assert "or move it aside with --force" in err
+    call("run", "r.toml", "--device", "cpu", "--force")
+
+
+@pytest.mark.parametrize("key", ["inputs", "compute", "stages"])
+def test_a_plan_that_says_nothing_of_use_is_made_again(ran, call, key):
+    plan = ran / "runs/tiny/plan.json"
+    whole = json.loads(plan.read_text())
+    plan.write_text(json.dumps({**whole, key: "x"}))
+    call("run", "r.toml", "--device", "cpu")
+    assert json.loads(plan.read_text()) == whole
 
 
 SLOW = """
