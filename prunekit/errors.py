@@ -48,6 +48,13 @@ class Interrupted(Exception):
     """The user stopped the run; everything computed so far is saved."""
 
 
+MOST_SHOWN = 20
+"""Most problems of a recipe that its error lists."""
+LONGEST_VALUE = 200
+"""Most characters of a value in the message of a problem."""
+VALUE = re.compile(r"""'[^']*'|"[^"]*"|[^\s'"]{200,}""")
+
+
 @dataclass(frozen=True, order=True)
 class Place:
     """Where a recipe says something: a file and its line, or a command-line option."""
@@ -56,7 +63,7 @@ class Place:
     line: int = 0
 
     def __str__(self) -> str:
-        file = printable(self.file, keep="")
+        file = shorten(printable(self.file, keep=""))
         return f"{file}:{self.line}" if self.line else file
 
 
@@ -68,7 +75,7 @@ class Problem:
     message: str
 
     def __str__(self) -> str:
-        return f"{self.place}: {printable(self.message, keep='')}"
+        return f"{self.place}: {shorten(printable(self.message, keep=''))}"
 
 
 class RecipeError(UserError):
@@ -76,7 +83,20 @@ class RecipeError(UserError):
 
     def __init__(self, problems: list[Problem]) -> None:
         self.problems = sorted(dict.fromkeys(problems))
-        super().__init__("\n".join(map(str, self.problems)))
+        more = len(self.problems) - MOST_SHOWN
+        rest = [f"and {more:,} more"] if more > 0 else []
+        super().__init__("\n".join([*map(str, self.problems[:MOST_SHOWN]), *rest]))
+
+
+def shorten(message: str) -> str:
+    """The message without the middle of quoted values and of words that nobody would read."""
+    return VALUE.sub(lambda found: shorten_value(found[0]), message)
+
+
+def shorten_value(text: str) -> str:
+    """The text, without its middle where it is longer than `LONGEST_VALUE`."""
+    half = LONGEST_VALUE // 2
+    return text if len(text) <= LONGEST_VALUE else f"{text[:half]} ... {text[-half:]}"
 
 
 def explain_briefly(error: BaseException) -> str:

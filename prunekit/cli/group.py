@@ -7,7 +7,6 @@ import functools
 import importlib
 import json
 import os
-import re
 import shlex
 import sys
 import traceback
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TextIO, cast
 import click
 
 from prunekit import __version__
+from prunekit.cli.otherwise import OTHERWISE, point_to_option
 from prunekit.errors import (
     Interrupted,
     RecipeError,
@@ -60,22 +60,6 @@ COMMANDS = {
 """Name of a command -> its "module:function" in this folder, imported when it is used."""
 
 
-OTHERWISE = {
-    "train": "run", "start": "run", "resume": "run", "prune": "run", "finetune": "run",
-    "evaluate": "eval", "test": "eval", "attack": "eval", "validate": "check", "lint": "check",
-    "compare": "results", "report": "results", "ls": "list", "info": "show", "describe": "show",
-    "create": "init", "plot": "curve", "gc": "clean", "convert": "import", "load": "import",
-    "--gpu": "--device cuda", "--cuda": "--device cuda", "--cpu": "--device cpu",
-    "--output": "--out FOLDER", "--name": "--out FOLDER", "--overwrite": "--force",
-    "--seed": "--set seed=1", "--epochs": "--set pretrain.epochs=10",
-    "--lr": "--set pretrain.optimizer.lr=0.1", "--sparsity": "--set prune.sparsity=0.95",
-    "--eps": "--set threat.eps=8/255", "--batch-size": "--set dataset.batch_size=64",
-    "--pruner": "--set prune.pruner=lwm", "--dataset": "--set dataset=cifar10",
-    "--model": "--set architecture=vgg16-bn", "--evaluators": "--with clean,pgd",
-}  # fmt: skip
-"""What other tools call a command or an option -> what to write here."""
-
-
 class Cli(click.Group):
     """Imports commands on demand and turns every exception into a message and an exit code."""
 
@@ -111,7 +95,7 @@ class Cli(click.Group):
         try:
             return super().invoke(ctx)
         except click.NoSuchOption as error:
-            raise _point_to_option(error) from None
+            raise point_to_option(error) from None
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except BrokenPipeError:
@@ -145,19 +129,6 @@ def stdout() -> TextIO:
     context = click.get_current_context(silent=True)
     stream: Any = context.meta.get(STDOUT, sys.stdout) if context else sys.stdout
     return cast(TextIO, stream)
-
-
-def _point_to_option(error: click.NoSuchOption) -> click.UsageError:
-    """The error of an option that there is not, with what to write instead."""
-    word, command = error.option_name.replace("_", "-"), error.ctx and error.ctx.command
-    known = [way for p in command.params for way in p.opts if way[:2] == "--"] if command else []
-    meant = OTHERWISE.get(word, "")
-    if meant.partition(" ")[0] in known:
-        advice = f"write {meant}"
-    else:
-        advice = suggest(word.removeprefix("--"), [way.removeprefix("--") for way in known])
-        advice = re.sub(r"([\w-]+)(?=['?,]|$)", r"--\1", advice)
-    return click.UsageError(f"there is no option {error.option_name!r}; {advice}", error.ctx)
 
 
 def _explain_exit(error: BaseException) -> tuple[str, int]:

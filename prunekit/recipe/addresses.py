@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, get_args, get_origin
 
 from prunekit.catalog.component import Use, default_of
 from prunekit.catalog.kinds import KINDS
 from prunekit.catalog.registry import Registry
+from prunekit.errors import SYNONYMS
 from prunekit.recipe.sections import (
+    SELECTION_KEYS,
     STAGE_OPTIONS,
     ArchitectureOptions,
     ComputeOptions,
@@ -21,6 +24,10 @@ from prunekit.recipe.sections import (
 from prunekit.recipe.values import KeyPath, suggest
 
 SECTIONS = ("compute", "dataset", "architecture", "threat", "objective")
+TOP_KEYS = ("format", "name", "seed", *SECTIONS, "stage", "sweep", "report")
+"""Keys at the top of a recipe, once `extends` and [set] are applied."""
+LONGEST_NAME = 100
+"""Most characters of a recipe's name; it may take twice as many bytes, of 255 in a file's name."""
 OPTIONS = {
     "compute": ComputeOptions,
     "dataset": DataOptions,
@@ -29,11 +36,28 @@ OPTIONS = {
 }
 """Section -> its keys that are the core's."""
 
+OPTIMIZER_KEYS = {"lr", "momentum", "weight_decay", "schedule"}
+"""What most optimizers take."""
+
 EVALUATE_KEYS = (
     "kind",
     "name",
     *(f.name.rstrip("_") for f in dataclasses.fields(STAGE_OPTIONS["evaluate"])),
 )
+
+
+def is_misspelt(data: Mapping[str, Any], key: str) -> bool:
+    """Whether a key that a recipe does not know, which is reported, was meant to be this one."""
+    unknown = [k for k in data if k not in TOP_KEYS]
+    return any(suggest(k, TOP_KEYS) == f"did you mean {key!r}?" for k in unknown)
+
+
+def find_name_fault(name: Any) -> str:
+    """What to write instead of a recipe's name that cannot be one of a folder; "" if it can."""
+    if not isinstance(name, str) or not re.fullmatch(r"[^./\\\s][^/\\\x00-\x1f]*", name):
+        return "write a word without '/'"
+    too_long = len(name) > LONGEST_NAME or len(name.encode()) > 2 * LONGEST_NAME
+    return f"write at most {LONGEST_NAME} characters" if too_long else ""
 
 
 def resolve_address(data: Mapping[str, Any], address: str) -> KeyPath | str:
@@ -70,7 +94,23 @@ def _find_start(data: Mapping[str, Any], words: list[str], address: str) -> KeyP
         ways = " or ".join(".".join([str(names[n]), *(words if owners else rest)]) for n in several)
         return f"{address!r}: {len(several)} stages have that; write {ways}"
     known = {*SECTIONS, "seed", *(str(name) for name in names if name)}
-    return f"{address!r} names no stage and no section; {suggest(first, known)}"
+    key = SYNONYMS.get(first.replace("-", "_"), first)
+    advice = "" if rest else _find_owner(key, zip(names, kinds, strict=True))
+    return f"{address!r} names no stage and no section; {advice or suggest(first, known)}"
+
+
+def _find_owner(key: str, stages: Iterable[tuple[Any, Any]]) -> str:
+    """What to write for an option without its section or stage; "" if it is of none.
+
+    `stages` are their names and kinds.
+    """
+    tables = [(section, set(_hints(cls))) for section, cls in OPTIONS.items()]
+    for name, kind in stages:
+        keys = set(_hints(STAGE_OPTIONS[kind])) if kind in STAGE_OPTIONS else set()
+        keys -= set() if kind == "prune" else {*SELECTION_KEYS}  # for a rewirer, where there is one
+        inner = [(f"{name}.optimizer", OPTIMIZER_KEYS)] if "optimizer" in keys else []
+        tables += [(str(name), keys), *inner]
+    return next((f"write {owner}.{key}" for owner, keys in tables if key in keys), "")
 
 
 def _add_with(stage: Mapping[str, Any], words: list[str]) -> list[str]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from prunekit.errors import Place, Problem, RecipeError, nearest, relative
+from prunekit.errors import Place, Problem, RecipeError, nearest, relative, shorten_value
 from prunekit.reading import DEEPEST, find_fault
 from prunekit.recipe.addresses import resolve_address
 from prunekit.recipe.sections import DATA_KEYS
@@ -177,11 +177,11 @@ def override(recipe: Recipe, settings: Sequence[str]) -> None:
     chosen = []
     for text in settings:
         address, equals, value = text.partition("=")
-        place = Place(f"--set {text}")
+        place = Place(f"--set {shorten_value(text)}")
         if not equals:
             message = "write ADDRESS=VALUE, such as prune.sparsity=0.95"
             raise RecipeError([Problem(place, message)])
-        chosen.append(Setting(address.strip(), parse_value(value), place))
+        chosen.append(Setting(address.strip(), parse_value(value, place), place))
     apply(recipe, chosen)
 
 
@@ -209,22 +209,24 @@ def locate_options(options: Mapping[Any, tuple[str, Any]]) -> dict[KeyPath, Plac
     return {path: Place(f"{option} {value}") for path, (option, value) in given.items()}
 
 
-def parse_value(text: str) -> Any:
+def parse_value(text: str, place: Place | None = None) -> Any:
     """A value in TOML; a word without quotes is a string, as in `--set prune.pruner=lwm`.
 
     Raises `RecipeError` for one that a recipe could not hold either: too deep, or not finite.
     """
+    place = place or Place(f"--set {text}")
     try:
         find_lines(f"value = {text}")
         value: Any = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text.strip()
     except Unfit as error:
-        raise RecipeError([Problem(Place("--set"), f"the value {error}")]) from None
+        raise RecipeError([Problem(place, f"the value {error}")]) from None
     if fault := find_fault(value):
         path, message = fault
         where = ".".join(map(str, ("the value", *path)))
-        raise RecipeError([Problem(Place(f"--set {text}"), f"{where} {message}")])
+        message += "; the norm is called linf" if value == float("inf") else ""
+        raise RecipeError([Problem(place, f"{where} {message}")])
     return value
 
 

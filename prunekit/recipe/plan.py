@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +12,14 @@ from prunekit.catalog.component import Use
 from prunekit.catalog.registry import Registry
 from prunekit.contracts import Architecture, Data, Threat
 from prunekit.errors import SYNONYMS, Problem, RecipeError
-from prunekit.recipe.addresses import OPTIONS, SECTIONS, resolve_address, takes_list
+from prunekit.recipe.addresses import (
+    OPTIONS,
+    TOP_KEYS,
+    find_name_fault,
+    is_misspelt,
+    resolve_address,
+    takes_list,
+)
 from prunekit.recipe.describing import describe
 from prunekit.recipe.document import FORMAT, Recipe
 from prunekit.recipe.resolver import THREAT_EXAMPLE, Resolver
@@ -28,9 +34,6 @@ from prunekit.recipe.stages import Stage, resolve_stages, uses_in
 from prunekit.recipe.sweep import label, unroll
 from prunekit.recipe.values import KeyPath, suggest
 from prunekit.report import Reporter
-
-TOP_KEYS = ("format", "name", "seed", *SECTIONS, "stage", "sweep", "report")
-"""Keys at the top of a recipe, once `extends` and [set] are applied."""
 
 
 @dataclass(frozen=True)
@@ -200,10 +203,9 @@ def _check_top(recipe: Recipe, resolver: Resolver) -> None:
     if version != FORMAT:
         message = f"this prunekit does not read format {version!r}; write {FORMAT}"
         resolver.problem(("format",), message)
-    name = recipe.data.get("name", "run")
-    if not isinstance(name, str) or not re.fullmatch(r"[^./\\\s][^/\\\x00-\x1f]*", name):
-        message = f"name becomes the name of a folder: write a word without '/', got {name!r}"
-        resolver.problem(("name",), message)
+    name = recipe.data.get("name", recipe.path.stem.lstrip(". "))
+    if fault := find_name_fault(name):
+        resolver.problem(("name",), f"name becomes the name of a folder: {fault}, got {name!r}")
 
 
 def _resolve_reporters(recipe: Recipe, resolver: Resolver) -> tuple[Use[Reporter], ...]:
@@ -237,8 +239,10 @@ def _resolve_run(
         resolver.threat = _resolve_threat(data["threat"], resolver)
     dataset, images = _resolve_section(data, resolver, "dataset", DataOptions)
     architecture, start = _resolve_section(data, resolver, "architecture", ArchitectureOptions)
+    if "stage" not in data and is_misspelt(data, "stage"):
+        return
     stages = resolve_stages(data, resolver, bool(settings), notes)
-    if len(resolver.problems) > before:
+    if len(resolver.problems) > before or dataset is None or architecture is None:
         return
     for stage in stages if images.validation == 0 else ():
         if getattr(stage.options, "epochs", None) and stage.options.select != "last":
@@ -269,6 +273,8 @@ def _resolve_section(
 ) -> tuple[Any, Any]:
     """(component, options of the core) of a section that has both; None for each with problems."""
     if key not in data:
+        if is_misspelt(data, key):
+            return None, None
         example = next(iter(resolver.registry.names(key)), "...")
         message = f'there is no [{key}]; write [{key}] and use = "{example}"'
         resolver.problem((), message)

@@ -37,9 +37,9 @@ KIND_OF: dict[Any, str] = {declaration.builds: kind for kind, declaration in KIN
 """The kind of component that an option of type `Use[...]` names."""
 
 THREAT_EXAMPLE = 'write [threat] with norm = "linf" and eps = "8/255"'
-NAME = r"[\w+-]+"
+NAME = r"[\w+-]{1,100}"
 """Names of stages and evaluators, which are parts of paths and of the names of metrics."""
-NAME_RULE = "must consist of letters, digits, '-', '_' and '+'"
+NAME_RULE = "must consist of at most 100 letters, digits, '-', '_' and '+'"
 
 
 @cache
@@ -99,7 +99,13 @@ class Resolver:
         fields = {key_of(f.name): f for f in dataclasses.fields(cls)}
         before = len(self.problems)
         for key in [key for key in table if key not in fields]:
-            advice = self._find_inside(key, fields, hints, table) or suggest(key, (*fields, *core))
+            inside = self._find_inside(key, fields, hints, table)
+            given = self.locate((*path, key)).file.removeprefix("--set ").partition("=")[0].strip()
+            if inside and given.endswith(f".{key}"):  # with `--set`, the whole address
+                inside = f"{given.removesuffix(key)}{inside}"
+            owner_of = inside.split(".")[-2:][0]
+            advice = f"it belongs to its {owner_of}: write {inside}" if inside else ""
+            advice = advice or suggest(key, (*fields, *core))
             self.problem((*path, key), f"unknown option {key!r} of {owner}; {advice}")
         known = cls.norms[0] if issubclass(cls, Threatened) else "linf"
         norm = table.get("norm") or (self.threat.norm if self.threat else known)
@@ -135,7 +141,7 @@ class Resolver:
         hints: Mapping[str, Any],
         table: Mapping[str, Any],
     ) -> str:
-        """Advice where an option is one of a component that the table names; "" elsewhere."""
+        """Where an option is one of a component that the table names, what to write; else ""."""
         for outer, f in fields.items():
             named = _over_default(table.get(outer, default_of(f)), default_of(f))
             use = named.get("use") if isinstance(named, Mapping) else named
@@ -146,7 +152,7 @@ class Resolver:
                     inner = [key_of(o.name) for o in dataclasses.fields(entry.component.options)]
                     meant = SYNONYMS.get(key, key)
                     if meant in inner:
-                        return f"it belongs to its {outer}: write {outer}.{meant}"
+                        return f"{outer}.{meant}"
         return ""
 
     def use(

@@ -28,6 +28,9 @@ WRITTEN = {
 }
 """What the line of a mistake looks like, and what that usually means in a recipe."""
 
+SINGLE = r"\s*\[\s*stage\s*\]"
+"""A header of a stage that should have had two brackets."""
+
 LONGEST_NUMBER = 400
 """Most characters of a number; 64 bits need 20, and a float at most 325 before its point."""
 
@@ -99,7 +102,11 @@ def _explain(error: ValueError, text: str) -> tuple[str, int]:
         if reason.startswith("Cannot"):
             return _add_hint(reason), line
         return "the file ends in the middle of a value; close the bracket or the quote", line
-    return _add_hint(found[1], text.split("\n")[int(found[2]) - 1]), int(found[2])
+    lines, line = text.split("\n"), int(found[2])
+    if found[1].startswith("Cannot declare") and re.match(SINGLE, lines[line - 1]):
+        # The first is where the mistake begins.
+        line = next(n for n, known in enumerate(lines, start=1) if re.match(SINGLE, known))
+    return _add_hint(found[1], lines[line - 1]), line
 
 
 def _add_hint(reason: str, line: str = "") -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from prunekit.catalog.component import Radius
+from prunekit.errors import shorten_value
 from prunekit.errors import suggest as suggest
 
 KeyPath = tuple[str | int, ...]
@@ -60,7 +61,9 @@ class Slot:
 
     def wrong_type(self, wanted: str, value: Any, advice: str = "") -> Mistake:
         """The mistake of a value that does not have the right type."""
-        return Mistake(self.path, f"{self.name} must be {wanted}, got {value!r}{advice}")
+        return Mistake(
+            self.path, f"{self.name} must be {wanted}, got {shorten_value(repr(value))}{advice}"
+        )
 
 
 def last_key(path: KeyPath) -> str:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from prunekit.errors import UserError, printable, relative
+from prunekit.recipe.addresses import TOP_KEYS
 from prunekit.recipe.document import Recipe, load_recipe
-from prunekit.recipe.plan import TOP_KEYS
 from prunekit.report import Tell
 from prunekit.store.files import read_json, relative_link, seal
 from prunekit.store.keys import hash_file

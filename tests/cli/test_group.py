@@ -114,9 +114,11 @@ def test_words_of_the_field_are_understood(word, words, meant):
         (("run", "r.toml", "--gpu"), "write --device cuda"),
         (("run", "r.toml", "--dry_run"), "did you mean '--dry-run'?"),
         (("run", "r.toml", "--seed", "3"), "write --set seed=1"),
+        (("run", "r.toml", "--resume"), "the same command again goes on where it was stopped"),
+        (("run", "r.toml", "--verbose"), "prunekit --debug shows the traceback"),
         (("check", "r.toml", "--gpu"), "there are: --deep, --json, --set"),
-        (("check", "r.toml", "--set", "pretrain.lr=1"), "write optimizer.lr"),
-        (("check", "r.toml", "--set", "pretrain.learning_rate=1"), "write optimizer.lr"),
+        (("check", "r.toml", "--set", "pretrain.lr=1"), "write pretrain.optimizer.lr"),
+        (("check", "r.toml", "--set", "pretrain.learning_rate=1"), "write pretrain.optimizer.lr"),
     ],
 )
 def test_what_is_called_otherwise_elsewhere(arguments, told, call):

@@ -157,7 +157,8 @@ MISTAKES = [
     (TOP + "[[stage]]\nepochs = 3\n",
      '4: stage without a kind; write kind = "pretrain" (or: pretrain, prune, finetune, evaluate)'),
     (TOP + PRETRAIN + 'name = "a b"\n',
-     "7: the name of a stage must consist of letters, digits, '-', '_' and '+', got 'a b'"),
+     "7: the name of a stage must consist of at most 100 letters, digits, '-', '_' and '+', "
+     "got 'a b'"),
     (TOP + PRETRAIN.replace("[[stage]]", "[stage]"),
      "4: stages are a list; write [[stage]], with two brackets"),
     ('stage = ["pretrain"]\n' + TOP,
@@ -195,6 +196,66 @@ MISTAKES = [
 @pytest.mark.parametrize(("text", "message"), MISTAKES, ids=[m[:50] for _, m in MISTAKES])
 def test_a_mistake_is_told_alone_with_its_line(refuse, text, message):
     assert refuse(text) == [f"r.toml:{message}"]
+
+
+STAGES = PRETRAIN.replace("[[stage]]", "[stage]") + EVALUATE.replace("[[stage]]", "[stage]")
+
+
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        # One mistake is told once, where it is made.
+        (
+            TOP + STAGES,
+            ["r.toml:4: is not TOML: Cannot declare ('stage',) twice; stages are a list; wr"],
+        ),
+        (SMALL.replace("[[stage]]", "[[stages]]"), ["r.toml:4: unknown key 'stages'; did you"]),
+        (SMALL.replace("dataset =", "data ="), ["r.toml:1: unknown key 'data'; did you mean 'da"]),
+        (SMALL.replace("architecture", "model"), ["r.toml:2: unknown key 'model'; did you mean"]),
+        # Names of folders, and of parts of files.
+        (
+            f'name = "{"n" * 101}"\n' + SMALL,
+            ["r.toml:1: name becomes the name of a folder: write "],
+        ),
+        (
+            f"name = '{chr(0x4E00) * 99}'\n" + SMALL,
+            ["r.toml:1: name becomes the name of a folder: "],
+        ),
+        (SMALL + f'name = "{"n" * 101}"\n', ["r.toml:15: the name of a stage must consist of at "]),
+    ],
+)
+def test_what_is_wrong_is_one_line_where_it_begins(refuse, text, lines):
+    told = refuse(text)
+    assert [line[: len(start)] for line, start in zip(told, lines, strict=True)] == lines
+
+
+def test_names_of_a_hundred_characters_are_taken(plan, refuse):
+    assert plan(f'name = "{"n" * 100}"\n' + SMALL).name == "n" * 100
+    assert "at most 100 characters" in refuse(SMALL, name=f"{'f' * 150}.toml")[0]
+
+
+def test_a_thousand_mistakes_are_counted(refuse):
+    told = refuse("".join(f"key{n} = 1\n" for n in range(1000)) + SMALL)
+    assert len(told) == 21
+    assert told[-1] == "and 980 more"
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        f"pretrain.epochs={'x' * 5000}",
+        f"pretrain.epochs='{'x ' * 2500}'",
+        f"pretrain.epochs={{ a = [{'1, ' * 2000}1] }}",
+        f"prune.pruner={'y' * 5000}",
+        f"name='{'n' * 5000}'",
+        f"{'z' * 5000}=1",
+    ],
+    ids=lambda setting: setting[:24],
+)
+def test_long_values_are_cut(refuse, setting):
+    (told,) = refuse(SMALL, setting)
+    assert len(told) < 1000
+    assert " ... " in told
 
 
 def test_a_missing_file_is_told_with_the_place_it_was_looked_for(refuse, here):

@@ -78,8 +78,8 @@ def test_evaluators_may_have_names_of_their_own(resolve):
     options, _ = resolve({"with": [{"use": "pgd", "name": "weak", "eps": 0.1}, "clean"]})
     assert [use.name for use in options.with_] == ["weak", "clean"]
     assert resolve({"with": [{"use": "clean", "name": 3}]})[1] == [
-        "with.0.name: name of evaluator 'clean' must consist of letters, digits, '-', '_' and "
-        "'+', got 3"
+        "with.0.name: name of evaluator 'clean' must consist of at most 100 letters, digits, '-', "
+        "'_' and '+', got 3"
     ]
     (problem,) = resolve({"with": [{"use": "clean", "name": "../up"}]})[1]
     assert problem.endswith("got '../up'")
