@@ -90,6 +90,27 @@ def find_partial(folder: Path) -> list[Path]:
     return [p for p in folder.glob(".*.*") if re.fullmatch(r"\..+\.[a-z0-9_]{8}", p.name)]
 
 
+def is_held(lock: Path) -> bool | None:
+    """Whether a process holds the lock of this file; None where that cannot be known."""
+    try:
+        import fcntl
+    except ImportError:  # on Windows
+        return None
+    try:
+        handle = os.open(lock, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return None
+    finally:
+        os.close(handle)
+    return False
+
+
 def set_aside(path: Path) -> Path:
     """Rename what is damaged; its new path, which ends with ".damaged1" or the next free number.
 

@@ -12,9 +12,9 @@ from prunekit.errors import UserError, printable, relative
 from prunekit.recipe.addresses import TOP_KEYS
 from prunekit.recipe.document import Recipe, load_recipe
 from prunekit.report import Tell
-from prunekit.store.files import read_json, relative_link, seal
+from prunekit.store.files import is_held, read_json, relative_link, seal
 from prunekit.store.keys import hash_file
-from prunekit.store.layout import MODEL, PLAN, RECIPE, RECORDS, RUN, RUN_FORMAT
+from prunekit.store.layout import MODEL, PLAN, RECIPE, RECORDS, RUN, RUN_FORMAT, RUN_LOCK
 from prunekit.store.metrics import read_metrics, read_old_metrics
 
 T = TypeVar("T")
@@ -95,7 +95,7 @@ def read_run(folder: Path) -> RunRecord:
         return RunRecord(
             folder=folder,
             name=_take(told, "name", str),
-            status=_take(told, "status", str),
+            status=_find_status(folder, _take(told, "status", str)),
             smoke=_take(told, "smoke", bool),
             seed=_take(told, "seed", int),
             settings=_take(told, "settings", dict),
@@ -116,6 +116,17 @@ def read_run(folder: Path) -> RunRecord:
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         reason = f"lacks {error}" if isinstance(error, KeyError) else f"is damaged ({error})"
         raise UserError(f"{relative(folder / RUN)} {reason}; {advice}") from error
+
+
+def _find_status(folder: Path, told: str) -> str:
+    """What a record says of its run; a process that was killed has left "running" in it."""
+    if told != "running":
+        return told
+    # That of a sweep is in the folder around its runs.
+    held = {is_held(place / RUN_LOCK) for place in (folder, folder.absolute().parent)}
+    if True in held:
+        return told
+    return "stopped" if False in held else "running or stopped"
 
 
 def find_changed(folder: Path, *, done: bool = False) -> list[str]:

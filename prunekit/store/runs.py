@@ -207,7 +207,8 @@ class OutFolder:
         """Lock the folder. Raises `UserError` if another process is running in it."""
         refuse_link(self.path / RUN_LOCK)
         try:
-            held = filelock.FileLock(self.path / RUN_LOCK).acquire(timeout=0)
+            # Not 0: who looks whether it is held holds it for a moment.
+            held = filelock.FileLock(self.path / RUN_LOCK).acquire(timeout=0.2)
         except filelock.Timeout:
             raise UserError(
                 f"another process is running in {relative(self.path)}; wait for it, or "

@@ -37,12 +37,12 @@ def test_runs_without_a_result_are_listed(tmp_path: Path, evaluate, write_run) -
         ("dense", 0.95, "done", ""),
         ("evaluate", 0.9, "done", ""),
         ("", 0.95, "failed", "the loss is nan"),
-        ("", 0.99, "running", ""),
+        ("", 0.99, "running or stopped", ""),
         ("", 0.99, "done", ""),
     ]
     text = show(rows)
     assert "b: failed: the loss is nan\n" in text
-    assert "c: running\n" in text
+    assert "c: running or stopped\n" in text
 
 
 def test_smoke_runs_are_marked_and_apart(tmp_path: Path, evaluate, write_run) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import filelock
 import pytest
 
 from prunekit.errors import UserError
@@ -39,3 +40,21 @@ def test_runs_are_found_everywhere_but_in_hidden_folders(tmp_path: Path, write_r
     assert [run.folder for run in found] == [tmp_path / "runs", tmp_path / "runs" / "deep" / "er"]
     with pytest.raises(UserError, match="there is no folder"):
         find_runs(tmp_path / "none")
+
+
+@pytest.mark.parametrize("place", ["runs/a", "runs"])
+def test_a_run_whose_process_was_killed_is_stopped(tmp_path: Path, write_run, place: str) -> None:
+    """The lock of a sweep is around its runs."""
+
+    def status(name: str) -> str:
+        (run,) = find_runs(tmp_path / "runs" / name)
+        return run.status
+
+    write_run(tmp_path / "runs/a", {}, status="running")
+    assert status("a") == "running or stopped"
+    with filelock.FileLock(tmp_path / place / ".lock"):
+        assert status("a") == "running"
+    (tmp_path / place / ".lock").touch()
+    assert status("a") == "stopped"
+    write_run(tmp_path / "runs/b", {}, status="failed")
+    assert status("b") == "failed"
