@@ -92,7 +92,8 @@ def _find_beside(folder: Path, names: Iterable[str]) -> Iterator[Path]:
             continue
         yield from (f for suffix in CODE if (f := folder / f"{name}{suffix}").is_file())
         package = folder / name
-        if (package / "__init__.py").is_file() or (package.is_dir() and not _is_installed(name)):
+        whole = any((package / f"__init__{suffix}").is_file() for suffix in CODE)
+        if whole or (package.is_dir() and not _is_installed(name)):
             yield from (f for f in _walk(package) if f.name.endswith(CODE) and f.is_file())
 
 

@@ -1,6 +1,7 @@
 """A network of one's own: what is called, what is hashed, and every mistake in one line."""
 
 import json
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import numpy as np
@@ -236,6 +237,10 @@ def test_imports_are_found_at_any_depth(here):
     assert found[0] == here / "mine/net.py"
     names = sorted(str(f.relative_to(here / "mine")) for f in found)
     assert names == ["a/__init__.py", "a/deep.py", "b.py", "d.py", "e.py", "net.py"]
+    # A package stands before an installed one, and before a module beside it, however it is made.
+    write("net.py", "import click\n")
+    write(f"click/__init__{EXTENSION_SUFFIXES[0]}", "")
+    assert len(find_imports(here / "mine/net.py")) == 2
     write("net.py", "def broken(:\n")
     assert find_files(PythonOptions(here / "mine/net.py")) == [here / "mine/net.py"]
     assert find_imports(here / "none.py") == []
