@@ -55,7 +55,8 @@ def build_network(
     check_state_dict(model, owner)
     trained = any(stage.kind != "evaluate" for stage in run.stages)
     for training in (False, True) if trained else (False,):
-        found = tuple(find_logits(model, shape, owner, training=training).shape)
+        logits = find_logits(model, shape, owner, training=training, stored=True)
+        found = tuple(logits.shape)
         if found != (2, classes):
             raise RunError(
                 f"{owner} gives {found} for 2 images and {classes} classes, instead of "

@@ -86,12 +86,18 @@ def _find_override(model: nn.Module) -> str:
 
 
 def find_logits(
-    model: nn.Module, shape: Sequence[int], owner: str, *, training: bool = False
+    model: nn.Module,
+    shape: Sequence[int],
+    owner: str,
+    *,
+    training: bool = False,
+    stored: bool = False,
 ) -> Tensor:
     """The logits (2, K) that the network gives for two black images of this shape (C, H, W).
 
     In evaluation mode, or in train mode with `training`; the network and all random numbers stay as
-    they are. Raises `RunError` where it does not take them, or gives anything else.
+    they are. Raises `RunError` where it does not take them, or gives anything else; with `stored`,
+    also where the forward changes what its state dict holds, which a file would not fit then.
     """
     first = next(chain(model.parameters(), model.buffers()), torch.empty(0))
     mode = " in train mode" if training else ""
@@ -99,13 +105,31 @@ def find_logits(
     try:
         with eval_mode(model), own_generators(), torch.no_grad():
             model.train(training)
+            before = _lay_out(model)
             logits = model(torch.zeros(2, *shape, device=first.device))
+            after = _lay_out(model)
     except Exception as error:  # layers may raise anything for images of the wrong size
         size = " x ".join(map(str, shape))
         raise RunError(f"{owner} cannot take images of {size}{mode}: {_shorten(error)}") from error
     finally:
         standing.restore()
+    changed = [n for n in before | after if before.get(n) != after.get(n)]
+    if stored and changed:
+        was, now = (found.get(changed[0], "not there") for found in (before, after))
+        raise RunError(
+            f"{owner} changes its state dict in the forward{mode}, so that stored weights would "
+            f"not fit: {changed[0]} is {was} before, {now} after; make layers in __init__, and "
+            "keep what grows or changes its type outside, or as a buffer with persistent=False"
+        )
     return read_logits(logits, 2, owner, mode)
+
+
+def _lay_out(model: nn.Module) -> dict[str, str]:
+    """Shapes and types of all that the state dict holds."""
+    return {
+        name: f"{tuple(v.shape)} {v.dtype}" if isinstance(v, Tensor) else type(v).__name__
+        for name, v in model.state_dict().items()
+    }
 
 
 def _shorten(error: Exception) -> str:

@@ -108,6 +108,61 @@ def test_looking_leaves_the_network_and_all_draws_as_they_are():
     assert [net.training, net[1].training, net[2].training] == [True, False, True]
 
 
+class Keeps(nn.Module):
+    """Changes what its state dict holds, in one mode."""
+
+    def __init__(self, change, training=False, buffer=None, **registered):
+        super().__init__()
+        self.fc, self.change, self.of = nn.Linear(16, 2), change, training
+        self.register_buffer("q", buffer, **registered)
+
+    def forward(self, x):
+        z = self.fc(x.flatten(1))
+        if self.training is self.of:
+            self.change(self, z)
+        return z
+
+
+def keep(name, value):
+    return lambda net, z: setattr(net, name, value(net, z))
+
+
+def grow_in_place(net, z):
+    net.q.data = torch.cat([net.q, z.detach()])
+
+
+CHANGES = {
+    "grows": (keep("q", lambda n, z: torch.cat([n.q, z.detach()])[-9:]), torch.zeros(0, 2)),
+    "grows in place": (grow_in_place, torch.zeros(0, 2)),
+    "is made": (keep("q", lambda n, z: z.detach().clone()), None),
+    "is unmade": (keep("q", lambda n, z: None), torch.zeros(3)),
+    "takes the shape of a batch": (keep("q", lambda n, z: z.detach()), torch.zeros(8, 2)),
+    "changes its type": (keep("q", lambda n, z: n.q * 0.9), torch.zeros(2, dtype=torch.int64)),
+    "a layer": (keep("late", lambda n, z: nn.Linear(2, 2)), None),
+}
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("named", CHANGES)
+def test_a_forward_that_changes_the_state_dict_is_refused_before_training(
+    tmp_path, named, training
+):
+    change, buffer = CHANGES[named]
+    with pytest.raises(RunError, match=r"changes its state dict in the forward") as told:
+        train(Keeps(change, training, buffer), tmp_path)
+    assert "\n" not in str(told.value)
+    assert ("in train mode" in str(told.value)) == training
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_what_the_state_dict_does_not_hold_may_grow(tmp_path):
+    change, buffer = CHANGES["grows"]
+    net = Keeps(change, True, buffer, persistent=False)
+    find_logits(net, SHAPE, "it", training=True, stored=True)
+    assert net.q is buffer
+    assert len(train(net, tmp_path).masks) == 0
+
+
 # Tensors
 
 
