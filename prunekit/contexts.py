@@ -37,6 +37,9 @@ class DatasetContext(Context):
     """The data set that these images extend, if they are the `extra` of one."""
     test_only: bool = False
     """Whether nothing is trained, so that images to judge on are enough."""
+    outputs: Callable[[tuple[int, int, int]], int | None] | None = None
+    """How many outputs the network from Python has for images of a shape (C, H, W), None where it
+    does not take them; there only with such a network."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -339,6 +339,26 @@ def test_what_is_wrong_is_said(here):
         prunekit.run("r.toml", model=net, data=(X / 255.5, Y, X / 255, Y))
 
 
+@pytest.mark.parametrize("missing", [0, 1, 2])
+def test_a_class_without_training_images_is_counted_by_the_networks_outputs(here, missing):
+    there = np.flatnonzero(Y - missing)
+    some = (X[there], Y[there])
+    found = prunekit.run("r.toml", model=make_net(), data=(*some, *some), quiet=True)
+    assert found.masks
+    with pytest.warns(UserWarning, match="data: the network has 3 outputs, and the training im"):
+        prunekit.evaluate(make_net(), (*some, *some))
+    # Without a network that says it, the caller does.
+    tables = {"dataset": {"use": "given", "batch_size": 8, "validation": 0.2}}
+    tables |= {"architecture": "small-cnn", "objective": "benign"}
+    tables |= {"stage": [{"kind": "pretrain", "epochs": 1}]}
+    settings = {"dataset.classes": 3}
+    if missing < 2:
+        with pytest.raises(UserError, match=r'settings=\{"dataset.classes": K\}'):
+            prunekit.run(tables, data=(*some, X, Y), quiet=True)
+    net = prunekit.run(tables, data=(*some, X, Y), settings=settings, quiet=True, out="s").model
+    assert net(torch.zeros(1, 1, 8, 8)).shape == (1, 3)
+
+
 def test_what_python_made_is_told_apart_on_the_command_line(here):
     prunekit.run("r.toml", model=make_net(), data=DATA, out="x", quiet=True)
     done = CliRunner().invoke(main, ["eval", "x", "--with", "clean"])

@@ -59,13 +59,14 @@ def to_data(
     classes: int | None = None,
     channels: Channels = "last",
     floats: bool = False,
+    where: str = "say how many there are (classes of npz)",
 ) -> Data:
     """Make a data set from arrays: images (N, H, W) or (N, H, W, C), labels (N,) or (N, 1).
 
     With `channels="first"`, color images are (N, C, H, W). Pixels are integers from 0 to 255, or
     floats in [0, 1] that are multiples of 1/255. Labels are integers from 0 to K - 1; K is
     `classes`; by default there are as many as labels, without gaps. `source` says in messages
-    where the arrays come from.
+    where the arrays come from, and `where` how to give the number of classes.
 
     Raises `UserError` if an array is missing or cannot be used.
     """
@@ -86,7 +87,7 @@ def to_data(
     largest = max(int(train.labels.max()), int(test.labels.max()))
     if classes is None:
         classes = largest + 1
-        _check_gaps(train.labels, classes, source)
+        _check_gaps(train.labels, classes, source, where)
     if largest >= classes:
         raise UserError(
             f"{source}: there is a label {largest}, but {classes} classes have the labels 0 to "
@@ -98,7 +99,7 @@ def to_data(
     return Data(train, test, shape=(c, h, w), classes=classes)
 
 
-def _check_gaps(labels: Tensor, classes: int, source: str) -> None:
+def _check_gaps(labels: Tensor, classes: int, source: str, where: str) -> None:
     """Refuse labels from 1, or with gaps, where nobody said how many classes there are."""
     there = set(labels.unique().tolist())
     if len(there) < classes and classes > 1:
@@ -107,7 +108,7 @@ def _check_gaps(labels: Tensor, classes: int, source: str) -> None:
             f"{source}: the largest label is {classes - 1}, and no training image has label "
             f"{', '.join(map(str, missing))}{', ...' if classes - len(there) > 3 else ''}: number "
             "the classes 0, 1, 2, ... without gaps (numpy.unique(y, return_inverse=True)[1]), or "
-            "say how many there are (classes of npz)"
+            f"{where}"
         )
 
 

@@ -31,6 +31,16 @@ the folder cannot be imported: write `import NAME` where the file has to see the
 A run folder or a model file that names a Python file runs it only if a recipe of yours ran the same
 code before, or with --trust."""
 
+
+@dataclass(frozen=True)
+class GivenDataOptions:
+    """Options of the data set `given`."""
+
+    classes: int | None = option(
+        None, help="number of classes; default: outputs of the given network", low=2
+    )
+
+
 CODE = (*EXTENSION_SUFFIXES, *SOURCE_SUFFIXES)
 """Endings of the files that can be imported."""
 
@@ -165,5 +175,6 @@ def prunekit_datasets() -> Iterable[DatasetComponent]:
         summary="The images and labels passed to prunekit.run(data=...) in Python",
         build="prunekit_python.handed_over:build_data",
         sources=("prunekit_arrays",),
+        options=GivenDataOptions,
         missing=lambda options: "images of a Python program can only be used there: prunekit.run",
     )

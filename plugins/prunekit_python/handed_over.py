@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -11,10 +12,10 @@ from prunekit_arrays.reading import KEYS, Channels, to_data, to_levels, to_split
 from torch import Tensor, bfloat16
 from torch.utils.data import DataLoader
 
-from prunekit import DataMissingError, NoOptions, UserError
+from prunekit import DataMissingError, UserError
 from prunekit.contexts import ArchitectureContext, DatasetContext
 from prunekit.contracts import Data
-from prunekit_python import GivenModelOptions
+from prunekit_python import GivenDataOptions, GivenModelOptions
 
 
 def build_model(options: GivenModelOptions, context: ArchitectureContext) -> Any:
@@ -27,13 +28,14 @@ def build_model(options: GivenModelOptions, context: ArchitectureContext) -> Any
     return copy.deepcopy(context.value)
 
 
-def build_data(options: NoOptions, context: DatasetContext) -> Data:
+def build_data(options: GivenDataOptions, context: DatasetContext) -> Data:
     """A data set made from (x_train, y_train, x_test, y_test), or from (x, y) for evaluation only.
 
     Images are (N, C, H, W) if they are tensors, (N, H, W) or (N, H, W, C) if they are numpy arrays;
     pixels are integers from 0 to 255, or floats in [0, 1] that are multiples of 1/255. A `Data` is
     returned unchanged. For evaluation, floats may be any in [0, 1], and a DataLoader of batches
-    (x, y) will do.
+    (x, y) will do. The number of classes is that of the options, else that of the outputs of the
+    network that came with the data, where the labels have fewer.
 
     Raises `UserError` for anything else, `DataMissingError` if nothing was passed in.
     """
@@ -59,8 +61,37 @@ def build_data(options: NoOptions, context: DatasetContext) -> Data:
     arrays = [_to_array(value) for value in data]
     if len(data) == 4:
         named = dict(zip(KEYS, arrays, strict=True))
-        return to_data(named, "data", channels=channels, floats=context.test_only)
+        return to_data(
+            named,
+            "data",
+            classes=options.classes or _count_classes(arrays, channels, context),
+            channels=channels,
+            floats=context.test_only,
+            where='say how many there are with settings={"dataset.classes": K}',
+        )
     return _to_test(dict(zip("xy", arrays, strict=True)), channels)
+
+
+def _count_classes(
+    arrays: Sequence[np.ndarray], channels: Channels, context: DatasetContext
+) -> int | None:
+    """The outputs of the network, where the labels leave some of them out."""
+    x, y = arrays[0], arrays[1]
+    if context.outputs is None or x.ndim not in (3, 4) or not x.size:
+        return None
+    if any(part.dtype.kind not in "ui" or not part.size for part in arrays[1::2]):
+        return None
+    one = x[:1] if x.ndim == 4 else x[:1, None]
+    _, c, h, w = (one.transpose(0, 3, 1, 2) if x.ndim == 4 and channels == "last" else one).shape
+    outputs, there = context.outputs((c, h, w)), len(np.unique(y))
+    if outputs is None or outputs == there or max(map(np.max, arrays[1::2])) >= outputs:
+        return None  # as many as labels, or `to_data` tells what is wrong
+    warnings.warn(
+        f"data: the network has {outputs} outputs, and the training images have {there} different "
+        "labels: the others are classes without images",
+        stacklevel=2,
+    )
+    return outputs
 
 
 def _to_test(arrays: dict[str, np.ndarray], channels: Channels) -> Data:

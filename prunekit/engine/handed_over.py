@@ -9,13 +9,14 @@ import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from prunekit.catalog.component import NoOptions, Use
+from prunekit.catalog.component import Use
 from prunekit.catalog.kinds import ArchitectureComponent
 from prunekit.catalog.registry import load_registry
 from prunekit.contexts import DatasetContext
@@ -26,6 +27,7 @@ from prunekit.engine.work import Loaded, Outcome, Work
 from prunekit.errors import Place, UserError
 from prunekit.evaluation import eval_mode
 from prunekit.judging import own_generators
+from prunekit.models.building import count_outputs
 from prunekit.models.contract import check_tensors, find_logits
 from prunekit.pruning.layers import watch_network
 from prunekit.pruning.masks import State, take_zeros
@@ -99,8 +101,9 @@ def read_images(data: Any, model: nn.Module | None = None) -> Data:
     Raises `UserError` where a network does not take them, or has fewer classes.
     """
     entry = load_registry().find("dataset", "given")
-    use: Use[Data] = Use(entry.component, NoOptions(), entry.owner, value=data)
-    found = use.build(DatasetContext(seed=0, folder=Path.cwd(), test_only=True))
+    use: Use[Data] = Use(entry.component, entry.component.options(), entry.owner, value=data)
+    outputs = None if model is None else partial(count_outputs, model)
+    found = use.build(DatasetContext(seed=0, folder=Path.cwd(), test_only=True, outputs=outputs))
     if model is None:
         return found
     classes = find_logits(model, found.shape, "the network").shape[1]

@@ -17,7 +17,7 @@ from prunekit.contexts import Context, DatasetContext, NetworkContext
 from prunekit.contracts import Data, Metric, Split
 from prunekit.data.batches import Arrays, Extra, Feed, fingerprint, hold_out, to_device
 from prunekit.errors import DataMissingError, UserError
-from prunekit.models.building import build_network
+from prunekit.models.building import build_network, open_dataset
 from prunekit.pruning.masks import (
     State,
     count_weights,
@@ -87,7 +87,7 @@ class Inputs:
         )
         name = str([describe(value) for value in shared])
         if name not in self._loaded:
-            data = self._build(run.dataset, run, DatasetContext(seed=0, folder=run.folder))
+            data = self._build(run.dataset, run, open_dataset(run))
             if not len(data.test.labels):
                 way = "use it as the extra of another data set"
                 raise UserError(f"{run.dataset.name} has no test images; {way}")
@@ -113,7 +113,6 @@ class Inputs:
         try:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always", UserWarning)
-                # Without the run's seed: runs of all seeds share the data.
                 data = use.build(context)
             for text in dict.fromkeys(str(w.message) for w in caught if w.category is UserWarning):
                 self.report(Note(f"{use.name}: {text}", warning=True))
@@ -132,8 +131,7 @@ class Inputs:
             return Data(train, test, facts.shape, facts.classes, facts.augment, "missing")
 
     def _load_extra(self, use: Use[Data], run: Run, data: Data) -> Data:
-        context = DatasetContext(seed=0, folder=run.folder, extra_of=data)
-        found = self._build(use, run, context)
+        found = self._build(use, run, open_dataset(run, extra_of=data))
         if not len(found.train.labels):
             raise UserError(f"extra {use.name} has no training images")
         if found.shape != data.shape:

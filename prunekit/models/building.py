@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -135,6 +137,22 @@ def inspect_networks(plan: Plan) -> list[dict[str, Any]]:
     return [_inspect(run) for run in distinct.values()]
 
 
+def open_dataset(run: Run, **more: Any) -> DatasetContext:
+    """What the data set of a run may use. It has no seed: runs of all seeds share the data."""
+    model = run.architecture.value
+    outputs = None if model is None else partial(count_outputs, model)
+    return DatasetContext(seed=0, folder=run.folder, outputs=outputs, **more)
+
+
+def count_outputs(model: nn.Module, shape: tuple[int, int, int]) -> int | None:
+    """K of the logits for images (C, H, W); None if the network does not take them."""
+    try:
+        # A copy, because a forward may make layers: the network stays the caller's.
+        return find_logits(copy.deepcopy(model), shape, "the network").shape[1]
+    except Exception:  # whatever it is, it is told when the network is built
+        return None
+
+
 def find_shape(run: Run) -> tuple[tuple[int, int, int], int]:
     """Shape (C, H, W) of an image, and the number of classes.
 
@@ -143,7 +161,7 @@ def find_shape(run: Run) -> tuple[tuple[int, int, int], int]:
     if run.dataset.component.facts:
         known = ask(run.dataset, "facts")
     else:
-        known = run.dataset.build(DatasetContext(seed=0, folder=run.folder))
+        known = run.dataset.build(open_dataset(run))
     return known.shape, known.classes
 
 
