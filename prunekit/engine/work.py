@@ -18,6 +18,7 @@ from prunekit.contracts import Data, Metric, Split
 from prunekit.data.batches import Arrays, Extra, Feed, fingerprint, hold_out, to_device
 from prunekit.errors import DataMissingError, UserError
 from prunekit.models.building import build_network, open_dataset
+from prunekit.models.contract import check_start
 from prunekit.pruning.masks import (
     State,
     count_weights,
@@ -181,7 +182,8 @@ def build_state(
     """The network of a run: fresh, from the file of `init`, or as a stored stage left it.
 
     Zeros of a file without masks, or of a network from Python, are taken for removed weights.
-    Without `weights` only its shapes matter, and nothing is fetched for a fresh one.
+    Without `weights` only its shapes matter, and nothing is fetched for a fresh one. Raises
+    `UserError` for weights that nothing can start from.
     """
     fresh = weights and latest is None and run.init is None
     model = build_network(run, data.shape, data.classes, compute.device, fresh=fresh)
@@ -190,6 +192,7 @@ def build_state(
         state.masks = read_model(latest.model, model)
     elif run.starts_given:
         masks = start_from(run.init, model) if run.init else None
+        check_start(model, run.init, trained=run.trains_first)
         if masks is not None:
             state.masks = masks
             drop_changed(state)

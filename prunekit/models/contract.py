@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from prunekit.errors import RunError
+from prunekit.errors import RunError, UserError, relative
 from prunekit.evaluation import eval_mode
 from prunekit.judging import Standing, own_generators, read_logits
+from prunekit.pruning.layers import find_prunable
+from prunekit.pruning.masks import find_broken
 from prunekit.store.checkpoint import find_misfit
 
 
@@ -122,6 +125,27 @@ def find_logits(
             "keep what grows or changes its type outside, or as a buffer with persistent=False"
         )
     return read_logits(logits, 2, owner, mode)
+
+
+def check_start(model: nn.Module, file: Path | None, *, trained: bool) -> None:
+    """Raise `UserError` for weights of a file, or else from Python, that nothing can start from.
+
+    Those from Python may be zeros or ones if the first stage trains all of them.
+    """
+    owner = relative(file) if file else "the network from Python"
+    nothing = "" if file is None and trained else find_no_weights(model)
+    if fault := find_broken(model) or nothing:
+        raise UserError(f"{owner} holds {fault}; start from the weights of a trained network")
+
+
+def find_no_weights(model: nn.Module) -> str:
+    """What the prunable weights are where nothing was trained in them; empty for any others."""
+    weights = list(find_prunable(model).values())
+    if not weights or not all(bool(((w == 0) | (w == 1)).all()) for w in weights):
+        return ""
+    if any(w.any() for w in weights):
+        return "no weights: all of them are 0 or 1, as those of masks are"
+    return "no weights: all of them are zero"
 
 
 def _lay_out(model: nn.Module) -> dict[str, str]:

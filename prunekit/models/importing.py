@@ -17,6 +17,7 @@ from prunekit.catalog.registry import load_registry
 from prunekit.contracts import Masks
 from prunekit.errors import UserError, relative
 from prunekit.models.building import build_network, describe_model, find_shape
+from prunekit.models.contract import find_no_weights
 from prunekit.models.failures import explained
 from prunekit.pruning.layers import describe_faults, find_faults, find_prunable
 from prunekit.pruning.masks import (
@@ -124,8 +125,8 @@ def import_model(
     lost = {n: masks.pop(n) for n, fault in find_faults(model).items() if fault and n in masks}
     weights |= {name: weights[name].masked_fill(~mask, 0) for name, mask in lost.items()}
     load_weights(model, weights, source.path)
-    if all(bool(((w == 0) | (w == 1)).all()) for w in find_prunable(model).values()):
-        raise source.error("holds no weights: all of them are 0 or 1, as those of masks are")
+    if nothing := find_no_weights(model):
+        raise source.error(f"holds {nothing}")
     apply_masks(model, masks)
     if broken := find_broken(model):
         raise source.error(f"holds {broken}")

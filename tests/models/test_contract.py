@@ -13,7 +13,7 @@ import prunekit
 from prunekit.engine.handed_over import plan_recipe
 from prunekit.errors import RunError, UserError
 from prunekit.models.building import build_network
-from prunekit.models.contract import check_state_dict, check_tensors, find_logits
+from prunekit.models.contract import check_start, check_state_dict, check_tensors, find_logits
 
 SHAPE = (1, 4, 4)
 
@@ -348,3 +348,69 @@ def test_the_network_is_blamed_for_what_it_raises_in_a_plugin(tmp_path):
         str(told.value)
         == "the network (Late.forward) failed: ValueError: too many (--debug shows where)"
     )
+
+
+# Weights that a run starts from
+
+
+NORMALIZED = """\
+from torch import nn
+
+
+def make():
+    return nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(8, 2))
+"""
+
+
+def make_normalized():
+    return nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(8, 2))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("3.weight", float("nan"), "NaN or infinity in 3.weight"),
+        ("1.running_mean", float("inf"), "NaN or infinity in 1.running_mean"),
+        ("1.running_var", -1.0, "negative variances in 1.running_var"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["pretrain", "finetune"])
+def test_what_cannot_be_computed_with_is_told_of_the_file_that_holds_it(
+    tmp_path, name, value, told, kind
+):
+    state = make_normalized().state_dict()
+    state[name].view(-1)[0] = value
+    torch.save(state, tmp_path / "w.pt")
+    recipe = {
+        "dataset": {"use": "given", "batch_size": 8, "validation": 0.25},
+        "architecture": {
+            "use": "python",
+            "file": str(tmp_path / "net.py"),
+            "init": str(tmp_path / "w.pt"),
+        },
+        "objective": "benign",
+        "stage": [{"kind": kind, "epochs": 1}],
+    }
+    (tmp_path / "net.py").write_text(NORMALIZED)
+    handed = {"data": data() * 2, "out": tmp_path / "r", "quiet": True}
+    with pytest.raises(UserError, match=rf"w\.pt holds {told}; start"):
+        prunekit.run(recipe, **handed)
+    net = make_normalized()
+    net.load_state_dict(state)
+    with pytest.raises(UserError, match=rf"the network from Python holds {told}; start"):
+        prunekit.run(recipe, model=net, **{**handed, "out": tmp_path / "s"})
+
+
+def test_weights_that_nothing_was_trained_in_are_no_start(tmp_path):
+    net = make_normalized()
+    for value, told in ((0, "all of them are zero"), (1, "all of them are 0 or 1")):
+        with torch.no_grad():
+            for weight in (net[0].weight, net[3].weight):
+                weight.fill_(value)
+        for trained in (False, True):
+            with pytest.raises(UserError, match=rf"w\.pt holds no weights: {told}"):
+                check_start(net, tmp_path / "w.pt", trained=trained)
+        with pytest.raises(UserError, match=rf"from Python holds no weights: {told}"):
+            check_start(net, None, trained=False)
+        check_start(net, None, trained=True)
+    check_start(make_normalized(), tmp_path / "w.pt", trained=False)
