@@ -166,7 +166,7 @@ class ModelOptions:
 
 
 FOLDER_DETAILS = """\
-The names of the class folders, in order, are the classes 0, 1, 2, ...; numbers in names count as
+The names of the class folders, in order, are the classes 0, 1, 2, ...; runs of digits count as
 numbers, so that folder 2 comes before folder 10. Files and folders whose names begin with a dot are
 left out. Grey images of 16 bits become 8 bits; images of 32 bits and of floats are refused, because
 no value of theirs means white. Transparency is dropped, and the orientation in a photograph's

@@ -28,7 +28,13 @@ from prunekit_vision import (
     StreamOptions,
     find_root,
 )
-from prunekit_vision.listing import Listing, hash_images, list_images, tell_order
+from prunekit_vision.listing import (
+    Listing,
+    hash_images,
+    list_images,
+    normalize,
+    tell_order,
+)
 
 Key = tuple[int, int | None]
 """An image's number in the split, and the seed of its augmentation; None without augmentation."""
@@ -86,8 +92,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
     Raises `ValueError` for pixels of which no value means white.
     """
-    # Some versions of PIL open 16 bits of grey as 32.
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+    # PIL opens 16 bits of grey as 32: PGM, scaled from any maximum to 65535; PNG in some versions.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         levels = np.rint(np.asarray(image) / 257).astype(np.uint8)
         return Image.fromarray(levels).convert("RGB")
     if image.mode in ("I", "F"):
@@ -181,6 +187,11 @@ def load_folders(name: str, root: Path, options: StreamOptions) -> Data:
     train, test = list_images(root / "train"), list_images(tests[0])
     if train.classes != test.classes:
         odd = sorted(set(train.classes) ^ set(test.classes))
+        if sorted(map(normalize, train.classes)) == sorted(map(normalize, test.classes)):
+            raise UserError(
+                f"{relative(train.folder)} and {relative(test.folder)} write the same class in two "
+                f"ways that look alike (Unicode NFC and NFD), {odd[0]!a}; rename one of them"
+            )
         raise UserError(
             f"{relative(train.folder)} and {relative(test.folder)} have different classes: "
             f"{odd[0]!r} is only in one of them ({len(odd)} such); both need the same folders"

@@ -7,10 +7,12 @@ import hashlib
 import os
 import re
 import sys
+import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 from prunekit.errors import UserError, relative
@@ -43,12 +45,20 @@ class Listing:
 def list_images(folder: Path) -> Listing:
     """All images in the subfolders of `folder`, at any depth; their names are the classes.
 
-    Numbers in names count as numbers: folder 2 comes before folder 10. Hidden files and folders
-    are left out. Warns of files that look like no image. Raises `UserError` if there are fewer
-    than two classes, or for a class without images, a link that leads nowhere or in a circle, and
-    a file that is empty or none.
+    Runs of digits in names count as numbers: folder 2 comes before folder 10. Hidden files and
+    folders are left out. Warns of files that look like no image, and of images outside the classes.
+    Raises `UserError` if there are fewer than two classes, or two whose names look the same, or for
+    a class without images, a link that leads nowhere or in a circle, and a file that is empty or
+    none.
     """
-    found = [name for name, entry in _scan(folder) if entry.is_dir()]
+    entries = _scan(folder)
+    found = [name for name, entry in entries if entry.is_dir()]
+    for one, other in pairwise(sorted(found, key=normalize)):
+        if normalize(one) == normalize(other):
+            raise UserError(
+                f"{relative(folder)} has two folders that look the same, {one!a} and "
+                f"{other!a} (Unicode can write such letters in two ways); merge them"
+            )
     classes = tuple(sorted(found, key=_natural))
     if len(classes) < 2:
         raise UserError(
@@ -68,10 +78,25 @@ def list_images(folder: Path) -> Listing:
                 f"{relative(folder / name)} has no images ({', '.join(sorted(ENDINGS))}); add "
                 "some, or delete the folder"
             )
+    if loose := [n for n, e in entries if not e.is_dir() and _find_ending(n) in ENDINGS]:
+        warnings.warn(
+            f"images left out because they lie in {relative(folder)} itself, in no class's folder: "
+            f"{len(loose)}, such as {loose[0]}",
+            stacklevel=2,
+        )
     if others:
         named = ", ".join(f"{count} {ending}" for ending, count in sorted(others.items()))
         warnings.warn(f"files in {relative(folder)} left out: {named}", stacklevel=2)
     return listing
+
+
+def normalize(name: str) -> str:
+    """The one way of writing a name, where Unicode has several of the same look."""
+    return unicodedata.normalize("NFC", name)
+
+
+def _find_ending(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
 
 
 def _natural(name: str) -> tuple[list[tuple[int, str]], str]:
@@ -108,7 +133,7 @@ def _walk(
     if real in above:
         raise UserError(f"{relative(folder)} links to a folder that it is in; delete the link")
     for name, entry in _scan(folder):
-        ending = os.path.splitext(name)[1].lower()
+        ending = _find_ending(name)
         if entry.is_dir():
             yield from _walk(Path(entry.path), others, (*above, real))
         elif ending in ENDINGS:
@@ -126,8 +151,9 @@ def tell_order(classes: Sequence[str]) -> None:
     if odd := [number for number, name in enumerate(classes) if plain[number] != name]:
         name = classes[odd[0]]
         warnings.warn(
-            f"class folders are in the order of their numbers: {name} is class {odd[0]} (in text "
-            f"order, as torchvision has it, class {plain.index(name)})",
+            "class folders are in the order of the runs of digits in their names, not of signs and "
+            f"points: {name} is class {odd[0]} (in text order, as torchvision has it, class "
+            f"{plain.index(name)})",
             stacklevel=2,
         )
 

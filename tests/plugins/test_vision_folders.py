@@ -189,7 +189,7 @@ def test_numbers_in_the_names_of_classes_are_numbers(tmp_path: Path, prefix: str
         for name in names:
             (tmp_path / part / name).mkdir(parents=True)
             colours(0, 16, 16).save(tmp_path / part / name / "0.png")
-    told = rf"order of their numbers: {prefix}2 is class 2 \(in text order, .*, class 4\)"
+    told = rf"runs of digits in .*points: {prefix}2 is class 2 \(in text order, .*, class 4\)"
     with pytest.warns(UserWarning, match=told):
         data = build("image-folder", FolderOptions(root=tmp_path, size=16, workers=0))
     paths = folder_of(data.train).paths.tolist()
@@ -332,3 +332,44 @@ def test_imagenet(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root.rename(root.with_name("imagenet"))
     with pytest.raises(UserError, match="but imagenet has 1000; for your own images"):
         build("imagenet", ImageNetOptions())
+
+
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [(("-1", "0", "1"), "0 is class 0"), (("0.25", "0.5"), "0.5 is class 0")],
+)
+def test_no_order_is_claimed_that_is_not(root: Path, names: tuple[str, ...], told: str) -> None:
+    for part in ("train", "val"):
+        for old, new in zip(CLASSES, (*names, "z"), strict=False):
+            (root / part / old).rename(root / part / new)
+    with pytest.warns(UserWarning, match=f"runs of digits in .*, not of signs and points: {told}"):
+        build("image-folder", FolderOptions(root=root, size=16, workers=0))
+
+
+def test_images_beside_the_class_folders_are_told(root: Path) -> None:
+    colours(0, 40, 40).save(root / "train" / "loose.png")
+    (root / "train" / "readme.txt").write_text("no image")
+    with pytest.warns(UserWarning, match=r"train itself, in no class's folder: 1, such as loose"):
+        build("image-folder", FolderOptions(root=root, size=16, workers=0))
+
+
+def test_names_that_look_the_same_are_told(root: Path) -> None:
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    for part, name in (("train", composed), ("val", decomposed)):
+        (root / part / "ant").rename(root / part / name)
+    with pytest.raises(UserError, match=r"look alike .Unicode NFC and NFD.*'caf"):
+        build("image-folder", FolderOptions(root=root, size=16, workers=0))
+    (root / "train" / "bee").rename(root / "train" / decomposed)
+    with pytest.raises(UserError, match=r"two folders that look the same, 'cafe.u0301' and 'caf.x"):
+        build("image-folder", FolderOptions(root=root, size=16, workers=0))
+
+
+@pytest.mark.parametrize("white", [65535, 1000])
+def test_grey_of_16_bits_in_pgm_is_scaled(root: Path, white: int) -> None:
+    pixels = np.full((20, 20), white // 5, ">u2")
+    file = root / "train" / "ant" / "0.pgm"
+    file.write_bytes(b"P5\n20 20\n%d\n" % white + pixels.tobytes())
+    data = build("image-folder", FolderOptions(root=root, size=16, workers=0))
+    index = folder_of(data.train).paths.tolist().index(b"ant/0.pgm")
+    (image,) = data.train.batches([torch.tensor([index])])
+    assert image.unique().tolist() == [51]
