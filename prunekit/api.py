@@ -190,7 +190,9 @@ def make_masks(
         raise UserError(f"structure {structure!r} is found by sending an image through: give data")
     stage: dict[str, Any] = {"kind": "prune", "pruner": pruner, "budget": budget}
     stage["structure"] = structure
-    stage |= {} if sparsity is None else {"sparsity": sparsity}
+    if sparsity is not None:  # numpy's number or a tensor, by its own digits: 0.7, not 0.699999988
+        number = None if isinstance(sparsity, float) else getattr(sparsity, "item", None)
+        stage["sparsity"] = sparsity if number is None else float(f"{number():.6g}")
     stage |= {} if exclude is None else {"exclude": list(exclude)}
     images = Data(NoImages(), NoImages(), (0, 0, 0), 0)
     if data is not None:

@@ -339,6 +339,21 @@ def test_what_is_wrong_is_said(here):
         prunekit.run("r.toml", model=net, data=(X / 255.5, Y, X / 255, Y))
 
 
+def test_numbers_of_numpy_and_floats_just_beside_the_range_are_taken():
+    net = make_net()
+    masks = prunekit.make_masks(net, 0.7)
+    for number in (np.float32(0.7), torch.tensor(0.7)):
+        found = prunekit.make_masks(net, number)
+        assert all(torch.equal(mask, masks[name]) for name, mask in found.items())
+    floats = X.astype(np.float32) / 255
+    off = floats.copy()
+    off[0, 0, 0], off[1, 1, 1], floats[0, 0, 0], floats[1, 1, 1] = 1 + 1e-7, -1e-7, 1, 0
+    assert prunekit.evaluate(net, (off, Y)).metrics == prunekit.evaluate(net, (floats, Y)).metrics
+    off[0, 0, 0] = 1.001
+    with pytest.raises(UserError, match=r"floats from .* to 1\.001"):
+        prunekit.evaluate(net, (off, Y))
+
+
 @pytest.mark.parametrize("missing", [0, 1, 2])
 def test_a_class_without_training_images_is_counted_by_the_networks_outputs(here, missing):
     there = np.flatnonzero(Y - missing)

@@ -21,6 +21,8 @@ from prunekit.reading import ObjectArrayError
 from prunekit.reading import read_arrays as read_plain_arrays
 
 KEYS = ("x_train", "y_train", "x_test", "y_test")
+ROUNDING = 1e-6
+"""How far a float may leave [0, 1] by the rounding of what made it, and is then set back."""
 Channels = Literal["last", "first"]
 
 
@@ -202,6 +204,8 @@ def _round_floats(images: np.ndarray, name: str, keep: bool) -> np.ndarray:
             raise UserError(
                 f"{name} has NaN or infinite pixels; save uint8 images with pixels from 0 to 255"
             )
+        if keep and part.min() >= -ROUNDING and part.max() <= 1 + ROUNDING:
+            part = part.clip(0, 1)
         if part.min() < 0 or part.max() > 1:
             raise UserError(
                 f"{name} has floats from {part.min():.4g} to {part.max():.4g}, but pixels are in "
@@ -217,7 +221,7 @@ def _round_floats(images: np.ndarray, name: str, keep: bool) -> np.ndarray:
                 f"{part[wrong][0]:.6g}; save uint8 images with pixels from 0 to 255"
             )
         levels[start : start + 1000] = rounded
-    return levels if exact else images.astype(np.float32)
+    return levels if exact else images.astype(np.float32).clip(0, 1)
 
 
 def _to_labels(labels: np.ndarray, name: str) -> Tensor:

@@ -28,7 +28,7 @@ from prunekit.errors import Place, UserError
 from prunekit.evaluation import eval_mode
 from prunekit.judging import own_generators
 from prunekit.models.building import count_outputs
-from prunekit.models.contract import check_tensors, find_logits
+from prunekit.models.contract import check_tensors, copy_network, find_logits
 from prunekit.pruning.layers import watch_network
 from prunekit.pruning.masks import State, take_zeros
 from prunekit.recipe.document import Recipe, Setting, apply
@@ -139,7 +139,7 @@ def do_stage(
     nobody = Arrays(torch.empty(0), torch.empty(0, dtype=torch.int64))
     loaded = Loaded(dataclasses.replace(data, train=train, test=test), nobody)
     with torch.no_grad():  # or the copy of a scripted network would depend on it
-        state = State(compute.place(copy.deepcopy(model)))
+        state = State(compute.place(copy_network(model, "the network")))
     if stage.prunes:
         shape = data.shape if any(data.shape) else _guess_shape(state.model)
         if shape:

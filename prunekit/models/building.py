@@ -15,7 +15,7 @@ from prunekit.catalog.containment import ask
 from prunekit.contexts import ArchitectureContext, DatasetContext
 from prunekit.data import seeds
 from prunekit.errors import RunError
-from prunekit.models.contract import check_state_dict, check_tensors, find_logits
+from prunekit.models.contract import check_state_dict, check_tensors, copy_network, find_logits
 from prunekit.pruning.layers import (
     find_faults,
     find_prunable,
@@ -43,6 +43,8 @@ def build_network(
     needs, or cannot be stored.
     """
     use = run.architecture
+    if use.value is not None:
+        copy_network(use.value, "the network")
     seeds.seed_all(run.seed, "architecture")
     model = use.build(
         ArchitectureContext(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
@@ -16,6 +17,36 @@ from prunekit.judging import Standing, own_generators, read_logits
 from prunekit.pruning.layers import find_prunable
 from prunekit.pruning.masks import find_broken
 from prunekit.store.checkpoint import find_misfit
+
+
+def copy_network(model: nn.Module, owner: str) -> nn.Module:
+    """A copy of the network. Raises `RunError` that blames what of it cannot be copied."""
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:  # what networks hold may raise anything
+        reason = _shorten(error)
+    path, name = _find_stubborn(model)
+    held = f"{path}.{name}".strip(".") or "the network itself"
+    raise RunError(
+        f"{owner} cannot be copied, because of {held} ({reason}): make it anew in forward, keep "
+        "activations with detach(), and use torch.nn.utils.parametrizations in place of the old "
+        "weight_norm and spectral_norm"
+    )
+
+
+def _find_stubborn(model: nn.Module) -> tuple[str, str]:
+    """(module, attribute) that cannot be copied; nothing where only all of it cannot."""
+    for path, module in model.named_modules():
+        parts = {**vars(module), **module._buffers, **module._parameters}
+        for name, value in parts.items():
+            if name in ("_modules", "_parameters", "_buffers"):
+                continue
+            try:
+                # What leads back to the network is copied with it.
+                copy.deepcopy(value, {id(m): m for m in model.modules()})
+            except Exception:
+                return path, name
+    return "", ""
 
 
 def check_tensors(model: nn.Module, owner: str) -> None:

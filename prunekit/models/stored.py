@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from prunekit.contexts import ArchitectureContext
 from prunekit.contracts import Masks
 from prunekit.data import seeds
 from prunekit.errors import Place, RecipeError, UserError, explain_briefly, relative
-from prunekit.models.contract import check_state_dict, check_tensors
+from prunekit.models.contract import check_state_dict, check_tensors, copy_network
 from prunekit.recipe.resolver import Resolver
 from prunekit.recipe.sections import ArchitectureOptions
 from prunekit.store.checkpoint import read_model
@@ -45,7 +44,7 @@ def load_network(
             network.file,
         )
     else:
-        model = copy.deepcopy(given).cpu()
+        model = copy_network(given, "the network").cpu()
         check_tensors(model, "the network")
         check_state_dict(model, "the network")
     masks = read_model(network.file, model)

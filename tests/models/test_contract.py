@@ -2,6 +2,8 @@
 
 import copy
 import random
+import threading
+import warnings
 
 import numpy as np
 import pytest
@@ -414,3 +416,48 @@ def test_weights_that_nothing_was_trained_in_are_no_start(tmp_path):
             check_start(net, None, trained=False)
         check_start(net, None, trained=True)
     check_start(make_normalized(), tmp_path / "w.pt", trained=False)
+
+
+# Copies
+
+
+class Remembers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(16, 2)
+
+    def forward(self, x):
+        self.last = self.fc(x.flatten(1))
+        return self.last
+
+
+def make_stubborn(kind):
+    net = Remembers()
+    if kind == "lock":
+        net.fc.lock = threading.Lock()
+    elif kind == "file":
+        net.log = open(__file__)  # noqa: SIM115
+    elif kind == "activation":
+        net(torch.zeros(1, *SHAPE))
+    else:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            nn.utils.weight_norm(net.fc)
+        net(torch.zeros(1, *SHAPE))
+        del net.last
+    return net
+
+
+@pytest.mark.parametrize(
+    ("kind", "named"),
+    [("lock", "fc.lock"), ("file", "log"), ("activation", "last"), ("norm", "fc.weight")],
+)
+def test_what_cannot_be_copied_is_told_of_the_network(tmp_path, kind, named):
+    net = make_stubborn(kind)
+    looks = [lambda: prunekit.make_masks(net, 0.5), lambda: train(net, tmp_path)]
+    # The forward that evaluate tries first keeps nothing of a graph.
+    looks += [lambda: prunekit.evaluate(net, data())] if kind in ("lock", "file") else []
+    for look in looks:
+        with pytest.raises(UserError, match=rf"the network cannot be copied, .* {named} ") as told:
+            look()
+        assert "\n" not in str(told.value)
