@@ -129,13 +129,8 @@ def keep(name, value):
     return lambda net, z: setattr(net, name, value(net, z))
 
 
-def grow_in_place(net, z):
-    net.q.data = torch.cat([net.q, z.detach()])
-
-
 CHANGES = {
     "grows": (keep("q", lambda n, z: torch.cat([n.q, z.detach()])[-9:]), torch.zeros(0, 2)),
-    "grows in place": (grow_in_place, torch.zeros(0, 2)),
     "is made": (keep("q", lambda n, z: z.detach().clone()), None),
     "is unmade": (keep("q", lambda n, z: None), torch.zeros(3)),
     "takes the shape of a batch": (keep("q", lambda n, z: z.detach()), torch.zeros(8, 2)),
