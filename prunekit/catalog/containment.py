@@ -73,7 +73,8 @@ def _watching() -> Iterator[Callable[[], bool]]:
         handler is not signal.default_int_handler
         or threading.current_thread() is not threading.main_thread()
     ):
-        yield lambda: True
+        # Where it is ignored, as in the background of a shell, no user can have been.
+        yield lambda: handler is not signal.SIG_IGN
         return
     seen: list[int] = []
 

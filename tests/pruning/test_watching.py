@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from prunekit.errors import RunError, UserError
-from prunekit.pruning import tracing, watching
+from prunekit.pruning import groups, watching
 from prunekit.pruning.groups import find_groups
 from prunekit.pruning.layers import find_faults, find_prunable, find_unprunable, watch_network
 from prunekit.pruning.masks import apply_masks, count_weights, measure_sparsity
@@ -248,7 +248,7 @@ def test_memory_that_runs_out_is_no_property_of_the_network(error, monkeypatch):
                     [],
                 )
     for rule in (fail, None):
-        monkeypatch.setattr(tracing, "find_rule", lambda call, rule=rule: rule)
+        monkeypatch.setattr(groups, "find_rule", lambda call, rule=rule: rule)
         with pytest.raises(type(error)) if rule else nullcontext():
             find_groups(net, torch.zeros(1, 6), ["0.weight"])
 
