@@ -98,6 +98,19 @@ def test_weights_train_all_that_the_network_trains(make_normed_net):
     assert all(m.training for m in net.modules())
 
 
+def train_once(net, kind):
+    """What moves when weights, or scores of the last ones, are trained."""
+    before = snapshot(net)
+    if kind == "weights":
+        trained = Weights(net, {})
+    else:
+        start = {"4.weight": net[4].weight.detach().clone()}
+        trained = LearnedScores(net, Scores(start, layerwise=True), Selection(0.5), {})
+    train(trained, OPTIMIZERS["sgd"](flat(trained)))
+    trained.detach()
+    return changed(before, net)
+
+
 @pytest.mark.parametrize("kind", ["weights", "scores"])
 def test_what_the_network_freezes_no_stage_trains(kind, make_normed_net):
     """A weight, and the scale of a normalization."""
@@ -108,15 +121,7 @@ def test_what_the_network_freezes_no_stage_trains(kind, make_normed_net):
     assert state.frozen == ("0.weight", "1.weight")
     net.requires_grad_(True)
     state.thaw()
-    before = snapshot(net)
-    if kind == "weights":
-        trained = Weights(net, {})
-    else:
-        start = {"4.weight": net[4].weight.detach().clone()}
-        trained = LearnedScores(net, Scores(start, layerwise=True), Selection(0.5), {})
-    train(trained, OPTIMIZERS["sgd"](flat(trained)))
-    trained.detach()
-    moved = changed(before, net)
+    moved = train_once(net, kind)
     assert not {"0.weight", "1.weight"} & moved
     assert {"1.bias", "3.weight"} <= moved
 
@@ -127,15 +132,7 @@ def test_a_frozen_normalization_keeps_its_statistics(kind, make_normed_net):
     net[1].requires_grad_(False)
     state = State(net)
     state.thaw()
-    before = snapshot(net)
-    if kind == "weights":
-        trained = Weights(net, {})
-    else:
-        start = {"4.weight": net[4].weight.detach().clone()}
-        trained = LearnedScores(net, Scores(start, layerwise=True), Selection(0.5), {})
-    train(trained, OPTIMIZERS["sgd"](flat(trained)))
-    trained.detach()
-    assert not {name for name in changed(before, net) if name.startswith("1.")}
+    assert not {name for name in train_once(net, kind) if name.startswith("1.")}
 
 
 @pytest.mark.parametrize(
