@@ -76,6 +76,8 @@ class Component:
     """The source: authors, venue, identifier."""
     details: str = ""
     """What `prunekit show` says beyond the summary, in paragraphs."""
+    cost: str = ""
+    """What it costs over plain training, in a line: "a backward pass every `every` steps"."""
     files: Callable[[Any], Iterable[Path]] = lambda options: ()
     """options -> files that results depend on besides those that are options: what a file imports,
     the files of a folder. Their content is part of a stage's hash."""

@@ -12,8 +12,15 @@ from typing import Any, Literal, get_args, get_origin
 
 import click
 
-from prunekit.catalog.component import Radius, Use, default_of
-from prunekit.catalog.kinds import KINDS, ArchitectureComponent, PrunerComponent
+from prunekit.catalog.component import Component, Radius, Use, default_of
+from prunekit.catalog.kinds import (
+    KINDS,
+    ArchitectureComponent,
+    EvaluatorComponent,
+    ObjectiveComponent,
+    PrunerComponent,
+    WrapperComponent,
+)
 from prunekit.catalog.registry import Entry, load_registry
 from prunekit.cli.completion import complete_components, complete_kinds
 from prunekit.cli.group import as_json, echo, print_json, print_table, width_of
@@ -148,9 +155,24 @@ def describe_component(entry: Entry) -> dict[str, Any]:
         **summarize(entry),
         "paper": entry.component.paper,
         "details": entry.component.details,
+        "cost": describe_cost(entry.component),
         "options": describe_options(entry.component.options),
         "recipe": fragment(entry),
     }
+
+
+def describe_cost(component: Component) -> str:
+    """What a component costs, as it says; or from the passes that it declares, by its defaults."""
+    if component.cost or any(map(_is_required, dataclasses.fields(component.options))):
+        return component.cost
+    options = component.options()
+    if isinstance(component, ObjectiveComponent):
+        return f"forward passes of an image in a training step: {component.forward_passes(options)}"
+    if isinstance(component, EvaluatorComponent):
+        return f"forward passes of an image: {component.forward_passes(options)}"
+    if isinstance(component, WrapperComponent):
+        return f"forward and backward passes in a training step: {component.passes(options)}"
+    return ""
 
 
 def describe_options(options: type) -> list[dict[str, Any]]:
@@ -186,6 +208,8 @@ def render_component(entry: Entry) -> str:
         lines.append(f"  status  {facts['status']}")
     if facts["paper"]:
         lines.append(f"  paper   {facts['paper']}")
+    if facts["cost"]:
+        lines.append(f"  cost    {facts['cost']}")
     if facts["details"]:
         lines += ["", facts["details"]]
     lines += ["", "options" if facts["options"] else "It has no options."]

@@ -75,6 +75,20 @@ def test_show_tells_options_with_types_limits_and_defaults(call, read):
 
 
 @pytest.mark.parametrize(
+    ("name", "cost"),
+    [
+        ("awp", "forward and backward passes in a training step: 2"),
+        ("trades", "forward passes of an image in a training step: 13"),
+        ("autoattack", "forward passes of an image: "),
+        ("lwm", ""),
+    ],
+)
+def test_show_tells_the_cost(name, cost, call, read):
+    assert read("show", name)["components"][0]["cost"].startswith(cost)
+    assert (f"  cost    {cost}" in call("show", name)[0]) == bool(cost)
+
+
+@pytest.mark.parametrize(
     ("name", "advice"), [("trads", "did you mean 'trades'?"), ("xyzzy", "see: prunekit list")]
 )
 def test_show_of_nothing(name, advice, call):
