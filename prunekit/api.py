@@ -43,7 +43,7 @@ from prunekit.engine.handed_over import (
 )
 from prunekit.engine.running import run_plan
 from prunekit.errors import Interrupted, RunError, UserError, relative
-from prunekit.judging import own_generators
+from prunekit.evaluation import own_generators
 from prunekit.models.stored import load_network
 from prunekit.recipe.plan import Plan
 from prunekit.store.layout import STORE

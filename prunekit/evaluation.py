@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from math import sqrt
 
 import numpy as np
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from prunekit.contracts import Metric
@@ -57,6 +59,61 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
         finally:
             for parameter in trained:
                 parameter.requires_grad_(True)
+
+
+@contextmanager
+def own_generators() -> Iterator[None]:
+    """Restore the random generators of torch, numpy and Python afterwards."""
+    states = random.getstate(), np.random.get_state()
+    # What looks at the generator of a GPU sets that up, and a run on the CPU needs none.
+    begun = torch.cuda.is_initialized()
+    with torch.random.fork_rng(range(torch.cuda.device_count()) if begun else []):
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+    if not begun and torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(torch.initial_seed())  # as torch would have begun them
+
+
+class Standing:
+    """The parameters and buffers of a network as they are now; for one that changes them itself."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._owners = [(module, dict(module._buffers)) for module in model.modules()]
+        self._kept = {name: (value, value.detach().clone()) for name, value in _state(model)}
+
+    def moved(self) -> tuple[str, ...]:
+        """Names of those that are not what they were."""
+        now = dict(_state(self._model))
+        both = now.keys() & self._kept.keys()
+        changed = [name for name in both if not _same(now[name], self._kept[name][1])]
+        return tuple(sorted([*changed, *(now.keys() ^ self._kept.keys())]))
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Make them what they were; a tensor that nothing changed is not touched."""
+        for module, buffers in self._owners:
+            for name in set(module._buffers.keys()) - buffers.keys():
+                del module._buffers[name]
+            for name, buffer in buffers.items():  # one by one: scripted modules know no other way
+                module._buffers[name] = buffer
+        for value, kept in self._kept.values():
+            if not _same(value, kept):
+                value.copy_(kept)
+
+
+def _state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    if one.shape != other.shape or torch.equal(one, other):
+        return one.shape == other.shape
+    return one.is_floating_point() and torch.allclose(one, other, 0, 0, equal_nan=True)
 
 
 def wilson(count: int, n: int, z: float = Z95) -> tuple[float, float]:

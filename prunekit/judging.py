@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
 from prunekit.errors import RunError, lacks_memory
-from prunekit.evaluation import eval_mode
+from prunekit.evaluation import Standing, eval_mode, own_generators
 
 IMAGES = 3
 """Images that `examine` looks at, and as many more that it makes from them."""
@@ -28,22 +26,6 @@ CLOSE = 1e-4
 """Those of an image in another batch are: kernels round differently for another batch size."""
 NUDGE = 1e-6
 """How far pixels are moved to see how much rounding moves the logits."""
-
-
-@contextmanager
-def own_generators() -> Iterator[None]:
-    """Restore the random generators of torch, numpy and Python afterwards."""
-    states = random.getstate(), np.random.get_state()
-    # What looks at the generator of a GPU sets that up, and a run on the CPU needs none.
-    begun = torch.cuda.is_initialized()
-    with torch.random.fork_rng(range(torch.cuda.device_count()) if begun else []):
-        try:
-            yield
-        finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])
-    if not begun and torch.cuda.is_initialized():
-        torch.cuda.manual_seed_all(torch.initial_seed())  # as torch would have begun them
 
 
 def read_logits(output: Any, images: int, owner: str = "the network", mode: str = "") -> Tensor:
@@ -61,45 +43,6 @@ def read_logits(output: Any, images: int, owner: str = "the network", mode: str 
         f"{owner} gives {found} for {images} images{mode}, instead of logits, floats of shape "
         f"({images}, number of classes): wrap it in a module that returns these"
     )
-
-
-class Standing:
-    """The parameters and buffers of a network as they are now; for one that changes them itself."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._owners = [(module, dict(module._buffers)) for module in model.modules()]
-        self._kept = {name: (value, value.detach().clone()) for name, value in _state(model)}
-
-    def moved(self) -> tuple[str, ...]:
-        """Names of those that are not what they were."""
-        now = dict(_state(self._model))
-        both = now.keys() & self._kept.keys()
-        changed = [name for name in both if not _same(now[name], self._kept[name][1])]
-        return tuple(sorted([*changed, *(now.keys() ^ self._kept.keys())]))
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        """Make them what they were; a tensor that nothing changed is not touched."""
-        for module, buffers in self._owners:
-            for name in set(module._buffers.keys()) - buffers.keys():
-                del module._buffers[name]
-            for name, buffer in buffers.items():  # one by one: scripted modules know no other way
-                module._buffers[name] = buffer
-        for value, kept in self._kept.values():
-            if not _same(value, kept):
-                value.copy_(kept)
-
-
-def _state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters()
-    yield from model.named_buffers()
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    if one.shape != other.shape or torch.equal(one, other):
-        return one.shape == other.shape
-    return one.is_floating_point() and torch.allclose(one, other, 0, 0, equal_nan=True)
 
 
 @dataclass(frozen=True)

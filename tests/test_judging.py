@@ -14,7 +14,8 @@ from prunekit.engine.evaluating import judge
 from prunekit.engine.handed_over import plan_recipe
 from prunekit.engine.work import Inputs, Work, build_state
 from prunekit.errors import RunError
-from prunekit.judging import Standing, examine, watching
+from prunekit.evaluation import Standing
+from prunekit.judging import examine, watching
 from prunekit.report import Stop
 from prunekit.store.stages import StageFolder
 from prunekit.training.compute import open_compute

@@ -21,8 +21,8 @@ from prunekit.data import seeds
 from prunekit.data.batches import eval_batches
 from prunekit.engine.work import Loaded, Outcome, Work, describe_masks
 from prunekit.errors import RunError
-from prunekit.evaluation import balanced_proportion, eval_mode, frozen, is_unbalanced
-from prunekit.judging import Examination, Standing, Watch, examine, watching
+from prunekit.evaluation import Standing, balanced_proportion, eval_mode, frozen, is_unbalanced
+from prunekit.judging import Examination, Watch, examine, watching
 from prunekit.pruning.masks import State, describe_counts, find_broken
 from prunekit.recipe.plan import Run
 from prunekit.recipe.stages import Stage

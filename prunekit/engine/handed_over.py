@@ -25,8 +25,7 @@ from prunekit.data.batches import Arrays, to_device
 from prunekit.engine.stages import STAGES
 from prunekit.engine.work import Loaded, Outcome, Work
 from prunekit.errors import Place, UserError
-from prunekit.evaluation import eval_mode
-from prunekit.judging import own_generators
+from prunekit.evaluation import eval_mode, own_generators
 from prunekit.models.building import count_outputs
 from prunekit.models.contract import check_tensors, copy_network, find_logits
 from prunekit.pruning.layers import watch_network

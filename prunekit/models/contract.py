@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from prunekit.errors import RunError, UserError, relative
-from prunekit.evaluation import eval_mode
-from prunekit.judging import Standing, own_generators, read_logits
+from prunekit.evaluation import Standing, eval_mode, own_generators
+from prunekit.judging import read_logits
 from prunekit.pruning.layers import find_prunable
 from prunekit.pruning.masks import find_broken
 from prunekit.store.checkpoint import find_misfit

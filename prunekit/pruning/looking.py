@@ -11,8 +11,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from prunekit.evaluation import eval_mode
-from prunekit.judging import own_generators
+from prunekit.evaluation import eval_mode, own_generators
 
 
 class Look(TorchDispatchMode):

@@ -24,8 +24,8 @@ from prunekit.contracts import (
 from prunekit.data import seeds
 from prunekit.data.batches import Feed
 from prunekit.errors import RunError, UserError
-from prunekit.evaluation import balance, frozen, is_unbalanced
-from prunekit.judging import Standing, examine, watching
+from prunekit.evaluation import Standing, balance, frozen, is_unbalanced
+from prunekit.judging import examine, watching
 from prunekit.pruning.masks import find_broken
 from prunekit.report import Note, Progress, Report, StageStarted, Stop
 from prunekit.steps import Averaging, Masking, Wrapper
