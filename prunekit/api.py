@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from prunekit.catalog.kinds import PrunerComponent
@@ -194,11 +195,12 @@ def make_masks(
         number = None if isinstance(sparsity, float) else getattr(sparsity, "item", None)
         stage["sparsity"] = sparsity if number is None else float(f"{number():.6g}")
     stage |= {} if exclude is None else {"exclude": list(exclude)}
-    images = Data(NoImages(), NoImages(), (0, 0, 0), 0)
-    if data is not None:
-        images = read_images(data, model)
     sections = {"stage": [stage], "seed": seed}
-    state, _, notes = do_stage(model, images, sections, batch_size, device)
+    with torch.inference_mode(False):
+        images = Data(NoImages(), NoImages(), (0, 0, 0), 0)
+        if data is not None:
+            images = read_images(data, model)
+        state, _, notes = do_stage(model, images, sections, batch_size, device)
     for note in notes:
         warnings.warn(note.text, stacklevel=2)
     return state.masks
@@ -234,8 +236,9 @@ def evaluate(
     if threat is not None:
         sections["threat"] = _table_threat(threat)
     check_model(model)
-    judged = read_images(data, model)
-    _, outcome, _ = do_stage(model, judged, sections, batch_size, device)
+    with torch.inference_mode(False):
+        judged = read_images(data, model)
+        _, outcome, _ = do_stage(model, judged, sections, batch_size, device)
     metrics = {name: value for name, value in outcome.metrics.items() if "." in name}
     return Judgement(metrics, outcome.records, outcome.notes)
 
@@ -248,7 +251,7 @@ def load(path: str | Path, model: nn.Module | None = None, *, trust: bool = Fals
     folder or file names, that no recipe of this user ran before, and that is not to `trust`.
     """
     network = read_network(Path(path))
-    with own_generators():
+    with torch.inference_mode(False), own_generators():
         built, masks = load_network(network, model, trust=trust)
     metrics = {}
     if network.run is not None:
@@ -272,7 +275,7 @@ def _execute(
         plan = dataclasses.replace(plan, reporters=tuple(others))
     root = Path(store) if store is not None else folder.parent / STORE
     try:
-        with own_generators():
+        with torch.inference_mode(False), own_generators():
             done = run_plan(
                 plan,
                 folder,

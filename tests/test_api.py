@@ -502,11 +502,35 @@ def test_a_loader_of_both_kinds_of_pixels_and_of_none():
         (DataLoader(TensorDataset(FLOATS), 2), r"give batches \(x, y\) of tensors; it gave a list"),
         (DataLoader([{"x": 1}], 1), r"give batches \(x, y\) of tensors; it gave a dict"),
         (DataLoader([]), "gives no batch"),
+        (DataLoader(TensorDataset(FLOATS, LABELS), None), "gives single images; give it a batch"),
+        ((torch.zeros(2, 8, 8, 3), LABELS), r"or give x\.permute\(0, 3, 1, 2\) in Python"),
         (DataLoader(TensorDataset(FLOATS * 4 - 1, LABELS), 2), "has floats from -0.2"),
         (DataLoader(TensorDataset(FLOATS, LABELS.float()), 2), "data: y is of type float32"),
     ):
         with pytest.raises(UserError, match=message):
             prunekit.evaluate(make_threshold(), wrong)
+
+
+@pytest.mark.parametrize("inside", [torch.inference_mode, torch.no_grad])
+def test_calls_inside_inference_mode_are_as_outside(inside, tmp_path):
+    attack = {"use": "pgd", "steps": 2, "eps": "8/255"}
+    stages = [{"kind": "pretrain", "epochs": 1}]
+    recipe = {"dataset": {"use": "given"}, "objective": "benign", "stage": stages}
+
+    def call(place):
+        net, x = make_net(), torch.from_numpy(X)[:, None]
+        masks = prunekit.make_masks(net, 0.5, "snip", data=(x, Y))
+        handed = {"model": net, "data": (X, Y, X, Y), "out": tmp_path / place, "quiet": True}
+        run = prunekit.run(recipe, **handed, store=tmp_path / f"{place}-store")
+        return [prunekit.evaluate(net, (x, Y), attack).metrics, masks, run.model.state_dict()]
+
+    expected = call("outside")
+    with inside():
+        found = call("inside")
+    assert found[0] == expected[0]
+    for ours, theirs in zip(found[1:], expected[1:], strict=True):
+        assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+        assert not any(value.is_inference() for value in ours.values())
 
 
 def test_images_that_a_network_does_not_suit():

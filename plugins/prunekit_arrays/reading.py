@@ -151,13 +151,13 @@ def _to_images(images: np.ndarray, name: str, channels: Channels, floats: bool) 
     if images.ndim == 4:
         # More than 4 channels are accepted only if the other layout has more than 4 as well.
         first, last = images.shape[1], images.shape[3]
-        given, other, way = first, last, 'write channels = "last"'
+        given, other, way, axes = first, last, "last", "permute(0, 3, 1, 2)"
         if channels == "last":
-            given, other = last, first
-            way = 'save it as (N, H, W, C), or with use = "npz" write channels = "first"'
+            given, other, way, axes = last, first, "first", "transpose(0, 2, 3, 1)"
         if given > 4 >= other:
             raise UserError(
-                f"{name} is {shape}, which means {given} channels; if it has {other}, {way}"
+                f"{name} is {shape}, which means {given} channels; if it has {other}, "
+                f'write channels = "{way}" with use = "npz", or give x.{axes} in Python'
             )
     levels = to_levels(images, name, floats)
     if levels.dtype == np.uint8 and levels.max() <= 1:

@@ -110,6 +110,8 @@ def _read_loader(loader: Iterable[Any]) -> dict[str, np.ndarray]:
                 f"{type(batch).__name__}"
             )
         x, y = map(_to_array, batch)
+        if not y.ndim:
+            raise UserError("data: the DataLoader gives single images; give it a batch_size")
         # A quarter of the memory, wherever that is exact.
         images.append(to_levels(x, "data: x", floats=True))
         labels.append(y)

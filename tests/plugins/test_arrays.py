@@ -174,8 +174,8 @@ BAD_ARRAYS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "channels first": (
         {"x_train": np.full((6, 3, 8, 8), 9, np.uint8)},
-        "x_train is 6 x 3 x 8 x 8, which means 8 channels; if it has 3, save it as "
-        '(N, H, W, C), or with use = "npz" write channels = "first"',
+        "x_train is 6 x 3 x 8 x 8, which means 8 channels; if it has 3, write "
+        'channels = "first" with use = "npz", or give x.transpose(0, 2, 3, 1) in Python',
     ),
     "NaN": ({"x_train": np.where(GREY > 0, np.nan, 0)}, "x_train has NaN or infinite pixels"),
     "infinity": ({"x_train": np.where(GREY > 0, np.inf, 0)}, "NaN or infinite pixels"),
