@@ -101,7 +101,9 @@ class Standing:
             for name, buffer in buffers.items():  # one by one: scripted modules know no other way
                 module._buffers[name] = buffer
         for value, kept in self._kept.values():
-            if not _same(value, kept):
+            if _lies(value) != _lies(kept):  # another was put into its `.data`
+                value.data = kept.clone()
+            elif not _same(value, kept):
                 value.copy_(kept)
 
 
@@ -110,9 +112,13 @@ def _state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_buffers()
 
 
+def _lies(value: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
+    return value.shape, value.dtype, value.device
+
+
 def _same(one: Tensor, other: Tensor) -> bool:
-    if one.shape != other.shape or torch.equal(one, other):
-        return one.shape == other.shape
+    if _lies(one) != _lies(other) or torch.equal(one, other):
+        return _lies(one) == _lies(other)
     return one.is_floating_point() and torch.allclose(one, other, 0, 0, equal_nan=True)
 
 

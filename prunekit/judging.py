@@ -16,16 +16,36 @@ from prunekit.evaluation import Standing, eval_mode, own_generators
 
 IMAGES = 3
 """Images that `examine` looks at, and as many more that it makes from them."""
-REPEATS = 3
+REPEATS = 8
 """Times that the same batch is shown."""
-LOOKS = REPEATS + 6
+LOOKS = REPEATS + 7
 """Forward passes that `examine` does, backwards and in parts included."""
+DOUBTS = 20
+"""Times that it is shown again where answers differ, to tell what draws now and then."""
+NEAR = 8 / 255
+"""How far pixels are moved at most, for images like those that attacks make."""
 SAME = 1e-5
 """Outputs of the same batch are the same up to this part of the largest logit."""
 CLOSE = 1e-4
 """Those of an image in another batch are: kernels round differently for another batch size."""
 NUDGE = 1e-6
 """How far pixels are moved to see how much rounding moves the logits."""
+
+
+def find_answer(model: nn.Module, x: Tensor, owner: str = "the network", mode: str = "") -> Tensor:
+    """The logits (B, K) that a network gives for images x (B, C, H, W); it is called once.
+
+    Raises `RunError` where it gives anything else, or writes over the images.
+    """
+    shown = x.clone()
+    logits = read_logits(model(shown), len(x), owner, mode)
+    if shown._version or not torch.equal(shown, x):
+        raise RunError(
+            f"{owner} changes the images that it is given{mode} (x.sub_(...), x -= ..., or "
+            "inplace=True), and whatever looks at them next would see others: begin with a new "
+            "tensor, x = x - ..."
+        )
+    return logits
 
 
 def read_logits(output: Any, images: int, owner: str = "the network", mode: str = "") -> Tensor:
@@ -89,37 +109,52 @@ class Examination:
 def examine(model: nn.Module, x: Tensor) -> Examination:
     """Look whether a network is a function of single images, with the batch x (B, C, H, W).
 
-    A few of them several times, backwards, and in two parts, as all of them; differences that
-    rounding explains do not count. Random generators, modes, parameters and buffers stay. Raises
-    `RunError` if the network does not give logits.
+    A few of them several times, backwards, and in two parts; all of them, half with noise, twice
+    and in two parts. Differences that rounding explains do not count. What happens in few passes,
+    or at few images, may not be seen. Random generators, modes, parameters and buffers stay.
+
+    Raises `RunError` if the network does not give logits, or changes the images.
     """
-    whole, x = x, x[:: -(-len(x) // IMAGES)]
+    whole, x = x.clone(), x[:: -(-len(x) // IMAGES)]
     x = torch.cat([x, 0.7 * (1 - x)])  # never one image alone, nor all alike
     standing = Standing(model)
     moved: dict[str, None] = {}
 
     def look(images: Tensor) -> Tensor:
-        output = read_logits(model(images), len(images))
+        output = find_answer(model, images)
         moved.update(dict.fromkeys(standing.moved()))
         standing.restore()
         return output
 
     with own_generators(), eval_mode(model):
-        first, *others = [look(x) for _ in range(REPEATS)]
+        first = look(x)
         rough = float(torch.finfo(first.dtype).eps)
         same, close = max(SAME, 2 * rough), max(CLOSE, 8 * rough)
-        unlike = not all(_agree(first, other, same) for other in others)
-        mixed = False
+
+        def varies(times: int) -> bool:
+            return not all(_agree(first, look(x), same) for _ in range(times))
+
+        unlike, mixed = varies(REPEATS - 1), False
         if not unlike:
             pairs = [(first, look(x.flip(0)).flip(0)), (first, _part(look, x, 1))]
             if len(whole) > IMAGES:
-                pairs.append((look(whole), _part(look, whole, len(whole) // 3 + 1)))
-            mixed = not all(_agree(*pair, close) for pair in pairs)
-        if mixed:  # unless rounding alone moves the logits as much
-            noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
-            floor = 10 * _distance(first, look(x * (1 - NUDGE * noise)))
+                whole[1::2] = (whole + NEAR * (2 * _draw(whole) - 1)).clamp(0, 1)[1::2]
+                seen = look(whole)
+                unlike = not _agree(seen, look(whole), same)
+                pairs.append((seen, _part(look, whole, len(whole) // 3 + 1)))
+            mixed = not unlike and not all(_agree(*pair, close) for pair in pairs)
+        if mixed:  # unless rounding alone moves the logits as much, or it draws now and then
+            floor = 10 * _distance(first, look(x * (1 - NUDGE * _draw(x))))
             mixed = not all(_agree(*pair, close, floor) for pair in pairs)
-    return Examination(unlike, mixed, tuple(moved), bool(first.isfinite().all(1).any()))
+            unlike = mixed and varies(DOUBTS)
+    return Examination(
+        unlike, mixed and not unlike, tuple(moved), bool(first.isfinite().all(1).any())
+    )
+
+
+def _draw(x: Tensor) -> Tensor:
+    """Noise like x, uniform in [0, 1), which no random generator of the program gives."""
+    return torch.rand(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
 
 
 def _part(look: Callable[[Tensor], Tensor], x: Tensor, first: int) -> Tensor:

@@ -290,6 +290,20 @@ def test_numbers_that_no_network_can_hold_are_named(name, value, what):
         prunekit.evaluate(net, make_images(), "clean")
 
 
+def test_classes_that_are_left_out_with_minus_infinity_are_told_what_to_write():
+    """Nine classes for all images; all ten but for those of which a pixel says so."""
+
+    def leave_out(net, z):
+        return z.masked_fill(torch.arange(10) == 9, -torch.inf)
+
+    with pytest.raises(RunError, match=r"write -1e4 as their logits, not -inf"):
+        prunekit.evaluate(Net(after=leave_out), make_images(), "clean")
+    net = Net(keep, lambda net, z: torch.where(spoil([4])(net, z).isnan(), leave_out(net, z), z))
+    found = prunekit.evaluate(net, number_images(), "clean")
+    assert found.metrics["clean.not_finite"] == 1
+    assert found.notes[0].endswith("(to leave classes out, write -1e4 as their logits, not -inf)")
+
+
 def test_a_mask_of_minus_infinity_is_no_mistake():
     net = Net()
     net.seen.fill_(-torch.inf)
@@ -354,6 +368,47 @@ def test_what_a_network_changed_is_put_back():
     standing.restore()
     assert standing.moved() == ()
     assert net.seen is buffer
+
+
+def grow(net, z):
+    net.seen.data = torch.cat([net.seen.view(-1), z.detach()[:, 0]])
+    return z
+
+
+def narrow(net, z):
+    net.seen.data = net.seen.double() + 1
+    return z
+
+
+@pytest.mark.parametrize("after", [grow, narrow])
+def test_what_a_network_put_into_the_data_of_a_buffer_is_put_back(after):
+    net = Net(after=after)
+    found = prunekit.evaluate(net, make_images(), "clean", batch_size=8)
+    assert found.metrics["clean.stateful"] == 20
+    buffer, standing = net.seen, Standing(net)
+    net(torch.rand(2, *SHAPE))
+    assert standing.moved() == ("seen",)
+    standing.restore()
+    assert net.seen is buffer
+    assert (buffer.shape, buffer.dtype, float(buffer)) == ((), torch.float32, 0)
+
+
+def draw_in(part):
+    """Noise in one forward pass of so many, by chance."""
+    return lambda net, z: z + torch.randn_like(z) * (torch.rand(()) < 1 / part)
+
+
+def draw_at_one(net, z):
+    """Noise at the image with number 8."""
+    return z + torch.randn_like(z) * ((255 * z[:, :1]).round() == 8)
+
+
+@pytest.mark.parametrize("before", [draw_in(2), draw_at_one])
+def test_draws_that_come_now_and_then_are_found_and_called_random(before):
+    net, x = Net(before), number_images(60)[0] / 255
+    for seed in range(10):
+        torch.manual_seed(seed)
+        assert list(examine(net, x).doubts) == ["random"]
 
 
 PASSES = {"left": 0}

@@ -124,7 +124,8 @@ def _describe(found: Examination, n: int) -> Doubts:
     }
 
 
-NOTHING = "the network gives NaN or infinity for {images}: there is nothing to judge"
+MASKED = " (to leave classes out, write -1e4 as their logits, not -inf)"
+NOTHING = f"the network gives NaN or infinity for {{images}}: there is nothing to judge{MASKED}"
 
 
 def _count_unreal(watch: Watch, use: Use[Evaluator], result: Result, n: int) -> Doubts:
@@ -137,7 +138,7 @@ def _count_unreal(watch: Watch, use: Use[Evaluator], result: Result, n: int) -> 
     if not (unreal := sorted(watch.unreal)):
         return {}
     text = f"the network gives NaN or infinity for {len(unreal)} of {n} images, or near them; "
-    text += "such outputs count as wrong"
+    text += f"such outputs count as wrong{MASKED}"
     wrongly = np.asarray(result.records.get("correct", np.zeros(n)))[sorted(watch.nowhere)]
     if wrongly.any():
         text += f", but {use.name} counts {np.count_nonzero(wrongly)} of these images as correct"

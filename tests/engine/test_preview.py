@@ -9,6 +9,7 @@ from torch import nn
 from prunekit.engine.engine import Engine
 from prunekit.engine.handed_over import plan_recipe
 from prunekit.engine.preview import preview_plan
+from prunekit.judging import LOOKS
 from prunekit.report import StageDone, StageStarted
 from prunekit.store.stages import Store
 from prunekit.training.compute import open_compute
@@ -38,22 +39,26 @@ PRUNE = {"kind": "prune", "sparsity": 0.5}
 @pytest.mark.parametrize(
     ("objective", "stages", "passes"),
     [
-        # Each validated stage and each evaluator looks nine times first.
+        # Each validated stage and each evaluator looks at the network first.
         # 30 images of 38 in 4 batches of 8 (2 epochs), 8 to validate in one batch.
-        ("benign", [FINETUNE], [9 + 8 * 1 + 2 * 1]),
-        (PGD, [FINETUNE], [9 + 8 * 3 + 2 * 5]),
-        ({**PGD, "use": "trades"}, [FINETUNE], [9 + 8 * 5 + 2 * 5]),
-        ({**PGD, "use": "mart"}, [FINETUNE], [9 + 8 * 4 + 2 * 5]),
+        ("benign", [FINETUNE], [LOOKS + 8 * 1 + 2 * 1]),
+        (PGD, [FINETUNE], [LOOKS + 8 * 3 + 2 * 5]),
+        ({**PGD, "use": "trades"}, [FINETUNE], [LOOKS + 8 * 5 + 2 * 5]),
+        ({**PGD, "use": "mart"}, [FINETUNE], [LOOKS + 8 * 4 + 2 * 5]),
         # 2 steps on each batch, so that it passes over the images once.
-        ({"use": "free-adv", "replays": 2, "validation_steps": 3}, [FINETUNE], [9 + 8 * 1 + 1 * 5]),
-        ({"use": "smoothing", "validation_draws": 3}, [FINETUNE], [9 + 8 * 2 + 2 * 4]),
+        (
+            {"use": "free-adv", "replays": 2, "validation_steps": 3},
+            [FINETUNE],
+            [LOOKS + 8 * 1 + 1 * 5],
+        ),
+        ({"use": "smoothing", "validation_draws": 3}, [FINETUNE], [LOOKS + 8 * 2 + 2 * 4]),
         # Both of its passes go through the loss; one attack serves them.
-        (PGD, [{**FINETUNE, "wrap": ["awp"]}], [9 + 8 * 4 + 2 * 5]),
+        (PGD, [{**FINETUNE, "wrap": ["awp"]}], [LOOKS + 8 * 4 + 2 * 5]),
         # Statistics are made anew with one pass over the images, also after scores were learned.
-        ("benign", [{**PRUNE, "epochs": 1, "bn": "recalibrate"}], [9 + 4 + 1 + 4]),
+        ("benign", [{**PRUNE, "epochs": 1, "bn": "recalibrate"}], [LOOKS + 4 + 1 + 4]),
         ("benign", [{**PRUNE, "pruner": "lwm", "bn": "recalibrate"}], [4]),
         ("benign", [{**PRUNE, "pruner": "lwm"}], [0]),
-        ("benign", [{**PRUNE, "epochs": 1}], [9 + 4 + 1]),
+        ("benign", [{**PRUNE, "epochs": 1}], [LOOKS + 4 + 1]),
         # 12 images in two batches.
         (
             "benign",
@@ -61,7 +66,7 @@ PRUNE = {"kind": "prune", "sparsity": 0.5}
                 FINETUNE,
                 {"kind": "evaluate", "with": ["clean", {"use": "pgd", "steps": 2, "restarts": 2}]},
             ],
-            [9 + 10, 2 * 9 + 2 * (1 + (1 + 2 * 3))],
+            [LOOKS + 10, 2 * LOOKS + 2 * (1 + (1 + 2 * 3))],
         ),
     ],
 )
