@@ -8,7 +8,6 @@ import importlib
 import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from prunekit.contracts import Data
 from prunekit.data.batches import Arrays, to_device
 from prunekit.engine.stages import STAGES
 from prunekit.engine.work import Loaded, Outcome, Work
-from prunekit.errors import Place, UserError
+from prunekit.errors import Place, UserError, lacks_memory
 from prunekit.evaluation import eval_mode, own_generators
 from prunekit.models.building import count_outputs
 from prunekit.models.contract import check_tensors, copy_network, find_logits
@@ -170,9 +169,12 @@ def _guess_shape(model: nn.Module) -> tuple[int, ...] | None:
     devices = [like.device] if like.device.type == "cuda" else []  # others are left alone
     with eval_mode(model), torch.no_grad(), torch.random.fork_rng(devices):
         for shape in shapes:
-            with suppress(Exception):  # layers may raise anything for images of the wrong size
+            try:
                 model(torch.zeros(2, *shape, device=like.device))
                 return shape
+            except Exception as error:  # layers may raise anything for images of the wrong size
+                if lacks_memory(error):
+                    raise
     return None
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from prunekit.catalog.containment import ask
 from prunekit.contexts import ArchitectureContext, DatasetContext
 from prunekit.data import seeds
-from prunekit.errors import RunError
+from prunekit.errors import RunError, lacks_memory
 from prunekit.models.contract import check_state_dict, check_tensors, copy_network, find_logits
 from prunekit.pruning.layers import (
     find_faults,
@@ -151,7 +151,9 @@ def count_outputs(model: nn.Module, shape: tuple[int, int, int]) -> int | None:
     try:
         # A copy, because a forward may make layers: the network stays the caller's.
         return find_logits(copy.deepcopy(model), shape, "the network").shape[1]
-    except Exception:  # whatever it is, it is told when the network is built
+    except Exception as error:  # whatever it is, it is told when the network is built
+        if lacks_memory(error):
+            raise
         return None
 
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from prunekit.errors import RunError, UserError, relative
+from prunekit.errors import RunError, UserError, explain_briefly, lacks_memory, relative
 from prunekit.evaluation import Standing, eval_mode, own_generators
-from prunekit.judging import read_logits
+from prunekit.judging import find_answer
 from prunekit.pruning.layers import find_prunable
 from prunekit.pruning.masks import find_broken
 from prunekit.store.checkpoint import find_misfit
@@ -24,7 +24,9 @@ def copy_network(model: nn.Module, owner: str) -> nn.Module:
     try:
         return copy.deepcopy(model)
     except Exception as error:  # what networks hold may raise anything
-        reason = _shorten(error)
+        if lacks_memory(error):
+            raise
+        reason = explain_briefly(error)
     path, name = _find_stubborn(model)
     held = f"{path}.{name}".strip(".") or "the network itself"
     raise RunError(
@@ -47,6 +49,10 @@ def _find_stubborn(model: nn.Module) -> tuple[str, str]:
             except Exception:
                 return path, name
     return "", ""
+
+
+PASSES = 3
+"""Forwards after which the state dict of a network has to be as it was."""
 
 
 def check_tensors(model: nn.Module, owner: str) -> None:
@@ -97,7 +103,9 @@ def check_state_dict(model: nn.Module, owner: str) -> None:
                     fault = "loading it does not bring it back"
             model.load_state_dict(before)
         except Exception as error:  # an override may raise anything
-            fault = f"loading it fails, {_shorten(error)}"
+            if lacks_memory(error):
+                raise
+            fault = f"loading it fails, {explain_briefly(error)}"
     if fault:
         raise RunError(
             f"{owner} overrides its state_dict ({_find_override(model)}), so that it cannot be "
@@ -130,8 +138,9 @@ def find_logits(
     """The logits (2, K) that the network gives for two black images of this shape (C, H, W).
 
     In evaluation mode, or in train mode with `training`; the network and all random numbers stay as
-    they are. Raises `RunError` where it does not take them, or gives anything else; with `stored`,
-    also where the forward changes what its state dict holds, which a file would not fit then.
+    they are. Raises `RunError` where it does not take them, changes them, or gives anything else;
+    with `stored`, also where its first forwards change what its state dict holds, which a file
+    would not fit then.
     """
     first = next(chain(model.parameters(), model.buffers()), torch.empty(0))
     mode = " in train mode" if training else ""
@@ -140,11 +149,16 @@ def find_logits(
         with eval_mode(model), own_generators(), torch.no_grad():
             model.train(training)
             before = _lay_out(model)
-            logits = model(torch.zeros(2, *shape, device=first.device))
+            for _ in range(PASSES if stored else 1):
+                black = torch.zeros(2, *shape, device=first.device)
+                logits = find_answer(model, black, owner, mode)
             after = _lay_out(model)
     except Exception as error:  # layers may raise anything for images of the wrong size
+        if isinstance(error, RunError) or lacks_memory(error):
+            raise
         size = " x ".join(map(str, shape))
-        raise RunError(f"{owner} cannot take images of {size}{mode}: {_shorten(error)}") from error
+        reason = explain_briefly(error) + _find_precision(model)
+        raise RunError(f"{owner} cannot take images of {size}{mode}: {reason}") from error
     finally:
         standing.restore()
     changed = [n for n in before | after if before.get(n) != after.get(n)]
@@ -155,7 +169,14 @@ def find_logits(
             f"not fit: {changed[0]} is {was} before, {now} after; make layers in __init__, and "
             "keep what grows or changes its type outside, or as a buffer with persistent=False"
         )
-    return read_logits(logits, 2, owner, mode)
+    return logits
+
+
+def _find_precision(model: nn.Module) -> str:
+    """What to write where weights are not as precise as images; empty where they are."""
+    kinds = {str(p.dtype).partition(".")[2] for p in model.parameters() if p.is_floating_point()}
+    others = " and ".join(sorted(kinds - {"float32"}))
+    return others and f"; images are float32, and it has weights in {others}: write model.float()"
 
 
 def check_start(model: nn.Module, file: Path | None, *, trained: bool) -> None:
@@ -185,7 +206,3 @@ def _lay_out(model: nn.Module) -> dict[str, str]:
         name: f"{tuple(v.shape)} {v.dtype}" if isinstance(v, Tensor) else type(v).__name__
         for name, v in model.state_dict().items()
     }
-
-
-def _shorten(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"

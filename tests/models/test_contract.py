@@ -9,13 +9,20 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
 
 import prunekit
-from prunekit.engine.handed_over import plan_recipe
+from prunekit.engine.handed_over import _guess_shape, plan_recipe
 from prunekit.errors import RunError, UserError
-from prunekit.models.building import build_network
-from prunekit.models.contract import check_start, check_state_dict, check_tensors, find_logits
+from prunekit.models.building import build_network, count_outputs
+from prunekit.models.contract import (
+    check_start,
+    check_state_dict,
+    check_tensors,
+    copy_network,
+    find_logits,
+)
 
 SHAPE = (1, 4, 4)
 
@@ -75,6 +82,57 @@ def test_what_is_no_logits_is_told_in_the_mode_that_gives_it(tmp_path, named, al
                 look(net, data())
         else:  # nothing looks at it in train mode
             look(net, data())
+
+
+LOOKS = {
+    "run": lambda net, path: train(net, path),
+    "masks": lambda net, path: prunekit.make_masks(net, 0.5, data=data()),
+    "evaluate": lambda net, path: prunekit.evaluate(net, data()),
+}
+
+
+@pytest.mark.parametrize("look", LOOKS.values(), ids=LOOKS)
+@pytest.mark.parametrize("change", [lambda x: x.sub_(0.5), lambda x: x.clamp_(0, 1), F.relu_])
+def test_a_network_that_writes_over_its_images_is_told_what_to_write(tmp_path, look, change):
+    class Writes(Net):
+        def forward(self, x):
+            return super().forward(change(x))
+
+    with pytest.raises(RunError, match=r"changes the images that it is given .* x = x - \.\.\."):
+        look(Writes(), tmp_path)
+
+
+@pytest.mark.parametrize("look", LOOKS.values(), ids=LOOKS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_weights_of_another_precision_are_told_what_to_write(tmp_path, look, dtype):
+    with pytest.raises(RunError) as told:
+        look(Net().to(dtype), tmp_path)
+    name = str(dtype).removeprefix("torch.")
+    end = f"; images are float32, and it has weights in {name}: write model.float()"
+    assert str(told.value).endswith(end)
+
+
+def test_a_lack_of_memory_is_no_fault_of_the_network():
+    class Large(Net):
+        def forward(self, x):
+            raise MemoryError
+
+        def __deepcopy__(self, memo):
+            raise MemoryError
+
+        def load_state_dict(self, state, *args, **kwargs):
+            raise MemoryError
+
+    looks = [
+        lambda net: find_logits(net, SHAPE, "it"),
+        lambda net: check_state_dict(net, "it"),
+        lambda net: copy_network(net, "it"),
+        lambda net: count_outputs(net, SHAPE),
+        _guess_shape,
+    ]
+    for look in looks:
+        with pytest.raises(MemoryError):
+            look(Large())
 
 
 @pytest.mark.parametrize("kind", ["pretrain", "evaluate"])
@@ -150,6 +208,17 @@ def test_a_forward_that_changes_the_state_dict_is_refused_before_training(
     assert "\n" not in str(told.value)
     assert ("in train mode" in str(told.value)) == training
     assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_a_buffer_that_grows_from_the_second_batch_on_is_refused(tmp_path):
+    calls = []
+
+    def grow(net, z):
+        calls.append(z.detach())
+        net.q.data = torch.cat([net.q, *calls[1:]])
+
+    with pytest.raises(RunError, match=r"changes its state dict .*: q is \(0, 2\) "):
+        train(Keeps(grow, True, torch.zeros(0, 2)), tmp_path)
 
 
 def test_what_the_state_dict_does_not_hold_may_grow(tmp_path):
