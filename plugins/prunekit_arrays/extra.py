@@ -19,7 +19,7 @@ import numpy as np
 from prunekit import Arrays
 from prunekit.contexts import DatasetContext
 from prunekit.contracts import Data
-from prunekit.errors import UserError, relative
+from prunekit.errors import UserError, explain_briefly, relative
 from prunekit.reading import check_file
 from prunekit_arrays import ExtraOptions
 from prunekit_arrays.reading import read_arrays, to_split
@@ -126,9 +126,9 @@ def read_pickle(path: Path, keys: list[str]) -> dict[str, np.ndarray]:
         raise UserError(f"{name} cannot be read ({error.strerror})") from error
     # A damaged pickle may raise anything.
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
-            f"{name} is neither an .npz file nor a pickle of arrays ({reason}); {convert}"
+            f"{name} is neither an .npz file nor a pickle of arrays ({explain_briefly(error)}); "
+            f"{convert}"
         ) from error
 
 

@@ -24,20 +24,20 @@ from types import CodeType, ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from prunekit import suggest
 from prunekit.contexts import ArchitectureContext
-from prunekit.errors import UserError, relative
+from prunekit.errors import UserError, explain_briefly, relative
 from prunekit.evaluation import eval_mode
 from prunekit_python import PythonOptions, find_files
 
 
 def build_python(options: PythonOptions, context: ArchitectureContext) -> nn.Module:
-    """The network that the file makes, tested on two black images.
+    """The network that the file makes; it is called once, while it can import its modules.
 
-    Raises `UserError` with file and line if it cannot be made, is not a module, or does not return
-    logits (2, K).
+    Raises `UserError` with file and line if it cannot be made, is not a module, or does not take
+    images.
     """
     with _importing(options), _explaining(options.file):
         make = find_function(run_file(options.file), options)
@@ -57,13 +57,7 @@ def build_python(options: PythonOptions, context: ArchitectureContext) -> nn.Mod
                 f"value of type {type(model).__name__}"
             )
         with eval_mode(model), torch.no_grad():
-            logits = model(torch.zeros(2, *context.shape))
-    found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-    if found != (2, context.classes):
-        raise UserError(
-            f"{_locate(options)}: the network of {options.build} returns {found} for 2 images and "
-            f"{context.classes} classes; it has to return logits (2, {context.classes})"
-        )
+            model(torch.zeros(2, *context.shape))
     return model
 
 
@@ -164,9 +158,8 @@ def _explaining(file: Path) -> Iterator[None]:
         where = relative(Path(error.filename)) if error.filename else relative(file)
         raise UserError(f"{where}:{error.lineno}: {error.msg}") from error
     except (Exception, SystemExit) as error:
-        reason = (str(error).splitlines() or [""])[0]
         place = _find_line(error, file.parent) or relative(file)
-        raise UserError(f"{place}: {type(error).__name__}: {reason}") from error
+        raise UserError(f"{place}: {explain_briefly(error)}") from error
 
 
 def _find_line(error: BaseException, folder: Path) -> str:

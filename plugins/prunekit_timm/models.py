@@ -14,7 +14,7 @@ from timm.models import load_model_config_from_hf, save_for_hf
 
 from prunekit import find_fragile, normalize_inputs, read_json
 from prunekit.contexts import ArchitectureContext
-from prunekit.errors import UserError
+from prunekit.errors import UserError, explain_briefly
 from prunekit_timm import LOCAL, TimmOptions
 
 SEARCH = "search with: prunekit list architectures --match 'resnet*'"
@@ -136,7 +136,7 @@ def _explaining(options: TimmOptions) -> Iterator[None]:
         raise
     except OSError as error:
         if name.startswith(LOCAL):
-            raise UserError(f"timm's {name!r} cannot be read: {_first_line(error)}") from error
+            raise UserError(f"timm's {name!r} cannot be read: {explain_briefly(error)}") from error
         raise UserError(
             f"the files of timm's {name!r} are not in the cache and cannot be fetched "
             f'({type(error).__name__}); go online once, or write model = "{LOCAL}/FOLDER" with a '
@@ -144,10 +144,8 @@ def _explaining(options: TimmOptions) -> Iterator[None]:
         ) from error
     except Exception as error:  # timm's constructors may raise anything
         told = f" with kwargs {options.kwargs}" if options.kwargs else ""
-        raise UserError(f"timm's {name!r} cannot be built{told}: {_first_line(error)}") from error
+        raise UserError(
+            f"timm's {name!r} cannot be built{told}: {explain_briefly(error)}"
+        ) from error
     finally:
         hub.setLevel(level)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

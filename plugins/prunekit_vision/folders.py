@@ -19,7 +19,7 @@ from torchvision.transforms import functional
 from prunekit import derive_seed
 from prunekit.contexts import DatasetContext
 from prunekit.contracts import Data
-from prunekit.errors import DataMissingError, RunError, UserError, relative
+from prunekit.errors import DataMissingError, RunError, UserError, explain_briefly, relative
 from prunekit_vision import (
     IMAGENET_CLASSES,
     STREAM_AUGMENT,
@@ -65,7 +65,7 @@ class Decoder:
                 image = _to_rgb(file)
         # For damaged files, PIL may raise anything.
         except Exception as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = explain_briefly(error)
             return RunError(
                 f"{relative(path)} cannot be read as an image ({reason}); delete or replace it"
             )

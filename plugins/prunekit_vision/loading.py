@@ -17,7 +17,7 @@ from prunekit_arrays.reading import read_npz, to_data
 
 from prunekit.contexts import DatasetContext
 from prunekit.contracts import Data
-from prunekit.errors import DataMissingError, UserError, relative
+from prunekit.errors import DataMissingError, UserError, explain_briefly, relative
 from prunekit_vision import (
     VISION_SETS,
     VisionOptions,
@@ -61,7 +61,7 @@ def _fetch(known: VisionSet, options: VisionOptions, root: Path, file: Path) -> 
             return _download(known, root)
         # urllib, zipfile, tarfile and torchvision each raise their own errors if a download fails.
         except Exception as error:
-            reason = f"the download failed: {' '.join(str(error).split()) or type(error).__name__}"
+            reason = f"the download failed: {explain_briefly(error)}"
     raise DataMissingError(
         f"{describe_missing(known, options)}, and {reason}; put one of them there, or set "
         "root or PRUNEKIT_DATA to the folder that has it"
@@ -87,7 +87,7 @@ def _read_files(known: VisionSet, folder: Path) -> Data:
         arrays = _call_torchvision(known, folder, download=False)
     # For damaged files, torchvision may raise anything, including AssertionError.
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = explain_briefly(error)
         raise UserError(
             f"{names}: incomplete or damaged (torchvision: {reason}); delete it, and the next run "
             "downloads it again"

@@ -11,7 +11,7 @@ from torchvision import models
 
 from prunekit import find_fragile, normalize_inputs
 from prunekit.contexts import ArchitectureContext
-from prunekit.errors import UserError
+from prunekit.errors import UserError, explain_briefly
 from prunekit_vision import ModelOptions
 from prunekit_vision.resnet import DEVIATION, MEAN
 
@@ -54,7 +54,7 @@ def build_model(options: ModelOptions, context: ArchitectureContext) -> Any:
         model: Any = models.get_model(name, weights=None, **arguments)
     except Exception as error:  # torchvision's constructors may raise anything
         told = f" with kwargs {options.kwargs}" if options.kwargs else ""
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = explain_briefly(error)
         raise UserError(f"torchvision's {name!r} cannot be built{told}: {reason}") from error
     if getattr(model, "aux_logits", False):
         raise UserError(

@@ -38,7 +38,7 @@ from prunekit.store.keys import hash_file
 from prunekit.store.layout import MODEL, RECIPE
 from prunekit.store.runs import RunFolder
 from prunekit.store.stages import StageResult
-from prunekit.store.weights import find_weights
+from prunekit.store.weights import SCORES, find_weights
 
 Tensors = dict[str, Tensor]
 
@@ -208,7 +208,8 @@ def _read_scored(state: Tensors, source: Source) -> tuple[Tensors, Masks]:
     """HYDRA and HARP: `popup_scores` beside each `weight`; those of largest magnitude are kept."""
     assert source.sparsity is not None
     keep_ratio = find_keep_ratio(source.sparsity)
-    scores, state = _split(state, ".popup_scores")
+    named, rated = SCORES
+    scores, state = _split(state, named)
     if not scores:
         raise source.error(
             "holds no popup_scores; import plain weights, zero where they are removed, with: "
@@ -216,9 +217,9 @@ def _read_scored(state: Tensors, source: Source) -> tuple[Tensors, Masks]:
         )
     rates: Tensors = {}
     if source.kind == "harp":
-        rates, state = _split(state, ".k_score")
+        rates, state = _split(state, rated)
         if missing := scores.keys() - rates.keys():
-            raise source.error(f"lacks {min(missing)}.k_score of a harp file")
+            raise source.error(f"lacks {min(missing)}{rated} of a harp file")
     masks = {}
     for layer, score in scores.items():
         name = f"{layer}.weight"

@@ -7,12 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
 from prunekit_python import PythonOptions, find_files, find_imports, prunekit_architectures
 from prunekit_python.loading import build_python
 from safetensors.torch import load_file, save_file
 
-from prunekit.cli.group import main
 from prunekit.contexts import ArchitectureContext
 from prunekit.errors import UserError
 from prunekit.testing import check_component, example_context
@@ -88,12 +86,6 @@ def build(text=None, *, build="make", kwargs=None, shape=(1, 8, 8), classes=3):
     return build_python(PythonOptions(file, build, kwargs or {}), context)
 
 
-def call(*arguments, code=0):
-    done = CliRunner().invoke(main, [str(a) for a in arguments])
-    assert done.exit_code == code, done.output
-    return done.stdout, done.stderr
-
-
 def reused(folder):
     return [s["reused"] for s in json.loads((Path(folder) / "run.json").read_text())["stages"]]
 
@@ -161,7 +153,7 @@ def test_what_the_file_prints_is_no_result(capsys):
 # From recipe to result
 
 
-def test_a_run_its_evaluation_and_an_import(here):
+def test_a_run_its_evaluation_and_an_import(call, here):
     call("run", "r.toml", "--out", "runs/r")
     metrics = json.loads((here / "runs/r/run.json").read_text())["stages"][-1]["metrics"]
     # From another folder: the recipe of the run has the whole path.
@@ -181,7 +173,7 @@ def test_a_run_its_evaluation_and_an_import(here):
          "--set", "architecture.file=moved/net.py")  # fmt: skip
 
 
-def test_left_dense_as_the_network_says(here):
+def test_left_dense_as_the_network_says(call):
     write("net.py", NET.replace("    return", "    net =") + "    net.leave_dense = ['0.*']\n"
           "    return net\n")  # fmt: skip
     told = call("run", "r.toml", "--out", "a")[1]
@@ -199,7 +191,7 @@ def test_left_dense_as_the_network_says(here):
 # What is hashed
 
 
-def test_the_file_and_what_it_imports_are_hashed(here):
+def test_the_file_and_what_it_imports_are_hashed(call):
     call("run", "r.toml", "--out", "runs/a")
     call("run", "r.toml", "--out", "runs/b")
     assert reused("runs/b") == [True] * 3
@@ -215,7 +207,7 @@ def test_the_file_and_what_it_imports_are_hashed(here):
     assert reused("runs/e") == [False] * 3
 
 
-def test_the_names_of_what_it_imports_are_hashed(here):
+def test_the_names_of_what_it_imports_are_hashed(call, here):
     write("blocks.py", "import pkg\n" + BLOCKS)
     write("pkg/__init__.py", "")
     write("pkg/one.py", "x = 1\n")
@@ -257,21 +249,19 @@ def test_imports_are_found_at_any_depth(here):
         ("def make(:\n", {}, "mine/net.py:1: invalid syntax"),
         ("\nimport nothing_like_it\n", {},
          "mine/net.py:2: ModuleNotFoundError: No module named 'nothing_like_it'"),
-        ("raise SystemExit\n", {}, "mine/net.py:1: SystemExit: "),
+        ("raise SystemExit\n", {}, "mine/net.py:1: SystemExit"),
         ("def build():\n    pass\n", {"build": "buld"},
          "mine/net.py has no function or class 'buld'; did you mean 'build'?"),
         ("x = 1\n", {}, "mine/net.py has no function or class 'make'; it defines none"),
         ("\n\ndef make():\n    return 3\n", {},
          "mine/net.py:3: make has to return an nn.Module, but it returns a value of type int"),
-        ("def make():\n    raise ValueError('no\\nway')\n", {}, "mine/net.py:2: ValueError: no"),
+        ("def make():\n    raise ValueError('no\\nway')\n", {},
+         "mine/net.py:2: ValueError: no way"),
         ("\ndef make(shape):\n    pass\n", {"kwargs": {"depth": 1}},
          "mine/net.py:2: make is called with shape, depth: got an unexpected keyword argument "
          "'depth'"),
         ("def make(width):\n    pass\n", {},
          "mine/net.py:1: make is called with no arguments: missing a required argument: 'width'"),
-        ("from torch import nn\nmake = nn.Flatten\n", {},
-         "mine/net.py:2: the network of make returns (2, 64) for 2 images and 3 classes; it has "
-         "to return logits (2, 3)"),
         ("from torch import nn\nclass make(nn.Module):\n    def forward(self, x):\n"
          "        return x @ x[0, 0, :3]\n", {},
          "mine/net.py:4: RuntimeError: "),
@@ -292,7 +282,7 @@ def test_a_mistake_in_a_helper_names_the_helper():
         build()
 
 
-def test_a_missing_file_is_told_with_the_recipes_line(here):
+def test_a_missing_file_is_told_with_the_recipes_line(call, here):
     Path("r.toml").write_text(RECIPE.replace("mine/net.py", "mine/no.py"))
     told = call("check", "r.toml", code=2)[1]
     assert told.startswith("r.toml:9: file of architecture 'python': there is no ")
