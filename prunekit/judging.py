@@ -84,7 +84,7 @@ class Examination:
         found = {}
         if self.random:
             found["random"] = (
-                "the network answers the same images differently each time, in evaluation mode (a "
+                "the network answers the same images differently at times, in evaluation mode (a "
                 "random layer, or a state that forward changes): its numbers depend on the draw"
             )
         if self.mixed:

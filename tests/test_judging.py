@@ -393,6 +393,19 @@ def test_what_a_network_put_into_the_data_of_a_buffer_is_put_back(after):
     assert (buffer.shape, buffer.dtype, float(buffer)) == ((), torch.float32, 0)
 
 
+def test_a_buffer_that_changes_late_is_told_too():
+    def change(net, z):
+        net.calls += 1
+        net.seen += net.calls > 25
+        return z
+
+    net = Net(change)
+    assert examine(net, torch.rand(1, *SHAPE)).doubts == {}
+    net.calls = 0
+    found = prunekit.evaluate(net, make_images(), "clean", batch_size=1)
+    assert found.metrics["clean.stateful"] == 20
+
+
 def draw_in(part):
     """Noise in one forward pass of so many, by chance."""
     return lambda net, z: z + torch.randn_like(z) * (torch.rand(()) < 1 / part)

@@ -71,7 +71,9 @@ def judge(state: State, stage: Stage, use: Use[Evaluator], work: Work) -> Outcom
             warnings.simplefilter("always")
             result = evaluator(model, _watched(work, stage, use.name, index, seed, watch))
     finally:
+        moved = standing.moved()
         standing.restore()
+    examination = replace(examination, moved=examination.moved or moved)
     for name, value in result.metrics.items():
         if not math.isfinite(value):
             raise RunError(f"{owner} gave {name} = {value}")
@@ -138,10 +140,11 @@ def _count_unreal(watch: Watch, use: Use[Evaluator], result: Result, n: int) -> 
     if not (unreal := sorted(watch.unreal)):
         return {}
     text = f"the network gives NaN or infinity for {len(unreal)} of {n} images, or near them; "
-    text += f"such outputs count as wrong{MASKED}"
+    text += "such outputs count as wrong"
     wrongly = np.asarray(result.records.get("correct", np.zeros(n)))[sorted(watch.nowhere)]
     if wrongly.any():
         text += f", but {use.name} counts {np.count_nonzero(wrongly)} of these images as correct"
+    text += MASKED
     note = "got NaN or infinity from it, which counts as wrong"
     return {"not_finite": (text, Metric(len(unreal), n=n, kind="diagnosis", note=note))}
 
@@ -200,19 +203,14 @@ def judge_batches(
 
 
 def _choose_images(stage: Stage, run: Run, loaded: Loaded) -> Tensor:
-    """Indices of the test images that a stage judges."""
-    index = _choose(len(loaded.data.test.labels), stage.options.images)
-    return index if stage.limit is None else index[: stage.limit * run.data.batch_size]
-
-
-def _choose(n: int, images: int | None) -> Tensor:
-    """Indices of the test images to judge: all, or `images` of them, evenly spaced.
+    """Indices of the test images that a stage judges: all, or some of them, evenly spaced.
 
     The first ones would be of a few classes where a data set is sorted.
     """
-    if images is None or images >= n:
-        return torch.arange(n)
-    return torch.arange(images) * n // images
+    n = len(loaded.data.test.labels)
+    images = min(n, stage.options.images or n)
+    index = torch.arange(images) * n // images
+    return index if stage.limit is None else index[: stage.limit * run.data.batch_size]
 
 
 def _watched(

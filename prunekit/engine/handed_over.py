@@ -166,8 +166,7 @@ def _guess_shape(model: nn.Module) -> tuple[int, ...] | None:
     channels = dict.fromkeys((first.in_channels if isinstance(first, nn.Conv2d) else 3, 3, 1))
     shapes += [(c, size, size) for c in channels for size in SIZES]
     like = next(model.parameters())
-    devices = [like.device] if like.device.type == "cuda" else []  # others are left alone
-    with eval_mode(model), torch.no_grad(), torch.random.fork_rng(devices):
+    with eval_mode(model), torch.no_grad(), own_generators():
         for shape in shapes:
             try:
                 model(torch.zeros(2, *shape, device=like.device))
@@ -186,4 +185,4 @@ class NoImages:
         raise UserError("this pruner looks at images: give data=(x, y)")
 
     def batches(self, indices: Sequence[Tensor]) -> Iterator[Tensor]:
-        raise UserError("this pruner looks at images: give data=(x, y)")
+        yield self.labels

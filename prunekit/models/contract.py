@@ -74,15 +74,11 @@ def check_tensors(model: nn.Module, owner: str) -> None:
 @torch.no_grad()
 def check_state_dict(model: nn.Module, owner: str) -> None:
     """Raise `RunError` unless the state dict holds the network, and loading it brings it back."""
-    left_out = {
-        f"{path}.{name}".removeprefix(".")
-        for path, module in model.named_modules(remove_duplicate=False)
-        for name in getattr(module, "_non_persistent_buffers_set", ())
-    }
-    tensors = chain(
-        model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
-    )
-    own = {name: value for name, value in tensors if name not in left_out}
+    own: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    own |= model.named_buffers(remove_duplicate=False)
+    for path, module in model.named_modules(remove_duplicate=False):
+        for name in getattr(module, "_non_persistent_buffers_set", ()):
+            own.pop(f"{path}.{name}".removeprefix("."), None)
     fault = ""
     state = model.state_dict()
     if missing := sorted(own.keys() - state.keys()):

@@ -200,7 +200,8 @@ def test_the_core_counts_what_is_no_number_for_any_evaluator(spoilt, bench, part
     (note,) = json.loads((folder.path / "run.json").read_text())["stages"][-1]["notes"]
     assert note == (
         "theirs: the network gives NaN or infinity for 3 of 10 images, or near them; such outputs "
-        "count as wrong, but theirs counts 3 of these images as correct"
+        "count as wrong, but theirs counts 3 of these images as correct "
+        "(to leave classes out, write -1e4 as their logits, not -inf)"
     )
 
 
