@@ -13,6 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from prunekit.cli.group import main
+from prunekit.judging import LOOKS
 
 pytestmark = pytest.mark.usefixtures("here")
 
@@ -236,7 +237,7 @@ def test_dry_run_says_what_would_be_done_and_does_nothing(ran, call, read):
     ]  # fmt: skip
     # 144 images of 1,437 are used, 14 of them for validation: two batches of 128, one to validate.
     assert run["stages"][0]["steps"] == 2
-    assert run["stages"][1]["forward_passes"] == 10
+    assert run["stages"][1]["forward_passes"] == LOOKS + 1
     assert run["recipe"]["stage"][0]["optimizer"]["lr"] == 0.1
 
     out, err = call("run", "r.toml", "--dry-run", "--device", "cpu", "--set", "seed=8")
