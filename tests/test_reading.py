@@ -127,7 +127,7 @@ def test_other_archives_are_refused(here):
 
 
 def test_a_header_that_lies_about_its_types_is_named(here):
-    from prunekit.store.checkpoint import read_checkpoint
+    from prunekit.store.tensors.checkpoint import read_checkpoint
 
     def write(header):
         table = {"__metadata__": {"prunekit": json.dumps(header)}}

@@ -37,11 +37,11 @@ from prunekit.report import (
     Stop,
     rehearsing,
 )
-from prunekit.store.checkpoint import write_model
 from prunekit.store.files import read_npz
 from prunekit.store.keys import used_version
 from prunekit.store.runs import RunFolder
 from prunekit.store.stages import StageFolder, StageResult, Store
+from prunekit.store.tensors.checkpoint import write_model
 from prunekit.training.compute import Compute
 from prunekit.training.progress import tell_epoch
 

@@ -33,10 +33,10 @@ from prunekit.recipe.plan import Run
 from prunekit.recipe.sections import DataOptions
 from prunekit.recipe.stages import Stage
 from prunekit.report import Note, Report, Stop
-from prunekit.store.checkpoint import read_model
 from prunekit.store.keys import hash_file
 from prunekit.store.stages import StageFolder
-from prunekit.store.weights import start_from
+from prunekit.store.tensors.checkpoint import read_model
+from prunekit.store.tensors.weights import start_from
 from prunekit.training.compute import Compute
 
 

@@ -12,11 +12,11 @@ from typing import Any
 
 from prunekit.contracts import Metric
 from prunekit.errors import UserError
+from prunekit.results.columns import describe, find_columns, freeze
 from prunekit.results.comparison import find_doubtful
 from prunekit.results.metrics import format_metric, format_setting
-from prunekit.results.settings import describe, find_columns, freeze
+from prunekit.results.settings import Settings
 from prunekit.store.records import RunRecord
-from prunekit.store.settings import Settings
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from prunekit.contracts import Metric
-from prunekit.results.settings import describe, find_columns, find_plan, freeze
+from prunekit.results.columns import describe, find_columns, find_plan, freeze
 from prunekit.store.metrics import split_metric
 from prunekit.store.records import RunRecord, StageRecord
 

@@ -27,9 +27,9 @@ DECIDING = (
     "pruning/",
     "recipe/stages.py",
     "steps.py",
-    "store/checkpoint.py",
-    "store/states.py",
-    "store/weights.py",
+    "store/tensors/checkpoint.py",
+    "store/tensors/states.py",
+    "store/tensors/weights.py",
     "training/",
 )
 """Folders and files of the core that decide what a stage computes: their source is in its key.

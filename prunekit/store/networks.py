@@ -9,8 +9,8 @@ from typing import Any
 
 from prunekit.errors import UserError, relative
 from prunekit.recipe.toml_lines import read_toml
-from prunekit.store.checkpoint import read_checkpoint
 from prunekit.store.layout import EVALUATIONS, MODEL, RECIPE, RUN, STORE
+from prunekit.store.tensors.checkpoint import read_checkpoint
 
 
 @dataclass(frozen=True)

@@ -144,7 +144,9 @@ class StageFolder:
 
     def _check_unfinished(self) -> None:
         """Raise if what a computation would go on from cannot be used."""
-        from prunekit.store.checkpoint import read_checkpoint  # torch takes seconds to import
+        from prunekit.store.tensors.checkpoint import (
+            read_checkpoint,  # torch takes seconds to import
+        )
 
         for path in (self.model, self.records, self.progress):
             if os.path.lexists(path) and (path.is_symlink() or not path.is_file()):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from prunekit.contracts import Metric, Stateful
 from prunekit.report import EpochDone
-from prunekit.store.checkpoint import read_checkpoint, write_checkpoint
+from prunekit.store.tensors.checkpoint import read_checkpoint, write_checkpoint
 from prunekit.training.step import Stepper
 
 

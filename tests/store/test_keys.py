@@ -116,7 +116,6 @@ SHOWING = (
     "report.py",
     "results/",
     "store/files.py",
-    "store/headers.py",
     "store/keys.py",
     "store/layout.py",
     "store/metrics.py",
@@ -124,8 +123,8 @@ SHOWING = (
     "store/records.py",
     "store/runs.py",
     "store/stage_folder.py",
-    "store/settings.py",
     "store/stages.py",
+    "store/tensors/headers.py",
     "testing.py",
 )
 """All other files of the core: they parse, store or show."""
@@ -134,7 +133,7 @@ SHOWING = (
 def test_every_file_of_the_core_is_in_one_of_the_two_lists():
     core = Path(keys.__file__).parent.parent
     files = {p.relative_to(core).as_posix() for p in core.rglob("*.py")}
-    for file in files - {f"{f.partition('/')[0]}/__init__.py" for f in files}:
+    for file in (f for f in files if not f.endswith("/__init__.py")):
         where = [file.startswith(DECIDING), file.startswith(SHOWING)]
         told = f"{file}: name it in DECIDING of store/keys.py or SHOWING here"
         assert where.count(True) == 1, told

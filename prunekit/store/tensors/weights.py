@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from prunekit.contracts import Masks
 from prunekit.errors import UserError, relative
-from prunekit.store.checkpoint import find_misfit, load_weights, read_checkpoint, read_model
-from prunekit.store.states import read_states
+from prunekit.store.tensors.checkpoint import find_misfit, load_weights, read_checkpoint, read_model
+from prunekit.store.tensors.states import read_states
 
 Tensors = dict[str, Tensor]
 

@@ -17,7 +17,7 @@ from prunekit.contracts import Masks
 from prunekit.errors import UserError, relative
 from prunekit.reading import check_file
 from prunekit.store.files import write_bytes
-from prunekit.store.headers import read_header
+from prunekit.store.tensors.headers import read_header
 
 FORMAT = 1
 """Version of the header."""
