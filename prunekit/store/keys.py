@@ -81,12 +81,6 @@ def hash_source(package: str) -> str:
     return digest.hexdigest()
 
 
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file's content."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 @cache
 def version_of(name: str) -> str:
     """Installed version of the distribution with this import name; "unknown" if there is none.

@@ -18,6 +18,7 @@ import filelock
 import tomli_w
 
 from prunekit.errors import UserError, relative
+from prunekit.reading import hash_file
 from prunekit.recipe.plan import Plan, Run
 from prunekit.recipe.stages import Stage
 from prunekit.report import Tell
@@ -32,7 +33,7 @@ from prunekit.store.files import (
     write_npz,
     write_text,
 )
-from prunekit.store.keys import find_versions, hash_file
+from prunekit.store.keys import find_versions
 from prunekit.store.layout import MODEL, PLAN, RECIPE, RECORDS, RUN, RUN_FORMAT, RUN_LOCK
 from prunekit.store.metrics import write_metrics
 from prunekit.store.records import find_blocking, find_changed, read_record

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from prunekit.errors import RunError, UserError, explain_briefly, relative
+from prunekit.reading import hash_file
 from prunekit.report import Tell
 from prunekit.store.files import (
     make_inner,
@@ -23,7 +24,6 @@ from prunekit.store.files import (
     write_json,
     write_npz,
 )
-from prunekit.store.keys import hash_file
 from prunekit.store.layout import MODEL, PROGRESS, RECORDS, RESULT, SCRATCH, STAGE_LOCK
 from prunekit.store.metrics import read_metrics, write_metrics
 

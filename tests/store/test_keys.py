@@ -9,7 +9,6 @@ import pytest
 from prunekit.store import keys
 from prunekit.store.keys import (
     DECIDING,
-    hash_file,
     hash_source,
     hash_stage,
     used_version,
@@ -143,14 +142,6 @@ def test_every_file_of_the_core_is_in_one_of_the_two_lists():
 
 def test_an_unknown_package_is_unknown():
     assert hash_source("no_such_package_anywhere") == "unknown"
-
-
-def test_files_are_hashed_by_what_they_hold_now(tmp_path):
-    file = tmp_path / "weights"
-    file.write_bytes(b"a")
-    first = hash_file(file)
-    file.write_bytes(b"b")
-    assert hash_file(file) != first
 
 
 def test_a_package_before_the_installed_one_has_not_its_version(tmp_path, monkeypatch):
