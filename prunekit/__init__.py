@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from prunekit.reading import hash_file
     from prunekit.recipe.values import suggest
     from prunekit.results.metrics import format_metric, format_setting, is_fraction, is_main
-    from prunekit.store.files import read_json, write_json
+    from prunekit.store.files import read_json, read_kept, write_json
     from prunekit.store.keys import version_of
     from prunekit.training.masking import LearnedScores
 
@@ -98,6 +98,7 @@ __all__ = [
     "normalize_inputs",
     "option",
     "read_json",
+    "read_kept",
     "run",
     "run_sweep",
     "select_masks",
@@ -133,7 +134,7 @@ _HOMES = {
     "prunekit.reading": ("hash_file",),
     "prunekit.recipe.values": ("suggest",),
     "prunekit.results.metrics": ("format_metric", "format_setting", "is_fraction", "is_main"),
-    "prunekit.store.files": ("read_json", "write_json"),
+    "prunekit.store.files": ("read_json", "read_kept", "write_json"),
 }
 """Module -> what is imported from it when it is first used, since torch takes seconds to import."""
 

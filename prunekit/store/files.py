@@ -11,13 +11,16 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from prunekit.errors import RunError, UserError, relative
+from prunekit.errors import RunError, UserError, explain_briefly, relative
 from prunekit.reading import LARGEST_JSON, parse_json, read_arrays, read_bytes
+
+T = TypeVar("T")
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -76,6 +79,24 @@ def read_json(path: Path, advice: str = "remove it") -> Any:
         raise UserError(f"{relative(path)} cannot be read ({error}); {advice}") from None
     except UserError as error:
         raise UserError(f"{error}; {advice}") from None
+
+
+def read_kept(path: Path, make: Callable[[Any], T]) -> T | None:
+    """What `make` makes of a file of intermediate results: of JSON, or the arrays of an `.npz`.
+
+    None if there is none, and, with a warning, if it is damaged or `make` raises: what was kept
+    has to be computed again then.
+    """
+    if not path.exists():
+        return None
+    try:
+        if path.suffix == ".npz":
+            return make(read_arrays(path))
+        return make(parse_json(read_bytes(path, LARGEST_JSON)))
+    except Exception as error:  # `make` may raise anything, given garbage
+        reason = f"{path.name} is damaged ({explain_briefly(error)})"
+        warnings.warn(f"{reason}: what was kept there is computed again", stacklevel=2)
+        return None
 
 
 def copy(source: Path, target: Path) -> None:
