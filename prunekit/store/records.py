@@ -146,7 +146,11 @@ def find_changed(folder: Path, *, done: bool = False) -> list[str]:
         return []
     paths = [folder / name for name in (MODEL, RECORDS, RECIPE) if name in files]
     changed = [p.name for p in paths if not p.is_file() or hash_file(p) != files[p.name]]
-    return [*changed, *([RUN] if told.get("sha256") != seal(told) else [])]
+    reports = told.get("reports")
+    names = [n for n in reports if isinstance(n, str)] if isinstance(reports, list) else []
+    # What somebody else's record may name is in its folder.
+    lost = [n for n in names if Path(n).name == n and not os.path.lexists(folder / n)]
+    return [*changed, *lost, *([RUN] if told.get("sha256") != seal(told) else [])]
 
 
 def find_blocking(folder: Path) -> list[str]:

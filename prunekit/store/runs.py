@@ -61,7 +61,7 @@ class RunFolder:
     _arrays: dict[str, Any] = field(default_factory=dict)
     """What evaluators recorded of each image, as "stage/evaluator.record"."""
     _files: dict[str, str] = field(default_factory=dict)
-    """SHA-256 of the model and the records, by name."""
+    """SHA-256 of the recipe, the model and the records, by name."""
 
     def start(self, compute: Mapping[str, Any]) -> None:
         """Make the folder, and write the recipe and a first record.
@@ -74,6 +74,7 @@ class RunFolder:
         for part in find_partial(self.path):
             part.unlink()
         write_text(self.path / RECIPE, tomli_w.dumps(self.plan.describe(self.run)))
+        self._files = {RECIPE: hash_file(self.path / RECIPE)}
         known: dict[str, Any] = {"keys": [], "stages": [], "sparsity": None}
         with suppress(UserError):
             known |= {k: v for k, v in read_record(self.path / RUN, "").items() if k in known}
@@ -136,10 +137,12 @@ class RunFolder:
         if records is not None:
             self._arrays |= {f"{stage.name}/{k}": v for k, v in records.items()}
             write_npz(self.path / RECORDS, self._arrays)
-        if model is not None and model != self.path / MODEL:
-            copy(model, self.path / MODEL)
-        written = (self.path / MODEL, self.path / RECORDS)
-        self._files = {file.name: hash_file(file) for file in written if file.is_file()}
+            self._files[RECORDS] = hash_file(self.path / RECORDS)
+        if model is not None:
+            copy(model, self.model)
+            self._files[MODEL] = result.files[MODEL]
+        elif MODEL not in self._files and self.model.is_file():
+            self._files[MODEL] = hash_file(self.model)
         self._write()
 
     def close(self, status: str, error: str | None = None) -> None:
@@ -148,11 +151,18 @@ class RunFolder:
         self._record |= {"status": status, "error": error, "finished": _now()}
         computed = [stage for stage in self._record["stages"] if not stage["reused"]]
         self._record["seconds"] = sum(stage["seconds"] for stage in computed)
+        self._record["reports"] = self._find_reports()
         self._write()
 
+    def _find_reports(self) -> list[str]:
+        """Names of the files that reporters have written since the start."""
+        started = (self.path / RECIPE).stat().st_mtime_ns
+        files = [p for p in self.path.iterdir() if p.is_file() and p.name[0] != "."]
+        new = {p.name for p in files if p.stat().st_mtime_ns >= started}
+        return sorted(new - {RECIPE, RUN, PLAN, MODEL, RECORDS})
+
     def _write(self) -> None:
-        files = {**self._files, RECIPE: hash_file(self.path / RECIPE)}
-        record = {**self._record, "files": files}
+        record = {**self._record, "files": self._files}
         write_json(self.path / RUN, {**record, "sha256": seal(record)})
 
 

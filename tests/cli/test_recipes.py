@@ -311,6 +311,18 @@ def test_a_lost_or_swapped_file_of_a_run_is_written_again(ran, call, name, kind)
     assert call("results")[1] == ""
 
 
+def test_a_lost_log_is_told_and_written_again(ran, call):
+    file = ran / "runs/tiny/metrics.jsonl"
+    kinds = [json.loads(line)["event"] for line in file.read_text().splitlines()]
+    (ran / "runs/tiny/notes").touch()  # of whoever reads it
+    file.unlink()
+    assert call("results")[1] == "runs/tiny/metrics.jsonl is missing\n"
+    assert "metrics.jsonl is missing: it is" in call("run", "r.toml", "--device", "cpu")[1]
+    again = [json.loads(line)["event"] for line in file.read_text().splitlines()]
+    assert [k for k in again if k != "note"] == [k for k in kinds if k != "note"]
+    assert call("results")[1] == ""
+
+
 @pytest.mark.parametrize(
     "kind", ["[" * 2000, '{"format": 2', "{}", '{"format": null}', "a pipe", "a folder"]
 )
