@@ -180,11 +180,15 @@ def _replacing(path: Path) -> Iterator[Path]:
                 part.unlink()
 
 
-def make_inner(path: Path, option: str = "--out") -> None:
+OTHER_FOLDER = "choose another folder with --out"
+OTHER_STORE = "choose another folder with --store"
+
+
+def make_inner(path: Path, advice: str = OTHER_FOLDER) -> None:
     """Make a folder in one of prunekit's. Raises `UserError` if it is a link: it may lead anywhere,
     and what lies there would be overwritten."""
     refuse_link(path)
-    make_folder(path, option)
+    make_folder(path, advice)
 
 
 def refuse_link(path: Path) -> None:
@@ -198,14 +202,12 @@ def relative_link(path: Path) -> str:
     return str(Path(relative(path.parent)) / path.name)
 
 
-def make_folder(path: Path, option: str = "--out") -> None:
-    """Make a folder that a user named. Raises `UserError` if no files can be written to it."""
+def make_folder(path: Path, advice: str = OTHER_FOLDER) -> None:
+    """Make a folder that a user named. Raises `UserError` with the advice if no files can be
+    written to it."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
-        raise UserError(
-            f"cannot write to {relative(path)}: {error.strerror}; choose another folder with "
-            f"{option}"
-        ) from None
+        raise UserError(f"cannot write to {relative(path)}: {error.strerror}; {advice}") from None

@@ -23,6 +23,7 @@ from prunekit.recipe.plan import Plan, Run
 from prunekit.recipe.stages import Stage
 from prunekit.report import Tell
 from prunekit.store.files import (
+    OTHER_FOLDER,
     copy,
     find_partial,
     make_folder,
@@ -39,8 +40,7 @@ from prunekit.store.metrics import write_metrics
 from prunekit.store.records import find_blocking, find_changed, read_record
 from prunekit.store.stages import StageResult
 
-OTHER_FOLDER = "choose another folder with --out"
-ASIDE = f"{OTHER_FOLDER}, or move it aside with --force"
+ANEW = "move it aside with --force"
 MADE_WITH = {"inputs": list, "compute": dict, "stages": list}
 """Key of a `plan.json` that says what its runs were made with -> the type of its value."""
 
@@ -175,6 +175,10 @@ class OutFolder:
 
     path: Path
     plan: Plan
+    elsewhere: str = OTHER_FOLDER
+    """What to do where it cannot be written to."""
+    anew: str = ANEW
+    """What to do where other things are in it."""
 
     def prepare(self, tell: Tell, *, force: bool) -> dict[str, Any] | None:
         """Claim the folder for the plan. If the plan is done in it already, returns its `mark`.
@@ -183,23 +187,24 @@ class OutFolder:
         another plan, or files that prunekit did not write, are in the way.
         """
         where, marker = relative(self.path), self.path / PLAN
+        aside = f"{self.elsewhere}, or {self.anew}"
         if self.path.is_file():
-            raise UserError(f"{where} is a file; {OTHER_FOLDER}")
+            raise UserError(f"{where} is a file; {self.elsewhere}")
         if force and self.path.exists():
             self._move_aside(tell)
         if marker.is_file():
-            content = read_record(marker, ASIDE)
+            content = read_record(marker, aside)
             if content.get("plan") != digest(self.plan):
                 raise UserError(
                     f"{where} holds the runs of another recipe ({content.get('recipe', '?')}); "
-                    f"{ASIDE}"
+                    f"{aside}"
                 )
             kept = all(isinstance(content.get(k, t()), t) for k, t in MADE_WITH.items())
             return content if content.get("done") and kept else None
         ours = {self.path / RUN_LOCK, *find_partial(self.path)}
         if self.path.is_dir() and set(self.path.iterdir()) - ours:
-            raise UserError(f"{where} holds files that are not runs of prunekit; {ASIDE}")
-        make_folder(self.path)
+            raise UserError(f"{where} holds files that are not runs of prunekit; {aside}")
+        make_folder(self.path, self.elsewhere)
         self.mark(done=False)
         if self.plan.swept:
             write_text(self.path / RECIPE, tomli_w.dumps(dict(self.plan.document)))
@@ -216,6 +221,7 @@ class OutFolder:
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Lock the folder. Raises `UserError` if another process is running in it."""
+        make_folder(self.path, self.elsewhere)
         refuse_link(self.path / RUN_LOCK)
         try:
             # Not 0: who looks whether it is held holds it for a moment.
@@ -223,7 +229,7 @@ class OutFolder:
         except filelock.Timeout:
             raise UserError(
                 f"another process is running in {relative(self.path)}; wait for it, or "
-                f"{OTHER_FOLDER}"
+                f"{self.elsewhere}"
             ) from None
         with held:
             for part in find_partial(self.path):

@@ -386,7 +386,7 @@ def test_what_other_sources_made_stays_and_says_so(ran, finished, call, monkeypa
     first, second, _ = told.splitlines()
     assert first == (
         "these results were made with other sources or versions of prunekit, of a plugin or of "
-        "what they need; to compute them again: --force"
+        "what they need; to compute them again: move it aside with --force"
     )
     assert "is done already" in second
     plan = json.loads((ran / "runs/tiny/plan.json").read_text())

@@ -202,3 +202,10 @@ def test_help_needs_no_torch(command):
         "assert done.exit_code == 0\nassert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_where_nothing_can_be_written_it_says_what_helps(run):
+    (run / "evaluations").touch()
+    _, err = judge(run, "--with", "clean", code=2)
+    assert "Not a directory; results stand beside the network: copy it to a folder" in err
+    assert "--out" not in err
