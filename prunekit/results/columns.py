@@ -18,7 +18,7 @@ def freeze(value: Any) -> str:
     return json.dumps(value, sort_keys=True, default=str)
 
 
-def describe(runs: Sequence[RunRecord]) -> list[Settings]:
+def gather_settings(runs: Sequence[RunRecord]) -> list[Settings]:
     """The settings of each run; an evaluation has those of the run whose network it judged."""
     own = {run.folder: read_settings(run.folder, run.settings) for run in runs}
     found = [_inherit(own[run.folder], own.get(_find_judged(run))) for run in runs]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from prunekit.contracts import Metric
-from prunekit.results.columns import describe, find_columns, find_plan, freeze
+from prunekit.results.columns import find_columns, find_plan, freeze, gather_settings
 from prunekit.store.metrics import split_metric
 from prunekit.store.records import RunRecord, StageRecord
 
@@ -63,7 +63,7 @@ def compare(runs: Sequence[RunRecord]) -> list[Row]:
     is one more for every run that is not done or evaluated nothing. Where no setting tells two
     rows apart, the folder does.
     """
-    told = describe(runs)
+    told = gather_settings(runs)
     columns = find_columns(runs, told)
     shared: dict[tuple[str, ...], list[_Found]] = {}
     unfinished: list[_Found] = []

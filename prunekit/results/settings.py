@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from prunekit.errors import UserError
 from prunekit.recipe.addresses import resolve_address
+from prunekit.recipe.toml_lines import read_toml
 from prunekit.store.layout import RECIPE
-
-BIGGEST = 1 << 20
-"""Bytes of the largest recipe that is read; those that prunekit writes have a few thousand."""
 
 ELSEWHERE = ("format", "name", "seed", "report", "compute", "stage")
 """Keys of a recipe that decide no result, or are told otherwise."""
@@ -51,16 +50,10 @@ class Settings:
 
 def read_settings(folder: Path, given: Mapping[str, Any]) -> Settings:
     """The settings of the run in a folder, to which a sweep has `given` values for addresses."""
-    file = folder / RECIPE
-    try:
-        if file.is_file() and file.stat().st_size <= BIGGEST:
-            recipe = tomllib.loads(file.read_text(encoding="utf-8"))
-            if isinstance(recipe.get("stage"), list):
-                return _describe(recipe, given)
-    # Nobody promises that the file is as it was written.
-    except (OSError, ValueError, RecursionError):
-        pass
-    return _describe({}, given)
+    recipe: dict[str, Any] = {}
+    with suppress(UserError):  # nobody promises that the file is as it was written
+        recipe = read_toml(folder / RECIPE)[0]
+    return _describe(recipe if isinstance(recipe.get("stage"), list) else {}, given)
 
 
 def _describe(recipe: Mapping[str, Any], given: Mapping[str, Any]) -> Settings:
