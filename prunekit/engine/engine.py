@@ -37,7 +37,7 @@ from prunekit.report import (
     Stop,
     rehearsing,
 )
-from prunekit.store.files import read_npz
+from prunekit.store.files import read_npz, write_npz
 from prunekit.store.keys import used_version
 from prunekit.store.runs import RunFolder
 from prunekit.store.stages import StageFolder, StageResult, Store
@@ -273,7 +273,7 @@ class Engine:
             raise
         metrics = _finite(outcome.metrics)
         if stage.kind == "evaluate":
-            stored.write_records(outcome.records)
+            write_npz(stored.records, outcome.records)
         else:
             # No stage has pruned what `init` brought pruned.
             sparsity = stage.sparsity or float(outcome.metrics["sparsity"])

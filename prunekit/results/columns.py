@@ -37,18 +37,15 @@ def _inherit(own: Settings, judged: Settings | None) -> Settings:
         return own
     general = dict(judged.general)
     if own.general.get("dataset") != general.get("dataset"):
-        general = {a: v for a, v in general.items() if _first(a) != "dataset"}
+        general = {a: v for a, v in general.items() if a.partition(".")[0] != "dataset"}
     # Of the network, an evaluation says no more than its file.
-    general |= {a: v for a, v in own.general.items() if _first(a) in ("dataset", "threat")}
+    told = own.general.items()
+    general |= {a: v for a, v in told if a.partition(".")[0] in ("dataset", "threat")}
     before = dict.fromkeys(own.judging, len(judged.training))
     others = {address for judging in judged.judging.values() for address in judging}
     swept = {a: v for a, v in judged.swept.items() if a not in others} | dict(own.swept)
     names = {**own.names, **judged.names}
     return Settings(general, own.judging, swept, names, judged.training, before)
-
-
-def _first(address: str) -> str:
-    return address.partition(".")[0]
 
 
 def _shares_objective(settings: Settings) -> bool:

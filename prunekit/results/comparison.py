@@ -134,15 +134,10 @@ def _join(found: Sequence[_Found]) -> _Found:
 
 
 def _make_row(run: RunRecord, stage: StageRecord, settings: Mapping[str, Any]) -> Row:
-    metrics = _read_metrics(stage.metrics)
+    numbers = {k: v for k, v in stage.metrics.items() if isinstance(v, Metric) and math.isfinite(v)}
+    metrics = {name: Value(metric) for name, metric in numbers.items()}
     known = (run.smoke, settings, (run.seed,), metrics, (run.folder,))
     return Row(stage.name, "done", *known, doubtful=find_doubtful([stage]))
-
-
-def _read_metrics(metrics: Mapping[str, Any]) -> dict[str, Value]:
-    """The finite metrics of a stage."""
-    found = {k: v for k, v in metrics.items() if isinstance(v, Metric) and math.isfinite(v)}
-    return {name: Value(metric) for name, metric in found.items()}
 
 
 def _average_seeds(found: Sequence[_Found]) -> list[Row]:

@@ -21,7 +21,6 @@ from prunekit.store.files import (
     read_json,
     seal,
     write_json,
-    write_npz,
 )
 from prunekit.store.layout import MODEL, PROGRESS, RECORDS, RESULT, SCRATCH, STAGE_LOCK
 from prunekit.store.metrics import read_metrics, write_metrics
@@ -104,19 +103,14 @@ class StageFolder:
             names = [n for n, told in content["files"].items() if told != found.get(n)]
             what = names[0] if names else "a file"
             raise UserError(f"{what} is not what was stored")
-        if MODEL in found and told:
-            self._check_header(told)
+        if told and MODEL in found:
+            from prunekit.store.tensors.checkpoint import read_header  # torch takes seconds
+
+            header = read_header(self.model)
+            if wrong := [name for name, value in told.items() if header.get(name) != value]:
+                raise UserError(f"{MODEL} names another {wrong[0]}")
         result = StageResult(**{name: content[name] for name in TYPES})
         return dataclasses.replace(result, metrics=read_metrics(result.metrics))
-
-    def _check_header(self, asked: Mapping[str, Any]) -> None:
-        """Raise `UserError` if the model is one of another stage."""
-        from prunekit.store.tensors.checkpoint import read_header  # torch takes seconds to import
-
-        header = read_header(self.model)
-        for name, value in asked.items():
-            if header.get(name) != value:
-                raise UserError(f"the {name} that {MODEL} names is another")
 
     def _hash(self) -> dict[str, str]:
         """SHA-256 of the files that belong to the result."""
@@ -181,7 +175,3 @@ class StageFolder:
         self.progress.unlink(missing_ok=True)
         shutil.rmtree(self.path / SCRATCH, ignore_errors=True)
         return result
-
-    def write_records(self, records: Mapping[str, Any]) -> None:
-        """Write what evaluators record of each image: arrays by name."""
-        write_npz(self.records, records)
