@@ -44,10 +44,11 @@ if TYPE_CHECKING:
     from prunekit.pruning.learning import copy_plain, effective_parameters, straight_through
     from prunekit.pruning.masks import apply_masks
     from prunekit.pruning.selection import select_masks
+    from prunekit.reading import hash_file
     from prunekit.recipe.values import suggest
     from prunekit.results.metrics import format_metric, format_setting, is_fraction, is_main
-    from prunekit.store.files import read_json, write_json
-    from prunekit.store.keys import hash_file, version_of
+    from prunekit.store.files import read_json, read_kept, write_json
+    from prunekit.store.keys import version_of
     from prunekit.training.masking import LearnedScores
 
 __all__ = [
@@ -97,6 +98,7 @@ __all__ = [
     "normalize_inputs",
     "option",
     "read_json",
+    "read_kept",
     "run",
     "run_sweep",
     "select_masks",
@@ -123,15 +125,16 @@ _HOMES = {
     "prunekit.data.seeds": ("derive_seed",),
     "prunekit.engine.evaluating": ("judge_batches",),
     "prunekit.models.building": ("find_fragile", "normalize_inputs"),
-    "prunekit.store.keys": ("hash_file", "version_of"),
+    "prunekit.store.keys": ("version_of",),
     "prunekit.pruning.budgets": ("count_kept", "share_out", "uniform"),
     "prunekit.pruning.learning": ("copy_plain", "effective_parameters", "straight_through"),
     "prunekit.pruning.masks": ("apply_masks",),
     "prunekit.pruning.selection": ("select_masks",),
     "prunekit.training.masking": ("LearnedScores",),
+    "prunekit.reading": ("hash_file",),
     "prunekit.recipe.values": ("suggest",),
     "prunekit.results.metrics": ("format_metric", "format_setting", "is_fraction", "is_main"),
-    "prunekit.store.files": ("read_json", "write_json"),
+    "prunekit.store.files": ("read_json", "read_kept", "write_json"),
 }
 """Module -> what is imported from it when it is first used, since torch takes seconds to import."""
 

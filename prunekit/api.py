@@ -282,7 +282,8 @@ def _execute(
                 root,
                 force=force,
                 resume="the same call",
-                anew="force=True",
+                elsewhere="choose another folder with out=...",
+                anew="move it aside with force=True",
                 tell=LOG.warning,
             )
     except Interrupted:

@@ -7,6 +7,7 @@ is Unicode, tables are at most `DEEPEST` levels deep.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -79,6 +80,12 @@ def read_bytes(path: Path, largest: int) -> bytes:
     if len(content) > largest:
         raise _too_large(path, largest)
     return content
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file's content."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _too_large(path: Path, largest: float) -> UserError:

@@ -207,18 +207,27 @@ def read(call):
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory):
+def finish(tmp_path_factory):
+    def finish(recipe):
+        """(a folder with the recipe r.toml, which was run there, what that printed)."""
+        folder = tmp_path_factory.mktemp("finished")
+        (folder / "r.toml").write_text(recipe)
+        old = os.getcwd()
+        os.chdir(folder)
+        try:
+            done = CliRunner().invoke(main, ["run", "r.toml", "--device", "cpu"])
+        finally:
+            os.chdir(old)
+        assert done.exit_code == 0, done.output
+        return folder, done
+
+    return finish
+
+
+@pytest.fixture(scope="session")
+def finished(finish):
     """A folder with r.toml run into runs/tiny."""
-    folder = tmp_path_factory.mktemp("finished")
-    (folder / "r.toml").write_text(RECIPE)
-    old = os.getcwd()
-    os.chdir(folder)
-    try:
-        done = CliRunner().invoke(main, ["run", "r.toml", "--device", "cpu"])
-    finally:
-        os.chdir(old)
-    assert done.exit_code == 0, done.output
-    return folder, done
+    return finish(RECIPE)
 
 
 @pytest.fixture

@@ -57,7 +57,7 @@ def test_no_chain_of_folders_is_longer_than_ten():
 
 
 def test_a_folder_starts_with_one_sentence_and_imports_nothing():
-    for file in CORE.glob("*/__init__.py"):
+    for file in CORE.glob("*/**/__init__.py"):
         (sentence,) = ast.parse(file.read_text()).body
         assert isinstance(sentence, ast.Expr), file
 

@@ -153,11 +153,15 @@ def test_every_plugin_has_a_test_file():
 def test_tests_stand_where_what_they_test_stands():
     folders = {p.parent.name for p in (ROOT / "prunekit").glob("*/__init__.py")}
     assert folders <= {p.name for p in (ROOT / "tests").iterdir() if p.is_dir()}
-    strays = [
-        file.relative_to(ROOT).as_posix()
+    tests = [
+        file.relative_to(ROOT / "tests")
         for folder in folders
         for file in (ROOT / "tests" / folder).rglob("test_*.py")
-        if not (ROOT / "prunekit" / folder / file.name.removeprefix("test_")).exists()
+    ]
+    strays = [
+        file.as_posix()
+        for file in tests
+        if not (ROOT / "prunekit" / file.with_name(file.name.removeprefix("test_"))).exists()
     ]
     assert strays == [], "a file of tests is called after the module of prunekit/ that it tests"
 

@@ -11,7 +11,14 @@ import numpy as np
 import pytest
 
 from prunekit.errors import UserError
-from prunekit.reading import ObjectArrayError, check_file, parse_json, read_arrays, read_bytes
+from prunekit.reading import (
+    ObjectArrayError,
+    check_file,
+    hash_file,
+    parse_json,
+    read_arrays,
+    read_bytes,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -127,7 +134,7 @@ def test_other_archives_are_refused(here):
 
 
 def test_a_header_that_lies_about_its_types_is_named(here):
-    from prunekit.store.checkpoint import read_checkpoint
+    from prunekit.store.tensors.checkpoint import read_checkpoint
 
     def write(header):
         table = {"__metadata__": {"prunekit": json.dumps(header)}}
@@ -151,3 +158,9 @@ def test_a_header_that_lies_about_its_types_is_named(here):
             read_checkpoint(here / "m.safetensors")
         assert str(caught.value).startswith("m.safetensors is damaged: its header")
         assert message in str(caught.value)
+
+
+def test_a_file_is_hashed_by_what_it_holds(here):
+    (here / "a").write_bytes(b"abc")
+    known = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # of FIPS 180
+    assert hash_file(here / "a") == known

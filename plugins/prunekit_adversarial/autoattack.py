@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from prunekit import read_json, write_json
+from prunekit import read_kept, write_json
 from prunekit.contexts import EvaluatorContext
 from prunekit.contracts import Metric, Result, Threat
 from prunekit.errors import UserError
@@ -91,8 +92,8 @@ class Evaluation:
         flat: list[bool] = []
         doubts: dict[str, str] = {}
         begun: list[list[str]] = []
-        if kept is not None and kept.exists():
-            fooled, flat, doubts, *begun = read_json(kept)
+        if kept and (known := read_kept(kept, _check_kept)):
+            fooled, flat, doubts, *begun = known
 
         def keep(*begun: list[str]) -> None:
             if kept is not None:
@@ -192,7 +193,7 @@ class Evaluation:
             flat = correct & is_flat(gradient, outputs, y, self.threat.eps)
         found = np.where(correct.cpu().numpy(), ROBUST, MISCLASSIFIED).astype(object)
         done: list[str] = []
-        if begun:
+        if begun and len(begun[0]) == len(x):
             found, done = np.array(begun[0], dtype=object), begun[1]
         suite = make_suite(self.threat, self.options, logits, x.device, classes, self.random)
         for name in chosen[len(done) :]:
@@ -261,6 +262,21 @@ class Evaluation:
             )
         for text in texts:
             warnings.warn(f"autoattack: {text}", stacklevel=3)
+
+
+def _check_kept(kept: Any) -> Any:
+    """What was kept; raises `ValueError` unless it has the types that it was kept with."""
+    fooled, flat, doubts, *begun = kept
+    texts = [fooled, list(doubts), list(doubts.values()), *begun]
+    if not (
+        len(fooled) == len(flat)
+        and len(begun) in (0, 2)
+        and all(isinstance(part, list) for part in (flat, *texts))
+        and all(type(value) is bool for value in flat)
+        and all(isinstance(text, str) for part in texts for text in part)
+    ):
+        raise ValueError("it holds something else than names of attacks")
+    return kept
 
 
 def build_autoattack(options: AutoAttackOptions, context: EvaluatorContext) -> Evaluation:

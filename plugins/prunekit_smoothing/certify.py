@@ -5,14 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from math import ceil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from prunekit import read_json, write_json
+from prunekit import read_kept, write_json
 from prunekit.contexts import EvaluatorContext
 from prunekit.contracts import Metric, Result
 from prunekit.evaluation import proportion
@@ -56,19 +58,34 @@ class Keeper:
     file: Path | None
     saved: float = field(default_factory=time.monotonic)
 
-    def read(self) -> Work:
-        """The saved work, or new work if there is none."""
-        if self.file is None or not self.file.exists():
-            return Work()
-        kept = read_json(self.file)
-        done, group = ([Tally(**tally) for tally in kept[key]] for key in ("done", "group"))
-        return Work(done, group, kept["look"])
+    def read(self, looks: Sequence[int]) -> Work:
+        """The saved work, or new work if there is none; it samples up to these `looks`."""
+        known = self.file and read_kept(self.file, partial(_make_work, looks=looks))
+        return known or Work()
 
     def save(self, work: Work) -> None:
         """Save the work, if the last time is at least `SAVE_SECONDS` ago."""
         if self.file is not None and time.monotonic() - self.saved >= SAVE_SECONDS:
             write_json(self.file, asdict(work))
             self.saved = time.monotonic()
+
+
+def _make_work(kept: Any, looks: Sequence[int]) -> Work:
+    """What `Keeper.save` wrote; raises if it is anything else."""
+    done, group = ([Tally(**tally) for tally in kept[key]] for key in ("done", "group"))
+    look = kept["look"]
+    for tally in (*done, *group):
+        numbers = (tally.prediction, tally.hits, tally.samples, look)
+        if not (
+            all(type(number) is int and number >= 0 for number in numbers)
+            and tally.hits <= tally.samples <= looks[-1]
+            and look < len(looks)
+            and type(tally.lower) is float
+            and 0 <= tally.lower <= 1
+            and type(tally.decided) is bool
+        ):
+            raise ValueError(f"no counts of an image: {tally}, look {look}")
+    return Work(done, group, look)
 
 
 @dataclass(frozen=True)
@@ -116,7 +133,7 @@ class Certify:
     @torch.no_grad()
     def __call__(self, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Result:
         keeper = Keeper(self.scratch / "certify.json" if self.scratch else None)
-        work, seen = keeper.read(), 0
+        work, seen = keeper.read(self.looks), 0
         labels: list[Tensor] = []
         precision = ""
         for x, y in batches:

@@ -37,11 +37,11 @@ from prunekit.report import (
     Stop,
     rehearsing,
 )
-from prunekit.store.checkpoint import write_model
-from prunekit.store.files import read_npz
+from prunekit.store.files import read_npz, write_npz
 from prunekit.store.keys import used_version
 from prunekit.store.runs import RunFolder
 from prunekit.store.stages import StageFolder, StageResult, Store
+from prunekit.store.tensors.checkpoint import write_model
 from prunekit.training.compute import Compute
 from prunekit.training.progress import tell_epoch
 
@@ -163,7 +163,9 @@ class Engine:
 
     def _train(self, stage: Stage, key: str, at: Place) -> tuple[StageResult, bool, StageFolder]:
         """(result, whether it was stored, where it is stored) of a stage that makes a network."""
-        with self._open(stage, key, describe_stage(stage)) as (stored, known):
+        asked = {"stage": describe_stage(stage), "seed": at.run.seed}
+        asked |= {"shape": at.loaded.data.shape, "classes": at.loaded.data.classes}
+        with self._open(stage, key, asked) as (stored, known):
             if reused := known is not None:
                 result = known
                 self.report(StageStarted(stage.name, stage.kind, key, stage.epochs, stored=True))
@@ -214,9 +216,9 @@ class Engine:
 
     @contextmanager
     def _open(
-        self, stage: Stage, key: str, description: Mapping[str, Any] | None = None
+        self, stage: Stage, key: str, asked: Mapping[str, Any] | None = None
     ) -> Iterator[tuple[StageFolder, StageResult | None]]:
-        """The locked folder of a result, and the result if it is stored.
+        """The locked folder of a result, and the result if it is stored and what is asked for.
 
         Raises `RunError` if it failed before in this plan.
         """
@@ -225,7 +227,7 @@ class Engine:
         told = f"stage {stage.name!r} is being computed by another process; waiting for it"
         with self.store.locked(key, partial(self._note, told), self.stop) as stored:
             warn = partial(self._note, warning=True)
-            yield stored, stored.repair(warn, description)
+            yield stored, stored.repair(warn, asked)
 
     def _write(self, file: Path, at: Place, told: Mapping[str, Any]) -> None:
         """Write the network as it is now, with what is `told` of it."""
@@ -271,7 +273,7 @@ class Engine:
             raise
         metrics = _finite(outcome.metrics)
         if stage.kind == "evaluate":
-            stored.write_records(outcome.records)
+            write_npz(stored.records, outcome.records)
         else:
             # No stage has pruned what `init` brought pruned.
             sparsity = stage.sparsity or float(outcome.metrics["sparsity"])

@@ -155,9 +155,15 @@ def evaluate_network(
     folder = network.evaluations / f"{plan.runs[0].stages[0].name}-{digest(plan)[:8]}"
     refuse_link(network.evaluations)
     refuse_link(folder)
-    anew = f"delete {relative(folder)}"
     folders = run_plan(
-        plan, folder, store or network.store, force=False, resume=resume, anew=anew, tell=tell
+        plan,
+        folder,
+        store or network.store,
+        force=False,
+        resume=resume,
+        elsewhere="results stand beside the network: copy it to a folder of yours, and judge that",
+        anew=f"delete {relative(folder)}",
+        tell=tell,
     )
     if folders is None:
         for note in plan.notes:

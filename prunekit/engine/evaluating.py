@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from prunekit.contexts import EvaluatorContext
 from prunekit.contracts import Evaluator, Metric, Result
 from prunekit.data import seeds
 from prunekit.data.batches import eval_batches
+from prunekit.engine.watched import recall
 from prunekit.engine.work import Loaded, Outcome, Work, describe_masks
 from prunekit.errors import RunError
 from prunekit.evaluation import Standing, balanced_proportion, eval_mode, frozen, is_unbalanced
@@ -27,7 +29,7 @@ from prunekit.pruning.masks import State, describe_counts, find_broken
 from prunekit.recipe.plan import Run
 from prunekit.recipe.stages import Stage
 from prunekit.report import Progress, StageStarted
-from prunekit.store.files import read_json, read_npz, write_json, write_npz
+from prunekit.store.files import read_kept, write_npz
 from prunekit.store.stages import StageFolder
 
 
@@ -69,6 +71,7 @@ def judge(state: State, stage: Stage, use: Use[Evaluator], work: Work) -> Outcom
             warnings.catch_warnings(record=True) as caught,
         ):
             warnings.simplefilter("always")
+            recall(watch, work.folder)
             result = evaluator(model, _watched(work, stage, use.name, index, seed, watch))
     finally:
         moved = standing.moved()
@@ -193,13 +196,19 @@ def judge_batches(
     found: list[Mapping[str, np.ndarray]] = []
     for number, (x, y) in enumerate(batches):
         file = scratch / f"batch-{number}.npz" if scratch else None
-        if file is not None and file.exists():
-            found.append(read_npz(file))
-            continue
-        found.append(judge(x, y))
-        if file is not None:
-            write_npz(file, found[-1])
+        part = read_kept(file, partial(_check_part, n=len(y))) if file is not None else None
+        if part is None:
+            part = judge(x, y)
+            if file is not None:
+                write_npz(file, part)
+        found.append(part)
     return {name: np.concatenate([part[name] for part in found]) for name in found[0]}
+
+
+def _check_part(part: Mapping[str, np.ndarray], n: int) -> Mapping[str, np.ndarray]:
+    if not part or any(len(values) != n for values in part.values()):
+        raise ValueError(f"it is not of {n} images")
+    return part
 
 
 def _choose_images(stage: Stage, run: Run, loaded: Loaded) -> Tensor:
@@ -216,16 +225,6 @@ def _choose_images(stage: Stage, run: Run, loaded: Loaded) -> Tensor:
 def _watched(
     work: Work, stage: Stage, name: str, index: Tensor, seed: tuple[int | str, ...], watch: Watch
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    kept = work.folder.scratch() / "not-finite.json"
-    if kept.exists():
-        unreal, nowhere, watch.outputs, watch.real = read_json(kept)
-        watch.unreal, watch.nowhere = set(unreal), set(nowhere)
-
-    def keep() -> None:
-        seen = [sorted(watch.unreal), sorted(watch.nowhere), watch.outputs, watch.real]
-        write_json(kept, seen)
-
-    watch.keep = keep  # at once: what an evaluator has stored is not shown to the network again
     size = work.run.data.batch_size
     total = -(-len(index) // size)
     batches = eval_batches(work.loaded.data.test, size, work.device, index)

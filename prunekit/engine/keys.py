@@ -13,10 +13,11 @@ import torch
 from prunekit.catalog.component import Use
 from prunekit.catalog.containment import ask
 from prunekit.engine.work import Loaded
+from prunekit.reading import hash_file
 from prunekit.recipe.describing import describe
 from prunekit.recipe.plan import Run
 from prunekit.recipe.stages import Stage, uses_in
-from prunekit.store.keys import hash_file, hash_stage, version_of
+from prunekit.store.keys import hash_stage, version_of
 from prunekit.training.compute import Compute
 
 

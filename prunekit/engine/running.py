@@ -17,8 +17,8 @@ from prunekit.engine.work import Inputs
 from prunekit.errors import Interrupted, PluginError, UserError, explain_briefly
 from prunekit.recipe.plan import Plan
 from prunekit.report import Closing, Event, Note, Report, Reporter, RunStarted, Stop, Tell
-from prunekit.store.files import relative_link, set_aside
-from prunekit.store.runs import OutFolder, RunFolder
+from prunekit.store.files import OTHER_FOLDER, relative_link, set_aside
+from prunekit.store.runs import ANEW, OutFolder, RunFolder
 from prunekit.store.stages import Store
 from prunekit.training.compute import Compute, open_compute
 
@@ -30,18 +30,19 @@ def run_plan(
     *,
     force: bool,
     resume: str,
-    anew: str = "--force",
+    elsewhere: str = OTHER_FOLDER,
+    anew: str = ANEW,
     tell: Tell,
     stop: Stop | None = None,
 ) -> list[RunFolder] | None:
     """Run a plan into a folder; None if its results are there already.
 
-    `tell` gets messages that are not events: how to `resume` after `Interrupted`, or how to compute
-    `anew` what was made with other sources.
+    `tell` gets messages that are not events: how to `resume` after `Interrupted`, or to compute
+    `anew` what was made with other sources. Errors say how to write `elsewhere`.
     """
     plan.permit()
     compute = open_compute(plan.compute.device, plan.compute.threads)
-    folder = OutFolder(out, plan)
+    folder = OutFolder(out, plan, elsewhere, anew)
     known = folder.prepare(tell, force=force)
     changed = folder.find_changed(done=known is not None)
     if known is not None and not changed and _is_current(plan, known, compute, anew, tell):

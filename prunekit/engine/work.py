@@ -27,16 +27,16 @@ from prunekit.pruning.masks import (
     measure_sparsity,
     take_zeros,
 )
+from prunekit.reading import hash_file
 from prunekit.recipe import reduction
 from prunekit.recipe.describing import describe
 from prunekit.recipe.plan import Run
 from prunekit.recipe.sections import DataOptions
 from prunekit.recipe.stages import Stage
 from prunekit.report import Note, Report, Stop
-from prunekit.store.checkpoint import read_model
-from prunekit.store.keys import hash_file
 from prunekit.store.stages import StageFolder
-from prunekit.store.weights import start_from
+from prunekit.store.tensors.checkpoint import read_model
+from prunekit.store.tensors.weights import start_from
 from prunekit.training.compute import Compute
 
 

@@ -16,7 +16,7 @@ from prunekit.evaluation import Standing, eval_mode, own_generators
 from prunekit.judging import find_answer
 from prunekit.pruning.layers import find_prunable
 from prunekit.pruning.masks import find_broken
-from prunekit.store.checkpoint import find_misfit
+from prunekit.store.tensors.checkpoint import find_misfit
 
 
 def copy_network(model: nn.Module, owner: str) -> nn.Module:

@@ -12,9 +12,9 @@ import torch
 from prunekit.errors import UserError, relative
 from prunekit.models.importing import count_imported, find_keep_ratio
 from prunekit.models.stored import find_architecture, load_network
-from prunekit.store.checkpoint import read_checkpoint, read_masks
 from prunekit.store.files import make_folder, write_bytes
 from prunekit.store.networks import read_network
+from prunekit.store.tensors.checkpoint import read_checkpoint, read_masks
 
 HYDRA_NAMES = {
     "cifar-small": "cifar_model",

@@ -28,17 +28,17 @@ from prunekit.pruning.masks import (
     find_zeros,
     hash_masks,
 )
+from prunekit.reading import hash_file
 from prunekit.recipe.document import Recipe, locate_options, override
 from prunekit.recipe.plan import make_plan
 from prunekit.recipe.stages import Stage
 from prunekit.report import Tell
-from prunekit.store.checkpoint import load_weights, write_model
 from prunekit.store.files import make_folder, write_text
-from prunekit.store.keys import hash_file
 from prunekit.store.layout import MODEL, RECIPE
 from prunekit.store.runs import RunFolder
 from prunekit.store.stages import StageResult
-from prunekit.store.weights import SCORES, find_weights
+from prunekit.store.tensors.checkpoint import load_weights, write_model
+from prunekit.store.tensors.weights import SCORES, find_weights
 
 Tensors = dict[str, Tensor]
 

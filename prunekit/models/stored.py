@@ -17,8 +17,8 @@ from prunekit.errors import Place, RecipeError, UserError, explain_briefly, rela
 from prunekit.models.contract import check_state_dict, check_tensors, copy_network
 from prunekit.recipe.resolver import Resolver
 from prunekit.recipe.sections import ArchitectureOptions
-from prunekit.store.checkpoint import read_model
 from prunekit.store.networks import Network
+from prunekit.store.tensors.checkpoint import read_model
 
 
 def load_network(

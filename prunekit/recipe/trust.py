@@ -13,6 +13,7 @@ from typing import Any
 from prunekit.catalog.component import Use
 from prunekit.catalog.containment import ask
 from prunekit.errors import UserError
+from prunekit.reading import hash_file
 from prunekit.recipe.describing import describe
 
 
@@ -52,10 +53,7 @@ def _identify(use: Use[Any]) -> str:
 
 
 def _hash(file: Path) -> str:
-    if not file.is_file():  # a pipe or a device may have no end
-        return ""
-    with open(file, "rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
+    return hash_file(file) if file.is_file() else ""  # a pipe or a device may have no end
 
 
 def _file() -> Path:

@@ -12,11 +12,11 @@ from typing import Any
 
 from prunekit.contracts import Metric
 from prunekit.errors import UserError
+from prunekit.results.columns import find_columns, freeze, gather_settings
 from prunekit.results.comparison import find_doubtful
 from prunekit.results.metrics import format_metric, format_setting
-from prunekit.results.settings import describe, find_columns, freeze
+from prunekit.results.settings import Settings
 from prunekit.store.records import RunRecord
-from prunekit.store.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def choose(
     Raises `UserError` if no run has an address, if no value can be ranked, if a run is not done, or
     if the values were tried with different seeds, over which means cannot be compared.
     """
-    told = describe(runs)
+    told = gather_settings(runs)
     columns = {*find_columns(runs, told), *(name for one in told for name in one.swept)}
     for address in addresses:
         if not any(_look_up(settings, address)[0] for settings in told):

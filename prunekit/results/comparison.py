@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from prunekit.contracts import Metric
-from prunekit.results.settings import describe, find_columns, find_plan, freeze
+from prunekit.results.columns import find_columns, find_plan, freeze, gather_settings
 from prunekit.store.metrics import split_metric
 from prunekit.store.records import RunRecord, StageRecord
 
@@ -63,7 +63,7 @@ def compare(runs: Sequence[RunRecord]) -> list[Row]:
     is one more for every run that is not done or evaluated nothing. Where no setting tells two
     rows apart, the folder does.
     """
-    told = describe(runs)
+    told = gather_settings(runs)
     columns = find_columns(runs, told)
     shared: dict[tuple[str, ...], list[_Found]] = {}
     unfinished: list[_Found] = []
@@ -134,15 +134,10 @@ def _join(found: Sequence[_Found]) -> _Found:
 
 
 def _make_row(run: RunRecord, stage: StageRecord, settings: Mapping[str, Any]) -> Row:
-    metrics = _read_metrics(stage.metrics)
+    numbers = {k: v for k, v in stage.metrics.items() if isinstance(v, Metric) and math.isfinite(v)}
+    metrics = {name: Value(metric) for name, metric in numbers.items()}
     known = (run.smoke, settings, (run.seed,), metrics, (run.folder,))
     return Row(stage.name, "done", *known, doubtful=find_doubtful([stage]))
-
-
-def _read_metrics(metrics: Mapping[str, Any]) -> dict[str, Value]:
-    """The finite metrics of a stage."""
-    found = {k: v for k, v in metrics.items() if isinstance(v, Metric) and math.isfinite(v)}
-    return {name: Value(metric) for name, metric in found.items()}
 
 
 def _average_seeds(found: Sequence[_Found]) -> list[Row]:

@@ -88,15 +88,11 @@ def _read_radii(file: Path, stage: str) -> Iterator[tuple[str, np.ndarray]]:
         owner, _, what = key.rpartition(".")
         correct = records.get(f"{owner}.correct")
         if what == "radius" and owner.startswith(f"{stage}/") and correct is not None:
-            if not (radius.ndim == 1 and radius.size and radius.shape == correct.shape) or not (
-                _finite(radius, correct)
-            ):
+            listed = radius.ndim == 1 and radius.size and radius.shape == correct.shape
+            numbers = all(values.dtype.kind in "buif" for values in (radius, correct))
+            if not (listed and numbers and np.isfinite([radius, correct]).all()):
                 raise UserError(f"{relative(file)} is damaged: {key} is no list of radii")
             yield owner.removeprefix(f"{stage}/"), np.stack([radius, correct.astype(bool)])
-
-
-def _finite(*numbers: np.ndarray) -> bool:
-    return all(n.dtype.kind in "buif" and bool(np.isfinite(n).all()) for n in numbers)
 
 
 def draw(curves: Sequence[Curve], file: Path) -> None:

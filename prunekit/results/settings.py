@@ -1,164 +1,121 @@
-"""What tells runs apart: the settings in which they differ."""
+"""What a run was made with, read from the resolved recipe in its folder: address -> value."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from prunekit.store.layout import EVALUATIONS, PLAN
-from prunekit.store.records import RunRecord
-from prunekit.store.settings import Settings, read_settings
+from prunekit.errors import UserError
+from prunekit.recipe.addresses import resolve_address
+from prunekit.recipe.toml_lines import read_toml
+from prunekit.store.layout import RECIPE
 
-
-def freeze(value: Any) -> str:
-    """The value as text that is the same for equal values; `json.loads` undoes it."""
-    return json.dumps(value, sort_keys=True, default=str)
-
-
-def describe(runs: Sequence[RunRecord]) -> list[Settings]:
-    """The settings of each run; an evaluation has those of the run whose network it judged."""
-    own = {run.folder: read_settings(run.folder, run.settings) for run in runs}
-    found = [_inherit(own[run.folder], own.get(_find_judged(run))) for run in runs]
-    shared = all(map(_shares_objective, found))
-    return [_lift(settings) if shared else settings for settings in found]
-
-
-def _find_judged(run: RunRecord) -> Path:
-    """The folder of the run that an evaluation belongs to; of any other run, none that exists."""
-    inside = run.folder.parent.name == EVALUATIONS
-    return run.folder.parent.parent if inside else run.folder / EVALUATIONS
-
-
-def _inherit(own: Settings, judged: Settings | None) -> Settings:
-    if judged is None:
-        return own
-    general = dict(judged.general)
-    if own.general.get("dataset") != general.get("dataset"):
-        general = {a: v for a, v in general.items() if _first(a) != "dataset"}
-    # Of the network, an evaluation says no more than its file.
-    general |= {a: v for a, v in own.general.items() if _first(a) in ("dataset", "threat")}
-    before = dict.fromkeys(own.judging, len(judged.training))
-    others = {address for judging in judged.judging.values() for address in judging}
-    swept = {a: v for a, v in judged.swept.items() if a not in others} | dict(own.swept)
-    names = {**own.names, **judged.names}
-    return Settings(general, own.judging, swept, names, judged.training, before)
-
-
-def _first(address: str) -> str:
-    return address.partition(".")[0]
-
-
-def _shares_objective(settings: Settings) -> bool:
-    """Whether all training stages that have an objective have the same."""
-    by_stage: dict[str, dict[str, Any]] = {}
-    for address, value in settings.general.items():
-        stage, _, rest = address.partition(".")
-        if stage in settings.training and (rest + ".").startswith("objective."):
-            by_stage.setdefault(stage, {})[rest] = value
-    return len(set(map(freeze, by_stage.values()))) <= 1
-
-
-def _lift(settings: Settings) -> Settings:
-    """Settings with the objective that all stages share at one address."""
-
-    def rename(address: str) -> str:
-        stage, _, rest = address.partition(".")
-        lifts = stage in settings.training and (rest + ".").startswith("objective.")
-        return rest if lifts else address
-
-    return replace(
-        settings,
-        general={rename(address): value for address, value in settings.general.items()},
-        swept={rename(address): value for address, value in settings.swept.items()},
-        names={written: rename(address) for written, address in settings.names.items()},
-    )
-
-
-def find_plan(run: RunRecord) -> Path:
-    """The folder of the plan that a run is of: for a run of a sweep, that around its own."""
-    swept = (run.folder.parent / PLAN).is_file() and not (run.folder / PLAN).is_file()
-    return run.folder.parent if swept else run.folder
-
-
-def find_columns(runs: Sequence[RunRecord], told: Sequence[Settings]) -> list[str]:
-    """The addresses in which runs differ, "name" first, then those that a sweep gives.
-
-    What only follows from another difference is left out: a one-shot pruner has no epochs, another
-    optimizer has another default rate in every run of a sweep. The columns still determine all
-    settings.
-    """
-    seen = list(_observe(runs, told))
-    swept = dict.fromkeys(("name", *(address for settings in told for address in settings.swept)))
-    others = (address for one in seen for address in one.values)
-    columns: list[str] = []
-    rest: list[str] = []
-    for address in dict.fromkeys((*swept, *others)):
-        by_stage: dict[str, set[str | None]] = {}
-        for one in seen:
-            by_stage.setdefault(one.stage, set()).add(one.values.get(address))
-        differ = any(len(found - {None}) > 1 for found in by_stage.values())
-        lacking = any(len(found) > 1 for found in by_stage.values())
-        # An evaluator that only some runs have is seen from its metrics.
-        evaluators = {None, freeze(address)}
-        if differ and (address in swept or not _follows(address, seen)):
-            columns.append(address)
-        elif differ or (lacking and not any(found == evaluators for found in by_stage.values())):
-            if not differ and (owner := _find_owner(address, seen)):
-                rest += [address] * (not _is_told(address, [owner], seen))
-            else:
-                (columns if address in swept else rest).append(address)
-    for address in rest:
-        if not _is_told(address, columns, seen):
-            columns.append(address)
-    return columns
+ELSEWHERE = ("format", "name", "seed", "report", "compute", "stage")
+"""Keys of a recipe that decide no result, or are told otherwise."""
 
 
 @dataclass(frozen=True)
-class _Seen:
-    """The frozen settings of a run, or of one of its evaluate stages."""
+class Settings:
+    """The settings of a run by their addresses, defaults included, but not its seed.
 
-    plan: Path
-    stage: str
-    values: Mapping[str, str]
+    `general` are those of its data, network, threat and training stages, and `judging` those of
+    each evaluate stage, such as "pgd.steps" and "evaluate.images". `swept` are those that a sweep,
+    or `prunekit eval`, gave to this run, and all that is known where there is no recipe.
+    """
 
+    general: Mapping[str, Any] = field(default_factory=dict)
+    judging: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    swept: Mapping[str, Any] = field(default_factory=dict)
+    names: Mapping[str, str] = field(default_factory=dict)
+    """Address as a sweep wrote it -> as it stands here."""
+    training: tuple[str, ...] = ()
+    """The names of the training stages."""
+    before: Mapping[str, int] = field(default_factory=dict)
+    """Evaluate stage -> how many training stages are before it: its result depends on no others."""
 
-def _observe(runs: Sequence[RunRecord], told: Sequence[Settings]) -> Iterator[_Seen]:
-    for run, settings in zip(runs, told, strict=True):
-        plan = find_plan(run)
-        general = {"name": run.name, **settings.swept, **settings.general}
-        frozen = {address: freeze(value) for address, value in general.items()}
-        yield _Seen(plan, "", frozen)
-        for stage, judging in settings.judging.items():
-            own = {address: freeze(value) for address, value in judging.items()}
-            yield _Seen(plan, stage, {**frozen, **own})
-
-
-def _follows(address: str, seen: Sequence[_Seen]) -> bool:
-    """Whether values differ within a sweep, which then brings the difference about."""
-    by_plan: dict[tuple[str, Path], set[str]] = {}
-    for one in seen:
-        if address in one.values:
-            by_plan.setdefault((one.stage, one.plan), set()).add(one.values[address])
-    return any(len(found) > 1 for found in by_plan.values())
-
-
-def _find_owner(address: str, seen: Sequence[_Seen]) -> str:
-    """The component that an address is an option of; "" if it is of none."""
-    owner = address.rpartition(".")[0]
-    while owner and not any(owner in one.values for one in seen):
-        owner = owner.rpartition(".")[0]
-    return owner
+    def of(self, stage: str) -> dict[str, Any]:
+        """The settings that bear on the result of an evaluate stage; all, if it is unknown."""
+        last = self.before.get(stage, len(self.training))
+        later = self.training[last:]
+        others = {a for own in self.judging.values() for a in own} if stage in self.before else ()
+        every = {**{a: v for a, v in self.swept.items() if a not in others}, **self.general}
+        bears = {a: v for a, v in every.items() if a.partition(".")[0] not in later}
+        if stage in self.before and not last:
+            bears = {a: v for a, v in bears.items() if a.partition(".")[0] != "objective"}
+        return {**bears, **self.judging.get(stage, {})}
 
 
-def _is_told(address: str, columns: Sequence[str], seen: Sequence[_Seen]) -> bool:
-    """Whether the columns determine the value at an address."""
-    known: dict[tuple[str | None, ...], str | None] = {}
-    for one in seen:
-        key = (one.stage, *map(one.values.get, columns))
-        value = one.values.get(address)
-        if known.setdefault(key, value) != value:
-            return False
-    return True
+def read_settings(folder: Path, given: Mapping[str, Any]) -> Settings:
+    """The settings of the run in a folder, to which a sweep has `given` values for addresses."""
+    recipe: dict[str, Any] = {}
+    with suppress(UserError):  # nobody promises that the file is as it was written
+        recipe = read_toml(folder / RECIPE)[0]
+    return _describe(recipe if isinstance(recipe.get("stage"), list) else {}, given)
+
+
+def _describe(recipe: Mapping[str, Any], given: Mapping[str, Any]) -> Settings:
+    general: dict[str, Any] = {}
+    judging: dict[str, dict[str, Any]] = {}
+    training: list[str] = []
+    before: dict[str, int] = {}
+    for key, value in recipe.items():
+        if key not in ELSEWHERE:
+            general |= _flatten(value, key)
+    for stage in recipe.get("stage", ()):
+        if not isinstance(stage, dict):
+            continue
+        name = str(stage.get("name", stage.get("kind")))
+        table = {key: value for key, value in stage.items() if key not in ("kind", "name", "with")}
+        if stage.get("kind") == "evaluate":
+            judging[name] = dict(_flatten(table, "evaluate"))
+            judging[name] |= _flatten(stage.get("with"), "")
+            before[name] = len(training)
+        else:
+            training.append(name)
+            general |= _flatten(table, name)
+    names = {a: _name(recipe, a) for a in given if a.partition(".")[0] not in ELSEWHERE}
+    swept: dict[str, Any] = {}
+    for address, name in names.items():
+        swept |= _flatten(given[address], name)
+    return Settings(general, judging, swept, names, tuple(training), before)
+
+
+def _flatten(value: Any, address: str) -> Iterator[tuple[str, Any]]:
+    """(address, value) of all that is in a table; a component has the address of its options."""
+    if isinstance(value, dict):
+        if "use" in value:
+            yield address, value["use"]
+        for key, inner in value.items():
+            if key != "use":
+                yield from _flatten(inner, f"{address}.{key}")
+    elif isinstance(value, list) and all(isinstance(i, dict) and "use" in i for i in value):
+        for item in value:
+            name = str(item.get("name", item["use"])).rpartition(":")[2]
+            table = {key: inner for key, inner in item.items() if key != "name"}
+            yield from _flatten(table, f"{address}.{name}".removeprefix("."))
+    else:
+        yield address, value
+
+
+def _name(recipe: Mapping[str, Any], address: str) -> str:
+    """The address under which `_flatten` has what a sweep may call by several."""
+    path = resolve_address(recipe, address) if recipe else address
+    if isinstance(path, str):
+        return address.removesuffix(".use")
+    here: Any = recipe
+    words: list[str] = []
+    for key in path:
+        inside = isinstance(here, list)
+        here = here[key] if inside or (isinstance(here, dict) and key in here) else None
+        if inside and isinstance(here, dict):
+            key = str(here.get("name", here.get("use", here.get("kind")))).rpartition(":")[2]
+        words.append(str(key))
+    if path[0] != "stage":
+        return ".".join(words)
+    judges = recipe["stage"][path[1]].get("kind") == "evaluate"
+    if judges and len(words) > 3 and words[2] == "with":
+        return ".".join(words[3:])
+    return ".".join(["evaluate", *words[2:]] if judges else words[1:])

@@ -11,13 +11,16 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from prunekit.errors import RunError, UserError, relative
+from prunekit.errors import RunError, UserError, explain_briefly, relative
 from prunekit.reading import LARGEST_JSON, parse_json, read_arrays, read_bytes
+
+T = TypeVar("T")
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -76,6 +79,24 @@ def read_json(path: Path, advice: str = "remove it") -> Any:
         raise UserError(f"{relative(path)} cannot be read ({error}); {advice}") from None
     except UserError as error:
         raise UserError(f"{error}; {advice}") from None
+
+
+def read_kept(path: Path, make: Callable[[Any], T]) -> T | None:
+    """What `make` makes of a file of intermediate results: of JSON, or the arrays of an `.npz`.
+
+    None if there is none, and, with a warning, if it is damaged or `make` raises: what was kept
+    has to be computed again then.
+    """
+    if not path.exists():
+        return None
+    try:
+        if path.suffix == ".npz":
+            return make(read_arrays(path))
+        return make(parse_json(read_bytes(path, LARGEST_JSON)))
+    except Exception as error:  # `make` may raise anything, given garbage
+        reason = f"{path.name} is damaged ({explain_briefly(error)})"
+        warnings.warn(f"{reason}: what was kept there is computed again", stacklevel=2)
+        return None
 
 
 def copy(source: Path, target: Path) -> None:
@@ -159,11 +180,15 @@ def _replacing(path: Path) -> Iterator[Path]:
                 part.unlink()
 
 
-def make_inner(path: Path, option: str = "--out") -> None:
+OTHER_FOLDER = "choose another folder with --out"
+OTHER_STORE = "choose another folder with --store"
+
+
+def make_inner(path: Path, advice: str = OTHER_FOLDER) -> None:
     """Make a folder in one of prunekit's. Raises `UserError` if it is a link: it may lead anywhere,
     and what lies there would be overwritten."""
     refuse_link(path)
-    make_folder(path, option)
+    make_folder(path, advice)
 
 
 def refuse_link(path: Path) -> None:
@@ -177,14 +202,12 @@ def relative_link(path: Path) -> str:
     return str(Path(relative(path.parent)) / path.name)
 
 
-def make_folder(path: Path, option: str = "--out") -> None:
-    """Make a folder that a user named. Raises `UserError` if no files can be written to it."""
+def make_folder(path: Path, advice: str = OTHER_FOLDER) -> None:
+    """Make a folder that a user named. Raises `UserError` with the advice if no files can be
+    written to it."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
-        raise UserError(
-            f"cannot write to {relative(path)}: {error.strerror}; choose another folder with "
-            f"{option}"
-        ) from None
+        raise UserError(f"cannot write to {relative(path)}: {error.strerror}; {advice}") from None

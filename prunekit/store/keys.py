@@ -20,6 +20,7 @@ DECIDING = (
     "engine/engine.py",
     "engine/evaluating.py",
     "engine/stages.py",
+    "engine/watched.py",
     "engine/work.py",
     "evaluation.py",
     "judging.py",
@@ -27,9 +28,9 @@ DECIDING = (
     "pruning/",
     "recipe/stages.py",
     "steps.py",
-    "store/checkpoint.py",
-    "store/states.py",
-    "store/weights.py",
+    "store/tensors/checkpoint.py",
+    "store/tensors/states.py",
+    "store/tensors/weights.py",
     "training/",
 )
 """Folders and files of the core that decide what a stage computes: their source is in its key.
@@ -79,12 +80,6 @@ def hash_source(package: str) -> str:
             continue
         digest.update(name.encode() + b"\0" + file.read_bytes() + b"\0")
     return digest.hexdigest()
-
-
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file's content."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @cache

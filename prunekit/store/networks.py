@@ -9,8 +9,8 @@ from typing import Any
 
 from prunekit.errors import UserError, relative
 from prunekit.recipe.toml_lines import read_toml
-from prunekit.store.checkpoint import read_checkpoint
 from prunekit.store.layout import EVALUATIONS, MODEL, RECIPE, RUN, STORE
+from prunekit.store.tensors.checkpoint import read_header
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def read_network(path: Path) -> Network:
             f"{relative(file)} is not a model file of prunekit; make a run of it with: "
             "prunekit import"
         )
-    header = read_checkpoint(file)[1]
+    header = read_header(file)
     known, run = header, None
     if file.name == MODEL and (file.parent / RUN).is_file():
         run = file.parent

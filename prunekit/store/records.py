@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from prunekit.errors import UserError, printable, relative
+from prunekit.reading import hash_file
 from prunekit.recipe.addresses import TOP_KEYS
 from prunekit.recipe.document import Recipe, load_recipe
 from prunekit.report import Tell
 from prunekit.store.files import is_held, read_json, relative_link, seal
-from prunekit.store.keys import hash_file
 from prunekit.store.layout import MODEL, PLAN, RECIPE, RECORDS, RUN, RUN_FORMAT, RUN_LOCK
 from prunekit.store.metrics import read_metrics, read_old_metrics
 
@@ -146,7 +146,11 @@ def find_changed(folder: Path, *, done: bool = False) -> list[str]:
         return []
     paths = [folder / name for name in (MODEL, RECORDS, RECIPE) if name in files]
     changed = [p.name for p in paths if not p.is_file() or hash_file(p) != files[p.name]]
-    return [*changed, *([RUN] if told.get("sha256") != seal(told) else [])]
+    reports = told.get("reports")
+    names = [n for n in reports if isinstance(n, str)] if isinstance(reports, list) else []
+    # What somebody else's record may name is in its folder.
+    lost = [n for n in names if Path(n).name == n and not os.path.lexists(folder / n)]
+    return [*changed, *lost, *([RUN] if told.get("sha256") != seal(told) else [])]
 
 
 def find_blocking(folder: Path) -> list[str]:

@@ -18,10 +18,12 @@ import filelock
 import tomli_w
 
 from prunekit.errors import UserError, relative
+from prunekit.reading import hash_file
 from prunekit.recipe.plan import Plan, Run
 from prunekit.recipe.stages import Stage
 from prunekit.report import Tell
 from prunekit.store.files import (
+    OTHER_FOLDER,
     copy,
     find_partial,
     make_folder,
@@ -32,14 +34,13 @@ from prunekit.store.files import (
     write_npz,
     write_text,
 )
-from prunekit.store.keys import find_versions, hash_file
+from prunekit.store.keys import find_versions
 from prunekit.store.layout import MODEL, PLAN, RECIPE, RECORDS, RUN, RUN_FORMAT, RUN_LOCK
 from prunekit.store.metrics import write_metrics
 from prunekit.store.records import find_blocking, find_changed, read_record
 from prunekit.store.stages import StageResult
 
-OTHER_FOLDER = "choose another folder with --out"
-ASIDE = f"{OTHER_FOLDER}, or move it aside with --force"
+ANEW = "move it aside with --force"
 MADE_WITH = {"inputs": list, "compute": dict, "stages": list}
 """Key of a `plan.json` that says what its runs were made with -> the type of its value."""
 
@@ -60,7 +61,7 @@ class RunFolder:
     _arrays: dict[str, Any] = field(default_factory=dict)
     """What evaluators recorded of each image, as "stage/evaluator.record"."""
     _files: dict[str, str] = field(default_factory=dict)
-    """SHA-256 of the model and the records, by name."""
+    """SHA-256 of the recipe, the model and the records, by name."""
 
     def start(self, compute: Mapping[str, Any]) -> None:
         """Make the folder, and write the recipe and a first record.
@@ -73,6 +74,7 @@ class RunFolder:
         for part in find_partial(self.path):
             part.unlink()
         write_text(self.path / RECIPE, tomli_w.dumps(self.plan.describe(self.run)))
+        self._files = {RECIPE: hash_file(self.path / RECIPE)}
         known: dict[str, Any] = {"keys": [], "stages": [], "sparsity": None}
         with suppress(UserError):
             known |= {k: v for k, v in read_record(self.path / RUN, "").items() if k in known}
@@ -135,10 +137,12 @@ class RunFolder:
         if records is not None:
             self._arrays |= {f"{stage.name}/{k}": v for k, v in records.items()}
             write_npz(self.path / RECORDS, self._arrays)
-        if model is not None and model != self.path / MODEL:
-            copy(model, self.path / MODEL)
-        written = (self.path / MODEL, self.path / RECORDS)
-        self._files = {file.name: hash_file(file) for file in written if file.is_file()}
+            self._files[RECORDS] = hash_file(self.path / RECORDS)
+        if model is not None:
+            copy(model, self.model)
+            self._files[MODEL] = result.files[MODEL]
+        elif MODEL not in self._files and self.model.is_file():
+            self._files[MODEL] = hash_file(self.model)
         self._write()
 
     def close(self, status: str, error: str | None = None) -> None:
@@ -147,11 +151,18 @@ class RunFolder:
         self._record |= {"status": status, "error": error, "finished": _now()}
         computed = [stage for stage in self._record["stages"] if not stage["reused"]]
         self._record["seconds"] = sum(stage["seconds"] for stage in computed)
+        self._record["reports"] = self._find_reports()
         self._write()
 
+    def _find_reports(self) -> list[str]:
+        """Names of the files that reporters have written since the start."""
+        started = (self.path / RECIPE).stat().st_mtime_ns
+        files = [p for p in self.path.iterdir() if p.is_file() and p.name[0] != "."]
+        new = {p.name for p in files if p.stat().st_mtime_ns >= started}
+        return sorted(new - {RECIPE, RUN, PLAN, MODEL, RECORDS})
+
     def _write(self) -> None:
-        files = {**self._files, RECIPE: hash_file(self.path / RECIPE)}
-        record = {**self._record, "files": files}
+        record = {**self._record, "files": self._files}
         write_json(self.path / RUN, {**record, "sha256": seal(record)})
 
 
@@ -164,6 +175,10 @@ class OutFolder:
 
     path: Path
     plan: Plan
+    elsewhere: str = OTHER_FOLDER
+    """What to do where it cannot be written to."""
+    anew: str = ANEW
+    """What to do where other things are in it."""
 
     def prepare(self, tell: Tell, *, force: bool) -> dict[str, Any] | None:
         """Claim the folder for the plan. If the plan is done in it already, returns its `mark`.
@@ -172,23 +187,24 @@ class OutFolder:
         another plan, or files that prunekit did not write, are in the way.
         """
         where, marker = relative(self.path), self.path / PLAN
+        aside = f"{self.elsewhere}, or {self.anew}"
         if self.path.is_file():
-            raise UserError(f"{where} is a file; {OTHER_FOLDER}")
+            raise UserError(f"{where} is a file; {self.elsewhere}")
         if force and self.path.exists():
             self._move_aside(tell)
         if marker.is_file():
-            content = read_record(marker, ASIDE)
+            content = read_record(marker, aside)
             if content.get("plan") != digest(self.plan):
                 raise UserError(
                     f"{where} holds the runs of another recipe ({content.get('recipe', '?')}); "
-                    f"{ASIDE}"
+                    f"{aside}"
                 )
             kept = all(isinstance(content.get(k, t()), t) for k, t in MADE_WITH.items())
             return content if content.get("done") and kept else None
         ours = {self.path / RUN_LOCK, *find_partial(self.path)}
         if self.path.is_dir() and set(self.path.iterdir()) - ours:
-            raise UserError(f"{where} holds files that are not runs of prunekit; {ASIDE}")
-        make_folder(self.path)
+            raise UserError(f"{where} holds files that are not runs of prunekit; {aside}")
+        make_folder(self.path, self.elsewhere)
         self.mark(done=False)
         if self.plan.swept:
             write_text(self.path / RECIPE, tomli_w.dumps(dict(self.plan.document)))
@@ -205,6 +221,7 @@ class OutFolder:
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Lock the folder. Raises `UserError` if another process is running in it."""
+        make_folder(self.path, self.elsewhere)
         refuse_link(self.path / RUN_LOCK)
         try:
             # Not 0: who looks whether it is held holds it for a moment.
@@ -212,7 +229,7 @@ class OutFolder:
         except filelock.Timeout:
             raise UserError(
                 f"another process is running in {relative(self.path)}; wait for it, or "
-                f"{OTHER_FOLDER}"
+                f"{self.elsewhere}"
             ) from None
         with held:
             for part in find_partial(self.path):

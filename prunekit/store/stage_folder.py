@@ -13,17 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from prunekit.errors import RunError, UserError, explain_briefly, relative
+from prunekit.reading import hash_file
 from prunekit.report import Tell
 from prunekit.store.files import (
     make_inner,
     next_free,
     read_json,
-    read_npz,
     seal,
     write_json,
-    write_npz,
 )
-from prunekit.store.keys import hash_file
 from prunekit.store.layout import MODEL, PROGRESS, RECORDS, RESULT, SCRATCH, STAGE_LOCK
 from prunekit.store.metrics import read_metrics, write_metrics
 
@@ -84,18 +82,20 @@ class StageFolder:
             return True
         return False
 
-    def read(self, description: Mapping[str, Any] | None = None) -> StageResult:
-        """The result, of the stage of this `description` if it is given.
+    def read(self, asked: Mapping[str, Any] | None = None) -> StageResult:
+        """The result; what is `asked` for is what the header of its model says: its "stage", ...
 
-        Raises `UserError` if it, or a file that belongs to it, is not what was stored.
+        Raises `UserError` if it, or a file that belongs to it, is not what was stored, or of
+        another stage.
         """
         content = read_json(self.path / RESULT)
         if not isinstance(content, dict) or "sha256" not in content:
             raise UserError(f"{RESULT} holds no result")
         if content["sha256"] != seal(content):
             raise UserError(f"{RESULT} has changed since it was written")
-        asked = content.get("stage") if description is None else json.loads(json.dumps(description))
-        if (content.get("key"), content.get("stage")) != (self.path.name, asked):
+        stage = content.get("stage")
+        told = {} if asked is None else json.loads(json.dumps(asked))
+        if (content.get("key"), stage) != (self.path.name, told.get("stage", stage)):
             raise UserError("it holds the result of another stage")
         if not all(isinstance(content.get(name), kind) for name, kind in TYPES.items()):
             raise UserError(f"{RESULT} holds something else than a result")
@@ -103,6 +103,12 @@ class StageFolder:
             names = [n for n, told in content["files"].items() if told != found.get(n)]
             what = names[0] if names else "a file"
             raise UserError(f"{what} is not what was stored")
+        if told and MODEL in found:
+            from prunekit.store.tensors.checkpoint import read_header  # torch takes seconds
+
+            header = read_header(self.model)
+            if wrong := [name for name, value in told.items() if header.get(name) != value]:
+                raise UserError(f"{MODEL} names another {wrong[0]}")
         result = StageResult(**{name: content[name] for name in TYPES})
         return dataclasses.replace(result, metrics=read_metrics(result.metrics))
 
@@ -110,16 +116,14 @@ class StageFolder:
         """SHA-256 of the files that belong to the result."""
         return {f.name: hash_file(f) for f in (self.model, self.records) if f.is_file()}
 
-    def repair(
-        self, tell: Tell, description: Mapping[str, Any] | None = None
-    ) -> StageResult | None:
-        """The result, or None if it has to be computed, from what is there of it.
+    def repair(self, tell: Tell, asked: Mapping[str, Any] | None = None) -> StageResult | None:
+        """The result as of `read`, or None if it has to be computed, from what is there of it.
 
         What is damaged is told, and moved aside into a folder of its own.
         """
         try:
             if os.path.lexists(self.path / RESULT):
-                return self.read(description)
+                return self.read(asked)
             self._check_unfinished()
         # Whatever garbage makes its readers raise.
         except Exception as error:
@@ -143,24 +147,21 @@ class StageFolder:
         return aside
 
     def _check_unfinished(self) -> None:
-        """Raise if what a computation would go on from cannot be used."""
-        from prunekit.store.checkpoint import read_checkpoint  # torch takes seconds to import
+        """Raise if what stands in the place of what a computation would go on from is no file.
 
+        Who reads such a file looks at its content.
+        """
         for path in (self.model, self.records, self.progress):
             if os.path.lexists(path) and (path.is_symlink() or not path.is_file()):
                 raise UserError(f"{path.name} is not a file")
-        if self.progress.exists():
-            read_checkpoint(self.progress, sealed=True)
         scratch = self.path / SCRATCH
         if os.path.lexists(scratch) and (scratch.is_symlink() or not scratch.is_dir()):
             raise UserError(f"{SCRATCH} is not a folder")
         for path in scratch.rglob("*"):
             if path.is_symlink():
                 raise UserError(f"{path.name} is a link")
-            if path.suffix == ".npz":
-                read_npz(path)
-            elif path.suffix == ".json":
-                read_json(path)
+            if not path.is_dir() and not path.is_file():
+                raise UserError(f"{path.name} is not a file")
 
     def finish(self, result: StageResult, description: Mapping[str, Any]) -> StageResult:
         """Write the result, which marks the stage as done, and delete its checkpoint.
@@ -174,7 +175,3 @@ class StageFolder:
         self.progress.unlink(missing_ok=True)
         shutil.rmtree(self.path / SCRATCH, ignore_errors=True)
         return result
-
-    def write_records(self, records: Mapping[str, Any]) -> None:
-        """Write what evaluators record of each image: arrays by name."""
-        write_npz(self.records, records)

@@ -14,7 +14,14 @@ import filelock
 
 from prunekit.errors import relative
 from prunekit.report import Stop, Tell
-from prunekit.store.files import find_partial, make_folder, make_inner, refuse_link, set_aside
+from prunekit.store.files import (
+    OTHER_STORE,
+    find_partial,
+    make_folder,
+    make_inner,
+    refuse_link,
+    set_aside,
+)
 from prunekit.store.layout import STAGE_LOCK, STORE, STORE_FORMAT
 from prunekit.store.stage_folder import StageFolder as StageFolder
 from prunekit.store.stage_folder import StageResult as StageResult
@@ -41,7 +48,7 @@ class Store:
                 f"runs and model files stay readable; free the space: prunekit clean {way}"
             )
         if not _is_read_only(self.stages):
-            make_folder(self.stages, "--store")
+            make_folder(self.stages, OTHER_STORE)
 
     def folder(self, key: str) -> StageFolder:
         """The folder of the stage with this key, whether it exists or not."""
@@ -67,7 +74,7 @@ class Store:
         for path in (folder.path, folder.path / STAGE_LOCK):
             if os.path.lexists(path) and path.is_dir() != (path == folder.path):
                 set_aside(path)
-        make_inner(folder.path, "--store")
+        make_inner(folder.path, OTHER_STORE)
         refuse_link(folder.path / STAGE_LOCK)
         lock = filelock.FileLock(folder.path / STAGE_LOCK)
         try:

@@ -114,9 +114,7 @@ def fit(job: Fit) -> list[dict[str, Any]]:
     stepper = Stepper(*own)
     if not stepper.trains:
         raise RunError(f"stage {job.stage!r}: nothing to train, every parameter is frozen")
-    at, best = Position(), dict[str, Tensor]()
-    if job.checkpoint.exists():
-        at, best = restore(job.checkpoint, stepper, job.feed.device)
+    at, best = restore(job.checkpoint, stepper, job.feed.device, job.report)
     batches = job.feed.count()
     if not batches:
         raise UserError("there is no training batch: too few images for batch_size")

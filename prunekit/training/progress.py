@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from prunekit.contracts import Metric, Stateful
-from prunekit.report import EpochDone
-from prunekit.store.checkpoint import read_checkpoint, write_checkpoint
+from prunekit.errors import UserError, relative
+from prunekit.report import EpochDone, Note, Report
+from prunekit.store.files import set_aside
+from prunekit.store.tensors.checkpoint import read_checkpoint, write_checkpoint
 from prunekit.training.step import Stepper
 
 
@@ -53,10 +55,21 @@ def save(path: Path, stepper: Stepper, at: Position, best: Mapping[str, Tensor])
 
 
 def restore(
-    path: Path, stepper: Stepper, device: torch.device
+    path: Path, stepper: Stepper, device: torch.device, report: Report
 ) -> tuple[Position, dict[str, Tensor]]:
-    """Load what `save` wrote; the position, and the best model's state."""
-    tensors, header = read_checkpoint(path)
+    """Load what `save` wrote; the position, and the best model's state.
+
+    That is the start if there is nothing, or if it is damaged: then it is told, and moved aside.
+    """
+    if not path.exists():
+        return Position(), {}
+    try:
+        tensors, header = read_checkpoint(path, sealed=True)
+    except UserError as error:
+        aside = relative(set_aside(path))
+        told = f"{error}: the stage starts anew, and what was there is now in {aside}"
+        report(Note(told, warning=True))
+        return Position(), {}
 
     def part(prefix: str) -> dict[str, Tensor]:
         return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

@@ -312,6 +312,18 @@ def test_a_lost_or_swapped_file_of_a_run_is_written_again(ran, call, name, kind)
     assert call("results")[1] == ""
 
 
+def test_a_lost_log_is_told_and_written_again(ran, call):
+    file = ran / "runs/tiny/metrics.jsonl"
+    kinds = [json.loads(line)["event"] for line in file.read_text().splitlines()]
+    (ran / "runs/tiny/notes").touch()  # of whoever reads it
+    file.unlink()
+    assert call("results")[1] == "runs/tiny/metrics.jsonl is missing\n"
+    assert "metrics.jsonl is missing: it is" in call("run", "r.toml", "--device", "cpu")[1]
+    again = [json.loads(line)["event"] for line in file.read_text().splitlines()]
+    assert [k for k in again if k != "note"] == [k for k in kinds if k != "note"]
+    assert call("results")[1] == ""
+
+
 @pytest.mark.parametrize(
     "kind", ["[" * 2000, '{"format": 2', "{}", '{"format": null}', "a pipe", "a folder"]
 )
@@ -375,7 +387,7 @@ def test_what_other_sources_made_stays_and_says_so(ran, finished, call, monkeypa
     first, second, _ = told.splitlines()
     assert first == (
         "these results were made with other sources or versions of prunekit, of a plugin or of "
-        "what they need; to compute them again: --force"
+        "what they need; to compute them again: move it aside with --force"
     )
     assert "is done already" in second
     plan = json.loads((ran / "runs/tiny/plan.json").read_text())

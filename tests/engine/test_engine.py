@@ -15,11 +15,13 @@ from safetensors.torch import load_file, save_file
 from prunekit.engine import work as module
 from prunekit.errors import Interrupted, UserError
 from prunekit.models.failures import explain
+from prunekit.reading import hash_file
 from prunekit.recipe.reduction import reduce_plan
 from prunekit.report import EpochDone, Note, RunDone, RunFailed, StageDone, StageStarted
-from prunekit.store.files import read_npz, set_aside, write_text
+from prunekit.store.files import read_npz, seal, set_aside, write_npz, write_text
 from prunekit.store.records import find_changed, tell_changed
 from prunekit.store.stages import StageResult, Store
+from prunekit.store.tensors.checkpoint import read_checkpoint, read_header, write_checkpoint
 
 
 def model_of(folder):
@@ -62,6 +64,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(bench, stage):
     """The network that goes on is built anew; the stopped one came from the stage before."""
     recipe = bench.scored.replace("epochs = 2", "epochs = 3")
     (whole,) = bench.run(recipe=recipe, out="whole", store="other")
+    live = [list(e.metrics) for e in bench.of(EpochDone)]
     engine = bench.engine()
 
     def report(event):
@@ -91,6 +94,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(bench, stage):
     again = [e for e in bench.of(EpochDone) if e.stage == stage]
     assert [(e.seconds, e.decides) for e in again] == [(e.seconds, e.decides) for e in told]
     assert told[0].decides == "validation.accuracy"
+    assert [list(e.metrics) for e in bench.of(EpochDone)] == live  # in the order of a table
     assert bench.run(recipe=recipe)[0].metrics == whole.metrics
 
 
@@ -317,6 +321,16 @@ def edit(path, **changes):
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
+def forge(folder, **told):
+    """A store that agrees with itself on a model whose header says what is `told`."""
+    model, result = folder / "model.safetensors", folder / "result.json"
+    state, header = read_checkpoint(model)
+    write_checkpoint(model, state, header | told)
+    content = json.loads(result.read_text())
+    content["files"] = {model.name: hash_file(model)}
+    result.write_text(json.dumps({**content, "sha256": seal(content)}))
+
+
 def replace_by_folder(path):
     path.unlink()
     (path / "inner").mkdir(parents=True)
@@ -328,6 +342,10 @@ STORED = {
     "zeroed weights": lambda stage, other: zero(stage / "model.safetensors"),
     "another model": lambda stage, other: shutil.copy(other / "model.safetensors", stage),
     "another stage": lambda stage, other: shutil.copytree(other, stage, dirs_exist_ok=True),
+    "a model of another stage": lambda stage, other: forge(
+        stage, stage=read_header(other / "model.safetensors")["stage"]
+    ),
+    "a model of another recipe": lambda stage, other: forge(stage, seed=5),
     "no model": lambda stage, other: (stage / "model.safetensors").unlink(),
     "an empty model": lambda stage, other: (stage / "model.safetensors").write_bytes(b""),
     "a folder for a model": lambda stage, other: replace_by_folder(stage / "model.safetensors"),
@@ -425,7 +443,9 @@ def test_a_damaged_checkpoint_starts_the_stage_anew(bench, damage):
 SCRATCH = {
     "garbage": lambda scratch: write(scratch / "batch-0.npz"),
     "an empty file": lambda scratch: (scratch / "batch-0.npz").touch(),
-    "broken JSON": lambda scratch: (scratch / "kept.json").write_text("[1, "),
+    "other images": lambda scratch: write_npz(scratch / "batch-0.npz", {"correct": [True]}),
+    "broken JSON": lambda scratch: (scratch / "not-finite.json").write_text("[1, "),
+    "other JSON": lambda scratch: (scratch / "not-finite.json").write_text("{}"),
     "a file": lambda scratch: (scratch.rmdir(), scratch.touch()),
 }
 
@@ -467,6 +487,7 @@ def test_a_run_knows_its_files(bench):
     train, *_, judge = told["stages"]
     stored = json.loads((bench.folder / "store/v3" / train["key"] / "result.json").read_text())
     assert train["files"] == stored["files"]
+    assert train["compute"] == stored["compute"] == bench.compute.describe()
     assert list(judge["files"]) == ["clean/records.npz"]
     assert find_changed(folder.path) == []
 

@@ -1,7 +1,6 @@
 """`prunekit eval`: judging what is finished, beside its own results."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -51,24 +50,13 @@ def call(*arguments, code=0):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("finished")
-    (folder / "r.toml").write_text(RECIPE)
-    old = os.getcwd()
-    os.chdir(folder)
-    try:
-        call("run", "r.toml", "--device", "cpu")
-    finally:
-        os.chdir(old)
-    return folder
+def finished(finish):
+    return finish(RECIPE)
 
 
 @pytest.fixture
-def run(finished, tmp_path, monkeypatch):
+def run(ran):
     """A run folder; its sweep is all that is in runs/tiny."""
-    monkeypatch.delenv("PRUNEKIT_STORE", raising=False)
-    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
     return sorted(path.parent for path in Path("runs/tiny").glob("*/run.json"))[0]
 
 
@@ -202,3 +190,10 @@ def test_help_needs_no_torch(command):
         "assert done.exit_code == 0\nassert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_where_nothing_can_be_written_it_says_what_helps(run):
+    (run / "evaluations").touch()
+    _, err = judge(run, "--with", "clean", code=2)
+    assert "Not a directory; results stand beside the network: copy it to a folder" in err
+    assert "--out" not in err

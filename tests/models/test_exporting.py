@@ -17,7 +17,7 @@ from prunekit.models.importing import count_imported, find_keep_ratio
 from prunekit.pruning.layers import find_prunable
 from prunekit.pruning.masks import apply_masks
 from prunekit.pruning.selection import count_kept
-from prunekit.store.checkpoint import read_checkpoint, read_masks, write_model
+from prunekit.store.tensors.checkpoint import read_checkpoint, read_masks, write_model
 from prunekit.testing import example_context
 
 CONTEXT = example_context(ArchitectureContext, shape=(1, 8, 8), classes=10)

@@ -24,7 +24,7 @@ from prunekit import load
 from prunekit.cli.group import main
 from prunekit.contexts import ArchitectureContext
 from prunekit.errors import UserError
-from prunekit.store.checkpoint import read_checkpoint, read_masks
+from prunekit.store.tensors.checkpoint import read_checkpoint, read_masks
 from prunekit.testing import example_context
 
 

@@ -392,6 +392,18 @@ def test_a_stop_within_a_batch_keeps_the_attacks_that_are_done(calls: int, tmp_p
     assert 10**9 - left < 2 * count_passes(model, batches)
 
 
+@pytest.mark.parametrize(
+    "content", ["{", "{}", "[[], [], {}, []]", '[["robust"], [1], {}]', '[["robust"], [], {}]']
+)
+def test_damaged_work_is_told_and_done_again(content: str, tmp_path: Path) -> None:
+    batches = make_batches(model := make_net())
+    whole = build(**FEW)(model, batches)
+    (tmp_path / "autoattack.json").write_text(content)
+    with pytest.warns(match=r"autoattack\.json is damaged .* computed again"):
+        again = dataclasses.replace(build(**FEW), scratch=tmp_path)(model, batches)
+    assert again.records["attack"].tolist() == whole.records["attack"].tolist()
+
+
 def count_passes(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> int:
     passes = []
     dataclasses.replace(build(**FEW), pause=lambda: passes.append(1))(model, batches)

@@ -449,6 +449,26 @@ def test_an_evaluation_cut_at_every_forward_pass_gives_the_same_result(
         np.testing.assert_array_equal(record, found.records[name])
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{}",
+        '{"done": [{}], "group": [], "look": 0}',
+        '{"done": [], "group": [{"prediction": 0, "hits": 2, "samples": 1}], "look": 0}',
+        '{"done": [], "group": [{"prediction": 0, "hits": "1", "samples": 1}], "look": 0}',
+        '{"done": [], "group": [{"prediction": 0}], "look": 9}',
+    ],
+)
+def test_damaged_counts_are_told_and_drawn_again(content: str, tmp_path: Any) -> None:
+    model = Linear()
+    batches = [(model.at([0.3, 0.02]), torch.zeros(2, dtype=torch.long))]
+    expected = build("certify", model, {}, n=200, radii=(0.1,))(model, batches)
+    (tmp_path / "certify.json").write_text(content)
+    with pytest.warns(match=r"certify\.json is damaged .* computed again"):
+        found = build("certify", model, {"scratch": tmp_path}, n=200, radii=(0.1,))(model, batches)
+    assert found.metrics == expected.metrics
+
+
 def test_no_sample_is_drawn_twice_after_a_kill(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

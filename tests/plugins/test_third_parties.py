@@ -16,7 +16,7 @@ from prunekit.data.seeds import generator
 from prunekit.pruning.budgets import count_kept
 from prunekit.pruning.selection import Selection
 from prunekit.steps import Moment
-from prunekit.store.checkpoint import read_checkpoint, read_masks
+from prunekit.store.tensors.checkpoint import read_checkpoint, read_masks
 from prunekit.testing import check_component, find_components
 
 PACKAGES = Path(__file__).parent.parent / "packages"

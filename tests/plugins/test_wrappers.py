@@ -20,7 +20,7 @@ from prunekit.pruning.masks import apply_masks
 from prunekit.pruning.selection import Selection, select_masks
 from prunekit.report import Stop
 from prunekit.steps import Now
-from prunekit.store.checkpoint import read_checkpoint
+from prunekit.store.tensors.checkpoint import read_checkpoint
 from prunekit.testing import example_context
 from prunekit.training.loop import Fit, fit
 from prunekit.training.masking import LearnedScores, Weights

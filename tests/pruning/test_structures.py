@@ -13,7 +13,7 @@ from prunekit.pruning.layers import find_prunable
 from prunekit.pruning.masks import apply_masks, assert_masked
 from prunekit.pruning.selection import Selection, select_masks
 from prunekit.pruning.structures import fits, keep_n_of_m, score_channels
-from prunekit.store.checkpoint import read_model, write_model
+from prunekit.store.tensors.checkpoint import read_model, write_model
 from prunekit.training.masking import LearnedScores, Weights
 
 CLOCK = Clock(0, 10, 0, 2)

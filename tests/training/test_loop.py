@@ -13,7 +13,7 @@ from prunekit.pruning.layers import find_prunable
 from prunekit.pruning.masks import apply_masks
 from prunekit.pruning.selection import Selection
 from prunekit.report import EpochDone, Progress, StageStarted, Stop
-from prunekit.store.checkpoint import read_checkpoint
+from prunekit.store.tensors.checkpoint import read_checkpoint
 from prunekit.training import loop
 from prunekit.training.loop import Fit, fit
 from prunekit.training.masking import LearnedScores, Weights

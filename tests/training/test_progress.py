@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from prunekit.store.checkpoint import read_checkpoint
+from prunekit.store.tensors.checkpoint import read_checkpoint
 
 RECIPE = """
 [dataset]

@@ -13,7 +13,7 @@ from prunekit.pruning.groups import Group, find_groups
 from prunekit.pruning.learning import LEAK
 from prunekit.pruning.selection import Selection
 from prunekit.report import EpochDone, Stop
-from prunekit.store.checkpoint import read_checkpoint
+from prunekit.store.tensors.checkpoint import read_checkpoint
 from prunekit.training.loop import Fit, fit
 from prunekit.training.masking import Weights
 from prunekit.training.rewiring import Rewired, Rewiring

@@ -73,7 +73,7 @@ KEYS: dict[str, Callable[[Any], bool]] = {
 """Key -> whether its value can be used. Other keys are only shown, or belong to checkpoints."""
 
 
-def read_header(text: str, path: Path) -> dict[str, Any]:
+def parse_header(text: str, path: Path) -> dict[str, Any]:
     """The header of the file `path` from its JSON. Raises `UserError` that names what is wrong."""
     try:
         # A checkpoint in the middle of a training may hold a loss that is not finite.

@@ -10,14 +10,14 @@ from torch import nn
 
 from prunekit.errors import RunError, UserError
 from prunekit.pruning.masks import apply_masks
-from prunekit.store.checkpoint import (
+from prunekit.store.tensors.checkpoint import (
     load_weights,
     read_checkpoint,
     read_model,
     write_checkpoint,
     write_model,
 )
-from prunekit.store.states import read_states
+from prunekit.store.tensors.states import read_states
 
 
 def make_net():

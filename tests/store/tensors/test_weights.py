@@ -14,9 +14,9 @@ from torch import nn
 from torch.nn.utils import prune
 
 from prunekit.errors import UserError
-from prunekit.store.checkpoint import load_weights
-from prunekit.store.states import read_states
-from prunekit.store.weights import find_weights, start_from
+from prunekit.store.tensors.checkpoint import load_weights
+from prunekit.store.tensors.states import read_states
+from prunekit.store.tensors.weights import find_weights, start_from
 
 
 def make_net(seed=0):

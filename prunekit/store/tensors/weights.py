@@ -12,8 +12,14 @@ from torch import Tensor, nn
 
 from prunekit.contracts import Masks
 from prunekit.errors import UserError, relative
-from prunekit.store.checkpoint import find_misfit, load_weights, read_checkpoint, read_model
-from prunekit.store.states import read_states
+from prunekit.store.tensors.checkpoint import (
+    PRUNED,
+    find_misfit,
+    load_weights,
+    read_header,
+    read_model,
+)
+from prunekit.store.tensors.states import read_states
 
 Tensors = dict[str, Tensor]
 
@@ -27,7 +33,7 @@ AVERAGES = re.compile(r"(?<![a-z])(ema|swa|avg|averaged?|shadow|teacher)(?![a-z]
 """In the place of a state dict: averaged weights, beside those that were trained."""
 CONSTANT = 4
 """A buffer of at most so many numbers that a file lacks, a mean of colors, is the network's own."""
-SCORES = (".popup_scores", ".k_score")
+SCORES = [end for end in PRUNED if end.startswith(".")]
 """What HYDRA and HARP write beside each `.weight`."""
 
 
@@ -86,7 +92,7 @@ def start_from(path: Path, model: nn.Module) -> Masks | None:
 
     Raises `UserError` if the file is damaged, does not fit the network, or leaves doubts.
     """
-    if path.suffix == ".safetensors" and "masked" in read_checkpoint(path)[1]:
+    if path.suffix == ".safetensors" and "masked" in read_header(path):
         return read_model(path, model)
     found = find_weights(path, model)
     if found.notes:

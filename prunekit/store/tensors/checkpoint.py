@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from prunekit.contracts import Masks
 from prunekit.errors import UserError, relative
 from prunekit.reading import check_file
 from prunekit.store.files import write_bytes
-from prunekit.store.headers import read_header
+from prunekit.store.tensors.headers import parse_header
 
 FORMAT = 1
 """Version of the header."""
@@ -43,7 +44,8 @@ def write_checkpoint(
     if sealed:
         told = json.loads(json.dumps(told))
         told["sha256"] = _hash(plain, told)
-    text = json.dumps(told, sort_keys=True)
+    # A checkpoint, which is sealed, keeps the order in which metrics are told.
+    text = json.dumps(told, sort_keys=not sealed)
     write_bytes(path, save(plain, metadata={"prunekit": text}))
 
 
@@ -64,23 +66,36 @@ def read_checkpoint(
     Raises `UserError` for a file that is missing, damaged, of another format, or if it should be
     `sealed` and is not, or has changed.
     """
+    with _open(path) as (file, header):
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if sealed and header.pop("sha256", None) != _hash(tensors, header):
+            raise ValueError("its content has changed since it was written")
+    return tensors, header
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """The header alone, of which `read_checkpoint` says the same."""
+    with _open(path) as (_, header):
+        return header
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """An open safetensors file and its header; what is raised inside becomes a `UserError`."""
     check_file(path)
     try:
         with safe_open(path, framework="pt") as file:
-            header = read_header((file.metadata() or {}).get("prunekit", "{}"), path)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if sealed and header.pop("sha256", None) != _hash(tensors, header):
-            raise ValueError("its content has changed since it was written")
+            header = parse_header((file.metadata() or {}).get("prunekit", "{}"), path)
+            if header.get("format", FORMAT) != FORMAT:
+                raise UserError(
+                    f"{relative(path)} has format {header['format']}, and this prunekit reads "
+                    f"{FORMAT}; update prunekit"
+                )
+            yield file, header
     except (SafetensorError, ValueError, TypeError, OSError) as error:
         raise UserError(
             f"{relative(path)} is damaged or not a safetensors file ({error})"
         ) from None
-    if header.get("format", FORMAT) != FORMAT:
-        raise UserError(
-            f"{relative(path)} has format {header['format']}, and this prunekit reads {FORMAT}; "
-            "update prunekit"
-        )
-    return tensors, header
 
 
 def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: Path) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from prunekit.errors import UserError, relative
 from prunekit.reading import check_file
-from prunekit.store.checkpoint import read_checkpoint
+from prunekit.store.tensors.checkpoint import read_checkpoint
 
 DEPTH = 4
 """How deep a state dict may lie in the dicts of a file."""

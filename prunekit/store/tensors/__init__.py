@@ -1,0 +1,1 @@
+"""Files of tensors: those that prunekit writes, and what it reads of other programs."""
