@@ -208,7 +208,7 @@ def _read_scored(state: Tensors, source: Source) -> tuple[Tensors, Masks]:
     """HYDRA and HARP: `popup_scores` beside each `weight`; those of largest magnitude are kept."""
     assert source.sparsity is not None
     keep_ratio = find_keep_ratio(source.sparsity)
-    named, rated = SCORES
+    rated, named = SCORES
     scores, state = _split(state, named)
     if not scores:
         raise source.error(
