@@ -18,7 +18,7 @@ from prunekit.catalog.kinds import KINDS
 from prunekit.catalog.registry import load_registry
 from prunekit.cli.components import describe_options, write_value
 from prunekit.cli.new import read_template
-from prunekit.recipe import sections
+from prunekit.recipe.toml import sections
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"

@@ -32,7 +32,7 @@ from prunekit.catalog.kinds import (
     SparsityScheduleComponent,
     WrapperComponent,
 )
-from prunekit.errors import DataMissingError, OptionError, RunError, UserError
+from prunekit.errors import DataMissingError, OptionError, RunError, UserError, suggest
 
 if TYPE_CHECKING:
     from prunekit.api import Judgement, RunResult, evaluate, load, make_masks, run, run_sweep
@@ -44,7 +44,6 @@ if TYPE_CHECKING:
     from prunekit.pruning.learning import copy_plain, effective_parameters, straight_through
     from prunekit.pruning.masks import apply_masks
     from prunekit.pruning.selection import select_masks
-    from prunekit.recipe.values import suggest
     from prunekit.results.metrics import format_metric, format_setting, is_fraction, is_main
     from prunekit.store.files import read_json, write_json
     from prunekit.store.keys import hash_file, version_of
@@ -129,7 +128,6 @@ _HOMES = {
     "prunekit.pruning.masks": ("apply_masks",),
     "prunekit.pruning.selection": ("select_masks",),
     "prunekit.training.masking": ("LearnedScores",),
-    "prunekit.recipe.values": ("suggest",),
     "prunekit.results.metrics": ("format_metric", "format_setting", "is_fraction", "is_main"),
     "prunekit.store.files": ("read_json", "write_json"),
 }

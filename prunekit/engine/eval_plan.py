@@ -13,9 +13,9 @@ from prunekit.catalog.registry import load_registry
 from prunekit.contracts import Threat
 from prunekit.engine.running import run_plan
 from prunekit.errors import RecipeError, RunError, UserError, relative
-from prunekit.recipe.document import Recipe, locate_options, override, parse_value
 from prunekit.recipe.plan import Plan, make_plan
-from prunekit.recipe.sections import DATA_KEYS
+from prunekit.recipe.toml.document import Recipe, locate_options, override, parse_value
+from prunekit.recipe.toml.sections import DATA_KEYS
 from prunekit.report import Tell
 from prunekit.store.files import refuse_link
 from prunekit.store.layout import RECIPE

@@ -30,8 +30,8 @@ from prunekit.pruning.masks import (
 from prunekit.recipe import reduction
 from prunekit.recipe.describing import describe
 from prunekit.recipe.plan import Run
-from prunekit.recipe.sections import DataOptions
 from prunekit.recipe.stages import Stage
+from prunekit.recipe.toml.sections import DataOptions
 from prunekit.report import Note, Report, Stop
 from prunekit.store.checkpoint import read_model
 from prunekit.store.keys import hash_file

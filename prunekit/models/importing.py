@@ -28,9 +28,9 @@ from prunekit.pruning.masks import (
     find_zeros,
     hash_masks,
 )
-from prunekit.recipe.document import Recipe, locate_options, override
 from prunekit.recipe.plan import make_plan
 from prunekit.recipe.stages import Stage
+from prunekit.recipe.toml.document import Recipe, locate_options, override
 from prunekit.report import Tell
 from prunekit.store.checkpoint import load_weights, write_model
 from prunekit.store.files import make_folder, write_text

@@ -11,8 +11,11 @@ from typing import Any
 from prunekit.catalog.component import Use
 from prunekit.catalog.registry import Registry
 from prunekit.contracts import Architecture, Data, Threat
-from prunekit.errors import SYNONYMS, Problem, RecipeError
-from prunekit.recipe.addresses import (
+from prunekit.errors import SYNONYMS, Problem, RecipeError, suggest
+from prunekit.recipe.describing import describe
+from prunekit.recipe.resolver import THREAT_EXAMPLE, Resolver
+from prunekit.recipe.stages import Stage, resolve_stages, uses_in
+from prunekit.recipe.toml.addresses import (
     OPTIONS,
     TOP_KEYS,
     find_name_fault,
@@ -20,19 +23,16 @@ from prunekit.recipe.addresses import (
     resolve_address,
     takes_list,
 )
-from prunekit.recipe.describing import describe
-from prunekit.recipe.document import FORMAT, Recipe
-from prunekit.recipe.resolver import THREAT_EXAMPLE, Resolver
-from prunekit.recipe.sections import (
+from prunekit.recipe.toml.document import FORMAT, Recipe
+from prunekit.recipe.toml.lines import KeyPath
+from prunekit.recipe.toml.sections import (
     ArchitectureOptions,
     ComputeOptions,
     DataOptions,
     PruneOptions,
     ThreatOptions,
 )
-from prunekit.recipe.stages import Stage, resolve_stages, uses_in
-from prunekit.recipe.sweep import label, unroll
-from prunekit.recipe.values import KeyPath, suggest
+from prunekit.recipe.toml.sweep import label, unroll
 from prunekit.report import Reporter
 
 

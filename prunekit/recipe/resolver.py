@@ -18,19 +18,26 @@ from prunekit.catalog.containment import contained
 from prunekit.catalog.kinds import KINDS
 from prunekit.catalog.registry import Registry
 from prunekit.contracts import Threat
-from prunekit.errors import SYNONYMS, OptionError, Place, Problem, UserError, explain_briefly
+from prunekit.errors import (
+    SYNONYMS,
+    OptionError,
+    Place,
+    Problem,
+    UserError,
+    explain_briefly,
+    suggest,
+)
 from prunekit.reading import name_type
 from prunekit.recipe.describing import key_of
+from prunekit.recipe.toml.lines import KeyPath
 from prunekit.recipe.trust import Guard
 from prunekit.recipe.values import (
-    KeyPath,
     Mistake,
     Slot,
     example_of,
     last_key,
     read_plain,
     read_radius,
-    suggest,
 )
 
 KIND_OF: dict[Any, str] = {declaration.builds: kind for kind, declaration in KINDS.items()}

@@ -12,10 +12,12 @@ from typing import Any
 from prunekit.catalog.component import Use
 from prunekit.catalog.containment import ask
 from prunekit.contracts import read_ratio
+from prunekit.errors import suggest
 from prunekit.recipe.describing import describe, key_of
 from prunekit.recipe.resolver import NAME, NAME_RULE, Resolver
-from prunekit.recipe.sections import SELECTION_KEYS, STAGE_OPTIONS
-from prunekit.recipe.values import KeyPath, Mistake, suggest
+from prunekit.recipe.toml.lines import KeyPath
+from prunekit.recipe.toml.sections import SELECTION_KEYS, STAGE_OPTIONS
+from prunekit.recipe.values import Mistake
 
 TRAINING_KEYS = ("epochs", "optimizer", "select", "clip_norm", "wrap", "sparsity_schedule")
 """Keys of a prune stage that only pruners that learn their scores use."""

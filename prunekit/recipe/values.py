@@ -11,10 +11,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from prunekit.catalog.component import Radius
 from prunekit.errors import shorten_value
-from prunekit.errors import suggest as suggest
-
-KeyPath = tuple[str | int, ...]
-"""Where a value stands in a recipe's data: ("stage", 0, "epochs")."""
+from prunekit.recipe.toml.lines import KeyPath
 
 WANTED = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
 EXAMPLES: dict[Any, str] = {

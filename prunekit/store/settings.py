@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from prunekit.recipe.addresses import resolve_address
+from prunekit.recipe.toml.addresses import resolve_address
 from prunekit.store.layout import RECIPE
 
 BIGGEST = 1 << 20

@@ -9,8 +9,8 @@ import tomli_w
 from prunekit.catalog.kinds import RewirerComponent
 from prunekit.catalog.registry import Entry, Registry, load_registry
 from prunekit.errors import UserError
-from prunekit.recipe.document import load_recipe
 from prunekit.recipe.plan import make_plan
+from prunekit.recipe.toml.document import load_recipe
 
 REGISTRY = load_registry()
 

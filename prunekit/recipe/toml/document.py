@@ -12,10 +12,9 @@ from typing import Any
 
 from prunekit.errors import Place, Problem, RecipeError, nearest, relative, shorten_value
 from prunekit.reading import DEEPEST, find_fault
-from prunekit.recipe.addresses import resolve_address
-from prunekit.recipe.sections import DATA_KEYS
-from prunekit.recipe.toml_lines import Unfit, find_lines, read_toml
-from prunekit.recipe.values import KeyPath
+from prunekit.recipe.toml.addresses import resolve_address
+from prunekit.recipe.toml.lines import KeyPath, Unfit, find_lines, read_toml
+from prunekit.recipe.toml.sections import DATA_KEYS
 
 FORMAT = 1
 """Version of the recipe format."""

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from prunekit.errors import Place, RecipeError, UserError
-from prunekit.recipe.document import load_recipe
+from prunekit.recipe.toml.document import load_recipe
 
 
 @pytest.fixture(autouse=True)

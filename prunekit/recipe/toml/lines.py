@@ -10,7 +10,9 @@ from typing import Any
 
 from prunekit.errors import Place, Problem, RecipeError, UserError, nearest, relative
 from prunekit.reading import DEEPEST, LARGEST_TEXT, find_fault, read_bytes
-from prunekit.recipe.values import KeyPath
+
+KeyPath = tuple[str | int, ...]
+"""Where a value stands in a recipe's data: ("stage", 0, "epochs")."""
 
 HINTS = {
     "Invalid value": 'strings need quotes: use = "trades"',

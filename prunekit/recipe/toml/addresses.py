@@ -12,8 +12,9 @@ from typing import Any, get_args, get_origin
 from prunekit.catalog.component import Use, default_of
 from prunekit.catalog.kinds import KINDS
 from prunekit.catalog.registry import Registry
-from prunekit.errors import SYNONYMS
-from prunekit.recipe.sections import (
+from prunekit.errors import SYNONYMS, suggest
+from prunekit.recipe.toml.lines import KeyPath
+from prunekit.recipe.toml.sections import (
     SELECTION_KEYS,
     STAGE_OPTIONS,
     ArchitectureOptions,
@@ -21,7 +22,6 @@ from prunekit.recipe.sections import (
     DataOptions,
     ThreatOptions,
 )
-from prunekit.recipe.values import KeyPath, suggest
 
 SECTIONS = ("compute", "dataset", "architecture", "threat", "objective")
 TOP_KEYS = ("format", "name", "seed", *SECTIONS, "stage", "sweep", "report")

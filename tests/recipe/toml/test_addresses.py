@@ -6,9 +6,9 @@ import pytest
 
 from prunekit.catalog.registry import load_registry
 from prunekit.errors import UserError
-from prunekit.recipe.addresses import resolve_address, takes_list
-from prunekit.recipe.document import load_recipe
 from prunekit.recipe.plan import make_plan
+from prunekit.recipe.toml.addresses import resolve_address, takes_list
+from prunekit.recipe.toml.document import load_recipe
 
 REGISTRY = load_registry()
 
