@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 
@@ -69,10 +69,11 @@ class Place:
 
 @dataclass(frozen=True, order=True)
 class Problem:
-    """One mistake in a recipe."""
+    """One mistake in a recipe; `path` has the keys of what is wrong, where they are known."""
 
     place: Place
     message: str
+    path: tuple[str | int, ...] = field(default=(), compare=False)
 
     def __str__(self) -> str:
         return f"{self.place}: {shorten(printable(self.message, keep=''))}"

@@ -24,7 +24,6 @@ from prunekit.recipe.toml.addresses import (
     takes_list,
 )
 from prunekit.recipe.toml.document import FORMAT, Recipe
-from prunekit.recipe.toml.lines import KeyPath
 from prunekit.recipe.toml.sections import (
     ArchitectureOptions,
     ComputeOptions,
@@ -140,17 +139,6 @@ def make_plan(recipe: Recipe, registry: Registry) -> Plan:
     return Plan(name, recipe.path, tuple(runs), reporters, document, compute, told)
 
 
-@dataclass
-class _Placing(Resolver):
-    """Remembers which value each problem is with."""
-
-    paths: list[KeyPath] = field(default_factory=list)
-
-    def problem(self, path: KeyPath, message: str) -> None:
-        self.paths.append(path)
-        super().problem(path, message)
-
-
 def _find_hidden(recipe: Recipe, top: Resolver, addresses: Iterable[str]) -> list[Problem]:
     """Mistakes in components that the recipe names and every combination of its sweep replaces.
 
@@ -160,13 +148,13 @@ def _find_hidden(recipe: Recipe, top: Resolver, addresses: Iterable[str]) -> lis
     swept = [path for a in addresses if not isinstance(path := resolve_address(plain, a), str)]
     if not swept:
         return []
-    base = _Placing(top.registry, top.folder, recipe.locate)
+    base = Resolver(top.registry, top.folder, recipe.locate)
     for _ in _resolve_run(Recipe(recipe.path, plain, recipe.places), base, "", {"sweep": 1}, []):
         pass
     return [
         problem
-        for path, problem in zip(base.paths, base.problems, strict=True)
-        if any(path[: len(s)] == s and path != s for s in swept)
+        for problem in base.problems
+        if any(problem.path[: len(s)] == s != problem.path for s in swept)
     ]
 
 

@@ -72,10 +72,35 @@ class Resolver:
     """(key, path as written) -> absolute path, of every file that the recipe names."""
     foreign: Mapping[str, str] = field(default_factory=dict)
     """Top-level keys that the user did not write -> the `Guard.source` that did."""
+    known: dict[Any, tuple[Any, list[Problem]]] = field(default_factory=dict)
+    """What was resolved before, as in another combination of a sweep, and its problems."""
 
     def problem(self, path: KeyPath, message: str) -> None:
         """Record a problem with the value at `path`."""
-        self.problems.append(Problem(self.locate(path), message))
+        self.problems.append(Problem(self.locate(path), message, path))
+
+    def _once(self, what: Any, value: Any, path: KeyPath, resolve: Callable[[], Any]) -> Any:
+        """What `resolve` makes of the value at `path`, or made of the same at the same places."""
+        try:
+            found = self.known.get(key := (what, self.threat, self._mark(value, path)))
+        except TypeError:  # something of Python that cannot be hashed
+            return resolve()
+        if found is None:
+            before = len(self.problems)
+            found = self.known[key] = resolve(), self.problems[before:]
+        else:
+            self.problems += found[1]
+        return found[0]
+
+    def _mark(self, value: Any, path: KeyPath) -> Any:
+        """The same for equal values that are written at the same places, and hashable."""
+        if isinstance(value, Mapping):
+            pairs = tuple((key, self._mark(inner, (*path, key))) for key, inner in value.items())
+            return self.locate(path), pairs
+        if isinstance(value, list | tuple):
+            items = tuple(self._mark(inner, (*path, n)) for n, inner in enumerate(value))
+            return self.locate(path), items
+        return self.locate(path), type(value), value  # 1 == True in Python, but not in a recipe
 
     @contextmanager
     def collecting(self) -> Iterator[None]:
@@ -101,6 +126,22 @@ class Resolver:
         `core` are keys of the same table that the core reads, and are suggested as well; `plugin`
         is the one that the dataclass belongs to.
         """
+        return self._once(
+            (cls, owner, plugin),
+            table,
+            path,
+            lambda: self._options(cls, table, path, owner, core, plugin),
+        )
+
+    def _options(
+        self,
+        cls: type,
+        table: Mapping[str, Any],
+        path: KeyPath,
+        owner: str,
+        core: Collection[str],
+        plugin: str,
+    ) -> Any | None:
         hints = field_types(cls)
         values: dict[str, Any] = {}
         fields = {key_of(f.name): f for f in dataclasses.fields(cls)}
@@ -169,9 +210,14 @@ class Resolver:
 
         `core` are keys of the table that the core reads.
         """
-        with self.collecting():
-            return self._use(kind, value, path, core)
-        return None
+
+        def resolve() -> Use[Any] | None:
+            with self.collecting():
+                return self._use(kind, value, path, core)
+            return None
+
+        found: Use[Any] | None = self._once(kind, value, path, resolve)
+        return found
 
     def _use(self, kind: str, value: Any, path: KeyPath, core: Collection[str] = ()) -> Use[Any]:
         table = {"use": value} if isinstance(value, str) else value

@@ -6,6 +6,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from prunekit.catalog.containment import ask
 from prunekit.contracts import read_ratio
 from prunekit.errors import suggest
 from prunekit.recipe.describing import describe, key_of
-from prunekit.recipe.resolver import NAME, NAME_RULE, Resolver
+from prunekit.recipe.resolver import NAME, NAME_RULE, Resolver, field_types
 from prunekit.recipe.toml.lines import KeyPath
 from prunekit.recipe.toml.sections import SELECTION_KEYS, STAGE_OPTIONS
 from prunekit.recipe.values import Mistake
@@ -112,12 +113,18 @@ def uses_in(value: Any) -> Iterator[Use[Any]]:
     if isinstance(value, Use):
         yield value
         yield from uses_in(value.options)
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        for f in dataclasses.fields(value):
-            yield from uses_in(getattr(value, f.name))
+    elif dataclasses.is_dataclass(value):
+        for name in _naming(type(value)):
+            yield from uses_in(getattr(value, name))
     elif isinstance(value, tuple | list):
         for item in value:
             yield from uses_in(item)
+
+
+@cache
+def _naming(options: type) -> list[str]:
+    """Fields of an options dataclass that name components."""
+    return [name for name, hint in field_types(options).items() if "Use[" in str(hint)]
 
 
 def resolve_stages(

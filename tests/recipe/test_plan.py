@@ -1,12 +1,14 @@
 """Recipes resolved: every mistake at once, and what is right."""
 
 import textwrap
+from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 
 import pytest
 import tomli_w
 
-from prunekit.catalog.kinds import RewirerComponent
+from prunekit.catalog.component import option
+from prunekit.catalog.kinds import PrunerComponent, RewirerComponent
 from prunekit.catalog.registry import Entry, Registry, load_registry
 from prunekit.errors import UserError
 from prunekit.recipe.plan import make_plan
@@ -558,3 +560,32 @@ def test_compute_is_one_for_all_runs(plan, refuse):
     assert "threads of [compute] must be at least 1, got 0" in line
     found = refuse(SMALL + '[sweep]\n"compute.threads" = [1, 2]\n')
     assert "all runs of a sweep share [compute]" in found[0]
+
+
+def test_what_the_combinations_of_a_sweep_share_is_checked_once(plan):
+    asked = []
+
+    @dataclass(frozen=True)
+    class Options:
+        level: int = option(1, help="a number", low=0)
+
+        def __post_init__(self):
+            asked.append(self.level)
+
+    counted = PrunerComponent(name="counted", summary="s", build="m:b", options=Options)
+    registry = Registry((*REGISTRY.entries, Entry(counted, "p", "d 1")))
+    recipe = SMALL.replace('pruner = "score"\nepochs = 1\n', 'pruner = "counted"\n')
+    sweep = '[sweep]\nseed = [0, 1, 2]\n"prune.sparsity" = [0.5, 0.6]\n'
+    found = plan(f'{recipe}{sweep}"prune.pruner.level" = [3, 4]', registry=registry)
+    assert len(found.runs) == 12
+    assert sorted(asked) == [1, 3, 4]  # 1 is the recipe's own
+    first, *_, last = found.runs
+    assert first.architecture is last.architecture
+    assert [r.stages[1].options.pruner.options.level for r in (first, last)] == [3, 4]
+
+
+def test_a_mistake_that_two_cases_share_is_told_at_both_places(refuse):
+    cases = '[[sweep.case]]\n"prune.sparsity" = 2\n[[sweep.case]]\n"prune.sparsity" = 2\nseed = 1\n'
+    told = [line.partition(":")[2].partition(":")[0] for line in refuse(SMALL + cases)]
+    start = SMALL.count("\n")
+    assert told == [str(start + 2), str(start + 4)]
