@@ -11,11 +11,12 @@ from typing import Any
 from prunekit.catalog.component import Use
 from prunekit.catalog.registry import Registry
 from prunekit.contracts import Architecture, Data, Threat
-from prunekit.errors import SYNONYMS, Problem, RecipeError, suggest
+from prunekit.errors import Problem, RecipeError, suggest, translate
 from prunekit.recipe.describing import describe
 from prunekit.recipe.resolver import THREAT_EXAMPLE, Resolver
 from prunekit.recipe.stages import Stage, resolve_stages, uses_in
 from prunekit.recipe.toml.addresses import (
+    OPTIMIZER_KEYS,
     OPTIONS,
     TOP_KEYS,
     find_name_fault,
@@ -181,11 +182,13 @@ def _with_whole_paths(value: Any, files: Mapping[tuple[str, str], str], key: str
 def _check_top(recipe: Recipe, resolver: Resolver) -> None:
     for key in recipe.data:
         if key not in TOP_KEYS:
-            meant = SYNONYMS.get(key, key)
             advice = suggest(key, (*TOP_KEYS, "extends", "set"))
             for owner, options in (*OPTIONS.items(), ("[stage]", PruneOptions)):
-                if meant in {field.name for field in dataclasses.fields(options)}:
-                    advice = f"it belongs below [{owner}]: {meant} = ..."
+                if meant := translate(key, (field.name for field in dataclasses.fields(options))):
+                    more = suggest(key, [meant]).partition(",")[2]
+                    advice = f"it belongs below [{owner}]: {meant} = ...{more and f',{more}'}"
+            if meant := translate(key, OPTIMIZER_KEYS):
+                advice = f"it belongs below [[stage]]: optimizer = {{ {meant} = ... }}"
             resolver.problem((key,), f"unknown key {key!r}; {advice}")
     version = recipe.data.get("format", FORMAT)
     if version != FORMAT:

@@ -7,7 +7,7 @@ import re
 import types
 import typing
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -19,13 +19,13 @@ from prunekit.catalog.kinds import KINDS
 from prunekit.catalog.registry import Registry
 from prunekit.contracts import Threat
 from prunekit.errors import (
-    SYNONYMS,
     OptionError,
     Place,
     Problem,
     UserError,
     explain_briefly,
     suggest,
+    translate,
 )
 from prunekit.reading import name_type
 from prunekit.recipe.describing import key_of
@@ -38,6 +38,7 @@ from prunekit.recipe.values import (
     last_key,
     read_plain,
     read_radius,
+    write_value,
 )
 
 KIND_OF: dict[Any, str] = {declaration.builds: kind for kind, declaration in KINDS.items()}
@@ -146,7 +147,9 @@ class Resolver:
         values: dict[str, Any] = {}
         fields = {key_of(f.name): f for f in dataclasses.fields(cls)}
         before = len(self.problems)
-        for key in [key for key in table if key not in fields]:
+        unknown = [key for key in table if key not in fields]
+        meant = {translate(key, fields) for key in unknown}
+        for key in unknown:
             inside = self._find_inside(key, fields, hints, table)
             given = self.locate((*path, key)).file.removeprefix("--set ").partition("=")[0].strip()
             if inside and given.endswith(f".{key}"):  # with `--set`, the whole address
@@ -161,6 +164,8 @@ class Resolver:
             value = default = default_of(f)
             if key in table:
                 value = _over_default(table[key], default)
+            elif default is dataclasses.MISSING and key in meant:
+                continue  # its other name is a problem already
             elif default is dataclasses.MISSING:
                 example = f"write {key} = {example_of(hints[f.name])}"
                 self.problem(path, f"{owner} needs {key}: {f.metadata.get('help', '')}; {example}")
@@ -196,10 +201,11 @@ class Resolver:
             for part in (hints[f.name], *get_args(hints[f.name])):
                 if get_origin(part) is not Use:
                     continue
-                for entry in self.registry.search(str(use), KIND_OF[get_args(part)[0]]):
+                kind = KIND_OF[get_args(part)[0]]
+                meant = translate(str(use), self.registry.names(kind))
+                for entry in self.registry.search(meant or str(use), kind):
                     inner = [key_of(o.name) for o in dataclasses.fields(entry.component.options)]
-                    meant = SYNONYMS.get(key, key)
-                    if meant in inner:
+                    if meant := translate(key, inner):
                         return f"{outer}.{meant}"
         return ""
 
@@ -228,6 +234,11 @@ class Resolver:
         try:
             entry = self.registry.find(kind, table["use"])
         except UserError as error:
+            meant = translate(table["use"], self.registry.names(kind))
+            if meant and not self.registry.search(table["use"], kind):
+                # What else is wrong with it is told in the same go.
+                with suppress(Mistake, Recorded):
+                    self._use(kind, {**table, "use": meant}, path, core)
             raise Mistake((*path, "use"), str(error)) from None
         component, owner = entry.component, f"{kind} {entry.component.name!r}"
         core = ("name", *core) if kind == "evaluator" else core
@@ -287,16 +298,21 @@ class Resolver:
     def _list(self, arguments: tuple[Any, ...], value: Any, slot: Slot) -> tuple[Any, ...]:
         any_length = arguments[-1] is Ellipsis
         if not isinstance(value, list | tuple):
-            raise slot.wrong_type("a list", value, f"; write [{value!r}]" if any_length else "")
+            items = re.findall(r"[^\s,\[\]\"']+", value) if isinstance(value, str) else [value]
+            if get_origin(arguments[0]) is Use:
+                known = self.registry.names(KIND_OF[get_args(arguments[0])[0]])
+                items = [translate(str(item), known) or item for item in items]
+            advice = f"; write {write_value(items)}" if any_length else ""
+            raise slot.wrong_type("a list", value, advice)
         if not any_length and len(value) != len(arguments):
             raise slot.wrong_type(f"a list of {len(arguments)} values", value)
-        items = []
+        found = []
         for i, item in enumerate(value):
             with self.collecting():
-                items.append(self._value(arguments[0 if any_length else i], item, slot.item(i)))
-        if len(items) < len(value):
+                found.append(self._value(arguments[0 if any_length else i], item, slot.item(i)))
+        if len(found) < len(value):
             raise Recorded
-        return tuple(items)
+        return tuple(found)
 
     def _path(self, value: Any, slot: Slot) -> Path:
         if isinstance(value, Path):

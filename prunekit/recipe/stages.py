@@ -114,7 +114,8 @@ def uses_in(value: Any) -> Iterator[Use[Any]]:
         yield value
         yield from uses_in(value.options)
     elif dataclasses.is_dataclass(value):
-        for name in _naming(type(value)):
+        options: type = type(value)
+        for name in _naming(options):
             yield from uses_in(getattr(value, name))
     elif isinstance(value, tuple | list):
         for item in value:

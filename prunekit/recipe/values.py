@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import operator
 from dataclasses import dataclass
@@ -136,3 +137,16 @@ def limits(field: dataclasses.Field[Any]) -> str:
     """The limits of an option in words, such as "above 0 and at most 1"; "" if it has none."""
     bounds = ((words, field.metadata.get(key)) for key, (words, _) in LIMITS.items())
     return " and ".join(f"{words} {bound:g}" for words, bound in bounds if bound is not None)
+
+
+def write_value(value: Any) -> str:
+    """The value as TOML writes it.
+
+    >>> write_value((True, 0.5, "x")), write_value({"use": "sgd"})
+    ('[true, 0.5, "x"]', '{ use = "sgd" }')
+    """
+    if isinstance(value, dict):
+        return f"{{ {', '.join(f'{k} = {write_value(v)}' for k, v in value.items())} }}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(write_value, value))}]"
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str | bool) else str(value)

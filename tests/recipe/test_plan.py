@@ -145,7 +145,7 @@ MISTAKES = [
      "15: unknown option 'image' of stage 'evaluate'; did you mean 'images'?"),
     (SMALL + "images = 2.5\n", "15: images of stage 'evaluate' must be a whole number, got 2.5"),
     (SMALL.replace('["clean"]', '"clean"'),
-     "14: with of stage 'evaluate' must be a list, got 'clean'; write ['clean']"),
+     "14: with of stage 'evaluate' must be a list, got 'clean'; write [\"clean\"]"),
     (SMALL.replace('["clean"]', "[]"),
      "14: stage 'evaluate': name at least one evaluator, such as with = [\"clean\"]"),
     (SMALL.replace('["clean"]', '["clean", "clean"]'),
@@ -589,3 +589,46 @@ def test_a_mistake_that_two_cases_share_is_told_at_both_places(refuse):
     told = [line.partition(":")[2].partition(":")[0] for line in refuse(SMALL + cases)]
     start = SMALL.count("\n")
     assert told == [str(start + 2), str(start + 4)]
+
+
+@pytest.mark.parametrize(
+    ("written", "advice"),
+    [
+        ('structure = "filter"', "cannot be 'filter'; write \"channel\""),
+        ('structure = "unstructured"', 'write "element"'),
+        ('structure = "2/4"', 'write "2:4"'),
+        ("density = 0.1", "write sparsity, which is 1 - density"),
+        ("keep = 0.1", "write sparsity, which is 1 - keep"),
+        ("prune_ratio = 0.9", "did you mean 'sparsity'?"),
+        ("ratio = 0.9", "did you mean 'sparsity'?"),
+        ("momentum = 0.9", "it belongs to its optimizer: write optimizer.momentum"),
+        ('lr_scheduler = "x"', "it belongs to its optimizer: write optimizer.schedule"),
+        ('optimizer = { schedule = "CosineAnnealingLR" }', "did you mean 'cosine'?"),
+        ('optimizer = { schedule = "StepLR" }', "did you mean 'step'?"),
+        ('optimizer = "Adam"', "unknown optimizer 'Adam'; did you mean 'adam'?"),
+    ],
+)
+def test_what_others_write_is_pointed_to_what_to_write(written, advice, refuse):
+    (told,) = refuse(SMALL.replace("sparsity = 0.9", f"sparsity = 0.9\n{written}"))
+    assert told.endswith(advice)
+
+
+def test_keys_at_the_top_that_belong_elsewhere(refuse):
+    top = 'lr_scheduler = "cosine"\nkeep_ratio = 0.1\nmomentum = 0.9\n'
+    assert [line.partition("; ")[2] for line in refuse(top + SMALL)] == [
+        "it belongs below [[stage]]: optimizer = { schedule = ... }",
+        "it belongs below [[stage]]: sparsity = ..., which is 1 - keep_ratio",
+        "it belongs below [[stage]]: optimizer = { momentum = ... }",
+    ]
+
+
+def test_with_an_unknown_name_that_is_clear_all_else_is_told_too(refuse):
+    optimizer = 'optimizer = { use = "SGD", learning_rat = 1, schedule = "StepLR" }'
+    epoch = SMALL.replace("epochs = 1", "epoch = 1", 1)
+    told = refuse(epoch.replace("sparsity = 0.9", f"sparsity = 0.9\n{optimizer}"))
+    assert [line.partition(": ")[2].partition(";")[0] for line in told] == [
+        "unknown option 'epoch' of stage 'pretrain'",
+        "unknown optimizer 'SGD'",
+        "unknown option 'learning_rat' of optimizer 'sgd'",
+        "unknown schedule 'StepLR'",
+    ]
