@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from prunekit.errors import Place, Problem, RecipeError, nearest, relative, shorten_value
+from prunekit.errors import Place, Problem, RecipeError, UserError, nearest, relative, shorten_value
 from prunekit.reading import DEEPEST, find_fault
 from prunekit.recipe.toml.addresses import resolve_address
-from prunekit.recipe.toml.lines import KeyPath, Unfit, find_lines, read_toml
+from prunekit.recipe.toml.lines import KeyPath, Unfit, check_recipe, find_lines, read_toml
 from prunekit.recipe.toml.sections import DATA_KEYS
 
 FORMAT = 1
@@ -245,8 +245,10 @@ def _read(path: Path, above: tuple[Path, ...]) -> Recipe:
         if not isinstance(base, str):
             raise RecipeError([Problem(place, 'write extends = "FILE.toml"')])
         below = path.parent / base
-        if not os.path.isfile(below):  # never fails, unlike `is_file` for endless names
-            raise RecipeError([Problem(place, f"there is no recipe {relative(below)}")])
+        try:
+            check_recipe(below)
+        except UserError as error:
+            raise RecipeError([Problem(place, str(error))]) from None
         extended = _read(below, (*above, path))
         extended.path = path
         _merge(extended, extended.data, recipe, data)
