@@ -94,10 +94,9 @@ def shorten(message: str) -> str:
     return VALUE.sub(lambda found: shorten_value(found[0]), message)
 
 
-def shorten_value(text: str) -> str:
-    """The text, without its middle where it is longer than `LONGEST_VALUE`."""
-    half = LONGEST_VALUE // 2
-    return text if len(text) <= LONGEST_VALUE else f"{text[:half]} ... {text[-half:]}"
+def shorten_value(text: str, most: int = LONGEST_VALUE) -> str:
+    """The text, without its middle where it has more than `most` characters."""
+    return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"
 
 
 def explain_briefly(error: BaseException) -> str:

@@ -146,7 +146,7 @@ def evaluate_network(
 ) -> Path:
     """Evaluate, or find the stored result; the folder of the evaluation.
 
-    Raises `RunError` where it failed.
+    Raises `UserError` where the network's file does not fit, and `RunError` where judging failed.
     """
     plan = plan_evaluation(network, request)
     plan.permit()
@@ -164,5 +164,6 @@ def evaluate_network(
             tell(note)
     for done in folders or []:
         if done.status == "failed":
-            raise RunError(done.error)
+            unfit = isinstance(done.cause, UserError) and not isinstance(done.cause, RunError)
+            raise (UserError if unfit else RunError)(done.error)
     return folder

@@ -13,9 +13,9 @@ import torch
 from prunekit.catalog.component import Use
 from prunekit.catalog.containment import ask
 from prunekit.engine.work import Loaded
-from prunekit.recipe.describing import describe
+from prunekit.recipe.describing import describe, uses_in
 from prunekit.recipe.plan import Run
-from prunekit.recipe.stages import Stage, uses_in
+from prunekit.recipe.stages import Stage
 from prunekit.store.keys import hash_file, hash_stage, version_of
 from prunekit.training.compute import Compute
 

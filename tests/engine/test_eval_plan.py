@@ -148,7 +148,7 @@ def test_a_file_that_says_nothing_is_asked_about(run):
     assert "give --eps" in judge(*known, "--with", "pgd", code=2)[1]
     assert read(*known, "--with", "pgd", "--eps", "8/255")["metrics"]["pgd.accuracy"]["n"] == 20
     wrong = judge("lone.safetensors", "--dataset", "digits", "--model", "lin-2", "--with", "clean",
-                  code=1)[1]  # fmt: skip
+                  code=2)[1]  # fmt: skip
     assert "does not fit the network" in wrong
 
 
@@ -202,3 +202,12 @@ def test_help_needs_no_torch(command):
         "assert done.exit_code == 0\nassert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_file_that_does_not_fit_is_no_failed_run(run):
+    file = run / "model.safetensors"
+    header = {"architecture": "lin-1", "dataset": "digits", "shape": [1, 8, 8], "classes": 10}
+    metadata = {"prunekit": json.dumps({**header, "masked": ["nope"]})}
+    save_file(load_file(file), "misfit.safetensors", metadata)
+    told = judge("misfit.safetensors", "--with", "clean", code=2)[1]
+    assert "its masks do not fit its weights ('nope')" in told
