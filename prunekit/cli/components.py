@@ -13,6 +13,7 @@ import click
 
 from prunekit.catalog.component import Component, Radius, Use, default_of
 from prunekit.catalog.kinds import (
+    KIND_OF,
     KINDS,
     ArchitectureComponent,
     EvaluatorComponent,
@@ -24,8 +25,7 @@ from prunekit.catalog.registry import Entry, load_registry
 from prunekit.cli.completion import complete_components, complete_kinds
 from prunekit.cli.group import as_json, echo, print_json, print_table, width_of
 from prunekit.errors import UserError, suggest
-from prunekit.recipe.describing import key_of
-from prunekit.recipe.resolver import KIND_OF, field_types
+from prunekit.recipe.describing import field_types, key_of
 from prunekit.recipe.values import example_of, limits, write_value
 
 WORDS: dict[Any, str] = {

@@ -12,9 +12,9 @@ from prunekit.catalog.component import Use
 from prunekit.catalog.registry import Registry
 from prunekit.contracts import Architecture, Data, Threat
 from prunekit.errors import Problem, RecipeError, suggest, translate
-from prunekit.recipe.describing import describe
+from prunekit.recipe.describing import describe, uses_in
 from prunekit.recipe.resolver import THREAT_EXAMPLE, Resolver
-from prunekit.recipe.stages import Stage, resolve_stages, uses_in
+from prunekit.recipe.stages import Stage, resolve_stages
 from prunekit.recipe.toml.addresses import (
     OPTIMIZER_KEYS,
     OPTIONS,

@@ -5,17 +5,16 @@ from __future__ import annotations
 import dataclasses
 import re
 import types
-import typing
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import cache
+from functools import wraps
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin
 
 from prunekit.catalog.component import Radius, Threatened, Use, default_of
 from prunekit.catalog.containment import contained
-from prunekit.catalog.kinds import KINDS
+from prunekit.catalog.kinds import KIND_OF, find_kind
 from prunekit.catalog.registry import Registry
 from prunekit.contracts import Threat
 from prunekit.errors import (
@@ -27,37 +26,51 @@ from prunekit.errors import (
     suggest,
     translate,
 )
-from prunekit.reading import name_type
-from prunekit.recipe.describing import key_of
+from prunekit.recipe.describing import field_types, key_of
 from prunekit.recipe.toml.lines import KeyPath
 from prunekit.recipe.trust import Guard
 from prunekit.recipe.values import (
+    NAME,
+    NAME_RULE,
     Mistake,
     Slot,
     example_of,
     last_key,
+    read_choice,
+    read_path,
     read_plain,
     read_radius,
     write_value,
 )
 
-KIND_OF: dict[Any, str] = {declaration.builds: kind for kind, declaration in KINDS.items()}
-"""The kind of component that an option of type `Use[...]` names."""
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 THREAT_EXAMPLE = 'write [threat] with norm = "linf" and eps = "8/255"'
-NAME = r"[\w+-]{1,100}"
-"""Names of stages and evaluators, which are parts of paths and of the names of metrics."""
-NAME_RULE = "must consist of at most 100 letters, digits, '-', '_' and '+'"
-
-
-@cache
-def field_types(options: type) -> dict[str, Any]:
-    """Field name -> type of an options dataclass."""
-    return typing.get_type_hints(options)
 
 
 class Recorded(Exception):
     """There is no value, and the problems that say why have been recorded."""
+
+
+def _once(method: Method) -> Method:
+    """Let `method(resolver, what, value, path, ...)` resolve the same at the same places once."""
+
+    @wraps(method)
+    def resolve(resolver: Resolver, what: Any, value: Any, path: KeyPath, *more: Any) -> Any:
+        names = tuple(word for word in more if isinstance(word, str))
+        key: Any = (what, names, resolver.threat, resolver.mark(value, path))
+        try:
+            if found := resolver.known.get(key):
+                resolver.problems += found[1]
+                return found[0]
+        except TypeError:  # something of Python that cannot be hashed
+            key = object()
+        before = len(resolver.problems)
+        result = method(resolver, what, value, path, *more)
+        resolver.known[key] = result, resolver.problems[before:]
+        return result
+
+    return cast(Method, resolve)
 
 
 @dataclass
@@ -80,28 +93,14 @@ class Resolver:
         """Record a problem with the value at `path`."""
         self.problems.append(Problem(self.locate(path), message, path))
 
-    def _once(self, what: Any, value: Any, path: KeyPath, resolve: Callable[[], Any]) -> Any:
-        """What `resolve` makes of the value at `path`, or made of the same at the same places."""
-        try:
-            found = self.known.get(key := (what, self.threat, self._mark(value, path)))
-        except TypeError:  # something of Python that cannot be hashed
-            return resolve()
-        if found is None:
-            before = len(self.problems)
-            found = self.known[key] = resolve(), self.problems[before:]
-        else:
-            self.problems += found[1]
-        return found[0]
-
-    def _mark(self, value: Any, path: KeyPath) -> Any:
+    def mark(self, value: Any, path: KeyPath) -> Any:
         """The same for equal values that are written at the same places, and hashable."""
+        place = self.locate(path)
         if isinstance(value, Mapping):
-            pairs = tuple((key, self._mark(inner, (*path, key))) for key, inner in value.items())
-            return self.locate(path), pairs
+            return place, tuple((k, self.mark(v, (*path, k))) for k, v in value.items())
         if isinstance(value, list | tuple):
-            items = tuple(self._mark(inner, (*path, n)) for n, inner in enumerate(value))
-            return self.locate(path), items
-        return self.locate(path), type(value), value  # 1 == True in Python, but not in a recipe
+            return place, tuple(self.mark(v, (*path, n)) for n, v in enumerate(value))
+        return place, type(value), value  # 1 == True in Python, but not in a recipe
 
     @contextmanager
     def collecting(self) -> Iterator[None]:
@@ -113,6 +112,7 @@ class Resolver:
         except Mistake as mistake:
             self.problem(mistake.path, str(mistake))
 
+    @_once
     def options(
         self,
         cls: type,
@@ -124,25 +124,8 @@ class Resolver:
     ) -> Any | None:
         """Build an options dataclass from the table at `path`; None if there was a problem.
 
-        `core` are keys of the same table that the core reads, and are suggested as well; `plugin`
-        is the one that the dataclass belongs to.
+        `core` are keys of the same table that the core reads. `plugin` owns the dataclass.
         """
-        return self._once(
-            (cls, owner, plugin),
-            table,
-            path,
-            lambda: self._options(cls, table, path, owner, core, plugin),
-        )
-
-    def _options(
-        self,
-        cls: type,
-        table: Mapping[str, Any],
-        path: KeyPath,
-        owner: str,
-        core: Collection[str],
-        plugin: str,
-    ) -> Any | None:
         hints = field_types(cls)
         values: dict[str, Any] = {}
         fields = {key_of(f.name): f for f in dataclasses.fields(cls)}
@@ -150,7 +133,7 @@ class Resolver:
         unknown = [key for key in table if key not in fields]
         meant = {translate(key, fields) for key in unknown}
         for key in unknown:
-            inside = self._find_inside(key, fields, hints, table)
+            inside = self._find_inside(key, cls, table)
             given = self.locate((*path, key)).file.removeprefix("--set ").partition("=")[0].strip()
             if inside and given.endswith(f".{key}"):  # with `--set`, the whole address
                 inside = f"{given.removesuffix(key)}{inside}"
@@ -164,11 +147,10 @@ class Resolver:
             value = default = default_of(f)
             if key in table:
                 value = _over_default(table[key], default)
-            elif default is dataclasses.MISSING and key in meant:
-                continue  # its other name is a problem already
             elif default is dataclasses.MISSING:
-                example = f"write {key} = {example_of(hints[f.name])}"
-                self.problem(path, f"{owner} needs {key}: {f.metadata.get('help', '')}; {example}")
+                if key not in meant:  # else its other name is a problem already
+                    message = f"{owner} needs {key}: {f.metadata.get('help', '')}; "
+                    self.problem(path, f"{message}write {key} = {example_of(hints[f.name])}")
                 continue
             slot = Slot((*path, key), f, owner, f.metadata.get("norm") or norm)
             with self.collecting():
@@ -182,33 +164,25 @@ class Resolver:
             self.problem((*path, key_of(error.field)), f"{owner}: {error}")
         # Whatever else the check of a plugin's dataclass may raise.
         except Exception as error:
-            reason = explain_briefly(error)
-            of_plugin = f" of plugin {plugin}" if plugin else ""
-            self.problem(path, f"{owner}{of_plugin} rejects its options: {reason}")
+            told = f" of plugin {plugin}" if plugin else ""
+            self.problem(path, f"{owner}{told} rejects its options: {explain_briefly(error)}")
         return None
 
-    def _find_inside(
-        self,
-        key: str,
-        fields: Mapping[str, dataclasses.Field[Any]],
-        hints: Mapping[str, Any],
-        table: Mapping[str, Any],
-    ) -> str:
+    def _find_inside(self, key: str, cls: type, table: Mapping[str, Any]) -> str:
         """Where an option is one of a component that the table names, what to write; else ""."""
-        for outer, f in fields.items():
+        for f in dataclasses.fields(cls):
+            outer, hint = key_of(f.name), field_types(cls)[f.name]
             named = _over_default(table.get(outer, default_of(f)), default_of(f))
-            use = named.get("use") if isinstance(named, Mapping) else named
-            for part in (hints[f.name], *get_args(hints[f.name])):
-                if get_origin(part) is not Use:
-                    continue
-                kind = KIND_OF[get_args(part)[0]]
-                meant = translate(str(use), self.registry.names(kind))
-                for entry in self.registry.search(meant or str(use), kind):
-                    inner = [key_of(o.name) for o in dataclasses.fields(entry.component.options)]
-                    if meant := translate(key, inner):
-                        return f"{outer}.{meant}"
+            use = str(named.get("use") if isinstance(named, Mapping) else named)
+            if (kind := find_kind(hint)) is None:
+                continue
+            name = translate(use, self.registry.names(kind)) or use
+            for entry in self.registry.search(name, kind):
+                if meant := translate(key, map(key_of, field_types(entry.component.options))):
+                    return f"{outer}.{meant}"
         return ""
 
+    @_once
     def use(
         self, kind: str, value: Any, path: KeyPath, core: Collection[str] = ()
     ) -> Use[Any] | None:
@@ -216,14 +190,9 @@ class Resolver:
 
         `core` are keys of the table that the core reads.
         """
-
-        def resolve() -> Use[Any] | None:
-            with self.collecting():
-                return self._use(kind, value, path, core)
-            return None
-
-        found: Use[Any] | None = self._once(kind, value, path, resolve)
-        return found
+        with self.collecting():
+            return self._use(kind, value, path, core)
+        return None
 
     def _use(self, kind: str, value: Any, path: KeyPath, core: Collection[str] = ()) -> Use[Any]:
         table = {"use": value} if isinstance(value, str) else value
@@ -280,11 +249,7 @@ class Resolver:
         if origin is tuple:
             return self._list(arguments, value, slot)
         if origin is Literal:
-            # 1 == True in Python, but not in a recipe.
-            if not any(value == a and type(value) is type(a) for a in arguments):
-                advice = suggest(str(value), map(str, arguments))
-                raise Mistake(slot.path, f"{slot.name} cannot be {value!r}; {advice}")
-            return value
+            return read_choice(value, arguments, slot)
         if origin is dict:
             if not isinstance(value, Mapping):
                 raise slot.wrong_type("a table", value)
@@ -299,8 +264,8 @@ class Resolver:
         any_length = arguments[-1] is Ellipsis
         if not isinstance(value, list | tuple):
             items = re.findall(r"[^\s,\[\]\"']+", value) if isinstance(value, str) else [value]
-            if get_origin(arguments[0]) is Use:
-                known = self.registry.names(KIND_OF[get_args(arguments[0])[0]])
+            if kind := find_kind(arguments[0]):
+                known = self.registry.names(kind)
                 items = [translate(str(item), known) or item for item in items]
             advice = f"; write {write_value(items)}" if any_length else ""
             raise slot.wrong_type("a list", value, advice)
@@ -315,33 +280,10 @@ class Resolver:
         return tuple(found)
 
     def _path(self, value: Any, slot: Slot) -> Path:
-        if isinstance(value, Path):
-            return value
-        if not isinstance(value, str):
-            raise slot.wrong_type("a path", value)
-        place, folder, start = self.locate(slot.path), self.folder, "the folder of the recipe"
-        if place.line:
-            # A recipe that is extended may be in another folder than the one that extends it.
-            folder = Path(place.file).parent
-        elif place.file.startswith("--set"):
-            folder, start = Path(), "the current folder"
-        try:
-            file = folder.absolute() / Path(value).expanduser()
-            found = name_type(file)
-        except (OSError, RuntimeError) as error:  # RuntimeError: ~ of a user who does not exist
-            found = ""
-            if slot.field.metadata.get("exists") or isinstance(error, RuntimeError):
-                gone = isinstance(error, FileNotFoundError)
-                reason = getattr(error, "strerror", None) or error
-                message = f"there is no {file}" if gone else f"cannot read {value}: {reason}"
-                message = f"{slot.name}: {message}; relative paths start at {start}"
-                raise Mistake(slot.path, message) from None
-        # Reading anything else may never end.
-        if found not in ("", "a folder"):
-            raise Mistake(slot.path, f"{slot.name}: {file} is {found}, not a file")
-        written = key_of(slot.field.name), value
+        file = read_path(value, slot, self.locate(slot.path), self.folder)
+        written = key_of(slot.field.name), str(value)
         if self.files.setdefault(written, str(file)) != str(file):
-            self.files[written] = value  # the same words name two files: neither can replace them
+            self.files[written] = str(value)  # the same words name two files: they stay as written
         return file
 
 

@@ -6,7 +6,6 @@ import dataclasses
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,11 @@ from prunekit.catalog.component import Use
 from prunekit.catalog.containment import ask
 from prunekit.contracts import read_ratio
 from prunekit.errors import suggest
-from prunekit.recipe.describing import describe, key_of
-from prunekit.recipe.resolver import NAME, NAME_RULE, Resolver, field_types
+from prunekit.recipe.describing import describe, key_of, uses_in
+from prunekit.recipe.resolver import Resolver
 from prunekit.recipe.toml.lines import KeyPath
 from prunekit.recipe.toml.sections import SELECTION_KEYS, STAGE_OPTIONS
-from prunekit.recipe.values import Mistake
+from prunekit.recipe.values import NAME, NAME_RULE, Mistake
 
 TRAINING_KEYS = ("epochs", "optimizer", "select", "clip_norm", "wrap", "sparsity_schedule")
 """Keys of a prune stage that only pruners that learn their scores use."""
@@ -106,26 +105,6 @@ def find_unused(table: Mapping[str, Any]) -> list[str]:
     """Keys of a prune stage that have no effect with a one-shot pruner."""
     trained = [key for key in TRAINING_KEYS if key in table]
     return [*trained, *(["bn"] if table.get("bn", "recalibrate") != "recalibrate" else [])]
-
-
-def uses_in(value: Any) -> Iterator[Use[Any]]:
-    """All components that options name, at any depth."""
-    if isinstance(value, Use):
-        yield value
-        yield from uses_in(value.options)
-    elif dataclasses.is_dataclass(value):
-        options: type = type(value)
-        for name in _naming(options):
-            yield from uses_in(getattr(value, name))
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from uses_in(item)
-
-
-@cache
-def _naming(options: type) -> list[str]:
-    """Fields of an options dataclass that name components."""
-    return [name for name, hint in field_types(options).items() if "Use[" in str(hint)]
 
 
 def resolve_stages(

@@ -11,8 +11,13 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from prunekit.catalog.component import Radius
-from prunekit.errors import shorten_value
+from prunekit.errors import Place, shorten_value, suggest
+from prunekit.reading import name_type
 from prunekit.recipe.toml.lines import KeyPath
+
+NAME = r"[\w+-]{1,100}"
+"""Names of stages and evaluators, which are parts of paths and of the names of metrics."""
+NAME_RULE = "must consist of at most 100 letters, digits, '-', '_' and '+'"
 
 WANTED = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
 EXAMPLES: dict[Any, str] = {
@@ -104,6 +109,46 @@ def read_radius(value: Any, slot: Slot) -> Radius:
         raise Mistake(slot.path, message)
     check_limits(number, slot)
     return Radius(number)
+
+
+def read_choice(value: Any, choices: tuple[Any, ...], slot: Slot) -> Any:
+    """One of the choices. Raises `Mistake` for anything else: 1 is not true, as it is in Python."""
+    if not any(value == choice and type(value) is type(choice) for choice in choices):
+        advice = suggest(str(value), map(str, choices))
+        raise Mistake(slot.path, f"{slot.name} cannot be {value!r}; {advice}")
+    return value
+
+
+def read_path(value: Any, slot: Slot, place: Place, folder: Path) -> Path:
+    """The file or folder that a string written at `place` names; `folder` is the recipe's.
+
+    Raises `Mistake` for one that is neither, and if it has to exist, for one that does not.
+    """
+    if isinstance(value, Path):
+        return value
+    if not isinstance(value, str):
+        raise slot.wrong_type("a path", value)
+    start = "the folder of the recipe"
+    if place.line:
+        # A recipe that is extended may be in another folder than the one that extends it.
+        folder = Path(place.file).parent
+    elif place.file.startswith("--set"):
+        folder, start = Path(), "the current folder"
+    try:
+        file = folder.absolute() / Path(value).expanduser()
+        found = name_type(file)
+    except (OSError, RuntimeError) as error:  # RuntimeError: ~ of a user who does not exist
+        found = ""
+        if slot.field.metadata.get("exists") or isinstance(error, RuntimeError):
+            gone = isinstance(error, FileNotFoundError)
+            reason = getattr(error, "strerror", None) or error
+            message = f"there is no {file}" if gone else f"cannot read {value}: {reason}"
+            message = f"{slot.name}: {message}; relative paths start at {start}"
+            raise Mistake(slot.path, message) from None
+    # Reading anything else may never end.
+    if found not in ("", "a folder"):
+        raise Mistake(slot.path, f"{slot.name}: {file} is {found}, not a file")
+    return file
 
 
 def read_plain(hint: Any, value: Any, slot: Slot) -> Any:

@@ -9,8 +9,8 @@ import typing
 from collections.abc import Iterable, Mapping
 from typing import Any, get_args, get_origin
 
-from prunekit.catalog.component import Use, default_of
-from prunekit.catalog.kinds import KINDS
+from prunekit.catalog.component import default_of
+from prunekit.catalog.kinds import KINDS, find_kind
 from prunekit.catalog.registry import Registry
 from prunekit.errors import suggest, translate
 from prunekit.recipe.toml.lines import KeyPath
@@ -196,7 +196,7 @@ def _find_hint(cls: type | None, table: Any, path: list[Any], registry: Registry
     key, *rest = path
     if cls is None or key not in (hints := _hints(cls)):
         return None
-    many, kind = _find_kind(hints[key])
+    kind, many = find_kind(hints[key]), get_origin(hints[key]) is tuple
     default = _default(cls, key)
     inner = table.get(key, default) if isinstance(table, dict) else default
     if isinstance(inner, dict) and "use" not in inner:  # options of the default
@@ -216,18 +216,6 @@ def _hints(cls: type) -> dict[str, Any]:
 def _default(cls: type, key: str) -> Any:
     fields = {f.name.removesuffix("_"): f for f in dataclasses.fields(cls)}
     return default_of(fields[key]) if key in fields else None
-
-
-def _find_kind(hint: Any) -> tuple[bool, str | None]:
-    """(whether it is of a list, the kind) of the component that an option of this type names."""
-    for part in (hint, *get_args(hint)):
-        if get_origin(part) is Use:
-            builds = get_args(part)[0]
-            kind = next(
-                (k for k, declaration in KINDS.items() if declaration.builds is builds), None
-            )
-            return get_origin(hint) is tuple, kind
-    return False, None
 
 
 def _options_of(kind: str, table: Any, registry: Registry) -> type | None:

@@ -80,8 +80,7 @@ class Recipe:
             here = here[key]
             # Lists that an address leads into are those of stages and of components.
             if not isinstance(here, dict | list):
-                message = f"{setting.address!r}: {key!r} is not a table"
-                return [Problem(setting.place, message)]
+                return [Problem(setting.place, f"{setting.address!r}: {key!r} is not a table")]
         self.replace(here, path, copy.deepcopy(setting.value), {path: setting.place})
         return []
 
@@ -178,8 +177,7 @@ def override(recipe: Recipe, settings: Sequence[str]) -> None:
         address, equals, value = text.partition("=")
         place = Place(f"--set {shorten_value(text)}")
         if not equals:
-            message = "write ADDRESS=VALUE, such as prune.sparsity=0.95"
-            raise RecipeError([Problem(place, message)])
+            raise RecipeError([Problem(place, "write ADDRESS=VALUE, such as prune.sparsity=0.95")])
         chosen.append(Setting(address.strip(), parse_value(value, place), place))
     apply(recipe, chosen)
 
