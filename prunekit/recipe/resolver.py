@@ -130,9 +130,7 @@ class Resolver:
         values: dict[str, Any] = {}
         fields = {key_of(f.name): f for f in dataclasses.fields(cls)}
         before = len(self.problems)
-        unknown = [key for key in table if key not in fields]
-        meant = {translate(key, fields) for key in unknown}
-        for key in unknown:
+        for key in [key for key in table if key not in fields]:
             inside = self._find_inside(key, cls, table)
             given = self.locate((*path, key)).file.removeprefix("--set ").partition("=")[0].strip()
             if inside and given.endswith(f".{key}"):  # with `--set`, the whole address
@@ -148,9 +146,8 @@ class Resolver:
             if key in table:
                 value = _over_default(table[key], default)
             elif default is dataclasses.MISSING:
-                if key not in meant:  # else its other name is a problem already
-                    message = f"{owner} needs {key}: {f.metadata.get('help', '')}; "
-                    self.problem(path, f"{message}write {key} = {example_of(hints[f.name])}")
+                example = f"write {key} = {example_of(hints[f.name])}"
+                self.problem(path, f"{owner} needs {key}: {f.metadata.get('help', '')}; {example}")
                 continue
             slot = Slot((*path, key), f, owner, f.metadata.get("norm") or norm)
             with self.collecting():

@@ -627,6 +627,7 @@ def test_with_an_unknown_name_that_is_clear_all_else_is_told_too(refuse):
     epoch = SMALL.replace("epochs = 1", "epoch = 1", 1)
     told = refuse(epoch.replace("sparsity = 0.9", f"sparsity = 0.9\n{optimizer}"))
     assert [line.partition(": ")[2].partition(";")[0] for line in told] == [
+        "stage 'pretrain' needs epochs: passes over the training images",
         "unknown option 'epoch' of stage 'pretrain'",
         "unknown optimizer 'SGD'",
         "unknown option 'learning_rat' of optimizer 'sgd'",
