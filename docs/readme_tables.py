@@ -16,9 +16,10 @@ from prunekit import contexts
 from prunekit.catalog.component import Component, NoOptions
 from prunekit.catalog.kinds import KINDS
 from prunekit.catalog.registry import load_registry
-from prunekit.cli.components import describe_options, write_value
+from prunekit.cli.components import describe_options
 from prunekit.cli.new import read_template
-from prunekit.recipe import sections
+from prunekit.recipe.toml import sections
+from prunekit.recipe.values import write_value
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"

@@ -32,7 +32,7 @@ from prunekit.catalog.kinds import (
     SparsityScheduleComponent,
     WrapperComponent,
 )
-from prunekit.errors import DataMissingError, OptionError, RunError, UserError
+from prunekit.errors import DataMissingError, OptionError, RunError, UserError, suggest
 
 if TYPE_CHECKING:
     from prunekit.api import Judgement, RunResult, evaluate, load, make_masks, run, run_sweep
@@ -45,7 +45,6 @@ if TYPE_CHECKING:
     from prunekit.pruning.masks import apply_masks
     from prunekit.pruning.selection import select_masks
     from prunekit.reading import hash_file
-    from prunekit.recipe.values import suggest
     from prunekit.results.metrics import format_metric, format_setting, is_fraction, is_main
     from prunekit.store.files import read_json, read_kept, write_json
     from prunekit.store.keys import version_of
@@ -132,7 +131,6 @@ _HOMES = {
     "prunekit.pruning.selection": ("select_masks",),
     "prunekit.training.masking": ("LearnedScores",),
     "prunekit.reading": ("hash_file",),
-    "prunekit.recipe.values": ("suggest",),
     "prunekit.results.metrics": ("format_metric", "format_setting", "is_fraction", "is_main"),
     "prunekit.store.files": ("read_json", "read_kept", "write_json"),
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 
@@ -69,10 +69,11 @@ class Place:
 
 @dataclass(frozen=True, order=True)
 class Problem:
-    """One mistake in a recipe."""
+    """One mistake in a recipe; `path` has the keys of what is wrong, where they are known."""
 
     place: Place
     message: str
+    path: tuple[str | int, ...] = field(default=(), compare=False)
 
     def __str__(self) -> str:
         return f"{self.place}: {shorten(printable(self.message, keep=''))}"
@@ -93,10 +94,9 @@ def shorten(message: str) -> str:
     return VALUE.sub(lambda found: shorten_value(found[0]), message)
 
 
-def shorten_value(text: str) -> str:
-    """The text, without its middle where it is longer than `LONGEST_VALUE`."""
-    half = LONGEST_VALUE // 2
-    return text if len(text) <= LONGEST_VALUE else f"{text[:half]} ... {text[-half:]}"
+def shorten_value(text: str, most: int = LONGEST_VALUE) -> str:
+    """The text, without its middle where it has more than `most` characters."""
+    return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"
 
 
 def explain_briefly(error: BaseException) -> str:
@@ -151,22 +151,31 @@ def _escape(character: str) -> str:
     return known.get(character) or (f"\\u{number:04x}" if number < 2**16 else f"\\U{number:08x}")
 
 
+KEPT = ("density", "keep", "keep_ratio", "keep_rate", "kept")
+"""Words for one minus the sparsity."""
 SYNONYMS = {
     "learning_rate": "lr", "epsilon": "eps", "radius": "eps", "wd": "weight_decay",
     "decay": "weight_decay", "l2": "weight_decay", "bs": "batch_size", "num_epochs": "epochs",
-    "n_epochs": "epochs", "iterations": "steps", "num_steps": "steps", "iters": "steps",
-    "num_restarts": "restarts", "model": "architecture", "network": "architecture",
-    "arch": "architecture", "data": "dataset", "loss": "objective", "criterion": "objective",
-    "attack": "threat", "optim": "optimizer", "optimiser": "optimizer", "scheduler": "schedule",
-    "lr_schedule": "schedule", "method": "pruner", "device": "compute", "stages": "stage",
-    "prune_ratio": "sparsity", "amount": "sparsity", "type": "use", "magnitude": "lwm", "l1": "lwm",
-    "popup": "score", "hydra": "score", "madry": "pgd-at", "adversarial": "pgd-at", "at": "pgd-at",
-    "natural": "benign", "standard": "benign", "erm": "benign", "auto-attack": "autoattack",
-    "aa": "autoattack", "train": "pretrain", "training": "pretrain", "pruning": "prune",
-    "fine_tune": "finetune", "retrain": "finetune", "test": "evaluate", "eval": "evaluate",
-    "linf_norm": "linf", "inf": "linf", "l_inf": "linf", "euclidean": "l2", "filter": "channel",
-    "unstructured": "element", "weight": "element", "horizontal_flip": "flip", "cosineannealing":
-    "cosine", "uniform": "layer", "layerwise": "layer",
+    "n_epochs": "epochs", "epoch": "epochs", "iterations": "steps", "num_steps": "steps",
+    "iters": "steps", "num_restarts": "restarts", "model": "architecture",
+    "network": "architecture", "arch": "architecture", "data": "dataset", "loss": "objective",
+    "criterion": "objective", "attack": "threat", "optim": "optimizer", "optimiser": "optimizer",
+    "scheduler": "schedule", "lr_schedule": "schedule", "lr_scheduler": "schedule",
+    "method": "pruner", "device": "compute", "stages": "stage", "evaluators": "with",
+    "prune_ratio": "sparsity", "pruning_ratio": "sparsity", "ratio": "sparsity",
+    "amount": "sparsity", "rate": "sparsity", "target_sparsity": "sparsity",
+    "prune_rate": "sparsity", "type": "use", "magnitude": "lwm", "l1": "lwm",
+    "l1_unstructured": "lwm", "popup": "score", "hydra": "score", "madry": "pgd-at",
+    "adversarial": "pgd-at", "at": "pgd-at", "natural": "benign", "standard": "benign",
+    "erm": "benign", "auto-attack": "autoattack", "aa": "autoattack", "train": "pretrain",
+    "training": "pretrain", "pruning": "prune", "fine_tune": "finetune", "retrain": "finetune",
+    "test": "evaluate", "eval": "evaluate", "linf_norm": "linf", "inf": "linf", "l_inf": "linf",
+    "euclidean": "l2", "filter": "channel", "filters": "channel", "structured": "channel",
+    "channels": "channel", "unstructured": "element", "weight": "element", "weights": "element",
+    "horizontal_flip": "flip", "cosine_annealing": "cosine", "cosine_annealing_lr": "cosine",
+    "step_lr": "step", "multi_step": "step", "multi_step_lr": "step", "constant_lr": "constant",
+    "uniform": "layer", "layerwise": "layer",
+    **dict.fromkeys(KEPT, "sparsity"),
 }  # fmt: skip
 """Other words of the field -> what recipes call it."""
 
@@ -176,23 +185,35 @@ def _plain(word: str) -> str:
     return re.sub(r"[\W_]", "", word.casefold())
 
 
+_MEANT = {_plain(other): meant for other, meant in SYNONYMS.items()}
+
+
+def translate(word: str, words: Iterable[str]) -> str:
+    """The one of the words that is the same but for its spelling, or means the same; "" if none.
+
+    >>> translate("CIFAR-10", ["cifar10"]), translate("learning_rate", ["lr"]), translate("x", "y")
+    ('cifar10', 'lr', '')
+    """
+    plain = {_plain(known): known for known in sorted(words, reverse=True)}
+    return plain.get(_plain(word)) or plain.get(_plain(_MEANT.get(_plain(word), "")), "")
+
+
 def suggest(word: str, words: Iterable[str]) -> str:
     """Advice for a wrong word: the one that means the same or is most like it, or all there are.
 
     >>> suggest("trads", ["trades", "mart"]), suggest("x", ["trades", "mart"])
     ("did you mean 'trades'?", 'there are: mart, trades')
-    >>> suggest("CIFAR-10", ["cifar10", "cifar100"]), suggest("learning_rate", ["lr", "steps"])
-    ("did you mean 'cifar10'?", "did you mean 'lr'?")
+    >>> suggest("density", ["sparsity"])
+    'write sparsity, which is 1 - density'
     """
     words = sorted(words)
+    meant = translate(word, words)
+    if meant == "sparsity" and _plain(word) in map(_plain, KEPT):
+        return f"write sparsity, which is 1 - {word}"
     plain = {_plain(known): known for known in reversed(words)}
-    synonyms = {_plain(other): meant for other, meant in SYNONYMS.items()}
-    meant = plain.get(_plain(word)) or synonyms.get(_plain(word), "")
-    close = difflib.get_close_matches(_plain(word), plain, n=1)
-    if meant not in words:
-        meant = plain[close[0]] if close else ""
-    if meant:
-        return f"did you mean {meant!r}?"
+    close = [] if meant else difflib.get_close_matches(_plain(word), plain, n=1)
+    if meant or close:
+        return f"did you mean {meant or plain[close[0]]!r}?"
     return f"there are: {', '.join(words)}" if words else "it takes none"
 
 

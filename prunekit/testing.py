@@ -32,9 +32,10 @@ from prunekit.checks.examples import (
 )
 from prunekit.contracts import Threat
 from prunekit.errors import Place, RecipeError
+from prunekit.recipe.describing import field_types
 from prunekit.recipe.reduction import reduce_options
-from prunekit.recipe.resolver import Resolver, field_types
-from prunekit.recipe.sections import ArchitectureOptions, DataOptions
+from prunekit.recipe.resolver import Resolver
+from prunekit.recipe.toml.sections import ArchitectureOptions, DataOptions
 
 __all__ = [
     "check_component",

@@ -44,6 +44,12 @@ def test_imports_go_the_way_of_the_table():
             assert not wrong, f"{file.relative_to(ROOT)} imports {wrong}"
 
 
+def test_what_is_written_does_not_know_what_it_resolves_to():
+    for file in (CORE / "recipe/toml").glob("*.py"):
+        above = re.findall(r"prunekit\.recipe(?!\.toml).*", file.read_text())
+        assert not above, f"{file.relative_to(ROOT)} imports {above}"
+
+
 def test_no_chain_of_folders_is_longer_than_ten():
     below: dict[str, set[str]] = {}
     for file in CORE.rglob("*.py"):

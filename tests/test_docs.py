@@ -15,11 +15,15 @@ from prunekit.catalog.kinds import KINDS, ObjectiveComponent, PrunerComponent
 from prunekit.catalog.registry import load_registry
 from prunekit.cli.group import main
 from prunekit.errors import RecipeError
-from prunekit.recipe.describing import key_of
-from prunekit.recipe.document import load_recipe
+from prunekit.recipe.describing import field_types, key_of
 from prunekit.recipe.plan import TOP_KEYS, make_plan
-from prunekit.recipe.resolver import field_types
-from prunekit.recipe.sections import STAGE_OPTIONS, ArchitectureOptions, DataOptions, ThreatOptions
+from prunekit.recipe.toml.document import load_recipe
+from prunekit.recipe.toml.sections import (
+    STAGE_OPTIONS,
+    ArchitectureOptions,
+    DataOptions,
+    ThreatOptions,
+)
 from prunekit.testing import check_component, check_declaration
 
 ROOT = Path(__file__).parent.parent

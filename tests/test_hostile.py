@@ -25,7 +25,7 @@ from prunekit.cli.group import main
 from prunekit.engine.eval_plan import EvalRequest, plan_evaluation
 from prunekit.errors import UserError
 from prunekit.models.stored import load_network
-from prunekit.recipe.toml_lines import Unfit, find_lines
+from prunekit.recipe.toml.lines import Unfit, find_lines
 from prunekit.results.curves import find_curves
 from prunekit.store.networks import read_network
 

@@ -11,8 +11,8 @@ import pytest
 import prunekit
 from prunekit.catalog.kinds import KINDS
 from prunekit.catalog.registry import load_registry
-from prunekit.recipe.document import load_recipe
 from prunekit.recipe.plan import make_plan
+from prunekit.recipe.toml.document import load_recipe
 
 ROOT = Path(__file__).parent.parent
 CORE = sorted((ROOT / "prunekit").rglob("*.py"))

@@ -15,25 +15,35 @@ from prunekit.errors import EscapeError, PluginError, UserError, explain_briefly
 
 
 @contextmanager
-def contained() -> Iterator[None]:
-    """Inside, code of a plugin runs. What it prints goes to stderr, for stdout is for results.
+def held() -> Iterator[None]:
+    """What would end the program, such as `SystemExit`, is raised as `EscapeError`.
 
-    The current folder and the streams are afterwards what they were. What would end the program,
-    such as `SystemExit`, is raised as `EscapeError`; a user's Ctrl-C ends it still.
+    A user's Ctrl-C ends it still, and so does `os._exit`, which nothing in this process can hold.
+    """
+    with _watching() as interrupted:
+        try:
+            yield
+        except Exception:
+            raise
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt) and interrupted():
+                raise
+            escape = EscapeError(explain_briefly(error))
+            # The traceback says which plugin it was.
+            raise escape.with_traceback(error.__traceback__) from error
+
+
+@contextmanager
+def contained() -> Iterator[None]:
+    """Inside, code of a plugin runs, `held`, for a moment: a run has live displays of its own.
+
+    What it prints goes to stderr, for stdout is for results. The current folder and the streams
+    are afterwards what they were.
     """
     streams, folder = (sys.stdout, sys.stderr), _find_folder()
     try:
-        with _watching() as interrupted, redirect_stdout(sys.stderr):
-            try:
-                yield
-            except Exception:
-                raise
-            except BaseException as error:
-                if isinstance(error, KeyboardInterrupt) and interrupted():
-                    raise
-                escape = EscapeError(explain_briefly(error))
-                # The traceback says which plugin it was.
-                raise escape.with_traceback(error.__traceback__) from error
+        with held(), redirect_stdout(sys.stderr):
+            yield
     finally:
         sys.stdout, sys.stderr = streams
         if folder is not None and folder != _find_folder():

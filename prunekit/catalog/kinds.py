@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 from prunekit import contracts, report, steps
-from prunekit.catalog.component import Component
+from prunekit.catalog.component import Component, Use
 
 
 @dataclass(frozen=True)
@@ -204,3 +204,11 @@ class ReporterComponent(Component):
 
 KINDS = {declaration.kind: declaration for declaration in Component.__subclasses__()}
 """Kind -> its declaration, for all kinds; each has a hook `prunekit_<kind>s`."""
+KIND_OF: dict[Any, str] = {declaration.builds: kind for kind, declaration in KINDS.items()}
+"""Contract -> the kind of component that an option of type `Use[contract]` names."""
+
+
+def find_kind(hint: Any) -> str | None:
+    """The kind of component that an option of this type names, or lists; None if it names none."""
+    named = (part for part in (hint, *get_args(hint)) if get_origin(part) is Use)
+    return next((KIND_OF.get(get_args(part)[0]) for part in named), None)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import json
 from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
@@ -14,6 +13,7 @@ import click
 
 from prunekit.catalog.component import Component, Radius, Use, default_of
 from prunekit.catalog.kinds import (
+    KIND_OF,
     KINDS,
     ArchitectureComponent,
     EvaluatorComponent,
@@ -25,9 +25,8 @@ from prunekit.catalog.registry import Entry, load_registry
 from prunekit.cli.completion import complete_components, complete_kinds
 from prunekit.cli.group import as_json, echo, print_json, print_table, width_of
 from prunekit.errors import UserError, suggest
-from prunekit.recipe.describing import key_of
-from prunekit.recipe.resolver import KIND_OF, field_types
-from prunekit.recipe.values import example_of, limits
+from prunekit.recipe.describing import field_types, key_of
+from prunekit.recipe.values import example_of, limits, write_value
 
 WORDS: dict[Any, str] = {
     bool: "true or false",
@@ -268,16 +267,3 @@ def fragment(entry: Entry, *, example: bool = True) -> str:
     text = FRAGMENTS[entry.kind].format(inline)
     learns = isinstance(component, PrunerComponent) and component.learns
     return text.replace("\npruner", "\nepochs = 20\npruner") if learns else text
-
-
-def write_value(value: Any) -> str:
-    """The value as TOML writes it.
-
-    >>> write_value((True, 0.5, "x")), write_value({"use": "sgd"})
-    ('[true, 0.5, "x"]', '{ use = "sgd" }')
-    """
-    if isinstance(value, dict):
-        return f"{{ {', '.join(f'{k} = {write_value(v)}' for k, v in value.items())} }}"
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(map(write_value, value))}]"
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, str | bool) else str(value)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from prunekit.catalog.containment import held
 from prunekit.catalog.registry import Registry, load_registry
 from prunekit.cli.group import as_json, count, echo, print_json
 from prunekit.errors import explain_briefly
@@ -174,11 +175,11 @@ def _try(trial: str) -> tuple[str, bool]:
     """In the other process: import the module, and call the function if there is one."""
     module, _, function = trial.partition(":")
     try:
-        found = importlib.import_module(module)
-        told = getattr(found, function)() if function else ""
+        with held():
+            found = importlib.import_module(module)
+            told = getattr(found, function)() if function else ""
         return told if isinstance(told, str) else "", False
-    # A package may raise anything on import, even SystemExit.
-    except (Exception, SystemExit) as error:
+    except Exception as error:
         return f"cannot be imported: {explain_briefly(error)}", True
 
 

@@ -25,6 +25,7 @@ from prunekit.errors import (
     explain_briefly,
     printable,
     relative,
+    shorten_value,
     suggest,
 )
 
@@ -250,16 +251,11 @@ def echo(text: str, *, err: bool = False, end: str = "\n") -> None:
     All that commands print passes here or through `print_table`.
     """
     if err:
-        text = "\n".join(map(_shorten, text.split("\n")))
+        text = "\n".join(shorten_value(line, LONGEST) for line in text.split("\n"))
     stream = sys.stderr if err else stdout()
     encoding = getattr(stream, "encoding", None) or "utf-8"
     shown = printable(text).encode(encoding, "backslashreplace").decode(encoding)
     click.echo(shown + end, file=stream, nl=False)
-
-
-def _shorten(line: str) -> str:
-    whole = len(line) <= LONGEST
-    return line if whole else f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}"
 
 
 def count(n: int, word: str) -> str:

@@ -86,8 +86,9 @@ def check(
 
 def _find_missing(plan: Plan, notes: list[str]) -> str:
     """The first data set that a run cannot read; of those that it may still get, notes."""
-    uses = [use for run in plan.runs for use in run.uses() if use.kind == "dataset"]
-    for use in uses:
+    # Runs share what is equal in them.
+    uses = {id(use): use for run in plan.runs for use in run.uses() if use.kind == "dataset"}
+    for use in uses.values():
         options, text = use.options, use.component.missing(use.options)
         if text and getattr(options, "download", getattr(options, "root", "") is None):
             ends = "a run downloads it" if hasattr(options, "download") else "or set root"

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from prunekit.catalog.component import Use
+from prunekit.catalog.containment import held
 from prunekit.engine.evaluating import assemble, judge
 from prunekit.engine.keys import StageKey, describe_stage, make_keys
 from prunekit.engine.stages import STAGES
@@ -21,9 +22,10 @@ from prunekit.errors import DataMissingError, Interrupted, RunError
 from prunekit.models.building import describe_model
 from prunekit.models.failures import explain, release
 from prunekit.pruning.masks import describe_counts
+from prunekit.recipe.describing import uses_in
 from prunekit.recipe.plan import Plan, Run
 from prunekit.recipe.reduction import reduce_run
-from prunekit.recipe.stages import Stage, uses_in
+from prunekit.recipe.stages import Stage
 from prunekit.report import (
     EpochDone,
     Event,
@@ -80,12 +82,12 @@ class Engine:
             try:
                 if run.label in broken:
                     raise broken[run.label]
-                self._run_one(run, self.inputs.load(run), folder)
+                with held():
+                    self._run_one(run, self.inputs.load(run), folder)
             except (Interrupted, KeyboardInterrupt):
                 folder.close("interrupted")
                 raise Interrupted from None
-            # A plugin may raise anything, SystemExit included.
-            except (Exception, SystemExit) as error:
+            except Exception as error:
                 message = explain(error, run)
                 folder.close("failed", message)
                 self.report(RunFailed(run.label, folder.path, message))
@@ -112,7 +114,8 @@ class Engine:
             if parts in seen:
                 continue
             try:
-                loaded = self.inputs.load(run)
+                with held():
+                    loaded = self.inputs.load(run)
                 keys = make_keys(run, loaded, self.compute)
                 if all(self.store.is_done(part) for key in keys for part in key.parts):
                     continue
@@ -123,11 +126,12 @@ class Engine:
                     small = reduce_run(run, batches=1)
                     store, report = Store(Path(scratch)), rehearsing(self.report)
                     quiet = Engine(store, self.compute, report, self.stop, True)
-                    quiet._run_one(small, loaded, None)
+                    with held():
+                        quiet._run_one(small, loaded, None)
                 seen.add(parts)
             except (Interrupted, KeyboardInterrupt):
                 raise Interrupted from None
-            except (Exception, SystemExit) as error:
+            except Exception as error:
                 release(error)
                 if isinstance(error, RunError):
                     error = RunError(f"rehearsal, one batch a stage: {error}")
@@ -266,8 +270,9 @@ class Engine:
         for text in at.tell():
             report(Note(text))
         try:
-            outcome = compute(stage=stage, work=work)
-        except (Exception, SystemExit) as error:
+            with held():
+                outcome = compute(stage=stage, work=work)
+        except Exception as error:
             if not isinstance(error, Interrupted):
                 self._failed[key] = explain(error, at.run)
             raise

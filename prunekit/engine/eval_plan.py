@@ -13,9 +13,9 @@ from prunekit.catalog.registry import load_registry
 from prunekit.contracts import Threat
 from prunekit.engine.running import run_plan
 from prunekit.errors import RecipeError, RunError, UserError, relative
-from prunekit.recipe.document import Recipe, locate_options, override, parse_value
 from prunekit.recipe.plan import Plan, make_plan
-from prunekit.recipe.sections import DATA_KEYS
+from prunekit.recipe.toml.document import Recipe, locate_options, override, parse_value
+from prunekit.recipe.toml.sections import DATA_KEYS
 from prunekit.report import Tell
 from prunekit.store.files import refuse_link
 from prunekit.store.layout import RECIPE
@@ -146,7 +146,7 @@ def evaluate_network(
 ) -> Path:
     """Evaluate, or find the stored result; the folder of the evaluation.
 
-    Raises `RunError` where it failed.
+    Raises `UserError` where the network's file does not fit, and `RunError` where judging failed.
     """
     plan = plan_evaluation(network, request)
     plan.permit()
@@ -170,5 +170,6 @@ def evaluate_network(
             tell(note)
     for done in folders or []:
         if done.status == "failed":
-            raise RunError(done.error)
+            unfit = isinstance(done.cause, UserError) and not isinstance(done.cause, RunError)
+            raise (UserError if unfit else RunError)(done.error)
     return folder

@@ -29,8 +29,8 @@ from prunekit.models.building import count_outputs
 from prunekit.models.contract import check_tensors, copy_network, find_logits
 from prunekit.pruning.layers import watch_network
 from prunekit.pruning.masks import State, take_zeros
-from prunekit.recipe.document import Recipe, Setting, apply
 from prunekit.recipe.plan import Plan, make_plan
+from prunekit.recipe.toml.document import Recipe, Setting, apply
 from prunekit.report import Event, Note, Stop
 from prunekit.store.layout import RECIPE
 from prunekit.store.records import open_recipe

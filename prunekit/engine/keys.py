@@ -14,9 +14,9 @@ from prunekit.catalog.component import Use
 from prunekit.catalog.containment import ask
 from prunekit.engine.work import Loaded
 from prunekit.reading import hash_file
-from prunekit.recipe.describing import describe
+from prunekit.recipe.describing import describe, uses_in
 from prunekit.recipe.plan import Run
-from prunekit.recipe.stages import Stage, uses_in
+from prunekit.recipe.stages import Stage
 from prunekit.store.keys import hash_stage, version_of
 from prunekit.training.compute import Compute
 

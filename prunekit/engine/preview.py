@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
-from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +38,7 @@ def preview_plan(plan: Plan, out: Path, store: Path) -> dict[str, Any]:
     seen: set[str] = set()
     runs: list[dict[str, Any]] = []
     for run in plan.runs:
-        with redirect_stdout(sys.stderr), explained(run):
+        with explained(run):
             runs.append(_preview_run(run, inputs.load(run), place, Store(store), seen))
     return {
         "out": relative(out),

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from prunekit.catalog.component import Use
+from prunekit.catalog.containment import held
 from prunekit.contexts import ReporterContext
 from prunekit.engine.engine import Engine
 from prunekit.engine.keys import make_keys
@@ -49,10 +50,8 @@ def run_plan(
         return None
     Store(store).prepare(tell)
     try:
-        # What a plugin prints must not end up among the results.
         with (
             folder.alone(),
-            redirect_stdout(sys.stderr),
             compute.active(),
             reporters(plan, out, tell) as report,
         ):
@@ -95,10 +94,10 @@ def _is_current(
     Where what they depend on cannot be read any more, they are still there.
     """
     try:
-        with redirect_stdout(sys.stderr):
+        with held():
             now = _describe_making(plan, Inputs(compute, lambda event: None, plan.smoke))
     # Also where a plugin of the data set is broken by now.
-    except (Exception, SystemExit):
+    except Exception:
         return True
     if known.get("inputs", []) != now["inputs"]:
         tell("the data or a file that the recipe names has changed: running it again")
@@ -146,7 +145,7 @@ def reporters(plan: Plan, out: Path, tell: Tell) -> Iterator[Report]:
                 listeners.append(
                     (use, use.build(ReporterContext(seed=0, folder=folder, live=live)))
                 )
-            except (Exception, SystemExit) as error:
+            except Exception as error:
                 if first and isinstance(error, UserError) and not isinstance(error, PluginError):
                     raise
                 drop(use, error)
@@ -161,8 +160,9 @@ def reporters(plan: Plan, out: Path, tell: Tell) -> Iterator[Report]:
             build(event.folder)
         for use, listener in list(listeners):
             try:
-                listener(event)
-            except (Exception, SystemExit) as error:
+                with held():
+                    listener(event)
+            except Exception as error:
                 listeners.remove((use, listener))
                 _close(listener)
                 drop(use, error)
@@ -175,6 +175,6 @@ def reporters(plan: Plan, out: Path, tell: Tell) -> Iterator[Report]:
 
 
 def _close(listener: Reporter) -> None:
-    with suppress(Exception, SystemExit):
+    with suppress(Exception), held():
         if isinstance(listener, Closing):
             listener.close()

@@ -31,8 +31,8 @@ from prunekit.reading import hash_file
 from prunekit.recipe import reduction
 from prunekit.recipe.describing import describe
 from prunekit.recipe.plan import Run
-from prunekit.recipe.sections import DataOptions
 from prunekit.recipe.stages import Stage
+from prunekit.recipe.toml.sections import DataOptions
 from prunekit.report import Note, Report, Stop
 from prunekit.store.stages import StageFolder
 from prunekit.store.tensors.checkpoint import read_model

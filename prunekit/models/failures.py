@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from prunekit.catalog.containment import held
 from prunekit.errors import EscapeError, Interrupted, RunError, UserError, describe, lacks_memory
 from prunekit.recipe.plan import Run
 
@@ -39,10 +40,11 @@ def explain(error: BaseException, run: Run) -> str:
 def explained(run: Run) -> Iterator[None]:
     """Turn what a plugin raises inside into a `RunError` of one line that names the plugin."""
     try:
-        yield
+        with held():
+            yield
     except (UserError, Interrupted):
         raise
-    except (Exception, SystemExit) as error:
+    except Exception as error:
         raise RunError(explain(error, run)) from error
 
 

@@ -29,9 +29,9 @@ from prunekit.pruning.masks import (
     hash_masks,
 )
 from prunekit.reading import hash_file
-from prunekit.recipe.document import Recipe, locate_options, override
 from prunekit.recipe.plan import make_plan
 from prunekit.recipe.stages import Stage
+from prunekit.recipe.toml.document import Recipe, locate_options, override
 from prunekit.report import Tell
 from prunekit.store.files import make_folder, write_text
 from prunekit.store.layout import MODEL, RECIPE

@@ -16,7 +16,7 @@ from prunekit.data import seeds
 from prunekit.errors import Place, RecipeError, UserError, explain_briefly, relative
 from prunekit.models.contract import check_state_dict, check_tensors, copy_network
 from prunekit.recipe.resolver import Resolver
-from prunekit.recipe.sections import ArchitectureOptions
+from prunekit.recipe.toml.sections import ArchitectureOptions
 from prunekit.store.networks import Network
 from prunekit.store.tensors.checkpoint import read_model
 

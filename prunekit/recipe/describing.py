@@ -1,9 +1,11 @@
-"""Options as a recipe could write them."""
+"""Options as a recipe could write them, and the components among them."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import typing
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -34,3 +36,29 @@ def describe(value: Any, of_path: Callable[[Path], Any] = str) -> Any:
     if isinstance(value, dict):
         return {k: describe(v, of_path) for k, v in value.items()}
     return float(value) if isinstance(value, float) else value
+
+
+@cache
+def field_types(options: type) -> dict[str, Any]:
+    """Field name -> type of an options dataclass."""
+    return typing.get_type_hints(options)
+
+
+def uses_in(value: Any) -> Iterator[Use[Any]]:
+    """All components that options name, at any depth."""
+    if isinstance(value, Use):
+        yield value
+        yield from uses_in(value.options)
+    elif dataclasses.is_dataclass(value):
+        options: type = type(value)
+        for name in _naming(options):
+            yield from uses_in(getattr(value, name))
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from uses_in(item)
+
+
+@cache
+def _naming(options: type) -> list[str]:
+    """Fields of an options dataclass that name components."""
+    return [name for name, hint in field_types(options).items() if "Use[" in str(hint)]

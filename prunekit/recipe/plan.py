@@ -11,8 +11,12 @@ from typing import Any
 from prunekit.catalog.component import Use
 from prunekit.catalog.registry import Registry
 from prunekit.contracts import Architecture, Data, Threat
-from prunekit.errors import SYNONYMS, Problem, RecipeError
-from prunekit.recipe.addresses import (
+from prunekit.errors import Problem, RecipeError, suggest, translate
+from prunekit.recipe.describing import describe, uses_in
+from prunekit.recipe.resolver import THREAT_EXAMPLE, Resolver
+from prunekit.recipe.stages import Stage, resolve_stages
+from prunekit.recipe.toml.addresses import (
+    OPTIMIZER_KEYS,
     OPTIONS,
     TOP_KEYS,
     find_name_fault,
@@ -20,19 +24,15 @@ from prunekit.recipe.addresses import (
     resolve_address,
     takes_list,
 )
-from prunekit.recipe.describing import describe
-from prunekit.recipe.document import FORMAT, Recipe
-from prunekit.recipe.resolver import THREAT_EXAMPLE, Resolver
-from prunekit.recipe.sections import (
+from prunekit.recipe.toml.document import FORMAT, Recipe
+from prunekit.recipe.toml.sections import (
     ArchitectureOptions,
     ComputeOptions,
     DataOptions,
     PruneOptions,
     ThreatOptions,
 )
-from prunekit.recipe.stages import Stage, resolve_stages, uses_in
-from prunekit.recipe.sweep import label, unroll
-from prunekit.recipe.values import KeyPath, suggest
+from prunekit.recipe.toml.sweep import label, unroll
 from prunekit.report import Reporter
 
 
@@ -140,17 +140,6 @@ def make_plan(recipe: Recipe, registry: Registry) -> Plan:
     return Plan(name, recipe.path, tuple(runs), reporters, document, compute, told)
 
 
-@dataclass
-class _Placing(Resolver):
-    """Remembers which value each problem is with."""
-
-    paths: list[KeyPath] = field(default_factory=list)
-
-    def problem(self, path: KeyPath, message: str) -> None:
-        self.paths.append(path)
-        super().problem(path, message)
-
-
 def _find_hidden(recipe: Recipe, top: Resolver, addresses: Iterable[str]) -> list[Problem]:
     """Mistakes in components that the recipe names and every combination of its sweep replaces.
 
@@ -160,13 +149,13 @@ def _find_hidden(recipe: Recipe, top: Resolver, addresses: Iterable[str]) -> lis
     swept = [path for a in addresses if not isinstance(path := resolve_address(plain, a), str)]
     if not swept:
         return []
-    base = _Placing(top.registry, top.folder, recipe.locate)
+    base = Resolver(top.registry, top.folder, recipe.locate)
     for _ in _resolve_run(Recipe(recipe.path, plain, recipe.places), base, "", {"sweep": 1}, []):
         pass
     return [
         problem
-        for path, problem in zip(base.paths, base.problems, strict=True)
-        if any(path[: len(s)] == s and path != s for s in swept)
+        for problem in base.problems
+        if any(problem.path[: len(s)] == s != problem.path for s in swept)
     ]
 
 
@@ -193,11 +182,13 @@ def _with_whole_paths(value: Any, files: Mapping[tuple[str, str], str], key: str
 def _check_top(recipe: Recipe, resolver: Resolver) -> None:
     for key in recipe.data:
         if key not in TOP_KEYS:
-            meant = SYNONYMS.get(key, key)
             advice = suggest(key, (*TOP_KEYS, "extends", "set"))
             for owner, options in (*OPTIONS.items(), ("[stage]", PruneOptions)):
-                if meant in {field.name for field in dataclasses.fields(options)}:
-                    advice = f"it belongs below [{owner}]: {meant} = ..."
+                if meant := translate(key, (field.name for field in dataclasses.fields(options))):
+                    more = suggest(key, [meant]).partition(",")[2]
+                    advice = f"it belongs below [{owner}]: {meant} = ...{more and f',{more}'}"
+            if meant := translate(key, OPTIMIZER_KEYS):
+                advice = f"it belongs below [[stage]]: optimizer = {{ {meant} = ... }}"
             resolver.problem((key,), f"unknown key {key!r}; {advice}")
     version = recipe.data.get("format", FORMAT)
     if version != FORMAT:

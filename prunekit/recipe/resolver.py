@@ -5,51 +5,72 @@ from __future__ import annotations
 import dataclasses
 import re
 import types
-import typing
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import cache
+from functools import wraps
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin
 
 from prunekit.catalog.component import Radius, Threatened, Use, default_of
 from prunekit.catalog.containment import contained
-from prunekit.catalog.kinds import KINDS
+from prunekit.catalog.kinds import KIND_OF, find_kind
 from prunekit.catalog.registry import Registry
 from prunekit.contracts import Threat
-from prunekit.errors import SYNONYMS, OptionError, Place, Problem, UserError, explain_briefly
-from prunekit.reading import name_type
-from prunekit.recipe.describing import key_of
+from prunekit.errors import (
+    OptionError,
+    Place,
+    Problem,
+    UserError,
+    explain_briefly,
+    suggest,
+    translate,
+)
+from prunekit.recipe.describing import field_types, key_of
+from prunekit.recipe.toml.lines import KeyPath
 from prunekit.recipe.trust import Guard
 from prunekit.recipe.values import (
-    KeyPath,
+    NAME,
+    NAME_RULE,
     Mistake,
     Slot,
     example_of,
     last_key,
+    read_choice,
+    read_path,
     read_plain,
     read_radius,
-    suggest,
+    write_value,
 )
 
-KIND_OF: dict[Any, str] = {declaration.builds: kind for kind, declaration in KINDS.items()}
-"""The kind of component that an option of type `Use[...]` names."""
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 THREAT_EXAMPLE = 'write [threat] with norm = "linf" and eps = "8/255"'
-NAME = r"[\w+-]{1,100}"
-"""Names of stages and evaluators, which are parts of paths and of the names of metrics."""
-NAME_RULE = "must consist of at most 100 letters, digits, '-', '_' and '+'"
-
-
-@cache
-def field_types(options: type) -> dict[str, Any]:
-    """Field name -> type of an options dataclass."""
-    return typing.get_type_hints(options)
 
 
 class Recorded(Exception):
     """There is no value, and the problems that say why have been recorded."""
+
+
+def _once(method: Method) -> Method:
+    """Let `method(resolver, what, value, path, ...)` resolve the same at the same places once."""
+
+    @wraps(method)
+    def resolve(resolver: Resolver, what: Any, value: Any, path: KeyPath, *more: Any) -> Any:
+        names = tuple(word for word in more if isinstance(word, str))
+        key: Any = (what, names, resolver.threat, resolver.mark(value, path))
+        try:
+            if found := resolver.known.get(key):
+                resolver.problems += found[1]
+                return found[0]
+        except TypeError:  # something of Python that cannot be hashed
+            key = object()
+        before = len(resolver.problems)
+        result = method(resolver, what, value, path, *more)
+        resolver.known[key] = result, resolver.problems[before:]
+        return result
+
+    return cast(Method, resolve)
 
 
 @dataclass
@@ -65,10 +86,21 @@ class Resolver:
     """(key, path as written) -> absolute path, of every file that the recipe names."""
     foreign: Mapping[str, str] = field(default_factory=dict)
     """Top-level keys that the user did not write -> the `Guard.source` that did."""
+    known: dict[Any, tuple[Any, list[Problem]]] = field(default_factory=dict)
+    """What was resolved before, as in another combination of a sweep, and its problems."""
 
     def problem(self, path: KeyPath, message: str) -> None:
         """Record a problem with the value at `path`."""
-        self.problems.append(Problem(self.locate(path), message))
+        self.problems.append(Problem(self.locate(path), message, path))
+
+    def mark(self, value: Any, path: KeyPath) -> Any:
+        """The same for equal values that are written at the same places, and hashable."""
+        place = self.locate(path)
+        if isinstance(value, Mapping):
+            return place, tuple((k, self.mark(v, (*path, k))) for k, v in value.items())
+        if isinstance(value, list | tuple):
+            return place, tuple(self.mark(v, (*path, n)) for n, v in enumerate(value))
+        return place, type(value), value  # 1 == True in Python, but not in a recipe
 
     @contextmanager
     def collecting(self) -> Iterator[None]:
@@ -80,6 +112,7 @@ class Resolver:
         except Mistake as mistake:
             self.problem(mistake.path, str(mistake))
 
+    @_once
     def options(
         self,
         cls: type,
@@ -91,15 +124,14 @@ class Resolver:
     ) -> Any | None:
         """Build an options dataclass from the table at `path`; None if there was a problem.
 
-        `core` are keys of the same table that the core reads, and are suggested as well; `plugin`
-        is the one that the dataclass belongs to.
+        `core` are keys of the same table that the core reads. `plugin` owns the dataclass.
         """
         hints = field_types(cls)
         values: dict[str, Any] = {}
         fields = {key_of(f.name): f for f in dataclasses.fields(cls)}
         before = len(self.problems)
         for key in [key for key in table if key not in fields]:
-            inside = self._find_inside(key, fields, hints, table)
+            inside = self._find_inside(key, cls, table)
             given = self.locate((*path, key)).file.removeprefix("--set ").partition("=")[0].strip()
             if inside and given.endswith(f".{key}"):  # with `--set`, the whole address
                 inside = f"{given.removesuffix(key)}{inside}"
@@ -129,32 +161,25 @@ class Resolver:
             self.problem((*path, key_of(error.field)), f"{owner}: {error}")
         # Whatever else the check of a plugin's dataclass may raise.
         except Exception as error:
-            reason = explain_briefly(error)
-            of_plugin = f" of plugin {plugin}" if plugin else ""
-            self.problem(path, f"{owner}{of_plugin} rejects its options: {reason}")
+            told = f" of plugin {plugin}" if plugin else ""
+            self.problem(path, f"{owner}{told} rejects its options: {explain_briefly(error)}")
         return None
 
-    def _find_inside(
-        self,
-        key: str,
-        fields: Mapping[str, dataclasses.Field[Any]],
-        hints: Mapping[str, Any],
-        table: Mapping[str, Any],
-    ) -> str:
+    def _find_inside(self, key: str, cls: type, table: Mapping[str, Any]) -> str:
         """Where an option is one of a component that the table names, what to write; else ""."""
-        for outer, f in fields.items():
+        for f in dataclasses.fields(cls):
+            outer, hint = key_of(f.name), field_types(cls)[f.name]
             named = _over_default(table.get(outer, default_of(f)), default_of(f))
-            use = named.get("use") if isinstance(named, Mapping) else named
-            for part in (hints[f.name], *get_args(hints[f.name])):
-                if get_origin(part) is not Use:
-                    continue
-                for entry in self.registry.search(str(use), KIND_OF[get_args(part)[0]]):
-                    inner = [key_of(o.name) for o in dataclasses.fields(entry.component.options)]
-                    meant = SYNONYMS.get(key, key)
-                    if meant in inner:
-                        return f"{outer}.{meant}"
+            use = str(named.get("use") if isinstance(named, Mapping) else named)
+            if (kind := find_kind(hint)) is None:
+                continue
+            name = translate(use, self.registry.names(kind)) or use
+            for entry in self.registry.search(name, kind):
+                if meant := translate(key, map(key_of, field_types(entry.component.options))):
+                    return f"{outer}.{meant}"
         return ""
 
+    @_once
     def use(
         self, kind: str, value: Any, path: KeyPath, core: Collection[str] = ()
     ) -> Use[Any] | None:
@@ -175,6 +200,11 @@ class Resolver:
         try:
             entry = self.registry.find(kind, table["use"])
         except UserError as error:
+            meant = translate(table["use"], self.registry.names(kind))
+            if meant and not self.registry.search(table["use"], kind):
+                # What else is wrong with it is told in the same go.
+                with suppress(Mistake, Recorded):
+                    self._use(kind, {**table, "use": meant}, path, core)
             raise Mistake((*path, "use"), str(error)) from None
         component, owner = entry.component, f"{kind} {entry.component.name!r}"
         core = ("name", *core) if kind == "evaluator" else core
@@ -216,11 +246,7 @@ class Resolver:
         if origin is tuple:
             return self._list(arguments, value, slot)
         if origin is Literal:
-            # 1 == True in Python, but not in a recipe.
-            if not any(value == a and type(value) is type(a) for a in arguments):
-                advice = suggest(str(value), map(str, arguments))
-                raise Mistake(slot.path, f"{slot.name} cannot be {value!r}; {advice}")
-            return value
+            return read_choice(value, arguments, slot)
         if origin is dict:
             if not isinstance(value, Mapping):
                 raise slot.wrong_type("a table", value)
@@ -234,45 +260,27 @@ class Resolver:
     def _list(self, arguments: tuple[Any, ...], value: Any, slot: Slot) -> tuple[Any, ...]:
         any_length = arguments[-1] is Ellipsis
         if not isinstance(value, list | tuple):
-            raise slot.wrong_type("a list", value, f"; write [{value!r}]" if any_length else "")
+            items = re.findall(r"[^\s,\[\]\"']+", value) if isinstance(value, str) else [value]
+            if kind := find_kind(arguments[0]):
+                known = self.registry.names(kind)
+                items = [translate(str(item), known) or item for item in items]
+            advice = f"; write {write_value(items)}" if any_length else ""
+            raise slot.wrong_type("a list", value, advice)
         if not any_length and len(value) != len(arguments):
             raise slot.wrong_type(f"a list of {len(arguments)} values", value)
-        items = []
+        found = []
         for i, item in enumerate(value):
             with self.collecting():
-                items.append(self._value(arguments[0 if any_length else i], item, slot.item(i)))
-        if len(items) < len(value):
+                found.append(self._value(arguments[0 if any_length else i], item, slot.item(i)))
+        if len(found) < len(value):
             raise Recorded
-        return tuple(items)
+        return tuple(found)
 
     def _path(self, value: Any, slot: Slot) -> Path:
-        if isinstance(value, Path):
-            return value
-        if not isinstance(value, str):
-            raise slot.wrong_type("a path", value)
-        place, folder, start = self.locate(slot.path), self.folder, "the folder of the recipe"
-        if place.line:
-            # A recipe that is extended may be in another folder than the one that extends it.
-            folder = Path(place.file).parent
-        elif place.file.startswith("--set"):
-            folder, start = Path(), "the current folder"
-        try:
-            file = folder.absolute() / Path(value).expanduser()
-            found = name_type(file)
-        except (OSError, RuntimeError) as error:  # RuntimeError: ~ of a user who does not exist
-            found = ""
-            if slot.field.metadata.get("exists") or isinstance(error, RuntimeError):
-                gone = isinstance(error, FileNotFoundError)
-                reason = getattr(error, "strerror", None) or error
-                message = f"there is no {file}" if gone else f"cannot read {value}: {reason}"
-                message = f"{slot.name}: {message}; relative paths start at {start}"
-                raise Mistake(slot.path, message) from None
-        # Reading anything else may never end.
-        if found not in ("", "a folder"):
-            raise Mistake(slot.path, f"{slot.name}: {file} is {found}, not a file")
-        written = key_of(slot.field.name), value
+        file = read_path(value, slot, self.locate(slot.path), self.folder)
+        written = key_of(slot.field.name), str(value)
         if self.files.setdefault(written, str(file)) != str(file):
-            self.files[written] = value  # the same words name two files: neither can replace them
+            self.files[written] = str(value)  # the same words name two files: they stay as written
         return file
 
 

@@ -12,10 +12,12 @@ from typing import Any
 from prunekit.catalog.component import Use
 from prunekit.catalog.containment import ask
 from prunekit.contracts import read_ratio
-from prunekit.recipe.describing import describe, key_of
-from prunekit.recipe.resolver import NAME, NAME_RULE, Resolver
-from prunekit.recipe.sections import SELECTION_KEYS, STAGE_OPTIONS
-from prunekit.recipe.values import KeyPath, Mistake, suggest
+from prunekit.errors import suggest
+from prunekit.recipe.describing import describe, key_of, uses_in
+from prunekit.recipe.resolver import Resolver
+from prunekit.recipe.toml.lines import KeyPath
+from prunekit.recipe.toml.sections import SELECTION_KEYS, STAGE_OPTIONS
+from prunekit.recipe.values import NAME, NAME_RULE, Mistake
 
 TRAINING_KEYS = ("epochs", "optimizer", "select", "clip_norm", "wrap", "sparsity_schedule")
 """Keys of a prune stage that only pruners that learn their scores use."""
@@ -103,19 +105,6 @@ def find_unused(table: Mapping[str, Any]) -> list[str]:
     """Keys of a prune stage that have no effect with a one-shot pruner."""
     trained = [key for key in TRAINING_KEYS if key in table]
     return [*trained, *(["bn"] if table.get("bn", "recalibrate") != "recalibrate" else [])]
-
-
-def uses_in(value: Any) -> Iterator[Use[Any]]:
-    """All components that options name, at any depth."""
-    if isinstance(value, Use):
-        yield value
-        yield from uses_in(value.options)
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        for f in dataclasses.fields(value):
-            yield from uses_in(getattr(value, f.name))
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from uses_in(item)
 
 
 def resolve_stages(

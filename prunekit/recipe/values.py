@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import operator
 from dataclasses import dataclass
@@ -10,11 +11,13 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from prunekit.catalog.component import Radius
-from prunekit.errors import shorten_value
-from prunekit.errors import suggest as suggest
+from prunekit.errors import Place, shorten_value, suggest
+from prunekit.reading import name_type
+from prunekit.recipe.toml.lines import KeyPath
 
-KeyPath = tuple[str | int, ...]
-"""Where a value stands in a recipe's data: ("stage", 0, "epochs")."""
+NAME = r"[\w+-]{1,100}"
+"""Names of stages and evaluators, which are parts of paths and of the names of metrics."""
+NAME_RULE = "must consist of at most 100 letters, digits, '-', '_' and '+'"
 
 WANTED = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
 EXAMPLES: dict[Any, str] = {
@@ -108,6 +111,46 @@ def read_radius(value: Any, slot: Slot) -> Radius:
     return Radius(number)
 
 
+def read_choice(value: Any, choices: tuple[Any, ...], slot: Slot) -> Any:
+    """One of the choices. Raises `Mistake` for anything else: 1 is not true, as it is in Python."""
+    if not any(value == choice and type(value) is type(choice) for choice in choices):
+        advice = suggest(str(value), map(str, choices))
+        raise Mistake(slot.path, f"{slot.name} cannot be {value!r}; {advice}")
+    return value
+
+
+def read_path(value: Any, slot: Slot, place: Place, folder: Path) -> Path:
+    """The file or folder that a string written at `place` names; `folder` is the recipe's.
+
+    Raises `Mistake` for one that is neither, and if it has to exist, for one that does not.
+    """
+    if isinstance(value, Path):
+        return value
+    if not isinstance(value, str):
+        raise slot.wrong_type("a path", value)
+    start = "the folder of the recipe"
+    if place.line:
+        # A recipe that is extended may be in another folder than the one that extends it.
+        folder = Path(place.file).parent
+    elif place.file.startswith("--set"):
+        folder, start = Path(), "the current folder"
+    try:
+        file = folder.absolute() / Path(value).expanduser()
+        found = name_type(file)
+    except (OSError, RuntimeError) as error:  # RuntimeError: ~ of a user who does not exist
+        found = ""
+        if slot.field.metadata.get("exists") or isinstance(error, RuntimeError):
+            gone = isinstance(error, FileNotFoundError)
+            reason = getattr(error, "strerror", None) or error
+            message = f"there is no {file}" if gone else f"cannot read {value}: {reason}"
+            message = f"{slot.name}: {message}; relative paths start at {start}"
+            raise Mistake(slot.path, message) from None
+    # Reading anything else may never end.
+    if found not in ("", "a folder"):
+        raise Mistake(slot.path, f"{slot.name}: {file} is {found}, not a file")
+    return file
+
+
 def read_plain(hint: Any, value: Any, slot: Slot) -> Any:
     """A number, string or boolean. An integer is taken for a float, and 3.0 for an integer.
 
@@ -139,3 +182,16 @@ def limits(field: dataclasses.Field[Any]) -> str:
     """The limits of an option in words, such as "above 0 and at most 1"; "" if it has none."""
     bounds = ((words, field.metadata.get(key)) for key, (words, _) in LIMITS.items())
     return " and ".join(f"{words} {bound:g}" for words, bound in bounds if bound is not None)
+
+
+def write_value(value: Any) -> str:
+    """The value as TOML writes it.
+
+    >>> write_value((True, 0.5, "x")), write_value({"use": "sgd"})
+    ('[true, 0.5, "x"]', '{ use = "sgd" }')
+    """
+    if isinstance(value, dict):
+        return f"{{ {', '.join(f'{k} = {write_value(v)}' for k, v in value.items())} }}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(write_value, value))}]"
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str | bool) else str(value)

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from prunekit.errors import UserError
-from prunekit.recipe.addresses import resolve_address
-from prunekit.recipe.toml_lines import read_toml
+from prunekit.recipe.toml.addresses import resolve_address
+from prunekit.recipe.toml.lines import read_toml
 from prunekit.store.layout import RECIPE
 
 ELSEWHERE = ("format", "name", "seed", "report", "compute", "stage")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from prunekit.errors import UserError, relative
-from prunekit.recipe.toml_lines import read_toml
+from prunekit.recipe.toml.lines import read_toml
 from prunekit.store.layout import EVALUATIONS, MODEL, RECIPE, RUN, STORE
 from prunekit.store.tensors.checkpoint import read_header
 

@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 
 from prunekit.errors import UserError, printable, relative
 from prunekit.reading import hash_file
-from prunekit.recipe.addresses import TOP_KEYS
-from prunekit.recipe.document import Recipe, load_recipe
+from prunekit.recipe.toml.addresses import TOP_KEYS
+from prunekit.recipe.toml.document import Recipe, load_recipe
 from prunekit.report import Tell
 from prunekit.store.files import is_held, read_json, relative_link, seal
 from prunekit.store.layout import MODEL, PLAN, RECIPE, RECORDS, RUN, RUN_FORMAT, RUN_LOCK

@@ -8,8 +8,8 @@ from click.testing import CliRunner
 from prunekit.catalog.registry import load_registry
 from prunekit.cli.group import main
 from prunekit.cli.init import SHIPPED
-from prunekit.recipe.document import load_recipe
 from prunekit.recipe.plan import make_plan
+from prunekit.recipe.toml.document import load_recipe
 
 
 @pytest.fixture(autouse=True)

@@ -15,8 +15,8 @@ from prunekit.catalog.kinds import KINDS
 from prunekit.catalog.registry import load_registry
 from prunekit.cli import new
 from prunekit.cli.group import main
-from prunekit.recipe.document import load_recipe
 from prunekit.recipe.plan import make_plan
+from prunekit.recipe.toml.document import load_recipe
 
 NAMES = {f"acme-{kind}".replace("_", "-"): (kind,) for kind in KINDS} | {"acme-all": tuple(KINDS)}
 

@@ -10,8 +10,8 @@ from prunekit.catalog.registry import Entry, Registry, load_registry
 from prunekit.engine.engine import Engine
 from prunekit.engine.keys import make_keys
 from prunekit.engine.work import Inputs
-from prunekit.recipe.document import load_recipe
 from prunekit.recipe.plan import make_plan
+from prunekit.recipe.toml.document import load_recipe
 from prunekit.store.keys import hash_source
 from prunekit.store.stages import Store
 from prunekit.training.compute import open_compute

@@ -136,7 +136,7 @@ def test_a_file_that_says_nothing_is_asked_about(run):
     assert "give --eps" in judge(*known, "--with", "pgd", code=2)[1]
     assert read(*known, "--with", "pgd", "--eps", "8/255")["metrics"]["pgd.accuracy"]["n"] == 20
     wrong = judge("lone.safetensors", "--dataset", "digits", "--model", "lin-2", "--with", "clean",
-                  code=1)[1]  # fmt: skip
+                  code=2)[1]  # fmt: skip
     assert "does not fit the network" in wrong
 
 
@@ -197,3 +197,12 @@ def test_where_nothing_can_be_written_it_says_what_helps(run):
     _, err = judge(run, "--with", "clean", code=2)
     assert "Not a directory; results stand beside the network: copy it to a folder" in err
     assert "--out" not in err
+
+
+def test_a_file_that_does_not_fit_is_no_failed_run(run):
+    file = run / "model.safetensors"
+    header = {"architecture": "lin-1", "dataset": "digits", "shape": [1, 8, 8], "classes": 10}
+    metadata = {"prunekit": json.dumps({**header, "masked": ["nope"]})}
+    save_file(load_file(file), "misfit.safetensors", metadata)
+    told = judge("misfit.safetensors", "--with", "clean", code=2)[1]
+    assert "its masks do not fit its weights ('nope')" in told

@@ -15,8 +15,8 @@ from prunekit.catalog.registry import Entry, Registry
 from prunekit.contracts import Objective, Result, Threat
 from prunekit.engine.evaluating import cross_examine, judge_batches
 from prunekit.errors import Interrupted, RunError
-from prunekit.recipe.document import load_recipe
 from prunekit.recipe.plan import make_plan
+from prunekit.recipe.toml.document import load_recipe
 from prunekit.report import Note, Progress, StageDone
 from prunekit.store.records import read_run
 

@@ -29,8 +29,8 @@ from prunekit.pruning.masks import apply_masks
 from prunekit.pruning.selection import Selection, select_masks
 from prunekit.pruning.structures import fits
 from prunekit.recipe.describing import describe
-from prunekit.recipe.document import load_recipe
 from prunekit.recipe.plan import make_plan
+from prunekit.recipe.toml.document import load_recipe
 from prunekit.report import EpochDone, Note
 from prunekit.store.stages import Store
 from prunekit.testing import check_component, example_context

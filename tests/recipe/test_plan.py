@@ -1,16 +1,18 @@
 """Recipes resolved: every mistake at once, and what is right."""
 
 import textwrap
+from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 
 import pytest
 import tomli_w
 
-from prunekit.catalog.kinds import RewirerComponent
+from prunekit.catalog.component import option
+from prunekit.catalog.kinds import PrunerComponent, RewirerComponent
 from prunekit.catalog.registry import Entry, Registry, load_registry
 from prunekit.errors import UserError
-from prunekit.recipe.document import load_recipe
 from prunekit.recipe.plan import make_plan
+from prunekit.recipe.toml.document import load_recipe
 
 REGISTRY = load_registry()
 
@@ -143,7 +145,7 @@ MISTAKES = [
      "15: unknown option 'image' of stage 'evaluate'; did you mean 'images'?"),
     (SMALL + "images = 2.5\n", "15: images of stage 'evaluate' must be a whole number, got 2.5"),
     (SMALL.replace('["clean"]', '"clean"'),
-     "14: with of stage 'evaluate' must be a list, got 'clean'; write ['clean']"),
+     "14: with of stage 'evaluate' must be a list, got 'clean'; write [\"clean\"]"),
     (SMALL.replace('["clean"]', "[]"),
      "14: stage 'evaluate': name at least one evaluator, such as with = [\"clean\"]"),
     (SMALL.replace('["clean"]', '["clean", "clean"]'),
@@ -558,3 +560,76 @@ def test_compute_is_one_for_all_runs(plan, refuse):
     assert "threads of [compute] must be at least 1, got 0" in line
     found = refuse(SMALL + '[sweep]\n"compute.threads" = [1, 2]\n')
     assert "all runs of a sweep share [compute]" in found[0]
+
+
+def test_what_the_combinations_of_a_sweep_share_is_checked_once(plan):
+    asked = []
+
+    @dataclass(frozen=True)
+    class Options:
+        level: int = option(1, help="a number", low=0)
+
+        def __post_init__(self):
+            asked.append(self.level)
+
+    counted = PrunerComponent(name="counted", summary="s", build="m:b", options=Options)
+    registry = Registry((*REGISTRY.entries, Entry(counted, "p", "d 1")))
+    recipe = SMALL.replace('pruner = "score"\nepochs = 1\n', 'pruner = "counted"\n')
+    sweep = '[sweep]\nseed = [0, 1, 2]\n"prune.sparsity" = [0.5, 0.6]\n'
+    found = plan(f'{recipe}{sweep}"prune.pruner.level" = [3, 4]', registry=registry)
+    assert len(found.runs) == 12
+    assert sorted(asked) == [1, 3, 4]  # 1 is the recipe's own
+    first, *_, last = found.runs
+    assert first.architecture is last.architecture
+    assert [r.stages[1].options.pruner.options.level for r in (first, last)] == [3, 4]
+
+
+def test_a_mistake_that_two_cases_share_is_told_at_both_places(refuse):
+    cases = '[[sweep.case]]\n"prune.sparsity" = 2\n[[sweep.case]]\n"prune.sparsity" = 2\nseed = 1\n'
+    told = [line.partition(":")[2].partition(":")[0] for line in refuse(SMALL + cases)]
+    start = SMALL.count("\n")
+    assert told == [str(start + 2), str(start + 4)]
+
+
+@pytest.mark.parametrize(
+    ("written", "advice"),
+    [
+        ('structure = "filter"', "cannot be 'filter'; write \"channel\""),
+        ('structure = "unstructured"', 'write "element"'),
+        ('structure = "2/4"', 'write "2:4"'),
+        ("density = 0.1", "write sparsity, which is 1 - density"),
+        ("keep = 0.1", "write sparsity, which is 1 - keep"),
+        ("prune_ratio = 0.9", "did you mean 'sparsity'?"),
+        ("ratio = 0.9", "did you mean 'sparsity'?"),
+        ("momentum = 0.9", "it belongs to its optimizer: write optimizer.momentum"),
+        ('lr_scheduler = "x"', "it belongs to its optimizer: write optimizer.schedule"),
+        ('optimizer = { schedule = "CosineAnnealingLR" }', "did you mean 'cosine'?"),
+        ('optimizer = { schedule = "StepLR" }', "did you mean 'step'?"),
+        ('optimizer = "Adam"', "unknown optimizer 'Adam'; did you mean 'adam'?"),
+    ],
+)
+def test_what_others_write_is_pointed_to_what_to_write(written, advice, refuse):
+    (told,) = refuse(SMALL.replace("sparsity = 0.9", f"sparsity = 0.9\n{written}"))
+    assert told.endswith(advice)
+
+
+def test_keys_at_the_top_that_belong_elsewhere(refuse):
+    top = 'lr_scheduler = "cosine"\nkeep_ratio = 0.1\nmomentum = 0.9\n'
+    assert [line.partition("; ")[2] for line in refuse(top + SMALL)] == [
+        "it belongs below [[stage]]: optimizer = { schedule = ... }",
+        "it belongs below [[stage]]: sparsity = ..., which is 1 - keep_ratio",
+        "it belongs below [[stage]]: optimizer = { momentum = ... }",
+    ]
+
+
+def test_with_an_unknown_name_that_is_clear_all_else_is_told_too(refuse):
+    optimizer = 'optimizer = { use = "SGD", learning_rat = 1, schedule = "StepLR" }'
+    epoch = SMALL.replace("epochs = 1", "epoch = 1", 1)
+    told = refuse(epoch.replace("sparsity = 0.9", f"sparsity = 0.9\n{optimizer}"))
+    assert [line.partition(": ")[2].partition(";")[0] for line in told] == [
+        "stage 'pretrain' needs epochs: passes over the training images",
+        "unknown option 'epoch' of stage 'pretrain'",
+        "unknown optimizer 'SGD'",
+        "unknown option 'learning_rat' of optimizer 'sgd'",
+        "unknown schedule 'StepLR'",
+    ]

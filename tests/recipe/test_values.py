@@ -92,7 +92,7 @@ WRONG = [
         "file: file of thing 'x': there is no /base/no.npz; relative paths start at the "
         "folder of the recipe",
     ),
-    ("words", "a", "words: words of thing 'x' must be a list, got 'a'; write ['a']"),
+    ("words", "a", "words: words of thing 'x' must be a list, got 'a'; write [\"a\"]"),
     ("pair", [0.5], "pair: pair of thing 'x' must be a list of 2 values, got [0.5]"),
     ("kwargs", 3, "kwargs: kwargs of thing 'x' must be a table, got 3"),
     ("pruner", "scor", "pruner.use: unknown pruner 'scor'; did you mean 'score'?"),

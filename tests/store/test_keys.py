@@ -100,15 +100,10 @@ SHOWING = (
     "models/failures.py",
     "models/importing.py",
     "models/stored.py",
-    "recipe/addresses.py",
     "recipe/describing.py",
-    "recipe/document.py",
     "recipe/plan.py",
     "recipe/reduction.py",
     "recipe/resolver.py",
-    "recipe/sections.py",
-    "recipe/sweep.py",
-    "recipe/toml_lines.py",
     "recipe/trust.py",
     "recipe/values.py",
     "reading.py",
@@ -125,6 +120,7 @@ SHOWING = (
     "store/stages.py",
     "store/tensors/headers.py",
     "testing.py",
+    "recipe/toml/",
 )
 """All other files of the core: they parse, store or show."""
 

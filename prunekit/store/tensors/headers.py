@@ -66,7 +66,7 @@ KEYS: dict[str, Callable[[Any], bool]] = {
     "classes": _is_count,
     "seed": lambda value: type(value) is int and value >= 0,
     "smoke": lambda value: isinstance(value, bool),
-    "sparsity": _is_number,
+    "sparsity": lambda value: _is_number(value) and 0 <= value <= 1,
     "masked": _are_names,
     "kept_zeros": _are_indices,
 }

@@ -126,6 +126,13 @@ def test_a_foreign_header_is_told(path, text):
         read_checkpoint(path)
 
 
+@pytest.mark.parametrize("sparsity", [7, -0.1])
+def test_a_sparsity_that_no_network_has_is_told(path, sparsity):
+    save_file({"a": torch.ones(1)}, path, metadata={"prunekit": f'{{"sparsity": {sparsity}}}'})
+    with pytest.raises(UserError, match=f"its sparsity is {sparsity}"):
+        read_checkpoint(path)
+
+
 def test_foreign_safetensors_have_an_empty_header(path):
     save_file({"a": torch.ones(1)}, path, metadata={"format": "pt"})
     assert read_checkpoint(path)[1] == {}

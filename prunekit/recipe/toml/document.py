@@ -10,12 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from prunekit.errors import Place, Problem, RecipeError, nearest, relative, shorten_value
+from prunekit.errors import Place, Problem, RecipeError, UserError, nearest, relative, shorten_value
 from prunekit.reading import DEEPEST, find_fault
-from prunekit.recipe.addresses import resolve_address
-from prunekit.recipe.sections import DATA_KEYS
-from prunekit.recipe.toml_lines import Unfit, find_lines, read_toml
-from prunekit.recipe.values import KeyPath
+from prunekit.recipe.toml.addresses import resolve_address
+from prunekit.recipe.toml.lines import KeyPath, Unfit, check_recipe, find_lines, read_toml
+from prunekit.recipe.toml.sections import DATA_KEYS
 
 FORMAT = 1
 """Version of the recipe format."""
@@ -81,8 +80,7 @@ class Recipe:
             here = here[key]
             # Lists that an address leads into are those of stages and of components.
             if not isinstance(here, dict | list):
-                message = f"{setting.address!r}: {key!r} is not a table"
-                return [Problem(setting.place, message)]
+                return [Problem(setting.place, f"{setting.address!r}: {key!r} is not a table")]
         self.replace(here, path, copy.deepcopy(setting.value), {path: setting.place})
         return []
 
@@ -179,8 +177,7 @@ def override(recipe: Recipe, settings: Sequence[str]) -> None:
         address, equals, value = text.partition("=")
         place = Place(f"--set {shorten_value(text)}")
         if not equals:
-            message = "write ADDRESS=VALUE, such as prune.sparsity=0.95"
-            raise RecipeError([Problem(place, message)])
+            raise RecipeError([Problem(place, "write ADDRESS=VALUE, such as prune.sparsity=0.95")])
         chosen.append(Setting(address.strip(), parse_value(value, place), place))
     apply(recipe, chosen)
 
@@ -246,8 +243,10 @@ def _read(path: Path, above: tuple[Path, ...]) -> Recipe:
         if not isinstance(base, str):
             raise RecipeError([Problem(place, 'write extends = "FILE.toml"')])
         below = path.parent / base
-        if not os.path.isfile(below):  # never fails, unlike `is_file` for endless names
-            raise RecipeError([Problem(place, f"there is no recipe {relative(below)}")])
+        try:
+            check_recipe(below)
+        except UserError as error:
+            raise RecipeError([Problem(place, str(error))]) from None
         extended = _read(below, (*above, path))
         extended.path = path
         _merge(extended, extended.data, recipe, data)

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from prunekit.errors import Problem
-from prunekit.recipe.document import Recipe, Setting, flatten
+from prunekit.recipe.toml.document import Recipe, Setting, flatten
 
 LONGEST = 120
 """Most characters of a label; file systems allow 255 in a name."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import tomllib
 from dataclasses import dataclass, field
@@ -9,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from prunekit.errors import Place, Problem, RecipeError, UserError, nearest, relative
-from prunekit.reading import DEEPEST, LARGEST_TEXT, find_fault, read_bytes
-from prunekit.recipe.values import KeyPath
+from prunekit.reading import DEEPEST, LARGEST_TEXT, find_fault, name_type, read_bytes
+
+KeyPath = tuple[str | int, ...]
+"""Where a value stands in a recipe's data: ("stage", 0, "epochs")."""
 
 HINTS = {
     "Invalid value": 'strings need quotes: use = "trades"',
@@ -63,12 +66,7 @@ def read_toml(path: Path) -> tuple[dict[str, Any], dict[KeyPath, Place]]:
     Raises `UserError` if the file cannot be read, and `RecipeError` if it is not TOML.
     """
     file = nearest(path)
-    if path.is_dir():
-        inner = path / "recipe.toml"
-        advice = f"; write {relative(inner)}" if inner.is_file() else ""
-        raise UserError(f"{relative(path)} is a folder, not a recipe{advice}")
-    if not path.exists():
-        raise UserError(f"there is no recipe {relative(path)}")
+    check_recipe(path)
     content = read_bytes(path, LARGEST_TEXT)
     try:
         text = content.decode("utf-8-sig")
@@ -92,6 +90,18 @@ def read_toml(path: Path) -> tuple[dict[str, Any], dict[KeyPath, Place]]:
         )
         raise RecipeError([Problem(place, f"{'.'.join(map(str, wrong))} {message}")])
     return data, places
+
+
+def check_recipe(path: Path) -> None:
+    """Raise `UserError` unless there is a regular file at the path."""
+    try:
+        found = name_type(path)
+    except (OSError, ValueError):  # ValueError: a NUL in the name
+        raise UserError(f"there is no recipe {relative(path)}") from None
+    if found:
+        inner = path / "recipe.toml"
+        advice = f"; write {relative(inner)}" if os.path.isfile(inner) else ""
+        raise UserError(f"{relative(path)} is {found}, not a recipe{advice}")
 
 
 def _explain(error: ValueError, text: str) -> tuple[str, int]:

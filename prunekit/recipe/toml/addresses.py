@@ -9,11 +9,12 @@ import typing
 from collections.abc import Iterable, Mapping
 from typing import Any, get_args, get_origin
 
-from prunekit.catalog.component import Use, default_of
-from prunekit.catalog.kinds import KINDS
+from prunekit.catalog.component import default_of
+from prunekit.catalog.kinds import KINDS, find_kind
 from prunekit.catalog.registry import Registry
-from prunekit.errors import SYNONYMS
-from prunekit.recipe.sections import (
+from prunekit.errors import suggest, translate
+from prunekit.recipe.toml.lines import KeyPath
+from prunekit.recipe.toml.sections import (
     SELECTION_KEYS,
     STAGE_OPTIONS,
     ArchitectureOptions,
@@ -21,7 +22,6 @@ from prunekit.recipe.sections import (
     DataOptions,
     ThreatOptions,
 )
-from prunekit.recipe.values import KeyPath, suggest
 
 SECTIONS = ("compute", "dataset", "architecture", "threat", "objective")
 TOP_KEYS = ("format", "name", "seed", *SECTIONS, "stage", "sweep", "report")
@@ -38,6 +38,9 @@ OPTIONS = {
 
 OPTIMIZER_KEYS = {"lr", "momentum", "weight_decay", "schedule"}
 """What most optimizers take."""
+
+MOST_WAYS = 3
+"""Most places that are suggested for an option without one."""
 
 EVALUATE_KEYS = (
     "kind",
@@ -85,32 +88,46 @@ def _find_start(data: Mapping[str, Any], words: list[str], address: str) -> KeyP
     if first in (*SECTIONS, "seed", "name", "report"):
         return (first, *rest)
     if first in names:
-        return f"{address!r} is a stage; name one of its options, such as {first}.epochs"
+        option = _example(kinds[names.index(first)], first)
+        return f"{address!r} is a stage; name one of its options, such as {option}"
     owners = [n for n, s in enumerate(stages) if first in _names_in(s.get("with"))]
     if rest and len(owners) == 1:
         return ("stage", owners[0], "with", *words)
+    if not rest and kinds.count(first) > 1:
+        named = [_example(first, str(n)) for n, k in zip(names, kinds, strict=True) if k == first]
+        ways = " or ".join(named[:MOST_WAYS])
+        return f"{address!r}: {len(named)} stages are of that kind; write an option, such as {ways}"
     if len(owners) > 1 or kinds.count(first) > 1:
         several = owners or [n for n, kind in enumerate(kinds) if kind == first]
         ways = " or ".join(".".join([str(names[n]), *(words if owners else rest)]) for n in several)
         return f"{address!r}: {len(several)} stages have that; write {ways}"
     known = {*SECTIONS, "seed", *(str(name) for name in names if name)}
-    key = SYNONYMS.get(first.replace("-", "_"), first)
-    advice = "" if rest else _find_owner(key, zip(names, kinds, strict=True))
+    advice = "" if rest else _find_owner(first, data, stages)
     return f"{address!r} names no stage and no section; {advice or suggest(first, known)}"
 
 
-def _find_owner(key: str, stages: Iterable[tuple[Any, Any]]) -> str:
-    """What to write for an option without its section or stage; "" if it is of none.
+def _example(kind: Any, name: str) -> str:
+    return f"{name}.{'with' if kind == 'evaluate' else 'epochs'}"
 
-    `stages` are their names and kinds.
-    """
-    tables = [(section, set(_hints(cls))) for section, cls in OPTIONS.items()]
-    for name, kind in stages:
+
+def _find_owner(word: str, data: Mapping[str, Any], stages: list[dict[str, Any]]) -> str:
+    """What to write for an option without its section or stage; "" if it is of none."""
+    tables: list[tuple[str, Iterable[str]]] = [(s, _hints(cls)) for s, cls in OPTIONS.items()]
+    tables += [(s, data[s]) for s in SECTIONS if isinstance(data.get(s), dict)]
+    for stage in stages:
+        kind, name = stage.get("kind"), stage.get("name", stage.get("kind"))
         keys = set(_hints(STAGE_OPTIONS[kind])) if kind in STAGE_OPTIONS else set()
         keys -= set() if kind == "prune" else {*SELECTION_KEYS}  # for a rewirer, where there is one
-        inner = [(f"{name}.optimizer", OPTIMIZER_KEYS)] if "optimizer" in keys else []
-        tables += [(str(name), keys), *inner]
-    return next((f"write {owner}.{key}" for owner, keys in tables if key in keys), "")
+        inner = OPTIMIZER_KEYS if "optimizer" in keys else ()
+        tables += [(str(name), keys), (f"{name}.optimizer", inner)]
+        used = stage.get("with")
+        pairs = zip(_names_in(used), used if isinstance(used, list) else (), strict=True)
+        tables += [(f"{name}.{use}", table) for use, table in pairs if isinstance(table, dict)]
+    found = {f"{owner}.{key}": key for owner, keys in tables if (key := translate(word, keys))}
+    if not found:
+        return ""
+    more = suggest(word, found.values()).partition(",")[2]  # of a key that means something else
+    return f"write {' or '.join([*found][:MOST_WAYS])}" + (f",{more}" if more else "")
 
 
 def _add_with(stage: Mapping[str, Any], words: list[str]) -> list[str]:
@@ -179,7 +196,7 @@ def _find_hint(cls: type | None, table: Any, path: list[Any], registry: Registry
     key, *rest = path
     if cls is None or key not in (hints := _hints(cls)):
         return None
-    many, kind = _find_kind(hints[key])
+    kind, many = find_kind(hints[key]), get_origin(hints[key]) is tuple
     default = _default(cls, key)
     inner = table.get(key, default) if isinstance(table, dict) else default
     if isinstance(inner, dict) and "use" not in inner:  # options of the default
@@ -199,18 +216,6 @@ def _hints(cls: type) -> dict[str, Any]:
 def _default(cls: type, key: str) -> Any:
     fields = {f.name.removesuffix("_"): f for f in dataclasses.fields(cls)}
     return default_of(fields[key]) if key in fields else None
-
-
-def _find_kind(hint: Any) -> tuple[bool, str | None]:
-    """(whether it is of a list, the kind) of the component that an option of this type names."""
-    for part in (hint, *get_args(hint)):
-        if get_origin(part) is Use:
-            builds = get_args(part)[0]
-            kind = next(
-                (k for k, declaration in KINDS.items() if declaration.builds is builds), None
-            )
-            return get_origin(hint) is tuple, kind
-    return False, None
 
 
 def _options_of(kind: str, table: Any, registry: Registry) -> type | None:

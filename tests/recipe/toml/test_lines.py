@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from prunekit.errors import UserError
-from prunekit.recipe.toml_lines import find_lines, read_toml
+from prunekit.recipe.toml.lines import find_lines, read_toml
 
 
 def test_every_key_path_has_the_line_of_its_statement():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +18,7 @@ from prunekit.contracts import (
     OptimizerChoice,
     read_ratio,
 )
-from prunekit.errors import OptionError
+from prunekit.errors import OptionError, translate
 from prunekit.steps import Budget, Pruner, Rewirer, SparsitySchedule, Wrapper
 
 
@@ -103,6 +104,10 @@ class SelectionOptions(FitOptions):
         super().__post_init__()
         if not STRUCTURE.fullmatch(self.structure):
             advice = 'write "element", "channel" or a ratio such as "2:4"'
+            if meant := translate(self.structure, ("element", "channel")):
+                advice = f'write "{meant}"'
+            elif found := re.fullmatch(r"(\d+)\D{1,4}(\d+)", self.structure):
+                advice = f'write "{found[1]}:{found[2]}"'
             raise OptionError("structure", f"structure cannot be {self.structure!r}; {advice}")
         ratio = read_ratio(self.structure)
         if ratio is None:

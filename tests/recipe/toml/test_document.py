@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from prunekit.errors import Place, RecipeError, UserError
-from prunekit.recipe.document import load_recipe
+from prunekit.recipe.toml.document import load_recipe
 
 
 @pytest.fixture(autouse=True)
@@ -160,7 +160,8 @@ def test_stages_and_lists_are_replaced_as_a_whole():
     [
         ('extends = "no.toml"', "r.toml:2: there is no recipe no.toml"),
         ("extends = 3", 'r.toml:2: write extends = "FILE.toml"'),
-        ('extends = "."', "r.toml:2: there is no recipe ."),
+        ('extends = "."', "r.toml:2: . is a folder, not a recipe"),
+        ('extends = "/dev/zero"', "r.toml:2: /dev/zero is a device, not a recipe"),
         ('extends = "r.toml"', "r.toml: extends itself: r.toml -> r.toml"),
     ],
 )

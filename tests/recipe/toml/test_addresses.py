@@ -6,9 +6,9 @@ import pytest
 
 from prunekit.catalog.registry import load_registry
 from prunekit.errors import UserError
-from prunekit.recipe.addresses import resolve_address, takes_list
-from prunekit.recipe.document import load_recipe
 from prunekit.recipe.plan import make_plan
+from prunekit.recipe.toml.addresses import resolve_address, takes_list
+from prunekit.recipe.toml.document import load_recipe
 
 REGISTRY = load_registry()
 
@@ -93,6 +93,12 @@ def test_names_and_bare_strings(plan):
         ("epsilon=3", "write threat.eps"),
         ("sparsity=0.5", "write prune.sparsity"),
         ("images=5", "write evaluate.images"),
+        ("density=0.1", "write prune.sparsity, which is 1 - density"),
+        ("lr_scheduler=StepLR", "write pretrain.optimizer.schedule or prune.optimizer.schedule"),
+        ("steps=9", "write evaluate.pgd.steps"),
+        ("evaluate=aa", "is a stage; name one of its options, such as evaluate.with"),
+        ("evaluate.with=aa", "must be a list, got 'aa'; write [\"autoattack\"]"),
+        ("evaluate.with=clean,aa", 'write ["clean", "autoattack"]'),
         (
             "threat.norm=inf",
             "--set threat.norm=inf: the value is inf, which is not finite; the n",

@@ -5,8 +5,8 @@ import textwrap
 
 import pytest
 
-from prunekit.recipe.document import load_recipe
-from prunekit.recipe.sweep import label, unroll
+from prunekit.recipe.toml.document import load_recipe
+from prunekit.recipe.toml.sweep import label, unroll
 
 RECIPE = """\
 dataset = { use = "npz", file = "a.npz", batch_size = 7 }
