@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from prunekit.pruning.groups import Group, average_units, join_units
+from prunekit.graph.groups import Group, average_units, join_units
 from prunekit.pruning.layers import WEIGHTS, find_weights
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from prunekit.contracts import Masks, Scores, read_ratio
 from prunekit.errors import RunError
+from prunekit.graph.groups import Group, alone, average_units, join_units
 from prunekit.pruning.budgets import count_kept, uniform
-from prunekit.pruning.groups import Group, alone, average_units, join_units
 from prunekit.pruning.structures import keep_n_of_m, score_channels
 from prunekit.steps import Budget, Layers
 

@@ -22,6 +22,7 @@ DECIDING = (
     "engine/stages.py",
     "engine/work.py",
     "evaluation.py",
+    "graph/",
     "judging.py",
     "models/building.py",
     "pruning/",

@@ -24,7 +24,7 @@ from prunekit.contexts import ArchitectureContext
 from prunekit.contracts import Clock, Scores
 from prunekit.engine.engine import Engine
 from prunekit.errors import Interrupted, OptionError, UserError
-from prunekit.pruning.groups import find_groups, follow
+from prunekit.graph.groups import find_groups, follow
 from prunekit.pruning.layers import find_prunable, find_unprunable
 from prunekit.pruning.learning import LEAK
 from prunekit.pruning.masks import apply_masks

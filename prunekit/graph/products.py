@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prunekit.pruning.channels import NONE, Trail
-from prunekit.pruning.operators import BLANKS, ENTRYWISE, MOVES, PLANES, REDUCTIONS, act, mix, move
-from prunekit.pruning.tracing import CONSTANT, Call, Rule, Tracer
+from prunekit.graph.channels import NONE, Trail
+from prunekit.graph.operators import BLANKS, ENTRYWISE, MOVES, PLANES, REDUCTIONS, act, mix, move
+from prunekit.graph.tracing import CONSTANT, Call, Rule, Tracer
 
 
 def find_rule(call: Call) -> Rule | None:

@@ -10,8 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from prunekit.pruning.channels import NONE, PAD, Entries, Trail, at_first
-from prunekit.pruning.tracing import CONSTANT, Call, Tracer
+from prunekit.graph.channels import NONE, PAD, Entries, Trail, at_first
+from prunekit.graph.tracing import CONSTANT, Call, Tracer
 
 VIEWS = {"view", "_unsafe_view", "_reshape_alias", "reshape"}
 TURNS = {"t", "transpose"}

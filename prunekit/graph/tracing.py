@@ -12,8 +12,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from prunekit.errors import lacks_memory
-from prunekit.pruning.channels import NONE, Decisions, Entries, Trail, at_first
-from prunekit.pruning.looking import Look, undisturbed
+from prunekit.graph.channels import NONE, Decisions, Entries, Trail, at_first
+from prunekit.graph.looking import Look, undisturbed
 
 CONSTANT = "a removed channel would leave a constant"
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.contracts import Masks
-from prunekit.pruning.channels import Decisions
-from prunekit.pruning.products import find_rule
-from prunekit.pruning.tracing import Tracer
+from prunekit.graph.channels import Decisions
+from prunekit.graph.products import find_rule
+from prunekit.graph.tracing import Tracer
 
 
 @dataclass(frozen=True)

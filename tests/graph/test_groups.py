@@ -16,7 +16,7 @@ from prunekit.catalog.component import Use
 from prunekit.contexts import ArchitectureContext
 from prunekit.contracts import Clock, Scores
 from prunekit.evaluation import eval_mode
-from prunekit.pruning.groups import Group, average_units, find_groups, follow
+from prunekit.graph.groups import Group, average_units, find_groups, follow
 from prunekit.pruning.layers import find_prunable
 from prunekit.pruning.learning import LEAK
 from prunekit.pruning.masks import apply_masks
