@@ -94,6 +94,8 @@ class Tracer(Look):
         """Sites whose output is read, in the order of reading."""
         self.readers: dict[str, Tensor] = {}
         """Weight -> the channel (I,) that each of its inputs reads."""
+        self.taken: dict[str, Tensor] = {}
+        """The same of kernels that are turned, or have groups: a channel for each group."""
         self._stack: list[tuple[str, nn.Module]] = []
         self._trails: Any = WeakTensorKeyDictionary()
         self._entries: Any = WeakTensorKeyDictionary()
@@ -221,7 +223,7 @@ class Tracer(Look):
         """Somebody reads these entries, and relies on gates at their sites."""
         if any(site.startswith("~") for site in trail.sites):
             self.decisions.keep(trail.channels, "read before its layer is done")
-        self.seen |= dict.fromkeys(trail.sites)
+        self.seen |= dict.fromkeys(sorted(trail.sites))  # in one order in every process
 
     def planes(self, trail: Trail, axis: int) -> tuple[Tensor, Tensor]:
         """(channel, whether it is zero) for each index along an axis, whose entries go together."""
@@ -233,14 +235,24 @@ class Tracer(Look):
         self.decisions.keep(channels[mixed], "shares its place with what cannot be removed")
         return found.masked_fill(mixed, NONE), zero.all(1)
 
-    def read(self, trail: Trail, axis: int, reader: str = "") -> None:
+    def read(self, source: Tensor, axis: int, reader: str, *, turned: bool = False) -> None:
         """A layer takes all entries along an axis, each with weights of its own."""
-        channels, zero = self.planes(trail, axis)
-        self.decisions.keep(channels[~zero], CONSTANT)
-        self.see(trail)
-        if reader:
-            known = self.readers.setdefault(reader, channels)
-            self.readers[reader] = torch.where(known == channels, known, NONE)
+        channels = torch.full((source.shape[axis],), NONE, device=source.device)
+        if trail := self.trail(source):
+            channels, zero = self.planes(trail, axis)
+            self.decisions.keep(channels[~zero], CONSTANT)
+            self.see(trail)
+        self.take(reader, channels, self.taken if turned else self.readers)
+
+    def take(self, reader: str, channels: Tensor, known: dict[str, Tensor]) -> None:
+        """What a weight multiplies in one call is cut off only with what it does in all others."""
+        if not reader:
+            return
+        first = known.setdefault(reader, channels)
+        self.decisions.join(first, channels)
+        for values in (first, channels):
+            apart = values[(first < 0) != (channels < 0)]
+            self.decisions.keep(apart, f"{reader} takes what cannot be removed, too")
 
     def owner(self, parameter: str) -> str:
         """The site of the innermost module that runs and has the parameter; nothing without one."""

@@ -114,7 +114,16 @@ NETS = {
     ),
     "a layer that is called twice": (
         lambda: Net(lambda n, x: n.b(F.relu(n.b(F.relu(n.a(x))))), 256, a=conv(3, 4), b=conv(4, 4)),
-        {"a": 4, "b": 4}, "",
+        {"a b": 4}, "",
+    ),
+    "a layer that takes the image and its own channels": (
+        lambda: Net(lambda n, x: n.b(n.a(n.a(x))), 256, a=conv(3, 3), b=conv(3, 4)),
+        {"b": 4}, "a",
+    ),
+    "a layer that takes two others": (
+        lambda: Net(lambda n, x: n.b(n.a(x)) + n.b(n.c(x)).relu(), 256, a=conv(3, 3), c=conv(3, 3),
+                    b=conv(3, 4)),
+        {"a c": 3, "b": 4}, "",
     ),
     "a concatenation under one normalisation": (
         lambda: Net(lambda n, x: n.c(n.bn(torch.cat([n.a(x), n.b(x)], 1)).relu()), 128,
