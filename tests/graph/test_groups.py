@@ -17,8 +17,8 @@ from prunekit.contexts import ArchitectureContext
 from prunekit.contracts import Clock, Scores
 from prunekit.evaluation import eval_mode
 from prunekit.graph.groups import Group, average_units, find_groups, follow
+from prunekit.graph.leaking import LEAK
 from prunekit.pruning.layers import find_prunable
-from prunekit.pruning.learning import LEAK
 from prunekit.pruning.masks import apply_masks
 from prunekit.pruning.selection import Selection, count_units, meets, select_masks
 from prunekit.testing import example_context
@@ -265,6 +265,21 @@ NETS = {
                     b=conv(1, 2)),
         {"b": 2}, "a",
     ),
+    # What does not become small when what it takes does.
+    "a sign": (
+        lambda: Net(lambda n, x: n.b(n.a(x).sign()), 128, a=conv(3, 4), b=conv(4, 2)),
+        {"b": 2}, "a",
+    ),
+    "a normalization by statistics of the image": (
+        lambda: Net(lambda n, x: n.b(n.c(F.instance_norm(n.a(x), eps=1e-12)).relu()), 128,
+                    a=conv(3, 4), c=conv(4, 4), b=conv(4, 2)),
+        {"c": 4, "b": 2}, "a",
+    ),
+    "channels of length 1": (
+        lambda: Net(lambda n, x: n.b(F.normalize(n.a(x).flatten(2), dim=2).view(-1, 4, 8, 8)), 128,
+                    a=conv(3, 4), b=conv(4, 2)),
+        {"b": 2}, "a",
+    ),
     # What is not there for a gate.
     "a layer of tokens and of vectors": (
         lambda: Net(lambda n, x: n.a(x.flatten(2).transpose(1, 2)).mean(1) + n.a(x[:, :, 0, 0]), 4,
@@ -384,6 +399,15 @@ def test_channels_that_meet_are_one_group(kind):
     assert [name.removesuffix(".weight") for name in reasons] == dense.split()
     if groups:
         check_removal(net, groups, torch.rand(IMAGES))
+
+
+def test_what_would_enlarge_a_leak_is_named():
+    """Two branches, of which one goes through a sign: it alone stays, and the operator is told."""
+    net = Net(lambda n, x: n.b(n.a(x).sign()) + n.c(n.d(x)), 128, a=conv(3, 4), b=conv(4, 2),
+              c=conv(4, 2), d=conv(3, 4))  # fmt: skip
+    groups, dense = find_groups(net, torch.zeros(1, *IMAGES[1:]), find_prunable(net, ["last.*"]))
+    assert [[*group.weights] for group in groups] == [["b.weight", "c.weight"], ["d.weight"]]
+    assert dense == {"a.weight": "sign would enlarge what gates let through"}
 
 
 def test_a_group_says_where_its_channels_are():
