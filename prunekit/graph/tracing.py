@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from prunekit.errors import lacks_memory
-from prunekit.graph.channels import NONE, Decisions, Entries, Trail, at_first
+from prunekit.graph.channels import NONE, Decisions, Entries, Trail, at_first, slim
 from prunekit.graph.looking import Look, undisturbed
 
 CONSTANT = "a removed channel would leave a constant"
@@ -102,22 +102,20 @@ class Tracer(Look):
         self._turned: Any = WeakTensorKeyDictionary()
 
     def run(self, model: nn.Module, example: Tensor) -> None:
-        """Send images (1, C, H, W) through the model, in evaluation mode; it stays as it is."""
-        hooks: list[Any] = []
-        for name, module in model.named_modules():
-            enter = module.register_forward_pre_hook(
-                lambda module, _, name=name: self._stack.append((name, module))
-            )
-            hooks += [enter, module.register_forward_hook(self._leave)]
+        """Send an image (1, C, H, W) through the model, and two in train mode; it stays as it is.
+
+        What only happens in train mode, or with several images, counts as well.
+        """
+        self._look(model, example)
+        self.decisions.mode = ", in train mode"
+        counts = dict(self.uses), dict(self.calls)
         try:
-            with undisturbed(model), self:
-                out = model(example)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        for tensor in tree_leaves(out):
-            if trail := self.trail(tensor):
-                self.decisions.keep(trail.channels, "the output of the network")
+            self._look(model, torch.cat([example] * 2), train=True)
+        except Exception as error:  # networks may raise anything, and need not train
+            if lacks_memory(error):
+                raise
+            self.uses, self.calls = counts
+        self.decisions.mode = ""
         for name, count in self.uses.items():
             if not count or count != self.calls[name]:
                 why = (
@@ -129,6 +127,24 @@ class Tracer(Look):
         for vector in self.apart & self.followed.keys():
             for _, channels in self.followed[vector]:
                 self.decisions.keep(channels, f"{vector} is used elsewhere too")
+
+    def _look(self, model: nn.Module, images: Tensor, *, train: bool = False) -> None:
+        hooks: list[Any] = []
+        self._stack.clear()
+        for name, module in model.named_modules():
+            enter = module.register_forward_pre_hook(
+                lambda module, _, name=name: self._stack.append((name, module))
+            )
+            hooks += [enter, module.register_forward_hook(self._leave)]
+        try:
+            with undisturbed(model, train=train), self:
+                out = model(images)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        for tensor in tree_leaves(out):
+            if trail := self.trail(tensor):
+                self.decisions.keep(trail.channels, "the output of the network")
 
     def _leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
         """If its own parameters made the output of the module, a gate may stand behind it."""
@@ -227,8 +243,10 @@ class Tracer(Look):
 
     def planes(self, trail: Trail, axis: int) -> tuple[Tensor, Tensor]:
         """(channel, whether it is zero) for each index along an axis, whose entries go together."""
-        channels = trail.channels.movedim(axis, 0).flatten(1)
-        zero = (trail.zero.movedim(axis, 0).flatten(1) > 0) | (channels < 0)
+        axis %= trail.channels.dim()
+        channels, zero = (slim(values, axis).movedim(axis, 0) for values in trail[:2])
+        zero = ((zero > 0) | (channels < 0)).flatten(1)
+        channels = channels.flatten(1)
         found = channels.amax(1)
         self.decisions.join(channels, found[:, None].expand_as(channels))
         mixed = (channels == NONE).any(1) & (found >= 0)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from prunekit.contracts import Masks
 from prunekit.errors import RunError, UserError
+from prunekit.graph.looking import is_frozen
 from prunekit.pruning.layers import describe_faults, find_faults
 
 
@@ -37,14 +38,6 @@ class State:
             parameter.requires_grad_(name not in self.frozen)
         for module in filter(is_frozen, self.model.modules()):
             module.eval()
-
-
-def is_frozen(module: nn.Module) -> bool:
-    """Whether it is a normalization of which nothing is trained: its statistics stay, too."""
-    if not isinstance(module, nn.modules.batchnorm._NormBase):
-        return False
-    own = [parameter.requires_grad for parameter in module.parameters()]
-    return bool(own) and not any(own)
 
 
 def find_zeros(weights: Mapping[str, Tensor]) -> Masks:

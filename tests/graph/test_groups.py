@@ -280,6 +280,17 @@ NETS = {
                     a=conv(3, 4), b=conv(4, 2)),
         {"b": 2}, "a",
     ),
+    # What happens in training alone, or with several images.
+    "a sigmoid in training": (
+        lambda: Net(lambda n, x: n.b(n.a(x).sigmoid() if n.training else n.a(x)), 128,
+                    a=conv(3, 4), b=conv(4, 2)),
+        {"b": 2}, "a",
+    ),
+    "a sum in batches": (
+        lambda: Net(lambda n, x: n.c(n.a(x)) + n.c(n.b(x) + (n.a(x) if len(x) > 1 else 0)), 128,
+                    a=conv(3, 4), b=conv(3, 4), c=conv(4, 2)),
+        {"a b": 4, "c": 2}, "",
+    ),
     # What is not there for a gate.
     "a layer of tokens and of vectors": (
         lambda: Net(lambda n, x: n.a(x.flatten(2).transpose(1, 2)).mean(1) + n.a(x[:, :, 0, 0]), 4,
@@ -399,6 +410,25 @@ def test_channels_that_meet_are_one_group(kind):
     assert [name.removesuffix(".weight") for name in reasons] == dense.split()
     if groups:
         check_removal(net, groups, torch.rand(IMAGES))
+
+
+def test_dropout_changes_no_group_and_a_network_that_cannot_train_has_groups():
+    class Judged(nn.Module):
+        def forward(self, x):
+            assert not self.training
+            return x
+
+    found = []
+    for rate, last in ((0.0, nn.Identity()), (0.1, nn.Identity()), (0.0, Judged())):
+        net = timm.create_model(
+            "vit_tiny_patch16_224", num_classes=3, img_size=16, patch_size=8, depth=1,
+            drop_rate=rate, attn_drop_rate=rate, drop_path_rate=rate, proj_drop_rate=rate,
+        )  # fmt: skip
+        net.head_drop = nn.Sequential(net.head_drop, last)
+        groups, dense = find_groups(net, torch.zeros(1, 3, 16, 16), find_prunable(net))
+        found.append(([group.size for group in groups], dense))
+    assert found[0] == found[1] == found[2]
+    assert found[0][0] == [3, 768]
 
 
 def test_what_would_enlarge_a_leak_is_named():
