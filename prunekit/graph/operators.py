@@ -51,7 +51,7 @@ def move(tracer: Tracer, call: Call) -> bool:
     if call.name in TURNS and (weight := tracer.weight(call.args[0])):
         if call.args[0].dim() > 2:
             return False
-        tracer.turn(call.out, weight)
+        tracer.turned[call.out] = weight
         return True
     if any(tracer.weight(t) in tracer.uses for t in call.tensors):
         return False
@@ -91,7 +91,7 @@ def move(tracer: Tracer, call: Call) -> bool:
         return False
     moved = redo(lambda t: tracer.entries(t).index, NONE, NONE)  # type: ignore[union-attr]
     for out, index in zip(call.outputs, moved, strict=True):
-        tracer.put_entries(out, Entries(found[0].vector, index))
+        tracer.parts[out] = Entries(found[0].vector, index)
     return True
 
 

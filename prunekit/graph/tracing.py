@@ -98,8 +98,10 @@ class Tracer(Look):
         """The same of kernels that are turned, or have groups: a channel for each group."""
         self._stack: list[tuple[str, nn.Module]] = []
         self._trails: Any = WeakTensorKeyDictionary()
-        self._entries: Any = WeakTensorKeyDictionary()
-        self._turned: Any = WeakTensorKeyDictionary()
+        self.parts: Any = WeakTensorKeyDictionary()
+        """Tensor -> the entries of a vector that it is made of."""
+        self.turned: Any = WeakTensorKeyDictionary()
+        """Tensor -> the matrix that it is, turned by `t`."""
 
     def run(self, model: nn.Module, example: Tensor) -> None:
         """Send an image (1, C, H, W) through the model, and two in train mode; it stays as it is.
@@ -213,14 +215,14 @@ class Tracer(Look):
         if isinstance(tensor, nn.Parameter) and tensor.dim() == 1 and id(tensor) in self.names:
             index = torch.arange(len(tensor), device=tensor.device)
             return Entries(self.names[id(tensor)], index.float())
-        found: Entries | None = self._entries.get(tensor) if isinstance(tensor, Tensor) else None
+        found: Entries | None = self.parts.get(tensor) if isinstance(tensor, Tensor) else None
         return found
 
     def weight(self, tensor: Any) -> str:
         """The name of the matrix or kernel, turned by `t` or not, that a tensor is; or nothing."""
         if isinstance(tensor, nn.Parameter) and tensor.dim() > 1:
             return self.names.get(id(tensor), "")
-        found: str = self._turned.get(tensor, "") if isinstance(tensor, Tensor) else ""
+        found: str = self.turned.get(tensor, "") if isinstance(tensor, Tensor) else ""
         return found
 
     def put(self, out: Tensor, trail: Trail) -> None:
@@ -228,12 +230,6 @@ class Tracer(Look):
         channels, zero = trail.channels.expand(out.shape), trail.zero.expand(out.shape)
         if bool((channels >= 0).any()):
             self._trails[out] = Trail(channels, zero, trail.sites)
-
-    def put_entries(self, out: Tensor, entries: Entries) -> None:
-        self._entries[out] = entries
-
-    def turn(self, out: Tensor, weight: str) -> None:
-        self._turned[out] = weight
 
     def see(self, trail: Trail) -> None:
         """Somebody reads these entries, and relies on gates at their sites."""

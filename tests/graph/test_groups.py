@@ -440,6 +440,18 @@ def test_what_would_enlarge_a_leak_is_named():
     assert dense == {"a.weight": "sign would enlarge what gates let through"}
 
 
+def test_what_opens_where_a_gate_closes_is_no_leak():
+    """Behind the ReLU: 1 - 10 is nothing, and 1 - 10 * LEAK is not far from 1."""
+    net = nn.Sequential(nn.Conv2d(3, 2, 1), nn.Conv2d(2, 1, 1, bias=False), nn.ReLU())
+    with torch.no_grad():
+        net[0].weight.zero_()
+        net[0].bias.fill_(1)
+        net[1].weight.copy_(torch.tensor([1.0, -10.0]).view(1, 2, 1, 1))
+    groups, dense = find_groups(net, torch.zeros(1, 3, 2, 2), ["0.weight"])
+    assert [group.size for group in groups] == [2]
+    assert not dense
+
+
 def test_a_group_says_where_its_channels_are():
     """Concatenated: 4 channels of a, 3 of b, of which the normalisation is shared."""
     net = NETS["a concatenation under one normalisation"][0]()
