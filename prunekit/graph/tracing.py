@@ -70,9 +70,7 @@ class Tracer(Look):
         self._find_rule = find_rule
         named = dict(model.named_parameters())
         self.names = {id(parameter): name for name, parameter in named.items()}
-        self.lengths = {
-            name: len(parameter) for name, parameter in named.items() if parameter.dim()
-        }
+        self.lengths = {name: len(value) for name, value in named.items() if value.dim()}
         self._trained = {name for name, parameter in named.items() if parameter.requires_grad}
         self.channels: dict[str, Tensor] = {}
         count = 0
@@ -120,11 +118,8 @@ class Tracer(Look):
         self.decisions.mode = ""
         for name, count in self.uses.items():
             if not count or count != self.calls[name]:
-                why = (
-                    "its weight is used apart from its layer"
-                    if count
-                    else "no layer takes it as it is"
-                )
+                apart = "its weight is used apart from its layer"
+                why = apart if count else "no layer takes it as it is"
                 self.decisions.keep(self.channels[name], why)
         for vector in self.apart & self.followed.keys():
             for _, channels in self.followed[vector]:
