@@ -17,13 +17,13 @@ from prunekit.engine.evaluating import evaluate
 from prunekit.engine.work import Outcome, Work, describe_masks
 from prunekit.errors import RunError
 from prunekit.evaluation import eval_mode
-from prunekit.pruning.groups import Group, find_groups, follow
+from prunekit.graph.groups import Group, find_groups, follow
+from prunekit.graph.looking import is_frozen
 from prunekit.pruning.layers import find_prunable, tell_unprunable
 from prunekit.pruning.masks import (
     State,
     apply_masks,
     count_weights,
-    is_frozen,
     measure_sparsity,
 )
 from prunekit.pruning.selection import (

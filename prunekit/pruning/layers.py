@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.errors import RunError
-from prunekit.pruning.watching import watch_weights
+from prunekit.graph.watching import watch_weights
 
 WEIGHTS = ("weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_weight")
 """Names of the parameters that can be pruned, in the order that layers register them."""

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from prunekit.pruning.groups import Group, average_units, join_units
+from prunekit.graph.groups import Group, average_units, join_units
+from prunekit.graph.leaking import LEAK
 from prunekit.pruning.layers import WEIGHTS, find_weights
 
 
@@ -65,14 +66,6 @@ class ScoredWeight(_Part):
 
     def forward(self, weight: Tensor) -> Tensor:
         return weight.detach() * straight_through(self.mask, self.soften(self.score.abs()))
-
-
-LEAK = 1e-6
-"""What a removed channel lets through while scores are learned.
-
-Exactly nothing would meet the zero derivative of a ReLU at 0, and no removed channel could ever
-come back.
-"""
 
 
 class ScoredChannels(_Part):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from prunekit.contracts import Masks
 from prunekit.errors import RunError, UserError
+from prunekit.graph.looking import is_frozen
 from prunekit.pruning.layers import describe_faults, find_faults
 
 
@@ -39,39 +40,39 @@ class State:
             module.eval()
 
 
-def is_frozen(module: nn.Module) -> bool:
-    """Whether it is a normalization of which nothing is trained: its statistics stay, too."""
-    if not isinstance(module, nn.modules.batchnorm._NormBase):
-        return False
-    own = [parameter.requires_grad for parameter in module.parameters()]
-    return bool(own) and not any(own)
+INCIDENTAL = 0.01
+"""This many of the weights of a layer, and of all, may be zero by chance, or by rounding."""
 
 
 def find_zeros(weights: Mapping[str, Tensor]) -> Masks:
-    """The masks of weights that are zero where they were removed; dense ones have none."""
+    """The masks of weights that come without any, zero where they were removed.
+
+    Zeros are removed weights in a layer where they are at least `INCIDENTAL` of it, and two, and
+    everywhere if all of them are that much of all weights. Layers that are zero as a whole, which
+    is how some start, are so only beside others that lost a part.
+    """
     masks = {name: weight.detach() != 0 for name, weight in weights.items()}
-    return {name: mask for name, mask in masks.items() if not mask.all()}
-
-
-INCIDENTAL = 0.01
-"""Of all prunable weights, this many may be zero by chance, or by rounding."""
+    masks = {name: mask for name, mask in masks.items() if not mask.all()}
+    partly = {n: int((~mask).sum()) for n, mask in masks.items() if mask.any()}
+    whole = sum(partly.values()) >= INCIDENTAL * sum(weight.numel() for weight in weights.values())
+    removed = {
+        n for n, zeros in partly.items() if whole or zeros >= max(2, INCIDENTAL * masks[n].numel())
+    }
+    return {n: mask for n, mask in masks.items() if n in removed or (removed and n not in partly)}
 
 
 def take_zeros(state: State, *, trained: bool) -> None:
     """Take the zeros of a network that comes without masks for removed weights, and note it.
 
-    Not if they are below `INCIDENTAL`, weights that are zero as a whole (a start of some layers)
-    left out of the count; and not if a stage that trains all weights comes first, `trained`.
+    Not if a stage that trains all weights comes first, `trained`.
     """
     named = dict(state.model.named_parameters())
     weights = {name: named[name] for name, fault in find_faults(state.model).items() if not fault}
     masks = find_zeros(weights)
-    partly = sum(int((~mask).sum()) for mask in masks.values() if mask.any())
-    total = sum(weight.numel() for weight in weights.values())
-    if partly == 0 or partly < INCIDENTAL * total:
+    if not masks:
         return
     zeros = sum(int((~mask).sum()) for mask in masks.values())
-    told = f"{zeros / total:.1%} of its weights are zero"
+    told = f"{zeros / sum(w.numel() for w in weights.values()):.1%} of its weights are zero"
     if trained:
         state.notes.append(f"the network starts without masks, and {told}: pretrain trains them")
         return

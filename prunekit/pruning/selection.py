@@ -11,8 +11,8 @@ from torch import Tensor
 
 from prunekit.contracts import Masks, Scores, read_ratio
 from prunekit.errors import RunError
+from prunekit.graph.groups import Group, alone, average_units, join_units
 from prunekit.pruning.budgets import count_kept, uniform
-from prunekit.pruning.groups import Group, alone, average_units, join_units
 from prunekit.pruning.structures import keep_n_of_m, score_channels
 from prunekit.steps import Budget, Layers
 
@@ -157,16 +157,17 @@ def check_scores(
 
 def check_keep(scores: Scores, selection: Selection, owner: str) -> None:
     """Raise `RunError` where `scores.keep` is not what the sparsity leaves of all units."""
+    if scores.keep is None:
+        return
     sizes = _size_units(scores, selection)
     unit = "channels" if selection.structure == "channel" else "weights"
-    kept = {name: count for name, count in (scores.keep or {}).items() if name in sizes}
-    for name, count in kept.items():
-        if not 0 <= count <= sizes[name]:
-            raise RunError(f"{owner} keeps {count} of the {sizes[name]} {unit} of {name}")
-    if scores.keep is not None and not meets(scores, selection):
+    for name, size in sizes.items():
+        if not 0 <= scores.keep[name] <= size:
+            raise RunError(f"{owner} keeps {scores.keep[name]} of the {size} {unit} of {name}")
+    if not meets(scores, selection):
         total = sum(sizes.values())
         raise RunError(
-            f"{owner} keeps {sum(kept.values())} {unit} in all, and sparsity "
+            f"{owner} keeps {sum(scores.keep[name] for name in sizes)} {unit} in all, and sparsity "
             f"{selection.sparsity:g} leaves {count_kept(total, selection.sparsity)} of {total}"
         )
 

@@ -23,6 +23,7 @@ DECIDING = (
     "engine/watched.py",
     "engine/work.py",
     "evaluation.py",
+    "graph/",
     "judging.py",
     "models/building.py",
     "pruning/",

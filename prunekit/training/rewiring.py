@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from prunekit.contracts import Clock, Masks
 from prunekit.data import seeds
 from prunekit.errors import RunError
-from prunekit.pruning.groups import Group, follow
-from prunekit.pruning.learning import LEAK
+from prunekit.graph.groups import Group, follow
+from prunekit.graph.leaking import LEAK
 from prunekit.pruning.selection import (
     Selection,
     check_layers,

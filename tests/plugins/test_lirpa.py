@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from prunekit import UserError
 from prunekit.contracts import Clock, Scores
-from prunekit.pruning.groups import find_groups
+from prunekit.graph.groups import find_groups
 from prunekit.pruning.layers import find_prunable
 from prunekit.pruning.learning import effective_parameters
 from prunekit.pruning.selection import Selection

@@ -22,9 +22,9 @@ from prunekit.contexts import ArchitectureContext
 from prunekit.contracts import Clock, Scores
 from prunekit.engine.engine import Engine
 from prunekit.errors import Interrupted, OptionError, UserError
-from prunekit.pruning.groups import find_groups, follow
+from prunekit.graph.groups import find_groups, follow
+from prunekit.graph.leaking import LEAK
 from prunekit.pruning.layers import find_prunable, find_unprunable
-from prunekit.pruning.learning import LEAK
 from prunekit.pruning.masks import apply_masks
 from prunekit.pruning.selection import Selection, select_masks
 from prunekit.pruning.structures import fits

@@ -15,7 +15,7 @@ from prunekit.contracts import Clock, Loss, OptimizerChoice, Scores, Threat
 from prunekit.data.batches import Arrays, Feed
 from prunekit.data.seeds import generator, seed_all
 from prunekit.errors import Interrupted
-from prunekit.pruning.groups import find_groups
+from prunekit.graph.groups import find_groups
 from prunekit.pruning.masks import apply_masks
 from prunekit.pruning.selection import Selection, select_masks
 from prunekit.report import Stop

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from prunekit.errors import RunError
-from prunekit.pruning.layers import find_prunable, find_unprunable
+from prunekit.pruning.layers import find_prunable, find_unprunable, watch_network
 from prunekit.pruning.masks import (
     apply_masks,
     count_weights,
@@ -84,3 +84,10 @@ def test_what_cannot_be_pruned_is_found():
     assert list(find_prunable(net)) == [
         "attention.in_proj_weight", "attention.out_proj.weight", "linear.weight"
     ]  # fmt: skip
+
+
+def test_every_projection_of_attention_arrives(make_attention, attention_weights):
+    net = make_attention().requires_grad_(False)  # as torch's own fast path would want it
+    watch_network(net, (3, 4))
+    assert list(find_prunable(net)) == attention_weights
+    assert torch.backends.mha.get_fastpath_enabled()

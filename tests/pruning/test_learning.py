@@ -11,11 +11,11 @@ from torch.nn.utils import parametrize
 from prunekit.contracts import Clock, Scores
 from prunekit.errors import RunError
 from prunekit.evaluation import eval_mode
+from prunekit.graph.groups import Group, find_groups
+from prunekit.graph.leaking import LEAK
 from prunekit.pruning import learning
-from prunekit.pruning.groups import Group, find_groups
 from prunekit.pruning.layers import find_prunable
 from prunekit.pruning.learning import (
-    LEAK,
     GroupOpening,
     ScoredChannels,
     ScoredWeight,

@@ -8,7 +8,7 @@ from torch import nn
 
 from prunekit.contracts import Clock, Loss, Scores
 from prunekit.evaluation import eval_mode
-from prunekit.pruning.groups import find_groups, follow
+from prunekit.graph.groups import find_groups, follow
 from prunekit.pruning.layers import find_prunable
 from prunekit.pruning.masks import apply_masks, assert_masked
 from prunekit.pruning.selection import Selection, select_masks

@@ -9,8 +9,8 @@ from prunekit.contracts import Clock, Loss, OptimizerChoice, Scores
 from prunekit.data.batches import Arrays, Feed
 from prunekit.data.seeds import generator
 from prunekit.errors import Interrupted, RunError
-from prunekit.pruning.groups import Group, find_groups
-from prunekit.pruning.learning import LEAK
+from prunekit.graph.groups import Group, find_groups
+from prunekit.graph.leaking import LEAK
 from prunekit.pruning.selection import Selection
 from prunekit.report import EpochDone, Stop
 from prunekit.store.tensors.checkpoint import read_checkpoint

@@ -16,7 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves, tree_map
 
 from prunekit.errors import lacks_memory
-from prunekit.pruning.looking import Look, undisturbed
+from prunekit.graph.looking import Look, undisturbed
 
 CHANGED = "changed before it multiplies"
 UNUSED = "reaches no product"

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.contracts import Masks
-from prunekit.pruning.channels import Decisions
-from prunekit.pruning.products import find_rule
-from prunekit.pruning.tracing import Tracer
+from prunekit.graph.channels import Decisions
+from prunekit.graph.leaking import find_leaks
+from prunekit.graph.products import find_rule
+from prunekit.graph.tracing import Tracer
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,11 @@ def find_groups(
         stand = {n: (tracer.sites[n][0], c) for n, c in gates[number].items()}
         own, along, reads = own_units[number], vectors[number], readers[number]
         groups.append(Group(len(known), own, along, stand, reads, tracer.scales & along.keys()))
-    return groups, dense
+    leaks = find_leaks(model, example, [group.gates for group in groups])
+    for number, name in leaks.items():
+        why = f"{name} would enlarge what gates let through"
+        dense |= dict.fromkeys(groups[number].weights, why)
+    return [group for number, group in enumerate(groups) if number not in leaks], dense
 
 
 def _join_layers(roots: Mapping[str, Sequence[int]]) -> list[list[str]]:

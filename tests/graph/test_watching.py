@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from prunekit.errors import RunError, UserError
-from prunekit.pruning import groups, watching
-from prunekit.pruning.groups import find_groups
+from prunekit.graph import groups, watching
+from prunekit.graph.groups import find_groups
+from prunekit.graph.watching import CHANGED, UNUSED, watch_weights
 from prunekit.pruning.layers import find_faults, find_prunable, find_unprunable, watch_network
 from prunekit.pruning.masks import apply_masks, count_weights, measure_sparsity
-from prunekit.pruning.watching import CHANGED, UNUSED, watch_weights
 
 ONES = torch.ones(6, 1)
 
@@ -155,13 +155,6 @@ def test_a_network_that_cannot_be_watched_is_left_dense():
     layer = make_layer(fail)
     assert find_faults(layer)["weight"].startswith("cannot be watched: AssertionError")
     assert layer.weight.abs().min() > 0
-
-
-def test_every_projection_of_attention_arrives(make_attention, attention_weights):
-    net = make_attention().requires_grad_(False)  # as torch's own fast path would want it
-    watch_network(net, (3, 4))
-    assert list(find_prunable(net)) == attention_weights
-    assert torch.backends.mha.get_fastpath_enabled()
 
 
 def test_buffers_that_a_forward_changes_are_as_before():

@@ -44,12 +44,21 @@ def at_first(values: Tensor, dims: Sequence[int]) -> Tensor:
     return values
 
 
+def slim(values: Tensor, beside: int = -1) -> Tensor:
+    """One slice along all dimensions that were expanded, except one."""
+    return at_first(
+        values, [d for d in range(values.dim()) if d != beside and not values.stride(d)]
+    )
+
+
 class Decisions:
     """Channels 0 to `count` - 1, which of them go together, and why some never go."""
 
     def __init__(self, count: int) -> None:
         self._parent = np.arange(count)
         self._kept: dict[int, str] = {}
+        self.mode = ""
+        """What is added to reasons."""
 
     def roots(self, channels: Tensor) -> Tensor:
         """The channel that stands for the decision about each; NONE and PAD stay."""
@@ -77,16 +86,14 @@ class Decisions:
 
     def varies(self, channels: Tensor, dims: Sequence[int]) -> bool:
         """Whether more than one decision, or none beside one, is met along the dimensions."""
-        for dim in range(channels.dim()):
-            if channels.stride(dim) == 0:
-                channels = channels.narrow(dim, 0, 1)
-        roots = self.roots(channels)
+        roots = self.roots(slim(channels))
         return bool((roots != at_first(roots, dims)).any())
 
     def keep(self, channels: Tensor, why: str) -> None:
         """These are never removed."""
+        channels = slim(channels)
         for channel in channels[channels >= 0].long().unique().tolist():
-            self._kept.setdefault(channel, why)
+            self._kept.setdefault(channel, why + self.mode)
 
     def reasons(self) -> dict[int, str]:
         """Root -> why the channels that it stands for are never removed."""

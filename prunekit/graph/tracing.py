@@ -12,8 +12,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from prunekit.errors import lacks_memory
-from prunekit.pruning.channels import NONE, Decisions, Entries, Trail, at_first
-from prunekit.pruning.looking import Look, undisturbed
+from prunekit.graph.channels import NONE, Decisions, Entries, Trail, at_first, slim
+from prunekit.graph.looking import Look, undisturbed
 
 CONSTANT = "a removed channel would leave a constant"
 
@@ -70,9 +70,7 @@ class Tracer(Look):
         self._find_rule = find_rule
         named = dict(model.named_parameters())
         self.names = {id(parameter): name for name, parameter in named.items()}
-        self.lengths = {
-            name: len(parameter) for name, parameter in named.items() if parameter.dim()
-        }
+        self.lengths = {name: len(value) for name, value in named.items() if value.dim()}
         self._trained = {name for name, parameter in named.items() if parameter.requires_grad}
         self.channels: dict[str, Tensor] = {}
         count = 0
@@ -94,39 +92,56 @@ class Tracer(Look):
         """Sites whose output is read, in the order of reading."""
         self.readers: dict[str, Tensor] = {}
         """Weight -> the channel (I,) that each of its inputs reads."""
+        self.taken: dict[str, Tensor] = {}
+        """The same of kernels that are turned, or have groups: a channel for each group."""
         self._stack: list[tuple[str, nn.Module]] = []
         self._trails: Any = WeakTensorKeyDictionary()
-        self._entries: Any = WeakTensorKeyDictionary()
-        self._turned: Any = WeakTensorKeyDictionary()
+        self.parts: Any = WeakTensorKeyDictionary()
+        """Tensor -> the entries of a vector that it is made of."""
+        self.turned: Any = WeakTensorKeyDictionary()
+        """Tensor -> the matrix that it is, turned by `t`."""
 
     def run(self, model: nn.Module, example: Tensor) -> None:
-        """Send images (1, C, H, W) through the model, in evaluation mode; it stays as it is."""
+        """Send an image (1, C, H, W) through the model, and two in train mode; it stays as it is.
+
+        What only happens in train mode, or with several images, counts as well.
+        """
+        self._look(model, example)
+        self.decisions.mode = ", in train mode"
+        counts = dict(self.uses), dict(self.calls)
+        try:
+            self._look(model, torch.cat([example] * 2), train=True)
+        except Exception as error:  # networks may raise anything, and need not train
+            if lacks_memory(error):
+                raise
+            self.uses, self.calls = counts
+        self.decisions.mode = ""
+        for name, count in self.uses.items():
+            if not count or count != self.calls[name]:
+                apart = "its weight is used apart from its layer"
+                why = apart if count else "no layer takes it as it is"
+                self.decisions.keep(self.channels[name], why)
+        for vector in self.apart & self.followed.keys():
+            for _, channels in self.followed[vector]:
+                self.decisions.keep(channels, f"{vector} is used elsewhere too")
+
+    def _look(self, model: nn.Module, images: Tensor, *, train: bool = False) -> None:
         hooks: list[Any] = []
+        self._stack.clear()
         for name, module in model.named_modules():
             enter = module.register_forward_pre_hook(
                 lambda module, _, name=name: self._stack.append((name, module))
             )
             hooks += [enter, module.register_forward_hook(self._leave)]
         try:
-            with undisturbed(model), self:
-                out = model(example)
+            with undisturbed(model, train=train), self:
+                out = model(images)
         finally:
             for hook in hooks:
                 hook.remove()
         for tensor in tree_leaves(out):
             if trail := self.trail(tensor):
                 self.decisions.keep(trail.channels, "the output of the network")
-        for name, count in self.uses.items():
-            if not count or count != self.calls[name]:
-                why = (
-                    "its weight is used apart from its layer"
-                    if count
-                    else "no layer takes it as it is"
-                )
-                self.decisions.keep(self.channels[name], why)
-        for vector in self.apart & self.followed.keys():
-            for _, channels in self.followed[vector]:
-                self.decisions.keep(channels, f"{vector} is used elsewhere too")
 
     def _leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
         """If its own parameters made the output of the module, a gate may stand behind it."""
@@ -195,14 +210,14 @@ class Tracer(Look):
         if isinstance(tensor, nn.Parameter) and tensor.dim() == 1 and id(tensor) in self.names:
             index = torch.arange(len(tensor), device=tensor.device)
             return Entries(self.names[id(tensor)], index.float())
-        found: Entries | None = self._entries.get(tensor) if isinstance(tensor, Tensor) else None
+        found: Entries | None = self.parts.get(tensor) if isinstance(tensor, Tensor) else None
         return found
 
     def weight(self, tensor: Any) -> str:
         """The name of the matrix or kernel, turned by `t` or not, that a tensor is; or nothing."""
         if isinstance(tensor, nn.Parameter) and tensor.dim() > 1:
             return self.names.get(id(tensor), "")
-        found: str = self._turned.get(tensor, "") if isinstance(tensor, Tensor) else ""
+        found: str = self.turned.get(tensor, "") if isinstance(tensor, Tensor) else ""
         return found
 
     def put(self, out: Tensor, trail: Trail) -> None:
@@ -211,36 +226,42 @@ class Tracer(Look):
         if bool((channels >= 0).any()):
             self._trails[out] = Trail(channels, zero, trail.sites)
 
-    def put_entries(self, out: Tensor, entries: Entries) -> None:
-        self._entries[out] = entries
-
-    def turn(self, out: Tensor, weight: str) -> None:
-        self._turned[out] = weight
-
     def see(self, trail: Trail) -> None:
         """Somebody reads these entries, and relies on gates at their sites."""
         if any(site.startswith("~") for site in trail.sites):
             self.decisions.keep(trail.channels, "read before its layer is done")
-        self.seen |= dict.fromkeys(trail.sites)
+        self.seen |= dict.fromkeys(sorted(trail.sites))  # in one order in every process
 
     def planes(self, trail: Trail, axis: int) -> tuple[Tensor, Tensor]:
         """(channel, whether it is zero) for each index along an axis, whose entries go together."""
-        channels = trail.channels.movedim(axis, 0).flatten(1)
-        zero = (trail.zero.movedim(axis, 0).flatten(1) > 0) | (channels < 0)
+        axis %= trail.channels.dim()
+        channels, zero = (slim(values, axis).movedim(axis, 0) for values in trail[:2])
+        zero = ((zero > 0) | (channels < 0)).flatten(1)
+        channels = channels.flatten(1)
         found = channels.amax(1)
         self.decisions.join(channels, found[:, None].expand_as(channels))
         mixed = (channels == NONE).any(1) & (found >= 0)
         self.decisions.keep(channels[mixed], "shares its place with what cannot be removed")
         return found.masked_fill(mixed, NONE), zero.all(1)
 
-    def read(self, trail: Trail, axis: int, reader: str = "") -> None:
+    def read(self, source: Tensor, axis: int, reader: str, *, turned: bool = False) -> None:
         """A layer takes all entries along an axis, each with weights of its own."""
-        channels, zero = self.planes(trail, axis)
-        self.decisions.keep(channels[~zero], CONSTANT)
-        self.see(trail)
-        if reader:
-            known = self.readers.setdefault(reader, channels)
-            self.readers[reader] = torch.where(known == channels, known, NONE)
+        channels = torch.full((source.shape[axis],), NONE, device=source.device)
+        if trail := self.trail(source):
+            channels, zero = self.planes(trail, axis)
+            self.decisions.keep(channels[~zero], CONSTANT)
+            self.see(trail)
+        self.take(reader, channels, self.taken if turned else self.readers)
+
+    def take(self, reader: str, channels: Tensor, known: dict[str, Tensor]) -> None:
+        """What a weight multiplies in one call is cut off only with what it does in all others."""
+        if not reader:
+            return
+        first = known.setdefault(reader, channels)
+        self.decisions.join(first, channels)
+        for values in (first, channels):
+            apart = values[(first < 0) != (channels < 0)]
+            self.decisions.keep(apart, f"{reader} takes what cannot be removed, too")
 
     def owner(self, parameter: str) -> str:
         """The site of the innermost module that runs and has the parameter; nothing without one."""

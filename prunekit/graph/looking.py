@@ -32,9 +32,19 @@ def _as_written() -> AbstractContextManager[Any]:
     return stance  # type: ignore[no-any-return]
 
 
+def is_frozen(module: nn.Module) -> bool:
+    """Whether it is a normalization of which nothing is trained: its statistics stay, too."""
+    if not isinstance(module, nn.modules.batchnorm._NormBase):
+        return False
+    own = [parameter.requires_grad for parameter in module.parameters()]
+    return bool(own) and not any(own)
+
+
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Inside, the network is in evaluation mode, and every operator is one that can be seen.
+def undisturbed(model: nn.Module, *, train: bool = False) -> Iterator[None]:
+    """Inside, every operator is one that can be seen, and the network in evaluation mode.
+
+    Or in that of training: all but normalizations of which nothing is trained.
 
     Afterwards its parameters, buffers and modes, and all random generators, are what they were.
     """
@@ -46,6 +56,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         # The fast path of attention is one operator, inside of which nothing can be seen.
         torch.backends.mha.set_fastpath_enabled(False)
         with torch.no_grad(), own_generators(), eval_mode(model), _as_written():
+            for module in model.modules() if train else ():
+                module.training = not is_frozen(module)
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)

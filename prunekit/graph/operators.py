@@ -10,8 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from prunekit.pruning.channels import NONE, PAD, Entries, Trail, at_first
-from prunekit.pruning.tracing import CONSTANT, Call, Tracer
+from prunekit.graph.channels import NONE, PAD, Entries, Trail, at_first, slim
+from prunekit.graph.tracing import CONSTANT, Call, Tracer
 
 VIEWS = {"view", "_unsafe_view", "_reshape_alias", "reshape"}
 TURNS = {"t", "transpose"}
@@ -22,7 +22,10 @@ MOVES = VIEWS | TURNS | {
     "constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "replication_pad1d",
     "replication_pad2d", "upsample_nearest1d", "upsample_nearest2d", "movedim", "diagonal",
 }  # fmt: skip
-ENTRYWISE = {"_to_copy", "hardswish", "_prelu_kernel", "rsub", "log_sigmoid_forward", "contiguous"}
+ENTRYWISE = {
+    "_to_copy", "hardswish", "_prelu_kernel", "rsub", "log_sigmoid_forward", "contiguous",
+    "native_dropout",
+}  # fmt: skip
 """Operators that act entry by entry although torch does not tag them so."""
 BLANKS = {
     "empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "new_empty",
@@ -38,7 +41,7 @@ PLANES = {
 """Operators that mix the entries of as many last dimensions."""
 REDUCTIONS = {
     "mean", "sum", "amax", "amin", "max", "min", "var", "std", "linalg_vector_norm", "logsumexp",
-    "_softmax", "_log_softmax", "softmax", "log_softmax", "cumsum", "prod",
+    "_safe_softmax", "_softmax", "_log_softmax", "softmax", "log_softmax", "cumsum", "prod",
 }  # fmt: skip
 """Operators that mix the entries of the dimensions that they are given."""
 
@@ -48,7 +51,7 @@ def move(tracer: Tracer, call: Call) -> bool:
     if call.name in TURNS and (weight := tracer.weight(call.args[0])):
         if call.args[0].dim() > 2:
             return False
-        tracer.turn(call.out, weight)
+        tracer.turned[call.out] = weight
         return True
     if any(tracer.weight(t) in tracer.uses for t in call.tensors):
         return False
@@ -88,7 +91,7 @@ def move(tracer: Tracer, call: Call) -> bool:
         return False
     moved = redo(lambda t: tracer.entries(t).index, NONE, NONE)  # type: ignore[union-attr]
     for out, index in zip(call.outputs, moved, strict=True):
-        tracer.put_entries(out, Entries(found[0].vector, index))
+        tracer.parts[out] = Entries(found[0].vector, index)
     return True
 
 
@@ -149,7 +152,8 @@ def act(tracer: Tracer, call: Call) -> bool:
             zero, sites = alone, frozenset({site})
     elif entries:
         tracer.apart.update(found.vector for found in entries)
-    channels = torch.where((channels == PAD) & ~zero, NONE, channels)
+    if bool((slim(channels) == PAD).any()):
+        channels = torch.where((channels == PAD) & ~zero, NONE, channels)
     for out in call.outputs:
         tracer.put(out, Trail(channels, fold(zero), sites))
     return True

@@ -16,9 +16,9 @@ from prunekit.catalog.component import Use
 from prunekit.contexts import ArchitectureContext
 from prunekit.contracts import Clock, Scores
 from prunekit.evaluation import eval_mode
-from prunekit.pruning.groups import Group, average_units, find_groups, follow
+from prunekit.graph.groups import Group, average_units, find_groups, follow
+from prunekit.graph.leaking import LEAK
 from prunekit.pruning.layers import find_prunable
-from prunekit.pruning.learning import LEAK
 from prunekit.pruning.masks import apply_masks
 from prunekit.pruning.selection import Selection, count_units, meets, select_masks
 from prunekit.testing import example_context
@@ -114,7 +114,16 @@ NETS = {
     ),
     "a layer that is called twice": (
         lambda: Net(lambda n, x: n.b(F.relu(n.b(F.relu(n.a(x))))), 256, a=conv(3, 4), b=conv(4, 4)),
-        {"a": 4, "b": 4}, "",
+        {"a b": 4}, "",
+    ),
+    "a layer that takes the image and its own channels": (
+        lambda: Net(lambda n, x: n.b(n.a(n.a(x))), 256, a=conv(3, 3), b=conv(3, 4)),
+        {"b": 4}, "a",
+    ),
+    "a layer that takes two others": (
+        lambda: Net(lambda n, x: n.b(n.a(x)) + n.b(n.c(x)).relu(), 256, a=conv(3, 3), c=conv(3, 3),
+                    b=conv(3, 4)),
+        {"a c": 3, "b": 4}, "",
     ),
     "a concatenation under one normalisation": (
         lambda: Net(lambda n, x: n.c(n.bn(torch.cat([n.a(x), n.b(x)], 1)).relu()), 128,
@@ -256,6 +265,32 @@ NETS = {
                     b=conv(1, 2)),
         {"b": 2}, "a",
     ),
+    # What does not become small when what it takes does.
+    "a sign": (
+        lambda: Net(lambda n, x: n.b(n.a(x).sign()), 128, a=conv(3, 4), b=conv(4, 2)),
+        {"b": 2}, "a",
+    ),
+    "a normalization by statistics of the image": (
+        lambda: Net(lambda n, x: n.b(n.c(F.instance_norm(n.a(x), eps=1e-12)).relu()), 128,
+                    a=conv(3, 4), c=conv(4, 4), b=conv(4, 2)),
+        {"c": 4, "b": 2}, "a",
+    ),
+    "channels of length 1": (
+        lambda: Net(lambda n, x: n.b(F.normalize(n.a(x).flatten(2), dim=2).view(-1, 4, 8, 8)), 128,
+                    a=conv(3, 4), b=conv(4, 2)),
+        {"b": 2}, "a",
+    ),
+    # What happens in training alone, or with several images.
+    "a sigmoid in training": (
+        lambda: Net(lambda n, x: n.b(n.a(x).sigmoid() if n.training else n.a(x)), 128,
+                    a=conv(3, 4), b=conv(4, 2)),
+        {"b": 2}, "a",
+    ),
+    "a sum in batches": (
+        lambda: Net(lambda n, x: n.c(n.a(x)) + n.c(n.b(x) + (n.a(x) if len(x) > 1 else 0)), 128,
+                    a=conv(3, 4), b=conv(3, 4), c=conv(4, 2)),
+        {"a b": 4, "c": 2}, "",
+    ),
     # What is not there for a gate.
     "a layer of tokens and of vectors": (
         lambda: Net(lambda n, x: n.a(x.flatten(2).transpose(1, 2)).mean(1) + n.a(x[:, :, 0, 0]), 4,
@@ -375,6 +410,46 @@ def test_channels_that_meet_are_one_group(kind):
     assert [name.removesuffix(".weight") for name in reasons] == dense.split()
     if groups:
         check_removal(net, groups, torch.rand(IMAGES))
+
+
+def test_dropout_changes_no_group_and_a_network_that_cannot_train_has_groups():
+    class Judged(nn.Module):
+        def forward(self, x):
+            assert not self.training
+            return x
+
+    found = []
+    for rate, last in ((0.0, nn.Identity()), (0.1, nn.Identity()), (0.0, Judged())):
+        net = timm.create_model(
+            "vit_tiny_patch16_224", num_classes=3, img_size=16, patch_size=8, depth=1,
+            drop_rate=rate, attn_drop_rate=rate, drop_path_rate=rate, proj_drop_rate=rate,
+        )  # fmt: skip
+        net.head_drop = nn.Sequential(net.head_drop, last)
+        groups, dense = find_groups(net, torch.zeros(1, 3, 16, 16), find_prunable(net))
+        found.append(([group.size for group in groups], dense))
+    assert found[0] == found[1] == found[2]
+    assert found[0][0] == [3, 768]
+
+
+def test_what_would_enlarge_a_leak_is_named():
+    """Two branches, of which one goes through a sign: it alone stays, and the operator is told."""
+    net = Net(lambda n, x: n.b(n.a(x).sign()) + n.c(n.d(x)), 128, a=conv(3, 4), b=conv(4, 2),
+              c=conv(4, 2), d=conv(3, 4))  # fmt: skip
+    groups, dense = find_groups(net, torch.zeros(1, *IMAGES[1:]), find_prunable(net, ["last.*"]))
+    assert [[*group.weights] for group in groups] == [["b.weight", "c.weight"], ["d.weight"]]
+    assert dense == {"a.weight": "sign would enlarge what gates let through"}
+
+
+def test_what_opens_where_a_gate_closes_is_no_leak():
+    """Behind the ReLU: 1 - 10 is nothing, and 1 - 10 * LEAK is not far from 1."""
+    net = nn.Sequential(nn.Conv2d(3, 2, 1), nn.Conv2d(2, 1, 1, bias=False), nn.ReLU())
+    with torch.no_grad():
+        net[0].weight.zero_()
+        net[0].bias.fill_(1)
+        net[1].weight.copy_(torch.tensor([1.0, -10.0]).view(1, 2, 1, 1))
+    groups, dense = find_groups(net, torch.zeros(1, 3, 2, 2), ["0.weight"])
+    assert [group.size for group in groups] == [2]
+    assert not dense
 
 
 def test_a_group_says_where_its_channels_are():

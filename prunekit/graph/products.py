@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prunekit.pruning.channels import NONE, Trail
-from prunekit.pruning.operators import BLANKS, ENTRYWISE, MOVES, PLANES, REDUCTIONS, act, mix, move
-from prunekit.pruning.tracing import CONSTANT, Call, Rule, Tracer
+from prunekit.graph.channels import NONE, Trail
+from prunekit.graph.operators import BLANKS, ENTRYWISE, MOVES, PLANES, REDUCTIONS, act, mix, move
+from prunekit.graph.tracing import CONSTANT, Call, Rule, Tracer
 
 
 def find_rule(call: Call) -> Rule | None:
@@ -36,8 +36,7 @@ def convolve(tracer: Tracer, call: Call) -> bool:
     if tracer.trail(kernel) or (transposed and groups > 1):
         return False
     if groups == 1:
-        if trail:
-            tracer.read(trail, 1, "" if transposed else name)
+        tracer.read(source, 1, name, turned=transposed)
         return _produce(tracer, call.out, name, bias, 1)
     blocks = torch.full((groups,), NONE, device=source.device)
     zero = torch.ones(groups, dtype=torch.bool, device=source.device)
@@ -49,6 +48,7 @@ def convolve(tracer: Tracer, call: Call) -> bool:
         tracer.decisions.join(inputs, blocks[:, None].expand_as(inputs))
         tracer.decisions.keep(inputs[mixed], "its convolution takes what cannot be removed")
         blocks = blocks.masked_fill(mixed, NONE)
+    tracer.take(name, blocks, tracer.taken)
     outputs = blocks.repeat_interleave(call.out.shape[1] // groups)
     if name in tracer.channels:
         own = tracer.channels[name]
@@ -101,11 +101,9 @@ def multiply(tracer: Tracer, call: Call) -> bool:
         return False
     # A linear layer multiplies by its weight turned, and anything else is another use of it.
     whole = bool(name) and (call.name == "linear" or not isinstance(b, torch.nn.Parameter))
-    left, right = tracer.trail(a), tracer.trail(b)
     if whole or call.name == "linear":
-        if left:
-            tracer.read(left, -1, name)
-        return right is None and _produce(tracer, call.out, name, bias, -1)
+        tracer.read(a, -1, name)
+        return tracer.trail(b) is None and _produce(tracer, call.out, name, bias, -1)
     if name:
         return False
     if entries := tracer.entries(bias):

@@ -1,0 +1,1 @@
+"""Where weights and channels of a network go: one forward pass, looked at operator by operator."""
