@@ -63,8 +63,8 @@ class Clock:
 class Loss:
     """The loss of a batch: `value` is a scalar with gradients, the mean over the batch.
 
-    `terms` are its named parts (scalars, for the log; not called "loss", "accuracy", "epoch" or
-    "best"); `logits` (B, K) serve the live accuracy.
+    `terms` are its named parts (scalars, for the log; not called "loss", "accuracy", "epoch",
+    "best" or "ended"); `logits` (B, K) serve the live accuracy.
     """
 
     value: Tensor
@@ -75,7 +75,7 @@ class Loss:
 class Objective(Protocol):
     """A training loss: `objective(x, y, clock) -> Loss`, called in train mode.
 
-    It may also be any of the next four, by having their methods.
+    It may also be any of the next ones, by having their methods.
     """
 
     def __call__(self, x: Tensor, y: Tensor, clock: Clock) -> Loss: ...
@@ -87,7 +87,6 @@ class Attacking(Protocol):
 
     def prepare(self, x: Tensor, y: Tensor, clock: Clock) -> Any:
         """The attack on images x (B, C, H, W) with labels y (B,): what `loss` needs."""
-        ...
 
     def loss(self, prepared: Any, clock: Clock) -> Loss:
         """The loss at what was prepared; it may be called several times."""
@@ -99,7 +98,6 @@ class Validating(Protocol):
 
     def validate(self, x: Tensor, y: Tensor) -> Mapping[str, Tensor]:
         """(B,) values of each image, in eval mode, for each name that the component `validates`."""
-        ...
 
 
 @runtime_checkable
@@ -108,7 +106,17 @@ class Settling(Protocol):
 
     def settled(self, clock: Clock) -> bool:
         """False while an epoch cannot be the best one."""
-        ...
+
+
+@runtime_checkable
+class Halting(Protocol):
+    """An objective that sees that its training fails; the stage ends with an earlier epoch."""
+
+    def halts(self, history: Sequence[Mapping[str, Any]]) -> str:
+        """What went wrong in the last of these epochs, "" if nothing; asked once one was the best.
+
+        Each has its metrics, such as `accuracy` and `validation.accuracy`; nothing else decides.
+        """
 
 
 @runtime_checkable
@@ -117,7 +125,6 @@ class Stepping(Protocol):
 
     def after_step(self) -> None:
         """Runs after each optimizer step; the component's `replays` says how many a batch."""
-        ...
 
 
 @runtime_checkable
@@ -126,11 +133,9 @@ class Stateful(Protocol):
 
     def state_dict(self) -> Mapping[str, Tensor]:
         """The state, empty if there is none yet."""
-        ...
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> object:
         """Restore what `state_dict` returned; what it gives back is not used."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -202,8 +202,9 @@ def option(
 class Threatened:
     """Options of a component that acts under a threat model: that of the recipe, or its own.
 
-    The context then has the `threat`. A subclass that takes one norm only says so, and
-    `prunekit check` refuses the others: `norms = ("linf",)`.
+    The context then has the `threat`. An option `step_size` is the length of the attack's steps in
+    pixels, and `prunekit check` tells where it is more than eps. A subclass that takes one norm
+    only says so, and `check` refuses the others: `norms = ("linf",)`.
     """
 
     norms: ClassVar[tuple[Norm, ...]] = ("linf", "l2")

@@ -39,6 +39,7 @@ class ObjectiveComponent(Component):
         contracts.Attacking,
         contracts.Validating,
         contracts.Settling,
+        contracts.Halting,
         contracts.Stepping,
         contracts.Stateful,
     )
@@ -128,6 +129,11 @@ class EvaluatorComponent(Component):
     """Names of weaker attacks, which should leave at least as many images correct."""
     forward_passes: Callable[[Any], int] = lambda options: 1
     """options -> forward passes per image."""
+
+    @property
+    def verdict(self) -> str:
+        """The record that says whether an image withstands it; "" if it does not judge that."""
+        return {"attack": "correct", "proof": "verified"}.get(self.judges, "")
 
 
 @dataclass(frozen=True, kw_only=True)

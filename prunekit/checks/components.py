@@ -99,7 +99,7 @@ def _check_evaluator(use: Use[Any], context: EvaluatorContext) -> None:
     assert isinstance(result, Result), f"gives a {type(result).__name__}, not a Result"
     assert result.metrics, "no metric"
     assert all(np.isfinite(v) for v in result.metrics.values()), "a metric is not finite"
-    if verdict := {"attack": "correct", "proof": "verified"}.get(use.component.judges):
+    if verdict := use.component.verdict:
         kept = np.asarray(result.records.get(verdict, ()))
         assert kept.dtype == bool, f"lacks the boolean record {verdict!r}"
     assert result.metrics == results[1].metrics, "not repeatable under one seed"

@@ -15,7 +15,7 @@ from prunekit.catalog.component import Use
 from prunekit.checks.examples import BATCH, CLASSES, tiny_batches, tiny_network, train_once
 from prunekit.checks.methods import build, check_methods
 from prunekit.contexts import Context, ObjectiveContext, PrunerContext
-from prunekit.contracts import Attacking, Clock, Loss, OptimizerChoice, Scores, Validating
+from prunekit.contracts import Attacking, Clock, Halting, Loss, OptimizerChoice, Scores, Validating
 from prunekit.data.seeds import seed_all
 from prunekit.errors import RunError
 from prunekit.evaluation import eval_mode
@@ -90,6 +90,11 @@ def check_objective(use: Use[Any], context: ObjectiveContext) -> None:
     else:
         names = {"accuracy"}
     declared = use.component.validates
+    if isinstance(objective, Halting):
+        row = {"epoch": 1, "loss": 1.0, "accuracy": 0.5}
+        full = row | {f"validation.{name}": 0.5 for name in declared}
+        for history in ([row, row], [full, full]):
+            assert objective.halts(history) == "", "halts where nothing changes"
     assert names == set(declared), f"validates {sorted(names)}, but declares {sorted(declared)}"
     assert use.component.select in {*names, "last"}, "select is not a validation metric"
 

@@ -161,7 +161,8 @@ class Extra:
 class Feed:
     """The batches that a stage trains on and is validated with, (x, y) on the device.
 
-    `augment` names augmentations; `limit` is the most batches of a pass (smoke).
+    `augment` names augmentations; `limit` is the most batches of a pass (smoke), and `judged` the
+    most validation images.
     """
 
     train: Split
@@ -171,6 +172,7 @@ class Feed:
     augment: tuple[str, ...] = ()
     extra: Extra | None = None
     limit: int | None = None
+    judged: int | None = None
 
     def count(self) -> int:
         """Batches of an epoch, without a last one of a single image: batch normalization fails."""
@@ -178,7 +180,8 @@ class Feed:
         return _limit(n // self.size + (n % self.size > 1), self.limit)
 
     def count_validation(self) -> int:
-        return _limit(-(-len(self.validation.labels) // self.size), self.limit)
+        images = _limit(len(self.validation.labels), self.judged)
+        return _limit(-(-images // self.size), self.limit)
 
     def epoch(self, seed: int, skip: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """One epoch of shuffled, augmented batches, decided by `seed`: a pass over `train`.
@@ -202,8 +205,18 @@ class Feed:
             yield to_pixels(x, self.device), torch.cat(labels).to(self.device)
 
     def validate(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The validation images in their own order."""
-        return islice(eval_batches(self.validation, self.size, self.device), self.limit)
+        """The validation images in their own order, or some of them, evenly spaced."""
+        index = spread(len(self.validation.labels), self.judged)
+        return islice(eval_batches(self.validation, self.size, self.device, index), self.limit)
+
+
+def spread(n: int, images: int | None) -> Tensor:
+    """Indices of so many of n images, evenly spaced; of all for None, or more than there are.
+
+    The first ones would be of a few classes where a data set is sorted.
+    """
+    images = _limit(n, images)
+    return torch.arange(images) * n // max(images, 1)
 
 
 def _limit(n: int, limit: int | None) -> int:

@@ -19,7 +19,7 @@ from prunekit.catalog.component import Use
 from prunekit.contexts import EvaluatorContext
 from prunekit.contracts import Evaluator, Metric, Result
 from prunekit.data import seeds
-from prunekit.data.batches import eval_batches
+from prunekit.data.batches import eval_batches, spread
 from prunekit.engine.watched import recall
 from prunekit.engine.work import Loaded, Outcome, Work, describe_masks
 from prunekit.errors import RunError
@@ -212,13 +212,8 @@ def _check_part(part: Mapping[str, np.ndarray], n: int) -> Mapping[str, np.ndarr
 
 
 def _choose_images(stage: Stage, run: Run, loaded: Loaded) -> Tensor:
-    """Indices of the test images that a stage judges: all, or some of them, evenly spaced.
-
-    The first ones would be of a few classes where a data set is sorted.
-    """
-    n = len(loaded.data.test.labels)
-    images = min(n, stage.options.images or n)
-    index = torch.arange(images) * n // images
+    """Indices of the test images that a stage judges."""
+    index = spread(len(loaded.data.test.labels), stage.options.images)
     return index if stage.limit is None else index[: stage.limit * run.data.batch_size]
 
 

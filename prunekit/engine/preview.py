@@ -79,7 +79,8 @@ def _count_work(run: Run, loaded: Loaded, stage: Stage, compute: Compute) -> tup
         batches = min(math.ceil(images / size), stage.limit or math.inf)
         passes = sum(ask(u, "forward_passes") for u in options.with_)
         return 0, int(batches) * passes + LOOKS * len(options.with_)
-    feed = Feed(loaded.data.train, loaded.validation, size, compute.device, limit=stage.limit)
+    parts, limits = (loaded.data.train, loaded.validation), (stage.limit, options.validation_images)
+    feed = Feed(*parts, size, compute.device, (), None, *limits)
     recalibrates = stage.kind == "prune" and options.bn == "recalibrate"
     after = feed.count() if recalibrates else 0
     if options.epochs is None:
@@ -87,6 +88,8 @@ def _count_work(run: Run, loaded: Loaded, stage: Stage, compute: Compute) -> tup
     use = options.objective
     steps = stage.epochs * feed.count() * stage.replays
     judged = ask(use, "validation_passes")
+    if options.validate:
+        judged += ask(options.validate, "forward_passes")
     validation = feed.count_validation()
     checked = stage.epochs * validation * judged + (LOOKS if validation else 0)
     once = ask(use, "forward_passes")

@@ -14,6 +14,7 @@ from prunekit.contexts import NetworkContext, ObjectiveContext, PrunerContext
 from prunekit.contracts import Objective, Scores
 from prunekit.data import seeds
 from prunekit.engine.evaluating import evaluate
+from prunekit.engine.validating import make_judge
 from prunekit.engine.work import Outcome, Work, describe_masks
 from prunekit.errors import RunError
 from prunekit.evaluation import eval_mode
@@ -266,27 +267,28 @@ def _fit(
     masking: Masking, objective: Objective, stage: Stage, work: Work, context: NetworkContext
 ) -> list[dict[str, Any]]:
     options = stage.options
-    return fit(
-        Fit(
-            masking=masking,
-            objective=objective,
-            optimizer=options.optimizer.build(work.plain_context()),
-            feed=work.feed(stage),
-            epochs=stage.epochs,
-            seed=(work.run.seed, stage.position),
-            stage=stage.name,
-            kind=stage.kind,
-            key=work.key,
-            report=work.report,
-            stop=work.stop,
-            checkpoint=work.folder.progress,
-            select=stage.select,
-            clip_norm=options.clip_norm,
-            replays=stage.replays,
-            wrappers=[use.build(context) for use in options.wrap],
-            images=stage.accuracy_of,
-        )
+    job = Fit(
+        masking=masking,
+        objective=objective,
+        optimizer=options.optimizer.build(work.plain_context()),
+        feed=work.feed(stage),
+        epochs=stage.epochs,
+        seed=(work.run.seed, stage.position),
+        stage=stage.name,
+        kind=stage.kind,
+        key=work.key,
+        report=work.report,
+        stop=work.stop,
+        checkpoint=work.folder.progress,
+        select=stage.select,
+        clip_norm=options.clip_norm,
+        replays=stage.replays,
+        wrappers=[use.build(context) for use in options.wrap],
+        images=stage.accuracy_of,
+        judge=make_judge(stage, context),
+        patience=options.patience,
     )
+    return fit(job)
 
 
 def _best(history: list[dict[str, Any]], stage: Stage) -> dict[str, Any]:

@@ -273,6 +273,7 @@ class Work:
             augment,
             loaded.extra,
             stage.limit,
+            stage.options.validation_images,
         )
 
 

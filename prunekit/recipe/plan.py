@@ -236,11 +236,13 @@ def _resolve_run(
     if len(resolver.problems) > before or dataset is None or architecture is None:
         return
     for stage in stages if images.validation == 0 else ():
-        if getattr(stage.options, "epochs", None) and stage.options.select != "last":
+        options = stage.options
+        if getattr(options, "epochs", None) and (options.select != "last" or options.validate):
             resolver.problem(
                 ("stage", stage.position),
                 f"stage {stage.name!r} has no images to choose its best epoch with, because "
-                'validation is 0; write select = "last" in it',
+                'validation is 0; write select = "last" in it'
+                + (", and remove validate" if options.validate else ""),
             )
     threat, folder = resolver.threat, recipe.path.parent
     notes += _note_threats(threat, stages)
@@ -281,11 +283,17 @@ def _resolve_section(
 
 
 def _note_threats(threat: Threat | None, stages: tuple[Stage, ...]) -> Iterator[str]:
-    """A component may have another threat model than the recipe; that is worth a note."""
-    for stage in stages if threat else ():
+    """What may be a mistake: another threat model than the recipe's, a step longer than eps."""
+    for stage in stages:
         for use in uses_in(stage.options):
             if threat and use.threat and use.threat != threat:
                 yield (
                     f"stage {stage.name!r}: {use.name!r} has norm {use.threat.norm}, eps "
                     f"{use.threat.eps:.6g}; the recipe's threat is {threat.norm}, {threat.eps:.6g}"
+                )
+            step = getattr(use.options, "step_size", None)
+            if use.threat and step and step > use.threat.eps:
+                yield (
+                    f"stage {stage.name!r}: {use.name!r} takes steps of {step:.6g}, longer than "
+                    f"its eps of {use.threat.eps:.6g}; were the two swapped?"
                 )

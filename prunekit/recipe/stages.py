@@ -16,12 +16,15 @@ from prunekit.errors import suggest
 from prunekit.recipe.describing import describe, key_of, uses_in
 from prunekit.recipe.resolver import Resolver
 from prunekit.recipe.toml.lines import KeyPath
-from prunekit.recipe.toml.sections import SELECTION_KEYS, STAGE_OPTIONS
+from prunekit.recipe.toml.sections import SELECTION_KEYS, STAGE_OPTIONS, FitOptions
 from prunekit.recipe.values import NAME, NAME_RULE, Mistake
 
-TRAINING_KEYS = ("epochs", "optimizer", "select", "clip_norm", "wrap", "sparsity_schedule")
+TRAINING_KEYS = (
+    "epochs",
+    *(f.name for f in dataclasses.fields(FitOptions) if f.name != "objective"),
+    "sparsity_schedule",
+)
 """Keys of a prune stage that only pruners that learn their scores use."""
-
 
 REWIRING = ("pretrain", "finetune")
 """Kinds of stages that may have a rewirer."""
@@ -49,7 +52,8 @@ class Stage:
     @property
     def select(self) -> str:
         """The validation metric that chooses the best epoch, or "last"."""
-        return self.options.select or str(self.options.objective.component.select)
+        judged = self.options.validate and name_verdict(self.options.validate)
+        return str(self.options.select or judged or self.options.objective.component.select)
 
     @property
     def accuracy_of(self) -> str:
@@ -99,6 +103,11 @@ class Stage:
     def prunes(self) -> bool:
         """Whether masks come out of this stage, with a pruner or with a rewirer."""
         return bool(self.choosing)
+
+
+def name_verdict(use: Use[Any]) -> str:
+    """What a stage's validation calls the images that withstand an evaluator: as it does itself."""
+    return f"{use.name}.{use.component.verdict.replace('correct', 'accuracy')}"
 
 
 def find_unused(table: Mapping[str, Any]) -> list[str]:
@@ -229,7 +238,8 @@ def _check_prune(options: Any, before: float, resolver: Resolver, path: KeyPath,
 
 def _check_select(options: Any, resolver: Resolver, path: KeyPath, name: str) -> None:
     component = options.objective.component
-    known = [*component.validates, "last"]
+    judged = [name_verdict(options.validate)] if options.validate else []
+    known = [*component.validates, *judged, "last"]
     # The core adds it where the classes of the images are unbalanced.
     if options.select not in (None, *known) and not (
         options.select == "balanced_accuracy" and "accuracy" in known
@@ -239,6 +249,9 @@ def _check_select(options: Any, resolver: Resolver, path: KeyPath, name: str) ->
             f"stage {name!r}: objective {component.name!r} has no validation metric "
             f"{options.select!r}; {suggest(options.select, known)}",
         )
+    if options.patience and (options.select or [*judged, component.select][0]) == "last":
+        message = f"stage {name!r} keeps its last epoch; write select = ..., or remove patience"
+        resolver.problem((*path, "patience"), message)
 
 
 def _drop_unused(

@@ -20,6 +20,7 @@ DECIDING = (
     "engine/engine.py",
     "engine/evaluating.py",
     "engine/stages.py",
+    "engine/validating.py",
     "engine/watched.py",
     "engine/work.py",
     "evaluation.py",

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,28 +15,27 @@ from torch import Tensor
 
 from prunekit.contracts import (
     Clock,
+    Halting,
     Loss,
     Objective,
     OptimizerChoice,
     Settling,
-    Validating,
 )
 from prunekit.data import seeds
 from prunekit.data.batches import Feed
 from prunekit.errors import RunError, UserError
-from prunekit.evaluation import Standing, balance, frozen, is_unbalanced
-from prunekit.judging import examine, watching
 from prunekit.pruning.masks import find_broken
 from prunekit.report import Note, Progress, Report, StageStarted, Stop
 from prunekit.steps import Averaging, Masking, Wrapper
 from prunekit.training.progress import Position, label_metrics, restore, save, tell_epoch
 from prunekit.training.rewiring import Rewired
 from prunekit.training.step import Stepper
+from prunekit.training.validation import Judge, Validation, diverged
 
 IMAGES = "#"
 """Key of the number of images among the sums of an epoch."""
 
-RESERVED = {IMAGES, "loss", "accuracy", "epoch", "best", "seconds"}
+RESERVED = {IMAGES, "loss", "accuracy", "epoch", "best", "ended", "seconds"}
 """Names that a term of a loss cannot have."""
 
 CHECKPOINT_SECONDS = 300.0
@@ -68,12 +67,20 @@ class Fit:
     wrappers: Sequence[Wrapper] = ()
     images: str = "training images"
     """Of what the accuracy of an epoch is."""
-    told: set[str] = field(default_factory=set)  # of its validations
+    judge: Judge | None = None
+    """What judges validation images beside the objective."""
+    patience: int | None = None
+    """Epochs without a better one after which it ends."""
 
     def clock(self, epoch: int, batch: int, replay: int = 0) -> Clock:
         per_epoch = self.feed.count() * self.replays
         step = epoch * per_epoch + batch * self.replays + replay
         return Clock(step, self.epochs * per_epoch, epoch, self.epochs)
+
+    @property
+    def stuck(self) -> str:
+        """Why it ends when `patience` is over."""
+        return f"validation.{self.select} was no better for {self.patience} epochs"
 
     def end(self, epoch: int) -> Clock:
         """The last step of an epoch."""
@@ -105,6 +112,8 @@ class _Sums:
 def fit(job: Fit) -> list[dict[str, Any]]:
     """Train; the model ends with the best epoch's weights, ties going to the later epoch.
 
+    It ends early where the objective halts it, or no epoch was better for `patience` epochs.
+
     Returns a row of metrics for each epoch. Resumes from `job.checkpoint` if it exists, to
     the same bits. Raises `RunError` if the loss is not finite (the last good checkpoint stays),
     and `Interrupted`, after saving, if a stop was requested.
@@ -132,7 +141,9 @@ def fit(job: Fit) -> list[dict[str, Any]]:
     names = model.state_dict().keys()
     if isinstance(job.masking, Rewired) and not (at.epoch or at.batch):
         job.masking.rewire(job.clock(0, 0), stepper.optimizer)
-    while at.epoch < job.epochs:
+    judged_by = (model, job.objective, job.judge, job.feed, job.seed)
+    validation = Validation(*judged_by, job.stage, job.epochs, job.report)
+    while at.epoch < job.epochs and not at.ended:
         began = time.monotonic() - at.spent
         _train_epoch(job, stepper, at, best, began)
         job.masking.check()
@@ -146,16 +157,25 @@ def fit(job: Fit) -> list[dict[str, Any]]:
                 if isinstance(wrapper, Averaging):
                     judged.enter_context(wrapper.judged(model))
             judged.enter_context(job.masking.judged(job.end(at.epoch)))
-            row = _summarize(job, at)
-            row["best"] = _is_best(job, at, row)
+            row = _summarize(job, at, validation)
+            failure = _find_failure(job, at, row)
+            row["best"] = not failure and _is_best(job, at, row)
             if row["best"]:
                 best = {name: value.detach().clone() for name, value in model.state_dict().items()}
         at.history.append(row)
         at.times.append(time.monotonic() - began)
         at.epoch, at.batch, at.sums, at.spent = at.epoch + 1, 0, {}, 0.0
+        if failure:
+            row["ended"] = failure
+        elif _is_stuck(job, at):
+            row["ended"] = job.stuck
         save(job.checkpoint, stepper, at, best)
         tell(row, stored=False)
         job.stop.check()
+    if at.ended:
+        kept = max(row["epoch"] for row in at.history if row["best"])
+        told = f"ends after epoch {at.epoch} of {job.epochs} with the weights of epoch {kept}"
+        job.report(Note(f"stage {job.stage!r} {told}: {at.ended}", at.ended != job.stuck))
     model.load_state_dict(best)
     return at.history
 
@@ -200,77 +220,33 @@ def _train_epoch(
 
 def _check_finite(job: Fit, step: int, epoch: int) -> None:
     if step >= 0:
-        raise _diverged(job, f"the loss is not finite at step {step} (epoch {epoch + 1})")
+        raise diverged(job.stage, f"the loss is not finite at step {step} (epoch {epoch + 1})")
 
 
-def _diverged(job: Fit, what: str) -> RunError:
-    return RunError(
-        f"stage {job.stage!r}: {what}; the last good checkpoint is kept: lower the optimizer's lr, "
-        "or set clip_norm = 1.0"
-    )
-
-
-def _summarize(job: Fit, at: Position) -> dict[str, Any]:
+def _summarize(job: Fit, at: Position, validation: Validation) -> dict[str, Any]:
     images = at.sums[IMAGES]
     row: dict[str, Any] = {"epoch": at.epoch + 1}
     row |= {name: value / images for name, value in at.sums.items() if name != IMAGES}
     if broken := find_broken(job.masking.model):
-        raise _diverged(job, f"not finite after epoch {at.epoch + 1}: {broken}")
-    row |= {f"validation.{name}": value for name, value in validate(job, at.epoch).items()}
+        raise diverged(job.stage, f"not finite after epoch {at.epoch + 1}: {broken}")
+    row |= {f"validation.{name}": value for name, value in validation.measure(at.epoch).items()}
     return row
 
 
-def validate(job: Fit, epoch: int) -> dict[str, float]:
-    """Means over the validation images; noise in it is the same in every epoch.
-
-    Where their classes are unbalanced, `balanced_accuracy` stands beside `accuracy`: a training
-    that answers with the largest class alone shows there.
-    """
-    total = job.feed.count_validation()
-    if not total:
-        return {}
-    model = job.masking.model
-
-    def classify(x: Tensor, y: Tensor) -> Mapping[str, Tensor]:
-        with torch.no_grad():
-            logits = model(x)
-            return {"accuracy": (logits.argmax(1) == y) & logits.isfinite().all(1)}
-
-    check = job.objective.validate if isinstance(job.objective, Validating) else classify
-    found: dict[str, list[Tensor]] = {}
-    labels: list[Tensor] = []
-    standing = Standing(model)
-    with frozen(model), watching(model) as watch:
-        for number, (x, y) in enumerate(job.feed.validate()):
-            if not job.told:
-                _tell(job, "", *examine(model, x).doubts.values())
-            watch.begin(x, number * job.feed.size)
-            seeds.seed_all(*job.seed, "validation", number)
-            for name, value in check(x, y).items():
-                found.setdefault(name, []).append(value.double().cpu())
-            labels.append(y.cpu())
-            job.report(
-                Progress(job.stage, number + 1, total, epoch, job.epochs, label="validating")
-            )
-    # What validation images leave in a network would be training on them.
-    standing.restore()
-    if watch.outputs and not watch.real:
-        raise _diverged(job, "the network gives NaN or infinity for every validation image")
-    if watch.unreal:
-        _tell(job, "the network gives NaN or infinity for some images, which count as wrong")
-    means = {name: float(torch.cat(values).mean()) for name, values in found.items()}
-    if "accuracy" in found and is_unbalanced(job.feed.train.labels.cpu().numpy()):
-        correct = torch.cat(found["accuracy"]).numpy()
-        means["balanced_accuracy"] = balance(correct, torch.cat(labels).numpy())[0]
-    return means
+def _find_failure(job: Fit, at: Position, row: Mapping[str, Any]) -> str:
+    """Why the objective goes no further, and an epoch before this one is kept; "" if it does."""
+    if at.best_value is None or not isinstance(job.objective, Halting):
+        return ""
+    return job.objective.halts([*at.history, row])
 
 
-def _tell(job: Fit, *texts: str) -> None:
-    """Warn of what was not told yet."""
-    for text in texts:
-        if text and text not in job.told:
-            job.report(Note(f"validation: {text}", warning=True))
-    job.told.update(texts)
+def _is_stuck(job: Fit, at: Position) -> bool:
+    """Whether no epoch of the last `patience` was better than the best before; ties are not."""
+    if job.patience is None or at.best_value is None or at.epoch == job.epochs:
+        return False
+    name = f"validation.{job.select}"
+    first = next(row for row in at.history if row["best"] and row[name] == at.best_value)
+    return at.epoch - int(first["epoch"]) >= job.patience
 
 
 def _is_best(job: Fit, at: Position, row: Mapping[str, Any]) -> bool:

@@ -33,6 +33,11 @@ class Position:
     spent: float = 0.0
     """Seconds of the epoch that is not over."""
 
+    @property
+    def ended(self) -> str:
+        """Why it ended before its last epoch; "" if it did not."""
+        return str(self.history[-1].get("ended", "")) if self.history else ""
+
 
 def save(path: Path, stepper: Stepper, at: Position, best: Mapping[str, Tensor]) -> None:
     """Write the model, the best one so far, and what the steps still need: the states of the
@@ -116,7 +121,7 @@ def label_metrics(row: Mapping[str, Any], images: str = "") -> dict[str, float]:
         if name == "accuracy" or name.startswith("validation.")
         else value
         for name, value in row.items()
-        if name not in ("epoch", "best", "seconds")
+        if name not in ("epoch", "best", "ended", "seconds")
     }
 
 

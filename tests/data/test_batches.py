@@ -271,3 +271,12 @@ def test_a_split_that_augments_is_asked_to():
 def test_resized_crop_is_for_streams():
     with pytest.raises(UserError, match="resized-crop"):
         augment(torch.zeros(2, 1, 4, 4, dtype=torch.uint8), ("resized-crop",), torch.Generator())
+
+
+def test_validation_images_are_evenly_spaced():
+    feed = Feed(make_split(), make_split(), 2, CPU, judged=4)
+    assert feed.count_validation() == 2
+    assert [y.tolist() for _, y in feed.validate()] == [[0, 2], [5, 7]]
+    assert len(list(Feed(make_split(), make_split(), 2, CPU, limit=1, judged=4).validate())) == 1
+    few = Feed(make_split(), make_split(3), 2, CPU, judged=9)
+    assert [y.tolist() for _, y in few.validate()] == [[0, 1], [2]]

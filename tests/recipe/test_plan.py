@@ -547,6 +547,42 @@ def test_wrappers_that_cannot_serve_are_refused(refuse, plan):
     plan(TOP + several.replace('"free-adv"', '"trades"') + threat)
 
 
+def test_what_validates_beside_the_objective(refuse, plan):
+    threat = "[threat]\neps = 0.1\n"
+    validate = 'validate = "pgd"\n'
+    (run,) = plan(TOP + PRETRAIN + validate + threat).runs
+    assert run.stages[0].select == "pgd.accuracy"
+    named = 'validate = { use = "pgd", name = "weak", steps = 5 }\n'
+    (run,) = plan(TOP + PRETRAIN + named + 'select = "accuracy"\n' + threat).runs
+    assert run.stages[0].select == "accuracy"
+    (found,) = refuse(TOP + PRETRAIN + named + 'select = "weak"\n' + threat)
+    assert "has no validation metric 'weak'; there are: accuracy, last, weak.accuracy" in found
+    (found,) = refuse(TOP + PRETRAIN + 'validate = "clean"\n')
+    assert "'clean' is no attack and no proof; write use = \"pgd\"" in found
+    held = TOP.replace('"digits"', '{ use = "digits", validation = 0 }')
+    (found,) = refuse(held + PRETRAIN + validate + 'select = "last"\n' + threat)
+    assert found.endswith('write select = "last" in it, and remove validate')
+    (found,) = refuse(TOP + PRETRAIN + 'patience = 3\nselect = "last"\n')
+    assert "keeps its last epoch; write select = ..., or remove patience" in found
+    for key in ("patience = 1", "validation_images = 9"):
+        one_shot = PRUNE.replace('"score"', '"lwm"').replace("epochs = 1", key)
+        (found,) = refuse(TOP + one_shot)
+        assert f"{key.split()[0]} has no effect" in found
+
+
+def test_steps_longer_than_eps_are_told(plan):
+    text = TOP.replace('"benign"', '{ use = "pgd-at", step_size = "8/255" }')
+    text += 'threat = { eps = "2/255" }\n' + PRETRAIN
+    evaluate = (
+        '[[stage]]\nkind = "evaluate"\nwith = [{ use = "pgd", step_size = 0.05, eps = 0.06 }]\n'
+    )
+    notes = plan(text + evaluate).notes
+    assert [note for note in notes if "swapped" in note] == [
+        "stage 'pretrain': 'pgd-at' takes steps of 0.0313725, longer than its eps of 0.00784314; "
+        "were the two swapped?"
+    ]
+
+
 def test_compute_is_one_for_all_runs(plan, refuse):
     text = SMALL + '[compute]\ndevice = "cpu"\nthreads = 2\n'
     found = plan(text)

@@ -12,7 +12,7 @@ from prunekit.errors import Interrupted, RunError, UserError
 from prunekit.pruning.layers import find_prunable
 from prunekit.pruning.masks import apply_masks
 from prunekit.pruning.selection import Selection
-from prunekit.report import EpochDone, Progress, StageStarted, Stop
+from prunekit.report import EpochDone, Note, Progress, StageStarted, Stop
 from prunekit.store.tensors.checkpoint import read_checkpoint
 from prunekit.training import loop
 from prunekit.training.loop import Fit, fit
@@ -260,14 +260,16 @@ class Told(Plain):
         return clock.epoch >= self.ramp
 
 
-def train_told(folder, values, ramp=0, **changes):
+def train_told(folder, values, ramp=0, notes=None, made=Told, **changes):
     """(rows that were best when they came, epoch whose weights the model has)."""
-    objective = Told(values, ramp)
+    objective = made(values, ramp)
     ends = {}
 
     def report(event):
         if isinstance(event, EpochDone):
             ends[event.epoch] = snapshot(job.masking.model)
+        elif isinstance(event, Note) and notes is not None:
+            notes.append(event)
 
     job = make_job(folder, report=report, epochs=len(values), objective=objective,
                    **{"select": "told", **changes})  # fmt: skip
@@ -294,6 +296,98 @@ NAN = float("nan")
 )
 def test_the_best_epoch_is_kept(tmp_path, values, ramp, best, kept):
     assert train_told(tmp_path, values, ramp) == (best, kept)
+
+
+@pytest.mark.parametrize(
+    ("values", "ramp", "kept", "epochs"),
+    [
+        ([0.5, 0.4, 0.4, 0.9], 0, 1, 3),  # two epochs without a better one
+        ([0.5, 0.4, 0.6, 0.5, 0.4, 0.9], 0, 3, 5),
+        ([0.5, 0.5, 0.5, 0.9], 0, 3, 3),  # ties are no better, but of equal ones the later is kept
+        ([0.9, 0.1, 0.2, 0.1, 0.1, 0.9], 1, 3, 5),  # nothing counts before the ramp ends
+        ([0.9, 0.1, 0.2], 9, 3, 3),
+        ([NAN, NAN, NAN, 0.1, NAN, 0.1], 0, 6, 6),
+    ],
+)
+def test_patience_ends_a_training(tmp_path, values, ramp, kept, epochs):
+    notes = []
+    assert train_told(tmp_path, values, ramp, notes, patience=2)[1] == kept
+    why = (
+        f"stage 'pretrain' ends after epoch {epochs} of {len(values)} with the weights of epoch "
+        f"{kept}: validation.told was no better for 2 epochs"
+    )
+    assert [n.text for n in notes] == ([why] if epochs < len(values) else [])
+    assert not any(n.warning for n in notes)
+
+
+class Fails(Told):
+    """Fails where the metric is below that of the epoch before."""
+
+    def halts(self, history):
+        *_, before, now = [1.0, *(row["validation.told"] for row in history)]
+        return f"{now:g} after {before:g}" if now < before else ""
+
+
+@pytest.mark.parametrize("select", ["told", "last"])
+@pytest.mark.parametrize(
+    ("values", "ramp", "kept", "ended"),
+    [
+        ([0.5, 0.6, 0.2, 0.9], 0, 2, "0.2 after 0.6"),
+        ([0.5, 0.6, 0.2], 0, 2, "0.2 after 0.6"),  # the last epoch is not kept either
+        ([0.5, 0.5, 0.6], 0, 3, ""),
+        ([0.5, 0.1, 0.2, 0.1, 0.3], 2, 3, "0.1 after 0.2"),  # none is asked about before it settles
+    ],
+)
+def test_a_training_that_fails_ends_with_an_epoch_before(
+    tmp_path, values, ramp, kept, ended, select
+):
+    notes = []
+    values = [*map(float, torch.tensor(values))]
+    made = train_told(tmp_path, values, ramp, notes, Fails, select=select)
+    assert made[1] == kept
+    assert [note.text.endswith(f": {ended}") and note.warning for note in notes] == [True] * bool(
+        ended
+    )
+
+
+@pytest.mark.parametrize("epoch", [1, 2, 3, 4])
+@pytest.mark.parametrize("kind", ["patience", "halts"])
+def test_a_training_resumed_before_its_early_end_ends_there(tmp_path, kind, epoch):
+    """Killed behind any epoch, that of the end among them: nothing is trained any more then."""
+    values = [0.5, 0.6, 0.6, 0.2, 0.9]
+
+    class Kill(Exception):
+        pass
+
+    def train(folder, killed_after=0):
+        """(weights, history, notes, epochs that were trained)."""
+        told, trained = [], []
+
+        def report(event):
+            if isinstance(event, Note):
+                told.append(event)
+            elif isinstance(event, EpochDone) and not event.stored:
+                trained.append(event.epoch)
+                if event.epoch == killed_after:
+                    raise Kill
+
+        objective = (Fails if kind == "halts" else Told)(values)
+        job = make_job(folder, report=report, epochs=5, objective=objective, select="told",
+                       patience=2 if kind == "patience" else None)  # fmt: skip
+        objective.model, objective.watch = job.masking.model, nothing
+        history = fit(job)
+        return snapshot(job.masking.model), history, told, trained
+
+    (tmp_path / "whole").mkdir()
+    final, history, told, trained = train(tmp_path / "whole")
+    assert (trained, len(told)) == ([1, 2, 3, 4], 1)
+    assert "with the weights of epoch 3" in told[0].text
+    (tmp_path / "cut").mkdir()
+    with pytest.raises(Kill):
+        train(tmp_path / "cut", epoch)
+    resumed = train(tmp_path / "cut")
+    assert same(resumed[0], final)
+    assert resumed[1:] == (history, told, trained[epoch:])
 
 
 def test_last_keeps_the_last(tmp_path):

@@ -70,7 +70,17 @@ class FitOptions:
     objective: Use[Objective] | None = option(None, help="training loss; default: the recipe's")
     select: str | None = option(
         None,
-        help='validation metric whose best epoch is kept, or "last"; default: the objective\'s',
+        help='validation metric whose best epoch is kept, or "last"; default: that of `validate`, '
+        "or the objective's",
+    )
+    validate: Use[Evaluator] | None = option(
+        None, help="attack or proof at the validation images, beside what the objective measures"
+    )
+    validation_images: int | None = option(
+        None, help="number of validation images, evenly spaced; default: all", low=1
+    )
+    patience: int | None = option(
+        None, help="epochs without a better one after which the stage ends", low=1
     )
     clip_norm: float | None = option(None, help="largest norm of the gradients in a step", above=0)
     wrap: tuple[Use[Wrapper], ...] = option((), help="what goes around or follows training steps")
@@ -78,6 +88,9 @@ class FitOptions:
     def __post_init__(self) -> None:
         if sum(use.component.averages for use in self.wrap) > 1:
             raise OptionError("wrap", "only one average can be judged and stored; keep one")
+        if self.validate is not None and not self.validate.component.verdict:
+            name = self.validate.component.name
+            raise OptionError("validate", f'{name!r} is no attack and no proof; write use = "pgd"')
 
 
 @dataclass(frozen=True, kw_only=True)
