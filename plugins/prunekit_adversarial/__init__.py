@@ -67,6 +67,37 @@ class FreeAdvOptions(Threatened):
 
 
 @dataclass(frozen=True)
+class SingleStepOptions(Threatened):
+    """Options of objectives that attack with a single step."""
+
+    norms = ("linf",)  # the step follows the signs of the gradient
+
+    ramp: float = option(0.0, help="epochs in which eps grows from 0", unit="epochs", low=0)
+    drop: float = option(
+        0.05,
+        help="fall of the robust validation accuracy that ends the stage, if accuracy in training "
+        "rose meanwhile (catastrophic overfitting); 1: never",
+        low=0,
+        high=1,
+    )
+    validation_steps: int = option(10, help="PGD steps in validation", low=1, smoke=2)
+
+
+@dataclass(frozen=True)
+class FgsmRsOptions(SingleStepOptions):
+    """Options of `fgsm-rs`."""
+
+    step: float = option(1.25, help="length of the step, in multiples of eps", above=0)
+
+
+@dataclass(frozen=True)
+class NFgsmOptions(SingleStepOptions):
+    """Options of `n-fgsm`."""
+
+    noise: float = option(2.0, help="reach of the noise, in multiples of eps", low=0)
+
+
+@dataclass(frozen=True)
 class PgdOptions(AttackOptions):
     """Options of the evaluator `pgd`."""
 
@@ -112,14 +143,14 @@ def count_autoattack(options: AutoAttackOptions) -> int:
     return 1 + sum(passes[name] for name in options.attacks or ATTACKS)
 
 
-def count_validation(options: PgdAtOptions | FreeAdvOptions) -> int:
+def count_validation(options: PgdAtOptions | FreeAdvOptions | SingleStepOptions) -> int:
     """Forward passes for an image in validation: of the attack, and with and without it."""
     return options.validation_steps + 2
 
 
 @hookimpl
 def prunekit_objectives() -> Iterable[ObjectiveComponent]:
-    """Declare the objectives: clean training and four kinds of adversarial training."""
+    """Declare the objectives: clean training and six kinds of adversarial training."""
     yield ObjectiveComponent(
         name="benign",
         summary="Cross-entropy on clean images",
@@ -174,6 +205,36 @@ def prunekit_objectives() -> Iterable[ObjectiveComponent]:
         validates=("accuracy", "robust_accuracy"),
         select="robust_accuracy",
     )
+    for name, summary, options, paper in (
+        (
+            "fgsm-rs",
+            "Fast adversarial training: one step from a random start, clipped to the ball",
+            FgsmRsOptions,
+            "Wong et al., ICLR 2020, arXiv 2001.03994",
+        ),
+        (
+            "n-fgsm",
+            "Fast adversarial training: one step from strong noise, not clipped to the ball",
+            NFgsmOptions,
+            "de Jorge et al., NeurIPS 2022, arXiv 2202.01181",
+        ),
+    ):
+        yield ObjectiveComponent(
+            name=name,
+            summary=summary,
+            build=f"prunekit_adversarial.single_step:build_{name.replace('-', '_')}",
+            options=options,
+            paper=paper,
+            details="The stage ends at the first epoch that shows catastrophic overfitting, and "
+            "keeps an earlier one; see `drop`. The attack is made in eval mode, the authors' in "
+            "train mode.",
+            forward_passes=lambda options: 2,
+            attack_passes=lambda options: 1,
+            validation_passes=count_validation,
+            accuracy_of=lambda options: "attacked training images",
+            validates=("accuracy", "robust_accuracy"),
+            select="robust_accuracy",
+        )
 
 
 @hookimpl

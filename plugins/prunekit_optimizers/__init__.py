@@ -51,6 +51,15 @@ class StepOptions:
             )
 
 
+@dataclass(frozen=True)
+class CyclicOptions:
+    """Options of the schedule `cyclic`."""
+
+    peak: float = option(
+        0.5, help="fraction of the stage at which the rate is highest", above=0, below=1
+    )
+
+
 def _rate(default: float) -> Any:
     return option(default, help="learning rate", above=0)
 
@@ -141,4 +150,10 @@ def prunekit_schedules() -> Iterable[ScheduleComponent]:
         summary="Drops by a factor at milestones",
         build="prunekit_optimizers.optimizers:step_decay",
         options=StepOptions,
+    )
+    yield ScheduleComponent(
+        name="cyclic",
+        summary="Rises from 0 to the rate and falls back to 0, both linearly",
+        build="prunekit_optimizers.optimizers:cyclic",
+        options=CyclicOptions,
     )

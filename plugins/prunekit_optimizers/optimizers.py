@@ -15,6 +15,7 @@ from prunekit_optimizers import (
     AdamWOptions,
     ConstantOptions,
     CosineOptions,
+    CyclicOptions,
     SgdOptions,
     StepOptions,
 )
@@ -45,6 +46,15 @@ def step_decay(options: StepOptions, context: Context) -> Schedule:
         options.warmup,
         lambda clock: options.factor ** sum(clock.fraction >= m for m in options.milestones),
     )
+
+
+def cyclic(options: CyclicOptions, context: Context) -> Schedule:
+    """t / peak, then (1 - t) / (1 - peak), where t is the fraction of the stage that is done.
+
+    One cycle (Smith, WACV 2017, arXiv 1506.01186), as fast adversarial training takes it.
+    """
+    peak = options.peak
+    return lambda clock: min(clock.fraction / peak, (1 - clock.fraction) / (1 - peak))
 
 
 def _warmed(epochs: float, factor: Schedule) -> Schedule:

@@ -45,6 +45,11 @@ PRUNE = {"kind": "prune", "sparsity": 0.5}
         (PGD, [FINETUNE], [LOOKS + 8 * 3 + 2 * 5]),
         ({**PGD, "use": "trades"}, [FINETUNE], [LOOKS + 8 * 5 + 2 * 5]),
         ({**PGD, "use": "mart"}, [FINETUNE], [LOOKS + 8 * 4 + 2 * 5]),
+        (
+            {"use": "n-fgsm", "validation_steps": 3},
+            [{**FINETUNE, "validate": {"use": "pgd", "steps": 2, "restarts": 2}}],
+            [LOOKS + 8 * 2 + 2 * (5 + 1 + 2 * 3)],
+        ),
         # 2 steps on each batch, so that it passes over the images once.
         (
             {"use": "free-adv", "replays": 2, "validation_steps": 3},

@@ -54,6 +54,12 @@ def test_milestones_outside_the_stage_are_refused(milestones):
         StepOptions(milestones=milestones)
 
 
+def test_cyclic_rises_and_falls_in_straight_lines():
+    assert factors(build("schedule", "cyclic"), 2, 4) == [0, 0.25, 0.5, 0.75, 1, 0.75, 0.5, 0.25]
+    expected = [0, 0.5, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]
+    assert factors(build("schedule", "cyclic", peak=0.25), 2, 4) == pytest.approx(expected)
+
+
 def test_warmup_climbs_to_the_full_rate():
     """Half an epoch of 4 steps: 1/2, then 1."""
     assert factors(build("schedule", "constant", warmup=0.5), 2, 4) == [0.5, *[1] * 7]
