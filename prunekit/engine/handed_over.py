@@ -148,6 +148,7 @@ def do_stage(
     with tempfile.TemporaryDirectory(prefix="prunekit-") as scratch, own_generators():
         work = Work(chosen, loaded, compute, StageFolder(Path(scratch)), "", report, Stop())
         outcome = STAGES[stage.kind](state, stage, work)
+    outcome = dataclasses.replace(outcome, notes=(*plan.notes, *outcome.notes))
     return state, outcome, notes
 
 

@@ -89,8 +89,7 @@ def _rewire(state: State, stage: Stage, work: Work) -> Rewired:
 def _choose_selection(stage: Stage, work: Work) -> Selection:
     options = stage.options
     budget = options.budget.build(work.plain_context())
-    compares = options.budget.component.compares
-    return Selection(stage.sparsity, budget, options.structure, compares)
+    return Selection(stage.sparsity, budget, options.structure, options.budget.component.compares)
 
 
 def prune(state: State, stage: Stage, work: Work) -> Outcome:
@@ -292,9 +291,10 @@ def _fit(
 
 
 def _best(history: list[dict[str, Any]], stage: Stage) -> dict[str, Any]:
-    """The row of the epoch whose weights are kept, and the metric that chose it."""
+    """The row of the epoch whose weights are kept, what chose it, and why no more were trained."""
     rows = [row for row in history if row["best"]]
     if not rows:
         return {}
     found = label_metrics(rows[-1], stage.accuracy_of)
-    return {"epoch": rows[-1]["epoch"], **found, "select": stage.select}
+    ended = {key: value for key, value in history[-1].items() if key == "ended"}
+    return {"epoch": rows[-1]["epoch"], **found, "select": stage.select, **ended}

@@ -292,7 +292,7 @@ def _note_threats(threat: Threat | None, stages: tuple[Stage, ...]) -> Iterator[
                     f"{use.threat.eps:.6g}; the recipe's threat is {threat.norm}, {threat.eps:.6g}"
                 )
             step = getattr(use.options, "step_size", None)
-            if use.threat and step and step > use.threat.eps:
+            if use.threat and isinstance(step, float) and step > use.threat.eps:
                 yield (
                     f"stage {stage.name!r}: {use.name!r} takes steps of {step:.6g}, longer than "
                     f"its eps of {use.threat.eps:.6g}; were the two swapped?"

@@ -76,6 +76,7 @@ def test_an_early_end_is_told_now_and_when_it_is_used_again(bench):
         found.append((texts, [e.epoch for e in bench.of(EpochDone) if e.stage == "pretrain"]))
     assert found[0] == found[1]
     (text,), epochs = found[0]
+    assert bench.of(StageDone)[0].metrics["ended"] == text.partition(": ")[2]
     assert epochs == [1, 2]
     assert text == (
         "stage 'pretrain' ends after epoch 2 of 9 with the weights of epoch 2: "
