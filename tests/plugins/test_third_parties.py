@@ -1,4 +1,4 @@
-"""RigL and HARP as packages of somebody else: installed by entry point, killed, resumed, exact."""
+"""HARP as a package of somebody else: installed by entry point, killed, resumed, exact."""
 
 import ast
 import os
@@ -12,10 +12,8 @@ import pytest
 import torch
 
 from prunekit.contracts import Clock, Scores
-from prunekit.data.seeds import generator
 from prunekit.pruning.budgets import count_kept
 from prunekit.pruning.selection import Selection
-from prunekit.steps import Moment
 from prunekit.store.checkpoint import read_checkpoint, read_masks
 from prunekit.testing import check_component, find_components
 
@@ -33,16 +31,6 @@ eps = 0.05
 [objective]
 use = "trades"
 steps = 2
-"""
-
-RIGL = f"""
-{DATA}
-[[stage]]
-kind = "pretrain"
-epochs = 8
-sparsity = 0.8
-budget = "erk"
-rewire = {{ use = "rigl", every = 5 }}
 """
 
 HARP = f"""
@@ -63,9 +51,9 @@ epochs = 1
 
 @pytest.fixture
 def installed(tmp_path, monkeypatch):
-    """The two packages, found by their entry points."""
+    """The package, found by its entry point."""
     site = tmp_path / "site"
-    for name in ("rigl", "harp"):
+    for name in ("harp",):
         shutil.copytree(PACKAGES / f"acme_{name}", site / f"acme_{name}")
         info = site / f"acme_{name}-1.0.dist-info"
         info.mkdir()
@@ -77,7 +65,7 @@ def installed(tmp_path, monkeypatch):
     return site
 
 
-@pytest.mark.parametrize(("name", "most"), [("rigl", 30), ("harp", 60)])
+@pytest.mark.parametrize(("name", "most"), [("harp", 60)])
 def test_they_are_short_and_import_the_public_list_alone(name, most):
     """The length is that of what is beside the declaration."""
     (source,) = (f for f in (PACKAGES / f"acme_{name}").glob("*.py") if f.stem != "__init__")
@@ -88,26 +76,10 @@ def test_they_are_short_and_import_the_public_list_alone(name, most):
                 assert node.module in ("prunekit", "prunekit.contracts", "prunekit.steps")
 
 
-@pytest.mark.parametrize("package", ["acme_rigl", "acme_harp"])
+@pytest.mark.parametrize("package", ["acme_harp"])
 def test_they_keep_the_contract(package, installed):
     for component in find_components(package):
-        options = {"every": 3} if component.kind == "rewirer" else {}
-        check_component(component, options)
-
-
-def test_rigl_drops_the_smallest_and_grows_by_gradient(installed):
-    """3 of 6 kept, a third dropped: |w| = 1 goes; of 0, 5, 2 and its own 3 the gradient 5 grows."""
-    from acme_rigl import RiglOptions
-    from acme_rigl.rigl import Rigl
-
-    rewirer = Rigl(RiglOptions(every=1, fraction=0.34), None)
-    weight = torch.tensor([[9.0, -7.0, 1.0, 0.0, 0.0, 0.0]])
-    mask = weight != 0
-    gradient = torch.tensor([[8.0, 8.0, 3.0, 0.0, -5.0, 2.0]])
-    moment = Moment(Clock(0, 9, 0, 1), 0.5, {"w": weight}, {"w": mask}, {"w": gradient}, (),
-                    generator(0))  # fmt: skip
-    values = rewirer(moment).values["w"]
-    assert values.topk(3).indices.sort().values.tolist() == [[0, 1, 4]]
+        check_component(component)
 
 
 def test_harps_rates_follow_their_formula(installed):
@@ -156,8 +128,7 @@ def find_progress(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("recipe", "moving"), [(RIGL, "_kept"), (HARP, "rate.raw")],
-                         ids=["rigl", "harp"])  # fmt: skip
+@pytest.mark.parametrize(("recipe", "moving"), [(HARP, "rate.raw")], ids=["harp"])
 def test_a_kill_in_the_middle_changes_no_bit(recipe, moving, installed, tmp_path):
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     killed.mkdir()
