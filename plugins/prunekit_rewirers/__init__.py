@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from prunekit import RewirerComponent, Use, hookimpl, option
+from prunekit import OptionError, RewirerComponent, Use, hookimpl, option
 from prunekit.steps import Budget
 
 _EVERY = "steps from one rewiring to the next; each takes the place of an optimizer step"
@@ -67,7 +67,10 @@ class FlyingBirdPlusOptions(FlyingBirdOptions):
     """Options of `flyingbird-plus`."""
 
     budget: Use[Budget] = option("igq", help="how layers share the sparsity at first")
-    after: float = option(0.5, help="part of the stage after which densities move", low=0, high=1)
+    after: float = option(0.5, help="part of the stage after which densities move", low=0, below=1)
+    until: float = option(
+        0.9, help="part of the stage after which it is at the target again", above=0, high=1
+    )
     epochs: int = option(4, help="differences of epochs that it looks at", low=1)
     less: float = option(
         0.4, help="of the exchanged weights, dropped on top where the gap widens", low=0
@@ -75,6 +78,10 @@ class FlyingBirdPlusOptions(FlyingBirdOptions):
     more: float = option(
         0.05, help="of the exchanged weights, grown on top where the error rises", low=0
     )
+
+    def __post_init__(self) -> None:
+        if self.until <= self.after:
+            raise OptionError("until", f"until must be above after = {self.after:g}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,8 +110,9 @@ def prunekit_rewirers() -> Iterable[RewirerComponent]:
         '{ use = "cubic", start = 0.1, end = 0.75 }. It begins with all weights, also where an '
         "earlier stage removed some. Masks are nested: what is removed stays removed (with "
         "budgets of whole counts, erk and igq, rounding may ask a layer for one weight more than "
-        "before). regrow = true exchanges weights as well, as GraNet does (Liu et al., NeurIPS "
-        "2021), a part that falls with the cosine to 0 at the end.\n\n"
+        "before). An n:m structure has no schedule, and does not go with it.\n\n"
+        "regrow = true exchanges weights as well, as GraNet does (Liu et al., NeurIPS 2021), a "
+        "part that falls with the cosine to 0 at the end.\n\n"
         "Not as in the paper: removed weights are zero, and do not wait with their old values.",
     )
     yield RewirerComponent(
@@ -154,11 +162,11 @@ def prunekit_rewirers() -> Iterable[RewirerComponent]:
         details="From `after` on, each rewiring looks at the last epochs. It drops `less` more "
         "where at least half of the differences of training accuracy minus validation accuracy "
         "under attack went up, and grows `more` more where at least half of those of the "
-        "validation error did. The last step goes to the target exactly. An epoch at another "
-        "density is never the best one: what is kept is the last epoch, or one from before.\n\n"
+        "validation error did. From `until` on it goes to the target exactly, in proportion, and "
+        "is `flyingbird`. An epoch at another density is never the best one.\n\n"
         "Not as in the paper: it looks at the validation error under attack, not the loss; the "
-        "training accuracy is that of the objective, under attack with pgd-at; at the end it goes "
-        "back to the target, where the paper's density stays wherever it is. "
-        "A rising sparsity_schedule has no say before the last step.\n\n"
+        "training accuracy is that of the objective, under attack with pgd-at; and it comes back "
+        "to the target, where the paper's density ends wherever it is. A rising sparsity_schedule "
+        "has no say before `until`.\n\n"
         f'{_START}\n\nIt is for structure = "element".',
     )

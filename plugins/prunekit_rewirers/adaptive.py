@@ -39,20 +39,19 @@ class FlyingBirdPlus:
         if moment.first:
             start = choose_first(moment, self.options.start)
             return Scores(start.values, keep=self._share(moment, self._ask_budget(moment, start)))
-        masks, options = moment.masks, self.options
-        kept = {name: int(mask.sum()) for name, mask in masks.items()}
-        changes = dict.fromkeys(kept, (0, 0))
-        if moment.final:
-            keep = self._share(moment, kept)
-            changes = {n: (max(0, k - keep[n]), max(0, keep[n] - k)) for n, k in kept.items()}
-        else:
-            part = anneal(options.fraction, options.last, moment.clock.fraction)
-            less, more = self._adapt(moment)
-            for name, count in kept.items():
-                if count < masks[name].numel():  # dense layers stay dense
-                    exchanged = ceil(part * count)
-                    dropped = min(count, exchanged + int(less * part * count))
-                    changes[name] = (dropped, exchanged + int(more * exchanged))
+        options, clock = self.options, moment.clock
+        kept = {name: int(mask.sum()) for name, mask in moment.masks.items()}
+        part = 0.0 if moment.final else anneal(options.fraction, options.last, clock.fraction)
+        back = moment.final or clock.fraction >= options.until
+        keep = self._share(moment, kept) if back else kept
+        less, more = (0.0, 0.0) if back else self._adapt(moment)
+        changes = {}
+        for name, count in kept.items():
+            exchanged, missing = ceil(part * count), keep[name] - count
+            dropped = min(count, exchanged + int(less * part * count) + max(0, -missing))
+            changes[name] = (dropped, exchanged + int(more * exchanged) + max(0, missing))
+            if not back and count == moment.masks[name].numel():  # what is dense stays so
+                changes[name] = (0, 0)
         values = drop_and_grow(moment, changes, options.growth)
         return Scores(values, keep={n: int(value.count_nonzero()) for n, value in values.items()})
 

@@ -27,7 +27,7 @@ from prunekit.contexts import NetworkContext
 from prunekit.contracts import Clock, Loss, OptimizerChoice
 from prunekit.data.batches import Arrays, Feed
 from prunekit.data.seeds import generator
-from prunekit.errors import Interrupted, RunError
+from prunekit.errors import Interrupted, OptionError, RunError
 from prunekit.pruning.budgets import count_kept
 from prunekit.pruning.selection import Selection
 from prunekit.report import Stop
@@ -308,13 +308,28 @@ def test_flyingbird_plus_ends_at_the_target(counts, expected):
         assert (value > 0)[20 - min(k, old) :].all(), name
 
 
-def test_flyingbird_plus_drifts_and_comes_back():
+@pytest.mark.parametrize(("until", "last"), [(0.7, 6), (1.0, 1)])
+def test_flyingbird_plus_drifts_and_comes_back(until, last):
+    """In step 18, or in the last one."""
     history = describe_epochs([0.5, 0.6], [0.3, 0.3])
-    masking = make_masking(make("flyingbird-plus", less=1.0))
-    totals = [sum(int(m.sum()) for m in kept.values()) for kept, _ in train(masking, history)]
-    assert (totals[0], totals[-1]) == (29, 29)
-    assert min(totals) < 20
-    assert masking.settled(clock_of(STEPS - 1))
+    masking = make_masking(make("flyingbird-plus", less=1.0, until=until))
+    seen = [(sum(int(m.sum()) for m in kept.values()), masking.settled(clock_of(0)))
+            for kept, _ in train(masking, history)]  # fmt: skip
+    assert seen[0] == (29, True)
+    assert seen[-last:] == [(29, True)] * last
+    assert seen[-last - 1][0] < 20
+    assert not seen[-last - 1][1]
+
+
+def test_flyingbird_plus_still_exchanges_at_the_target():
+    rewirer = FlyingBirdPlus(FlyingBirdPlusOptions(fraction=0.4, last=0.4), even)
+    weights, masks = {"a": torch.arange(1.0, 21)}, {"a": torch.arange(20) >= 12}
+    moment = Moment(Clock(18, 20, 9, 10), 0.5, weights, masks, {}, (), generator(0))
+    scores = rewirer(moment)
+    assert scores.keep == {"a": 10}
+    assert (scores.values["a"] > 0)[16:].all()  # of 8, 4 go; 6 come
+    with pytest.raises(OptionError, match=r"until must be above after = 0\.5"):
+        FlyingBirdPlusOptions(until=0.5)
 
 
 def test_flyingbird_plus_says_what_it_lacks():
@@ -367,34 +382,27 @@ def test_a_stop_changes_no_bit(name, at, tmp_path):
 RECIPE = """
 [dataset]
 use = "digits"
-fraction = 0.2
+fraction = 0.1
 batch_size = 16
 [architecture]
 use = "small-cnn"
-[threat]
-eps = 0.05
 [objective]
-use = "trades"
-steps = 2
+use = "benign"
 [[stage]]
 kind = "pretrain"
 epochs = 5
 sparsity = 0.8
 """
 
-STAGES = {
-    "rigl": 'budget = "erk"\nrewire = { use = "rigl", every = 5 }',
-    "flyingbird-plus": 'rewire = { use = "flyingbird-plus", every = 5, after = 0.3, epochs = 1 }',
-}
-
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", STAGES)
-def test_a_kill_in_the_middle_changes_no_bit(name, tmp_path):
+def test_a_kill_in_the_middle_changes_no_bit(tmp_path):
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     for folder in (killed, whole):
         folder.mkdir()
-        (folder / "r.toml").write_text(RECIPE + STAGES[name])
+        (folder / "r.toml").write_text(
+            RECIPE + 'budget = "erk"\nrewire = { use = "rigl", every = 5 }\n'
+        )
     process, deadline = run(killed), time.monotonic() + 120
     try:
         while not _is_in_the_middle(killed):
@@ -434,6 +442,7 @@ def _is_in_the_middle(folder):
     return False
 
 
+@pytest.mark.slow
 def test_the_core_says_whether_weights_are_trained(here, monkeypatch):
     """From scratch they are not; behind a stage that trains, they are."""
     seen = []
