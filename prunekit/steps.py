@@ -144,7 +144,8 @@ class Moment:
     now, in the `first` call (before step 0, to choose what to start with) those of the stages
     before, or all True. `gradients` are those of the step's loss at all weights, removed ones
     included; empty in the first call, and unless `RewirerComponent.gradients` asks for them.
-    `history` has the metrics of each epoch so far. `final` says that this is the last step.
+    `history` has the metrics of each epoch so far. `final` says that this is the last step, and
+    `trained` that the weights were trained before the stage, so that magnitudes mean something.
     """
 
     clock: Clock
@@ -156,6 +157,7 @@ class Moment:
     generator: torch.Generator
     first: bool = False
     final: bool = False
+    trained: bool = False
 
 
 class Rewirer(Protocol):

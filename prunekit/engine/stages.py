@@ -35,7 +35,7 @@ from prunekit.pruning.selection import (
     select_masks,
 )
 from prunekit.pruning.structures import fits
-from prunekit.recipe.stages import Stage
+from prunekit.recipe.stages import REWIRING, Stage
 from prunekit.report import Note, StageStarted
 from prunekit.steps import Masking
 from prunekit.training.loop import Fit, fit
@@ -80,6 +80,8 @@ def _rewire(state: State, stage: Stage, work: Work) -> Rewired:
         gradients=use.component.gradients,
         allocates=use.component.allocates,
         groups=groups,
+        trained=work.run.starts_given
+        or any(s.kind in REWIRING for s in work.run.stages if s.position < stage.position),
         rehearsed=stage.limit is not None,
     )
     return Rewired(state.model, state.masks, rewiring)

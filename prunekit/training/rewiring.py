@@ -42,6 +42,7 @@ class Rewiring:
     gradients: bool = False
     allocates: bool = False
     groups: Sequence[Group] = ()
+    trained: bool = False
     rehearsed: bool = False
     """The stage is tried on a few batches: its last step rewires in any case."""
 
@@ -117,6 +118,7 @@ class Rewired(Weights):
             seeds.generator(*plan.seed, "rewire", clock.step),
             first=gradients is None,
             final=final,
+            trained=plan.trained,
         )
         seeds.seed_all(*plan.seed, "rewire", clock.step)
         scores = plan.rewirer(moment)
