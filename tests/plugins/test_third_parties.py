@@ -1,4 +1,4 @@
-"""RigL and HARP as packages of somebody else: installed by entry point, killed, resumed, exact."""
+"""RigL as a package of somebody else: installed by entry point, killed, resumed, exact."""
 
 import ast
 import os
@@ -11,10 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from prunekit.contracts import Clock, Scores
+from prunekit.contracts import Clock
 from prunekit.data.seeds import generator
 from prunekit.pruning.budgets import count_kept
-from prunekit.pruning.selection import Selection
 from prunekit.steps import Moment
 from prunekit.store.checkpoint import read_checkpoint, read_masks
 from prunekit.testing import check_component, find_components
@@ -45,54 +44,35 @@ budget = "erk"
 rewire = {{ use = "rigl", every = 5 }}
 """
 
-HARP = f"""
-{DATA}
-[[stage]]
-kind = "pretrain"
-epochs = 1
-[[stage]]
-kind = "prune"
-sparsity = 0.8
-pruner = {{ use = "harp", gamma = 1.0 }}
-epochs = 8
-[[stage]]
-kind = "finetune"
-epochs = 1
-"""
-
 
 @pytest.fixture
 def installed(tmp_path, monkeypatch):
-    """The two packages, found by their entry points."""
+    """The package, found by its entry point."""
     site = tmp_path / "site"
-    for name in ("rigl", "harp"):
-        shutil.copytree(PACKAGES / f"acme_{name}", site / f"acme_{name}")
-        info = site / f"acme_{name}-1.0.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: acme-{name}\nVersion: 1.0\n")
-        (info / "entry_points.txt").write_text(f"[prunekit]\n{name} = acme_{name}\n")
+    shutil.copytree(PACKAGES / "acme_rigl", site / "acme_rigl")
+    info = site / "acme_rigl-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: acme-rigl\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[prunekit]\nrigl = acme_rigl\n")
     monkeypatch.syspath_prepend(site)
     for name in [n for n in sys.modules if n.startswith("acme_")]:
         monkeypatch.delitem(sys.modules, name)
     return site
 
 
-@pytest.mark.parametrize(("name", "most"), [("rigl", 30), ("harp", 60)])
-def test_they_are_short_and_import_the_public_list_alone(name, most):
+def test_it_is_short_and_imports_the_public_list_alone():
     """The length is that of what is beside the declaration."""
-    (source,) = (f for f in (PACKAGES / f"acme_{name}").glob("*.py") if f.stem != "__init__")
-    assert len(source.read_text().splitlines()) <= most
+    (source,) = (f for f in (PACKAGES / "acme_rigl").glob("*.py") if f.stem != "__init__")
+    assert len(source.read_text().splitlines()) <= 30
     for file in source.parent.glob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.ImportFrom) and node.module.startswith("prunekit"):
                 assert node.module in ("prunekit", "prunekit.contracts", "prunekit.steps")
 
 
-@pytest.mark.parametrize("package", ["acme_rigl", "acme_harp"])
-def test_they_keep_the_contract(package, installed):
-    for component in find_components(package):
-        options = {"every": 3} if component.kind == "rewirer" else {}
-        check_component(component, options)
+def test_it_keeps_the_contract(installed):
+    for component in find_components("acme_rigl"):
+        check_component(component, {"every": 3})
 
 
 def test_rigl_drops_the_smallest_and_grows_by_gradient(installed):
@@ -110,35 +90,8 @@ def test_rigl_drops_the_smallest_and_grows_by_gradient(installed):
     assert values.topk(3).indices.sort().values.tolist() == [[0, 1, 4]]
 
 
-def test_harps_rates_follow_their_formula(installed):
-    """With g = dL/dw_eff * w, the rate's is sum(g) * (1 - floor) s (1 - s), s its sigmoid."""
-    from acme_harp.harp import Harp, Rate
-
-    net = torch.nn.Sequential(torch.nn.Linear(4, 2, bias=False))
-    weight = net[0].weight.detach().clone()
-    rates = {"0.weight": Rate(0.1, torch.tensor(0.5))}
-    start = {"0.weight": weight.clone()}
-    masking = Harp(net, Scores(start), Selection(0.5), {}, "train", None, rates=rates, gamma=2.0)
-    clock, x = Clock(0, 9, 0, 3), torch.rand(3, 4)
-    with masking.effective(clock):
-        net(x).square().sum().backward()
-    part = masking.parts["0.weight"]
-    outer = 2 * x.T @ (x @ (weight * part.mask).T)
-    expected = outer.T * weight
-    sigma = rates["0.weight"].raw.detach().sigmoid()
-    torch.testing.assert_close(
-        rates["0.weight"].raw.grad, expected.sum() * 0.9 * sigma * (1 - sigma)
-    )
-    torch.testing.assert_close(part.score.grad, expected * weight.sign())
-    assert int(part.mask.sum()) == 4  # 0.5 of 8
-    # The budget is 4, the density 0.1 + 0.9 s; the factor grows with the epoch.
-    density = rates["0.weight"]().item()
-    later = Clock(6, 9, 2, 3)
-    assert float(masking.penalty(later)["budget"]) == pytest.approx(3 * 2 * (2 * density - 1))
-
-
-def run(site, folder, recipe):
-    (folder / "r.toml").write_text(recipe)
+def run(site, folder):
+    (folder / "r.toml").write_text(RIGL)
     path = os.pathsep.join([str(site), *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, "-m", "prunekit", "run", "r.toml", "--device", "cpu", "--out", "out"]
     return subprocess.Popen(
@@ -156,16 +109,14 @@ def find_progress(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("recipe", "moving"), [(RIGL, "_kept"), (HARP, "rate.raw")],
-                         ids=["rigl", "harp"])  # fmt: skip
-def test_a_kill_in_the_middle_changes_no_bit(recipe, moving, installed, tmp_path):
+def test_a_kill_in_the_middle_changes_no_bit(installed, tmp_path):
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     killed.mkdir()
     whole.mkdir()
-    process = run(installed, killed, recipe)
+    process = run(installed, killed)
     deadline = time.monotonic() + 120
     try:
-        while not _is_in_the_middle(killed, moving):
+        while not _is_in_the_middle(killed):
             assert time.monotonic() < deadline
             assert process.poll() is None, process.stdout.read()
             time.sleep(0.01)
@@ -173,7 +124,7 @@ def test_a_kill_in_the_middle_changes_no_bit(recipe, moving, installed, tmp_path
         process.kill()
         process.wait()
     for folder in (killed, whole):
-        process = run(installed, folder, recipe)
+        process = run(installed, folder)
         told = process.communicate(timeout=240)[0]
         assert process.returncode == 0, told
     models = [folder / "out/model.safetensors" for folder in (killed, whole)]
@@ -184,12 +135,12 @@ def test_a_kill_in_the_middle_changes_no_bit(recipe, moving, installed, tmp_path
     assert sum(int(mask.sum()) for mask in masks.values()) == count_kept(weights, 0.8)
 
 
-def _is_in_the_middle(folder, moving):
+def _is_in_the_middle(folder):
     for file in find_progress(folder):
         try:
             tensors, header = read_checkpoint(file)
         except Exception:
             continue
-        if header["at"]["epoch"] >= 2 and any(name.endswith(moving) for name in tensors):
+        if header["at"]["epoch"] >= 2 and any(name.endswith("_kept") for name in tensors):
             return True
     return False
