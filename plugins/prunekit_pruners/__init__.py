@@ -15,18 +15,19 @@ Start = Literal[
 
 _HARP = """\
 The rates start as the budget `rates` shares out `density`. Channels that are removed together have
-one rate. With structure = "channel", `count` says what a layer's channels weigh in the budget loss;
-the stage still ends with the fraction of channels that its sparsity says.
+one rate, and the stage ends with the fraction of channels that its sparsity says: where `count`
+says otherwise than "units", the budget loss wants other rates than those that it ends with.
 
 Beyond the paper: what is validated, selected and stored is always at the target (rates times a
-common factor, never under the floor, whole numbers by largest remainder), so any epoch can be
-the best one. Rates have no weight decay, which would pull them to about a half, and do not start
-below the target. A `sparsity_schedule` has no effect, since the budget loss takes its place.
+common factor, never under the floor, whole numbers by largest remainder), so any epoch can be the
+best one. Rates have no weight decay, which would pull them to about a half, and do not start below
+the target. A `sparsity_schedule` has no effect, since the budget loss takes its place.
 
-The gradient of a rate is a sum over its layer; with rate_scale = "root" it moves at a learning rate
-divided by the root of the layer's size. On digits at 95 %, the budget was met after 15 epochs with
-"sum", its small layers the densest; with "root" the rates had hardly moved, so that it needs a
-larger rate_lr."""
+While the `budget` in the log is not near 0, scores are learned at more than the target keeps:
+raise gamma where the stage is of few steps (0.01 is for 20 epochs of CIFAR-10). The gradient of a
+rate is a sum over its layer; with rate_scale = "root" it moves at a learning rate divided by the
+root of the layer's size, and meets the budget later. On digits at 95 %, "sum" met it in 15 epochs,
+from uniform and from "erk" rates, its first and last layer the densest; "root" had hardly moved."""
 
 _HYDRA = "Sehwag et al., HYDRA, NeurIPS 2020, arXiv 2002.10509"
 
@@ -58,8 +59,8 @@ class HarpOptions:
         help="factor of the budget loss in the first epoch; in the e-th, e times that",
         above=0,
     )
-    count: Literal["weights", "macs"] = option(
-        "weights", help="what the budget loss counts: weights, or what they multiply in an image"
+    count: Literal["units", "weights", "macs"] = option(
+        "units", help="what the budget loss counts: what the sparsity does, weights, or their MACs"
     )
     rate_lr: float = option(1.0, help="learning rate of the rates, times the scores'", above=0)
     rate_scale: Literal["sum", "root"] = option(

@@ -36,10 +36,11 @@ class Rate(nn.Module):
 class Harp(LearnedScores):
     """Scores s and rates k: in layer l the k_l n_l largest |s| are kept (section 3 of the paper).
 
-    n_l are the units that earlier stages left: weights, or channels, of which those of coupled
-    layers are one layer with one rate. With g_m = dL/dw_eff * w, the gradient of k_l is the sum of
+    n_l are the weights that earlier stages left; or the channels, where those of coupled layers
+    count once and have one rate; in the budget loss, if there are `prices`, those of its weights.
+    With g_m = dL/dw_eff * w, the gradient of k_l is the sum of
     g_m over the whole layer, and dk/dr = (1 - k_min) sigmoid(r) (1 - sigmoid(r)). `budget` shares
-    out the rates at the start; `macs` of an entry of each weight, if they are what n_l counts.
+    out the rates at the start.
 
     Raises `UserError` if the floors leave more than the sparsity.
     """
@@ -55,7 +56,7 @@ class Harp(LearnedScores):
         *,
         options: HarpOptions,
         budget: Budget,
-        macs: Mapping[str, float],
+        prices: Mapping[str, float],
     ) -> None:
         self.options, self.layer = options, dict[str, str]()
         for group in selection.group(start.values):
@@ -85,9 +86,11 @@ class Harp(LearnedScores):
         self.own = {n: Rate(floor, begun[n] / s).to(device) for n, s in self.sizes.items()}
         rates = {name: self.own[layer] for name, layer in self.layer.items()}
         super().__init__(model, start, selection, alive, bn, schedule, rates)
-        self.prices = dict.fromkeys(self.own, 0.0)
-        for name, layer in self.layer.items():
-            self.prices[layer] += float(left[name].sum()) * macs.get(name, 1.0)
+        self.prices: dict[str, float] = dict(self.sizes)
+        if prices:
+            self.prices = dict.fromkeys(self.own, 0.0)
+            for name, layer in self.layer.items():
+                self.prices[layer] += prices[name] * int(left[name].sum())
         part = next(iter(self.parts.values()))
         part.register_buffer("epochs", torch.zeros((), dtype=torch.int64, device=device))
         self.met = part.get_buffer("epochs")
@@ -158,11 +161,14 @@ def project(
     return share_out({n: value / sizes[n] for n, value in scale(high).items()}, sizes, total)
 
 
-def count_macs(context: PrunerContext) -> dict[str, float]:
-    """How often an image is multiplied with each entry of a prunable weight.
+def find_prices(count: str, context: PrunerContext) -> dict[str, float]:
+    """What the budget loss counts for an entry of each prunable weight; {} if it counts units.
 
-    Raises `UserError` where it is not the module of a weight that multiplies.
+    MACs: how often it is multiplied for one image. Raises `UserError` where it is not the module
+    of a weight that multiplies.
     """
+    if count != "macs":
+        return dict.fromkeys(context.weights if count == "weights" else (), 1.0)
     with eval_mode(context.model), torch.no_grad(), FlopCounterMode(display=False) as counter:
         context.model(torch.zeros(1, *context.shape, device=context.device))
     flops = {n.partition(".")[2]: sum(c.values()) for n, c in counter.get_flop_counts().items()}
@@ -179,8 +185,10 @@ def build_harp(options: HarpOptions, context: PrunerContext) -> Pruner:
 
     def prune(context: PrunerContext) -> Scores:
         start = Scores(start_scores(options.start, context), layerwise=True)
-        macs = count_macs(context) if options.count == "macs" else {}
+        prices = find_prices(options.count, context)
         budget = options.rates.build(context)
-        return context.train(context.attach(start, Harp, options=options, budget=budget, macs=macs))
+        return context.train(
+            context.attach(start, Harp, options=options, budget=budget, prices=prices)
+        )
 
     return prune

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from prunekit_budgets.budgets import build_erk, build_lamp, spread_erk
 from prunekit_pruners import HarpOptions
-from prunekit_pruners.harp import Harp, Rate, count_macs, project
+from prunekit_pruners.harp import Harp, Rate, find_prices, project
 from torch import nn
 from torch.nn import functional as F
 
@@ -50,7 +50,7 @@ class Residual(nn.Module):
         return self.head(F.relu(self.norm(self.last(x))).flatten(1))
 
 
-def make(structure="element", sparsity=0.5, alive=None, budget=uniform, macs=None, **chosen):
+def make(structure="element", sparsity=0.5, alive=None, budget=uniform, prices=None, **chosen):
     """HARP on a residual network, whose classifier stays where channels go."""
     torch.manual_seed(0)
     net = Residual()
@@ -61,7 +61,7 @@ def make(structure="element", sparsity=0.5, alive=None, budget=uniform, macs=Non
         groups, _ = find_groups(net, torch.zeros(1, 1, 6, 6), start)
     selection = Selection(sparsity, structure=structure, groups=groups)
     given = (net, Scores(start, layerwise=True), selection, alive or {})
-    return Harp(*given, options=options(**chosen), budget=budget, macs=macs or {})
+    return Harp(*given, options=options(**chosen), budget=budget, prices=prices or {})
 
 
 def batch():
@@ -152,7 +152,7 @@ def test_rates_follow_their_formula():
     net = nn.Sequential(nn.Linear(4, 2, bias=False))
     weight = net[0].weight.detach().clone()
     given = (net, Scores({"0.weight": weight.clone()}), Selection(0.5), {})
-    masking = Harp(*given, options=options(density=0.5), budget=uniform, macs={})
+    masking = Harp(*given, options=options(density=0.5), budget=uniform, prices={})
     x = torch.rand(3, 4)
     with masking.effective(Clock(0, 9, 0, 3)):
         net(x).square().sum().backward()
@@ -195,18 +195,19 @@ def test_coupled_layers_have_one_rate_and_one_count():
     assert int(channels["last.weight"].sum()) == 4
 
 
-def test_channels_are_counted_by_their_weights_or_macs():
+def test_channels_count_as_such_or_by_their_weights_or_macs():
     """9 and 36 weights for each of 4 channels, of 6x6 outputs; 36 for each of 6, of 2x2."""
-    plain = make("channel")
-    assert plain.prices == {"stem.weight": 36 + 144, "last.weight": 216}
+    assert make("channel").prices == {"stem.weight": 4, "last.weight": 6}
     net = Residual()
     weights = {n: p.detach() for n, p in net.named_parameters() if p.dim() > 1}
     context = example_context(PrunerContext, model=net, weights=weights, shape=(1, 6, 6))
-    macs = count_macs(context)
+    macs = find_prices("macs", context)
     assert macs == {
         "stem.weight": 36, "block.weight": 36, "last.weight": 4, "head.weight": 1,
     }  # fmt: skip
-    assert make("channel", macs=macs).prices == {"stem.weight": 36 * 180, "last.weight": 4 * 216}
+    assert make("channel", prices=macs).prices == {"stem.weight": 36 * 180, "last.weight": 4 * 216}
+    ones = find_prices("weights", context)
+    assert make("channel", prices=ones).prices == {"stem.weight": 36 + 144, "last.weight": 216}
 
 
 def test_macs_that_no_module_does_are_told():
@@ -217,7 +218,7 @@ def test_macs_that_no_module_does_are_told():
         PrunerContext, model=net, weights={"idle.weight": net.idle.weight}, shape=(1, 2, 2)
     )
     with pytest.raises(UserError, match=r'finds none of idle\.weight; write count = "weights"'):
-        count_macs(context)
+        find_prices("macs", context)
 
 
 @pytest.mark.parametrize("name", ["layer", "erk", "lamp"])

@@ -36,7 +36,7 @@ def make(kind):
     if kind == "harp":
         lamp = Use(BudgetComponent(name="lamp", summary="", build="", compares=True), NoOptions())
         own = {"options": HarpOptions(rates=lamp), "budget": build_lamp(NoOptions(), None)}
-        return Harp(net, Scores(start), selection, {}, macs={}, **own)
+        return Harp(net, Scores(start), selection, {}, prices={}, **own)
     return LearnedScores(net, Scores(start), selection, {})
 
 
