@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from prunekit.contracts import Clock, Loss, Masks, Scores
@@ -176,13 +176,18 @@ class Rewirer(Protocol):
 
 @dataclass(frozen=True)
 class Now:
-    """An optimizer step as wrappers see it; `weights`, `masks` and `gradients` as in `Masking`."""
+    """An optimizer step as wrappers see it; `weights`, `masks` and `gradients` as in `Masking`.
+
+    `scores` are the learned scores by the name of their weight, live: masks follow them in each
+    pass. {} where none are learned.
+    """
 
     clock: Clock
     model: nn.Module
     weights: Mapping[str, Tensor]
     masks: Masks
     gradients: Callable[[], Mapping[str, Tensor]]
+    scores: Mapping[str, nn.Parameter] = field(default_factory=dict)
 
 
 class Wrapper(Protocol):

@@ -27,6 +27,16 @@ class EmaOptions:
     )
 
 
+@dataclass(frozen=True)
+class S2apOptions:
+    """Options of `s2ap`."""
+
+    gamma: float = option(
+        0.01, help="length of the perturbation, as a fraction of each layer's scores", above=0
+    )
+    start: int = option(5, help="epochs of the stage before it begins", unit="epochs", low=0)
+
+
 @hookimpl
 def prunekit_wrappers() -> Iterable[WrapperComponent]:
     """Declare the wrappers."""
@@ -44,4 +54,13 @@ def prunekit_wrappers() -> Iterable[WrapperComponent]:
         build="prunekit_wrappers.ema:build",
         options=EmaOptions,
         averages=True,
+    )
+    yield WrapperComponent(
+        name="s2ap",
+        summary="Learns scores where the worst scores nearby would select the masks (S2AP)",
+        build="prunekit_wrappers.s2ap:build",
+        options=S2apOptions,
+        paper="S2AP, arXiv 2510.18381",
+        passes=lambda options: 2,
+        scores=True,
     )

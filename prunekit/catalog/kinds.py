@@ -189,6 +189,8 @@ class WrapperComponent(Component):
     passes: Callable[[Any], int] = lambda options: 1
     """options -> forward and backward passes in each step. More than one does not go with an
     objective that takes several steps on a batch."""
+    scores: bool = False
+    """It goes around steps that learn scores, `Now.scores`: prune stages alone take it."""
     averages: bool = False
     """Its network is judged and stored in place of the trained one: one such a stage, at most."""
 

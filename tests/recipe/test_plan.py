@@ -543,6 +543,8 @@ def test_wrappers_that_cannot_serve_are_refused(refuse, plan):
     several = PRETRAIN + 'objective = "free-adv"\nwrap = ["awp"]\n'
     (found,) = refuse(TOP + several + threat)
     assert "'awp' goes through a step's loss several times, and objective 'free-adv' takes" in found
+    (found,) = refuse(TOP + PRETRAIN + 'wrap = ["s2ap"]\n')
+    assert "'s2ap' is for stages that learn scores; write it in a prune stage" in found
     plan(TOP + several.replace('"awp"', '"ema"') + threat)
     plan(TOP + several.replace('"free-adv"', '"trades"') + threat)
 
