@@ -120,8 +120,9 @@ def prunekit_pruners() -> Iterator[PrunerComponent]:
         details="The loss is the stage's objective, or the cross-entropy on clean images if the "
         "recipe has none. Scores are signed: weights that move towards zero go first, so that "
         'budget = "lamp" refuses them. The weights stand still meanwhile; the paper sums up while '
-        "it finetunes them. It tells most where the loss is another one than that of the "
-        "pretraining; at the end of a training on the same loss, gradients are mostly noise.",
+        "it finetunes them. It is meant for networks that go on to another loss than that of "
+        "their pretraining: at the end of a training on the same loss, gradients are mostly noise, "
+        "and it may keep less than chance does; `fashapley` or `snip` are safer there.",
     )
     yield PrunerComponent(
         name="twinrep",
