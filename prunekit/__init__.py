@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from prunekit.results.metrics import format_metric, format_setting, is_fraction, is_main
     from prunekit.store.files import read_json, read_kept, write_json
     from prunekit.store.keys import version_of
+    from prunekit.training.learned_weights import LearnedWeights
     from prunekit.training.masking import LearnedScores
 
 __all__ = [
@@ -62,6 +63,7 @@ __all__ = [
     "Facts",
     "Judgement",
     "LearnedScores",
+    "LearnedWeights",
     "NoOptions",
     "ObjectiveComponent",
     "OptimizerComponent",
@@ -130,6 +132,7 @@ _HOMES = {
     "prunekit.pruning.learning": ("copy_plain", "effective_parameters", "straight_through"),
     "prunekit.pruning.masks": ("apply_masks",),
     "prunekit.pruning.selection": ("count_units", "select_masks"),
+    "prunekit.training.learned_weights": ("LearnedWeights",),
     "prunekit.training.masking": ("LearnedScores",),
     "prunekit.reading": ("hash_file",),
     "prunekit.results.metrics": ("format_metric", "format_setting", "is_fraction", "is_main"),

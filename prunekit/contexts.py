@@ -95,7 +95,8 @@ class PrunerContext(NetworkContext):
     """An epoch of training batches (x, y), augmented, on the device; another one each call."""
     attach: Callable[..., Any]
     """`attach(start, kind=LearnedScores, **more)`: trained scores beside the frozen weights, from
-    the given start; `kind` is a class of your own for what learns more than scores."""
+    the given start; `kind` is a class of your own for what learns more than scores, or weights
+    (`LearnedWeights`)."""
     train: Callable[[Any], Scores]
     """Trains what a `prunekit.steps.Masking`, as `attach` makes one, says on the stage's objective,
     then detaches it; returns its scores in the best epoch. `learn(start)` is

@@ -108,7 +108,7 @@ def prune(state: State, stage: Stage, work: Work) -> Outcome:
     objective = options.objective and options.objective.build(ObjectiveContext(**vars(context)))
     schedule = options.sparsity_schedule.build(work.plain_context())
 
-    def attach(start: Scores, kind: type[LearnedScores] = LearnedScores, **more: Any) -> Masking:
+    def attach(start: Scores, kind: Callable[..., Masking] = LearnedScores, **more: Any) -> Masking:
         check_scores(start, frozen, named, allocates=start.keep is not None)
         bn, alive = options.bn, state.masks
         return kind(state.model, start, selection, alive, bn, schedule, **more)

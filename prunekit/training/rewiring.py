@@ -148,7 +148,7 @@ class Rewired(Weights):
 
     def detach(self) -> None:
         """Take the buffers off the model; `masks` stays."""
-        self.masks = {name: mask.clone() for name, mask in self.masks.items()}
+        self._masks = {name: mask.clone() for name, mask in self.masks.items()}
         for module in self.model.modules():
             for name in [n for n in module._buffers if n.endswith("_kept")]:
                 del module._buffers[name]

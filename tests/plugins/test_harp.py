@@ -4,7 +4,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from prunekit.pruning.groups import find_groups
 from prunekit.store.checkpoint import read_checkpoint
 from prunekit_budgets.budgets import build_erk, build_lamp, spread_erk
 from prunekit_pruners import HarpOptions
@@ -18,6 +17,7 @@ from prunekit.contracts import Clock, Loss, OptimizerChoice, Scores
 from prunekit.data.batches import Arrays, Feed
 from prunekit.data.seeds import generator
 from prunekit.errors import Interrupted
+from prunekit.graph.groups import find_groups
 from prunekit.pruning.selection import Selection, check_keep, count_units, select_masks
 from prunekit.report import Stop
 from prunekit.testing import example_context

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from prunekit.pruning.groups import find_groups
 from prunekit_budgets.budgets import build_lamp
 from prunekit_pruners import HarpOptions
 from prunekit_pruners.harp import Harp
@@ -13,6 +12,7 @@ from torch.nn import functional as F
 
 from prunekit import BudgetComponent, NoOptions, Use, UserError
 from prunekit.contracts import Clock, Loss, OptimizerChoice, Scores
+from prunekit.graph.groups import find_groups
 from prunekit.pruning.selection import Selection
 from prunekit.steps import Now
 from prunekit.training.masking import LearnedScores, Weights
