@@ -4,7 +4,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from prunekit.store.checkpoint import read_checkpoint
 from prunekit_budgets.budgets import build_erk, build_lamp, spread_erk
 from prunekit_pruners import HarpOptions
 from prunekit_pruners.harp import Harp, Rate, find_prices, project
@@ -20,6 +19,7 @@ from prunekit.errors import Interrupted
 from prunekit.graph.groups import find_groups
 from prunekit.pruning.selection import Selection, check_keep, count_units, select_masks
 from prunekit.report import Stop
+from prunekit.store.tensors.checkpoint import read_checkpoint
 from prunekit.testing import example_context
 from prunekit.training.loop import Fit, fit
 

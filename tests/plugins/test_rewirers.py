@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from prunekit.store.checkpoint import read_checkpoint, read_masks
 from prunekit_budgets.schedules import RampOptions, build_cubic
 from prunekit_rewirers import (
     FlyingBirdOptions,
@@ -33,6 +32,7 @@ from prunekit.pruning.budgets import count_kept
 from prunekit.pruning.selection import Selection
 from prunekit.report import Stop
 from prunekit.steps import Moment
+from prunekit.store.tensors.checkpoint import read_checkpoint, read_masks
 from prunekit.testing import example_context
 from prunekit.training.loop import Fit, fit
 from prunekit.training.rewiring import Rewired, Rewiring
