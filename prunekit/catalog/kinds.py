@@ -184,13 +184,21 @@ class WrapperComponent(Component):
 
     kind = "wrapper"
     builds = steps.Wrapper
-    abilities = (steps.Around, steps.Following, steps.Averaging, contracts.Stateful)
+    abilities = (
+        steps.Around,
+        steps.Following,
+        steps.Averaging,
+        steps.Recalibrating,
+        contracts.Stateful,
+    )
 
     passes: Callable[[Any], int] = lambda options: 1
     """options -> forward and backward passes in each step. More than one does not go with an
     objective that takes several steps on a batch."""
     averages: bool = False
     """Its network is judged and stored in place of the trained one: one such a stage, at most."""
+    batches: Callable[[Any], int] = lambda options: 0
+    """options -> the most training batches that `Recalibrating.batches` asks for in an epoch."""
 
 
 @dataclass(frozen=True, kw_only=True)

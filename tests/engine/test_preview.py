@@ -49,6 +49,8 @@ PRUNE = {"kind": "prune", "sparsity": 0.5}
         ({"use": "smoothing", "validation_draws": 3}, [FINETUNE], [9 + 8 * 2 + 2 * 4]),
         # Both of its passes go through the loss; one attack serves them.
         (PGD, [{**FINETUNE, "wrap": ["awp"]}], [9 + 8 * 4 + 2 * 5]),
+        # Four batches go through the objective for the statistics of each of two averages.
+        (PGD, [{**FINETUNE, "wrap": [{"use": "swa", "start": 0}]}], [9 + 8 * 3 + 2 * (5 + 4 * 3)]),
         # Statistics are made anew with one pass over the images, also after scores were learned.
         ("benign", [{**PRUNE, "epochs": 1, "bn": "recalibrate"}], [9 + 4 + 1 + 4]),
         ("benign", [{**PRUNE, "pruner": "lwm", "bn": "recalibrate"}], [4]),
