@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from prunekit import EvaluatorComponent, ObjectiveComponent, Radius, Threatened, hookimpl, option
 from prunekit.errors import OptionError
@@ -117,6 +117,17 @@ def count_validation(options: PgdAtOptions | FreeAdvOptions) -> int:
     return options.validation_steps + 2
 
 
+def _tell_attacked(options: PgdAtOptions | FreeAdvOptions) -> str:
+    return "attacked training images"
+
+
+_VALIDATION: dict[str, Any] = {
+    "validation_passes": count_validation,
+    "validates": ("accuracy", "robust_accuracy"),
+    "select": "robust_accuracy",
+}
+
+
 @hookimpl
 def prunekit_objectives() -> Iterable[ObjectiveComponent]:
     """Declare the objectives: clean training and four kinds of adversarial training."""
@@ -133,10 +144,8 @@ def prunekit_objectives() -> Iterable[ObjectiveComponent]:
         paper="Madry et al., ICLR 2018, arXiv 1706.06083",
         forward_passes=lambda options: options.steps + 1,
         attack_passes=lambda options: options.steps,
-        validation_passes=count_validation,
-        accuracy_of=lambda options: "attacked training images",
-        validates=("accuracy", "robust_accuracy"),
-        select="robust_accuracy",
+        accuracy_of=_tell_attacked,
+        **_VALIDATION,
     )
     yield ObjectiveComponent(
         name="trades",
@@ -146,9 +155,7 @@ def prunekit_objectives() -> Iterable[ObjectiveComponent]:
         paper="Zhang et al., ICML 2019, arXiv 1901.08573",
         forward_passes=lambda options: options.steps + 3,
         attack_passes=lambda options: options.steps + 1,
-        validation_passes=count_validation,
-        validates=("accuracy", "robust_accuracy"),
-        select="robust_accuracy",
+        **_VALIDATION,
     )
     yield ObjectiveComponent(
         name="mart",
@@ -158,9 +165,7 @@ def prunekit_objectives() -> Iterable[ObjectiveComponent]:
         paper="Wang et al., ICLR 2020, openreview rklOg6EFwS",
         forward_passes=lambda options: options.steps + 2,
         attack_passes=lambda options: options.steps,
-        validation_passes=count_validation,
-        validates=("accuracy", "robust_accuracy"),
-        select="robust_accuracy",
+        **_VALIDATION,
     )
     yield ObjectiveComponent(
         name="free-adv",
@@ -169,10 +174,8 @@ def prunekit_objectives() -> Iterable[ObjectiveComponent]:
         options=FreeAdvOptions,
         paper="Shafahi et al., NeurIPS 2019, arXiv 1904.12843",
         replays=lambda options: options.replays,
-        validation_passes=count_validation,
-        accuracy_of=lambda options: "attacked training images",
-        validates=("accuracy", "robust_accuracy"),
-        select="robust_accuracy",
+        accuracy_of=_tell_attacked,
+        **_VALIDATION,
     )
 
 

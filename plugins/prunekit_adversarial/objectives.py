@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +65,7 @@ class Adversarial(ABC):
         """The attack."""
 
     @abstractmethod
-    def loss(self, prepared: Attacked, clock: Clock) -> Loss:
+    def loss(self, prepared: Any, clock: Clock) -> Loss:
         """The loss after it."""
 
     def __call__(self, x: Tensor, y: Tensor, clock: Clock) -> Loss:
@@ -222,7 +222,7 @@ def judge(model: nn.Module, x: Tensor, y: Tensor, attack: Attack) -> dict[str, T
     return {"accuracy": correct.float(), "robust_accuracy": robust.float()}
 
 
-def _plan(options: PgdAtOptions, context: ObjectiveContext) -> tuple[nn.Module, Attack, Attack]:
+def plan(options: PgdAtOptions, context: ObjectiveContext) -> tuple[nn.Module, Attack, Attack]:
     """The fields of `Adversarial`; raises `UserError` if there is no threat."""
     attack = plan_attack(context.threat, options.steps, options.step_size)
     return context.model, attack, plan_attack(context.threat, options.validation_steps)
@@ -235,12 +235,12 @@ def build_benign(options: NoOptions, context: ObjectiveContext) -> Benign:
 
 def build_pgd_at(options: PgdAtOptions, context: ObjectiveContext) -> PgdAt:
     """Build the objective `pgd-at`; raises `UserError` if there is no threat."""
-    return PgdAt(*_plan(options, context))
+    return PgdAt(*plan(options, context))
 
 
 def build_trades(options: TradesOptions, context: ObjectiveContext) -> Trades:
     """Build the objective `trades`; raises `UserError` if there is no threat."""
-    model, attack, validation = _plan(options, context)
+    model, attack, validation = plan(options, context)
     if options.step_size is None and isinstance(attack.ball, L2):
         # As in the authors' code: all steps together are twice as long as the radius.
         attack = replace(attack, step_size=2 * attack.ball.eps / options.steps)
@@ -249,7 +249,7 @@ def build_trades(options: TradesOptions, context: ObjectiveContext) -> Trades:
 
 def build_mart(options: MartOptions, context: ObjectiveContext) -> Mart:
     """Build the objective `mart`; raises `UserError` if there is no threat."""
-    return Mart(*_plan(options, context), options.beta)
+    return Mart(*plan(options, context), options.beta)
 
 
 def build_free_adv(options: FreeAdvOptions, context: ObjectiveContext) -> FreeAdv:

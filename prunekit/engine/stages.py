@@ -15,6 +15,7 @@ from prunekit.contexts import NetworkContext, ObjectiveContext, PrunerContext
 from prunekit.contracts import Objective, Scores
 from prunekit.data import seeds
 from prunekit.engine.evaluating import evaluate
+from prunekit.engine.others import open_network
 from prunekit.engine.work import Outcome, Work, describe_masks
 from prunekit.errors import RunError
 from prunekit.pruning.groups import Group, find_groups, follow
@@ -51,7 +52,7 @@ def train(state: State, stage: Stage, work: Work) -> Outcome:
     if stage.prunes:
         masking = _rewire(state, stage, work)
     context = work.context(stage, state)
-    objective = stage.options.objective.build(ObjectiveContext(**vars(context)))
+    objective = stage.options.objective.build(_objective_context(context, work))
     try:
         history = _fit(masking, objective, stage, work, context)
     finally:
@@ -60,6 +61,10 @@ def train(state: State, stage: Stage, work: Work) -> Outcome:
     if stage.prunes:
         _tell_sparsity(state, stage, work)
     return Outcome({**_best(history, stage), **describe_masks(state)}, history)
+
+
+def _objective_context(context: NetworkContext, work: Work) -> ObjectiveContext:
+    return ObjectiveContext(**vars(context), network=partial(open_network, work))
 
 
 def _rewire(state: State, stage: Stage, work: Work) -> Rewired:
@@ -103,7 +108,7 @@ def prune(state: State, stage: Stage, work: Work) -> Outcome:
     frozen = {name: weight.detach().clone() for name, weight in weights.items()}
     entries = state.model.state_dict().keys()
     # Before scores are attached: an objective may trace the plain network.
-    objective = options.objective and options.objective.build(ObjectiveContext(**vars(context)))
+    objective = options.objective and options.objective.build(_objective_context(context, work))
     schedule = options.sparsity_schedule.build(work.plain_context())
 
     def attach(start: Scores, kind: type[LearnedScores] = LearnedScores, **more: Any) -> Masking:

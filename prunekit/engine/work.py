@@ -209,6 +209,8 @@ class Place:
     run: Run
     loaded: Loaded
     compute: Compute
+    dense: StageFolder | None = None
+    """What the first pretrain stage that removed nothing ended with."""
     _latest: StageFolder | None = None
     _state: State | None = None
 
@@ -224,8 +226,10 @@ class Place:
         told, notes[:] = list(notes), []
         return told
 
-    def move(self, latest: StageFolder, reused: bool) -> None:
+    def move(self, stage: Stage, latest: StageFolder, reused: bool) -> None:
         """Note that a stage is done, whose network is in that folder."""
+        if self.dense is None and stage.kind == "pretrain" and not stage.sparsity:
+            self.dense = latest
         self._latest = latest
         self._state = None if reused else self._state
 
@@ -241,6 +245,7 @@ class Work:
     key: str
     report: Report
     stop: Stop
+    dense: StageFolder | None = None
 
     @property
     def device(self) -> torch.device:

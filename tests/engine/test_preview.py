@@ -32,6 +32,7 @@ class Counting(nn.Module):
 
 PGD = {"use": "pgd-at", "steps": 2, "validation_steps": 3}
 FINETUNE = {"kind": "finetune", "epochs": 2, "optimizer": {"use": "sgd", "lr": 1e-6}}
+TAUGHT = [{**FINETUNE, "kind": "pretrain", "objective": "benign"}, FINETUNE]
 PRUNE = {"kind": "prune", "sparsity": 0.5}
 
 
@@ -44,6 +45,22 @@ PRUNE = {"kind": "prune", "sparsity": 0.5}
         (PGD, [FINETUNE], [9 + 8 * 3 + 2 * 5]),
         ({**PGD, "use": "trades"}, [FINETUNE], [9 + 8 * 5 + 2 * 5]),
         ({**PGD, "use": "mart"}, [FINETUNE], [9 + 8 * 4 + 2 * 5]),
+        # The teacher's passes count: here it is the network itself, before it is finetuned.
+        (
+            {"use": "rslad", "steps": 2, "validation_steps": 3},
+            TAUGHT,
+            [9 + 8 + 2, 9 + 8 * 5 + 2 * 5],
+        ),
+        (
+            {"use": "rslad", "steps": 2, "validation_steps": 3, "igdm": 1},
+            [TAUGHT[0], {**FINETUNE, "wrap": ["awp"]}],
+            [9 + 8 + 2, 9 + 8 * (8 + 3) + 2 * 5],
+        ),
+        (
+            {"use": "saad", "steps": 2, "validation_steps": 3, "natural": 1},
+            [TAUGHT[0], {**FINETUNE, "wrap": ["awp"]}],
+            [9 + 8 + 2, 9 + 8 * (8 + 3) + 2 * 5],
+        ),
         # 2 steps on each batch, so that it passes over the images once.
         ({"use": "free-adv", "replays": 2, "validation_steps": 3}, [FINETUNE], [9 + 8 * 1 + 1 * 5]),
         ({"use": "smoothing", "validation_draws": 3}, [FINETUNE], [9 + 8 * 2 + 2 * 4]),
