@@ -27,11 +27,25 @@ class AttackOptions(Threatened):
 
 
 @dataclass(frozen=True)
-class PgdAtOptions(AttackOptions):
-    """Options of `pgd-at`."""
+class LabelOptions:
+    """Options of an objective with the cross-entropy on labels; all that `benign` has."""
+
+    label_smoothing: float = option(
+        0.0, help="part of a label's probability that all classes share alike", low=0, below=1
+    )
+
+
+@dataclass(frozen=True)
+class TrainingOptions(AttackOptions):
+    """Options of an objective that attacks, and is validated under an attack."""
 
     steps: int = option(10, help="steps of the attack", low=1, smoke=2)
     validation_steps: int = option(10, help="PGD steps in validation", low=1, smoke=2)
+
+
+@dataclass(frozen=True)
+class PgdAtOptions(TrainingOptions, LabelOptions):
+    """Options of `pgd-at`."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +63,7 @@ class MartOptions(PgdAtOptions):
 
 
 @dataclass(frozen=True)
-class FreeAdvOptions(Threatened):
+class FreeAdvOptions(Threatened, LabelOptions):
     """Options of `free-adv`."""
 
     norms = ("linf",)  # its noise follows the signs of gradients
@@ -112,12 +126,12 @@ def count_autoattack(options: AutoAttackOptions) -> int:
     return 1 + sum(passes[name] for name in options.attacks or ATTACKS)
 
 
-def count_validation(options: PgdAtOptions | FreeAdvOptions) -> int:
+def count_validation(options: TrainingOptions | FreeAdvOptions) -> int:
     """Forward passes for an image in validation: of the attack, and with and without it."""
     return options.validation_steps + 2
 
 
-def _tell_attacked(options: PgdAtOptions | FreeAdvOptions) -> str:
+def _tell_attacked(options: TrainingOptions | FreeAdvOptions) -> str:
     return "attacked training images"
 
 
@@ -135,6 +149,7 @@ def prunekit_objectives() -> Iterable[ObjectiveComponent]:
         name="benign",
         summary="Cross-entropy on clean images",
         build="prunekit_adversarial.objectives:build_benign",
+        options=LabelOptions,
     )
     yield ObjectiveComponent(
         name="pgd-at",

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prunekit_adversarial import PgdAtOptions, count_validation
+from prunekit_adversarial import TrainingOptions, count_validation
 
 from prunekit import ObjectiveComponent, hookimpl, option
 
 
 @dataclass(frozen=True)
-class DistillationOptions(PgdAtOptions):
+class DistillationOptions(TrainingOptions):
     """What the objectives with a teacher share."""
 
     teacher: Path | None = option(
