@@ -57,6 +57,9 @@ class ObjectiveComponent(Component):
     """options -> those of them that `Attacking.prepare` makes."""
     validation_passes: Callable[[Any], int] = lambda options: 1
     """options -> forward passes per image in validation."""
+    refuses_extra: Callable[[Any], str] = lambda options: ""
+    """options -> why it is not for extra training images, and what allows them; a recipe that adds
+    some to its data set is then refused. Empty if it takes them."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -78,15 +78,8 @@ class Inputs:
     def load(self, run: Run) -> Loaded:
         """Raises `DataMissingError`, or `UserError` where the data is not what it should be."""
         chosen = run.data
-        shared = (
-            run.dataset,
-            chosen.fraction,
-            chosen.validation,
-            chosen.validation_seed,
-            chosen.extra,
-            chosen.extra_ratio,
-        )
-        name = str([describe(value) for value in shared])
+        shared = replace(chosen, batch_size=1, augment=None)
+        name = str([describe(run.dataset), describe(shared)])
         if name not in self._loaded:
             data = self._build(run.dataset, run, open_dataset(run))
             if not len(data.test.labels):
@@ -104,7 +97,8 @@ class Inputs:
             data = replace(data, train=train, test=test)
             more = None
             if extra is not None:
-                more = Extra(to_device(extra.train, self.compute.device), chosen.extra_ratio)
+                part = to_device(extra.train, self.compute.device)
+                more = Extra(part, chosen.extra_ratio, chosen.extra_fraction)
             self._loaded[name] = Loaded(data, validation, more, tuple(prints))
         return self._loaded[name]
 

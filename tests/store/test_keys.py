@@ -102,6 +102,7 @@ SHOWING = (
     "models/importing.py",
     "models/stored.py",
     "recipe/addresses.py",
+    "recipe/agreement.py",
     "recipe/describing.py",
     "recipe/document.py",
     "recipe/plan.py",
