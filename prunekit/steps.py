@@ -226,5 +226,6 @@ class Recalibrating(Averaging, Protocol):
     """An average whose statistics of batch normalization are measured before it is judged."""
 
     def batches(self, clock: Clock) -> int:
-        """The training batches that go through the objective for it at the end of this epoch."""
+        """The training batches that go through the objective for it at the end of this epoch,
+        without gradients and without its `after_step`."""
         ...
