@@ -78,6 +78,11 @@ class NetworkContext(Context):
 class ObjectiveContext(NetworkContext):
     """What an objective may use."""
 
+    network: Callable[[Path | None], nn.Module]
+    """`network(file)`: another network to look at, such as a teacher. It is that of a model file,
+    or for None the dense one that the run's first pretrain stage ended with. It is in evaluation
+    mode, and its parameters take no gradient; raises `UserError` where there is none."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PrunerContext(NetworkContext):

@@ -226,3 +226,13 @@ class Averaging(Following, Protocol):
     def judged(self, model: nn.Module) -> AbstractContextManager[object]:
         """Inside, the model's trained parameters and buffers have the values to judge."""
         ...
+
+
+@runtime_checkable
+class Recalibrating(Averaging, Protocol):
+    """An average whose statistics of batch normalization are measured before it is judged."""
+
+    def batches(self, clock: Clock) -> int:
+        """The training batches that go through the objective for it at the end of this epoch,
+        without gradients and without its `after_step`."""
+        ...

@@ -127,6 +127,7 @@ def _example_values(model: nn.Module) -> dict[str, Callable[[], Any]]:
         "device": lambda: torch.device("cpu"),
         "stage": lambda: "pretrain",
         "sparsity": lambda: SPARSITY,
+        "network": lambda: lambda file: tiny_network().eval().requires_grad_(False),
         "weights": lambda: {
             name: p.detach().clone() for name, p in model.named_parameters() if p.dim() > 1
         },

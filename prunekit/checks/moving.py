@@ -19,7 +19,15 @@ from prunekit.contracts import Clock, Loss, OptimizerChoice, Scores, Stateful
 from prunekit.data.seeds import seed_all
 from prunekit.errors import RunError
 from prunekit.pruning.selection import Selection, select_masks
-from prunekit.steps import Around, Averaging, Following, Layers, Masking, Moment
+from prunekit.steps import (
+    Around,
+    Averaging,
+    Following,
+    Layers,
+    Masking,
+    Moment,
+    Recalibrating,
+)
 from prunekit.training.masking import LearnedScores, Weights
 from prunekit.training.rewiring import Rewired, Rewiring
 from prunekit.training.step import Stepper, look
@@ -143,11 +151,14 @@ def check_wrapper(use: Use[Any], context: NetworkContext) -> None:
         wrapper = build(use, dataclasses.replace(context, model=model))
         stepper = _make_stepper(masking, wrapper)
         _check_passes(use, wrapper, masking, stepper)
-        for step in range(3):
+        for step in range(STEPS):
             _take(stepper, step)
+        if isinstance(wrapper, Recalibrating):
+            asked = wrapper.batches(_short(STEPS - 1))
+            assert asked <= use.component.batches(use.options), "asks for undeclared batches"
         if isinstance(wrapper, Averaging):
             before = snapshot(model)
-            with wrapper.judged(model), masking.judged(_clock(2)):
+            with wrapper.judged(model), masking.judged(_short(STEPS - 1)):
                 assert not same(before, model.state_dict()), "its network is the trained one"
             # Masks follow what is trained in the next step.
             odd = differing(before, model.state_dict())
@@ -156,10 +167,15 @@ def check_wrapper(use: Use[Any], context: NetworkContext) -> None:
         _check_resume(use, context, wrapper, stepper)
 
 
+def _short(step: int) -> Clock:
+    """Epochs of a step, so that what waits for the last ones has several."""
+    return Clock(step, STEPS, step, STEPS)
+
+
 def _take(stepper: Stepper, step: int) -> None:
     (x, y), _ = tiny_batches()
     seed_all(step)
-    loss = stepper.take(x, y, _clock(step), [])
+    loss = stepper.take(x, y, _short(step), [])
     assert loss.value.isfinite(), "the loss is not finite"
     stepper.masking.check()
 
@@ -175,7 +191,7 @@ def _check_resume(use: Use[Any], context: NetworkContext, wrapper: Any, stepper:
     for one in (wrapper, twin):
         model.load_state_dict(start)
         again = _make_stepper(masking, one)
-        for step in range(3, 6):
+        for step in range(STEPS - 3, STEPS):
             _take(again, step)
         ends.append(snapshot(model))
         if isinstance(one, Averaging):
