@@ -43,11 +43,12 @@ if TYPE_CHECKING:
     from prunekit.pruning.budgets import count_kept, share_out, uniform
     from prunekit.pruning.learning import copy_plain, effective_parameters, straight_through
     from prunekit.pruning.masks import apply_masks
-    from prunekit.pruning.selection import select_masks
+    from prunekit.pruning.selection import count_units, select_masks
     from prunekit.reading import hash_file
     from prunekit.results.metrics import format_metric, format_setting, is_fraction, is_main
     from prunekit.store.files import read_json, read_kept, write_json
     from prunekit.store.keys import version_of
+    from prunekit.training.learned_weights import LearnedWeights
     from prunekit.training.masking import LearnedScores
 
 __all__ = [
@@ -62,6 +63,7 @@ __all__ = [
     "Facts",
     "Judgement",
     "LearnedScores",
+    "LearnedWeights",
     "NoOptions",
     "ObjectiveComponent",
     "OptimizerComponent",
@@ -81,6 +83,7 @@ __all__ = [
     "apply_masks",
     "copy_plain",
     "count_kept",
+    "count_units",
     "derive_seed",
     "effective_parameters",
     "evaluate",
@@ -128,7 +131,8 @@ _HOMES = {
     "prunekit.pruning.budgets": ("count_kept", "share_out", "uniform"),
     "prunekit.pruning.learning": ("copy_plain", "effective_parameters", "straight_through"),
     "prunekit.pruning.masks": ("apply_masks",),
-    "prunekit.pruning.selection": ("select_masks",),
+    "prunekit.pruning.selection": ("count_units", "select_masks"),
+    "prunekit.training.learned_weights": ("LearnedWeights",),
     "prunekit.training.masking": ("LearnedScores",),
     "prunekit.reading": ("hash_file",),
     "prunekit.results.metrics": ("format_metric", "format_setting", "is_fraction", "is_main"),

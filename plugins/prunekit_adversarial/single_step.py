@@ -23,7 +23,7 @@ ROBUST = "validation.robust_accuracy"
 
 @dataclass(frozen=True, kw_only=True)
 class SingleStep(PgdAt):
-    """CE(f(x'), y) at an image x' that one step of the attack has made.
+    """CE(f(x'), y), with `smoothing`, at an image x' that one step of the attack has made.
 
     x' = clamp(s + step * sign(grad CE(f(s), y)), 0, 1) from s = clamp(x + u, 0, 1), where u is
     uniform in [-reach, reach], and with `inside` x' is clamped to [x - eps, x + eps] as well. All
@@ -87,6 +87,7 @@ def _build(
         context.model,
         Attack(Linf(eps), 1, step * eps),
         plan_attack(context.threat, options.validation_steps),
+        options.label_smoothing,
         reach=reach * eps,
         inside=inside,
         ramp=options.ramp,

@@ -1,0 +1,55 @@
+"""What the sections of a recipe ask of each other. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from prunekit.catalog.containment import ask
+from prunekit.contracts import Threat
+from prunekit.recipe.describing import uses_in
+from prunekit.recipe.resolver import Resolver
+from prunekit.recipe.stages import Stage
+from prunekit.recipe.toml.sections import DataOptions
+
+
+def check_images(images: DataOptions, stages: tuple[Stage, ...], resolver: Resolver) -> None:
+    """Stages that train need images to validate on, and a metric of them to be patient for; some
+    objectives are not for extra images."""
+    for stage in stages if images.validation == 0 else ():
+        options = stage.options
+        if getattr(options, "epochs", None) and (options.select != "last" or options.validate):
+            resolver.problem(
+                ("stage", stage.position),
+                f"stage {stage.name!r} has no images to choose its best epoch with, because "
+                'validation is 0; write select = "last" in it'
+                + (", and remove validate" if options.validate else ""),
+            )
+    for stage in stages:
+        if getattr(stage.options, "patience", None) and stage.select == "last":
+            message = (
+                f"stage {stage.name!r} keeps its last epoch; write select = ..., or no patience"
+            )
+            resolver.problem(("stage", stage.position, "patience"), message)
+    for stage in stages if images.extra is not None else ():
+        use = getattr(stage.options, "objective", None)
+        if use is not None and (reason := ask(use, "refuses_extra")):
+            message = f"extra is not for objective {use.name!r} of stage {stage.name!r}: {reason}"
+            resolver.problem(("dataset", "extra"), message)
+            return  # it is the same in the others
+
+
+def note_threats(threat: Threat | None, stages: tuple[Stage, ...]) -> Iterator[str]:
+    """What may be a mistake: another threat model than the recipe's, a step longer than eps."""
+    for stage in stages:
+        for use in uses_in(stage.options):
+            if threat and use.threat and use.threat != threat:
+                yield (
+                    f"stage {stage.name!r}: {use.name!r} has norm {use.threat.norm}, eps "
+                    f"{use.threat.eps:.6g}; the recipe's threat is {threat.norm}, {threat.eps:.6g}"
+                )
+            step = getattr(use.options, "step_size", None)
+            if use.threat and isinstance(step, float) and step > use.threat.eps:
+                yield (
+                    f"stage {stage.name!r}: {use.name!r} takes steps of {step:.6g}, longer than "
+                    f"its eps of {use.threat.eps:.6g}; were the two swapped?"
+                )
