@@ -161,6 +161,14 @@ def misspells_another_method(options, context):
     return Misspelt(context.model)
 
 
+def halts_without_a_reason(options, context):
+    class Halting(Step):
+        def halts(self, history):
+            return "no progress" if len(history) > 1 else ""
+
+    return Halting(context.model)
+
+
 def forgets_half_a_pair(options, context):
     class Half(Step):
         def state_dict(self):
@@ -337,6 +345,7 @@ def prints(options, context):
         ("objective", "detaches_scores", "no gradient"),
         ("objective", "misspells_a_method", "after_steps.*did you mean 'after_step'"),
         ("objective", "misspells_another_method", "setled.*did you mean 'settled'"),
+        ("objective", "halts_without_a_reason", "halts where nothing changes"),
         ("objective", "forgets_half_a_pair", r"Stateful: add load_state_dict\(\)"),
         ("reporter", "misspells_closing", "closed.*did you mean 'close'"),
         ("dataset", "misspells_a_part_of_the_data", "did you mean 'augmented_batches'"),
