@@ -150,8 +150,11 @@ def act(tracer: Tracer, call: Call) -> bool:
         scale = bool(try_zeros(removed=False, vectors=True).all())
         if len(entries) == 1 and (site := tracer.follow(entries[0], channels, multiplies=scale)):
             zero, sites = alone, frozenset({site})
-    elif entries:
-        tracer.apart.update(found.vector for found in entries)
+    else:
+        for found in entries:
+            # Zeros need none of it, but what goes with channels elsewhere goes with these as well.
+            if found.vector not in tracer.followed or not tracer.follow(found, channels):
+                tracer.apart.add(found.vector)
     if bool((slim(channels) == PAD).any()):
         channels = torch.where((channels == PAD) & ~zero, NONE, channels)
     for out in call.outputs:

@@ -1,5 +1,7 @@
 """The training loop: what it chooses, how it stops, and that going on changes no bit."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -236,11 +238,17 @@ def test_the_same_run_twice_and_another_seed(tmp_path, undisturbed):
     assert not same(snapshot(other.masking.model), final)
 
 
-def test_a_damaged_checkpoint_is_told(tmp_path):
+def test_a_damaged_checkpoint_is_told_and_left_aside(tmp_path):
     job = make_job(tmp_path)
     job.checkpoint.write_bytes(b"junk")
-    with pytest.raises(UserError, match=r"progress\.safetensors is damaged"):
-        fit(job)
+    (tmp_path / "whole").mkdir()
+    told = []
+    job.report = told.append
+    assert fit(job) == fit(make_job(tmp_path / "whole"))
+    (note,) = (event for event in told if isinstance(event, Note))
+    assert re.search(r"progress\.safetensors is damaged.*: the stage starts anew", note.text)
+    (aside,) = tmp_path.glob("*damaged*")
+    assert aside.read_bytes() == b"junk"
 
 
 class Told(Plain):

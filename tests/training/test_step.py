@@ -79,7 +79,7 @@ def test_a_checkpoint_holds_the_groups(make, tmp_path):
         take(stepper, 0)
     save(tmp_path / "p.safetensors", stopped, Position(batch=1), {})
     resumed, net = make_stepper(make)
-    at, best = restore(tmp_path / "p.safetensors", resumed, torch.device("cpu"))
+    at, best = restore(tmp_path / "p.safetensors", resumed, torch.device("cpu"), print)
     assert (at.batch, best) == (1, {})
     for stepper in (whole, resumed):
         take(stepper, 1)
