@@ -45,7 +45,7 @@ class Store:
             way = relative(self.root.parent) if self.root.name == STORE else f"--store {where}"
             tell(
                 f"stages stored by an older prunekit ({len(old)} in {where}) cannot be used again; "
-                f"runs and model files stay readable; free the space: prunekit clean {way}"
+                f"model files stay readable; free the space: prunekit clean {way}"
             )
         if not _is_read_only(self.stages):
             make_folder(self.stages, OTHER_STORE)
