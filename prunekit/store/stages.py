@@ -54,10 +54,6 @@ class Store:
         """The folder of the stage with this key, whether it exists or not."""
         return StageFolder(self.stages / key)
 
-    def is_done(self, key: str) -> bool:
-        """Whether the stage with this key has a complete result."""
-        return self.folder(key).done
-
     @contextmanager
     def locked(
         self, key: str, tell: Callable[[], None], stop: Stop | None = None
