@@ -20,11 +20,7 @@ from prunekit.reading import (
     read_bytes,
 )
 
-
-@pytest.fixture(autouse=True)
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("here")
 
 
 def test_only_regular_files_of_limited_size_are_read(here):
