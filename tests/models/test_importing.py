@@ -117,6 +117,7 @@ def test_the_masks_are_those_of_the_scores(sparsity, keep_ratio):
     told = json.loads(Path("runs/x/run.json").read_text())
     assert told["status"] == "done"
     assert [stage["kind"] for stage in told["stages"]] == ["import"]
+    assert call("results")[1] == ""  # its files are what it wrote
 
 
 @pytest.mark.parametrize("write", [torch.save, write_old])
