@@ -198,13 +198,10 @@ def test_another_process_is_waited_for_and_its_result_reused(bench):
 @pytest.mark.parametrize(
     "error",
     [
-        MemoryError(),
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"),
-        RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate "
-                     "memory: you tried to allocate 4 bytes"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate ..."),
     ],
-    ids=["python", "cuda", "cpu"],
-)  # fmt: skip
+)
 def test_memory_errors_say_what_to_do(bench, parts, error, fail):
     parts.act["pruner"] = fail(error)
     (folder,) = bench.run(recipe=bench.recipe.replace('"lwm"', '"told"'))
