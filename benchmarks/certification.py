@@ -111,7 +111,7 @@ def train() -> tuple[nn.Module, Tensor, Tensor, int]:
     torch.manual_seed(0)
     facts = Facts(data.shape, data.classes, 1, 1)
     model = build("architecture", "small-cnn", facts)
-    objective = Stability(model, SIGMA, draws=1, beta=6.0)
+    objective = Stability(model, SIGMA, draws=1, smoothing=0.0, beta=6.0)
     optimizer = torch.optim.Adam(model.parameters(), 2e-3)
     x, y = data.train.images.float() / 255, data.train.labels
     for epoch in range(30):

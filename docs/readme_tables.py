@@ -83,7 +83,7 @@ OPTIONS = {
     **{
         f"{e.kind} {e.component.name}": e.component.options
         for e in load_registry().entries
-        if e.kind in ("optimizer", "schedule", "sparsity_schedule", "wrapper")
+        if e.kind in ("optimizer", "schedule", "sparsity_schedule", "rewirer", "wrapper")
         and e.component.options is not NoOptions
     },
 }

@@ -43,24 +43,26 @@ if TYPE_CHECKING:
     from prunekit.pruning.budgets import count_kept, share_out, uniform
     from prunekit.pruning.learning import copy_plain, effective_parameters, straight_through
     from prunekit.pruning.masks import apply_masks
-    from prunekit.pruning.selection import select_masks
+    from prunekit.pruning.selection import count_units, select_masks
     from prunekit.reading import hash_file
     from prunekit.results.metrics import format_metric, format_setting, is_fraction, is_main
     from prunekit.store.files import read_json, read_kept, write_json
     from prunekit.store.keys import version_of
+    from prunekit.training.learned_weights import LearnedWeights
     from prunekit.training.masking import LearnedScores
 
 __all__ = [
     "API_VERSION", "ArchitectureComponent", "Arrays", "BudgetComponent", "Component",
     "DataMissingError", "DatasetComponent", "EvaluatorComponent", "Facts", "Judgement",
-    "LearnedScores", "NoOptions", "ObjectiveComponent", "OptimizerComponent", "OptionError",
-    "PrunerComponent", "Radius", "ReporterComponent", "RewirerComponent", "RunError",
-    "RunResult", "ScheduleComponent", "SparsityScheduleComponent", "Threatened", "Use",
-    "UserError", "WrapperComponent", "apply_masks", "copy_plain", "count_kept", "derive_seed",
-    "effective_parameters", "evaluate", "find_fragile", "format_metric", "format_setting",
-    "hash_file", "hookimpl", "is_fraction", "is_main", "judge_batches", "load", "make_masks",
-    "normalize_inputs", "option", "read_json", "read_kept", "run", "run_sweep", "select_masks",
-    "share_out", "straight_through", "suggest", "uniform", "version_of", "write_json",
+    "LearnedScores", "LearnedWeights", "NoOptions", "ObjectiveComponent", "OptimizerComponent",
+    "OptionError", "PrunerComponent", "Radius", "ReporterComponent", "RewirerComponent",
+    "RunError", "RunResult", "ScheduleComponent", "SparsityScheduleComponent", "Threatened",
+    "Use", "UserError", "WrapperComponent", "apply_masks", "copy_plain", "count_kept",
+    "count_units", "derive_seed", "effective_parameters", "evaluate", "find_fragile",
+    "format_metric", "format_setting", "hash_file", "hookimpl", "is_fraction", "is_main",
+    "judge_batches", "load", "make_masks", "normalize_inputs", "option", "read_json",
+    "read_kept", "run", "run_sweep", "select_masks", "share_out", "straight_through", "suggest",
+    "uniform", "version_of", "write_json",
 ]  # fmt: skip
 __version__ = "0.1.0"
 
@@ -82,7 +84,8 @@ _HOMES = {
     "prunekit.pruning.budgets": ("count_kept", "share_out", "uniform"),
     "prunekit.pruning.learning": ("copy_plain", "effective_parameters", "straight_through"),
     "prunekit.pruning.masks": ("apply_masks",),
-    "prunekit.pruning.selection": ("select_masks",),
+    "prunekit.pruning.selection": ("count_units", "select_masks"),
+    "prunekit.training.learned_weights": ("LearnedWeights",),
     "prunekit.training.masking": ("LearnedScores",),
     "prunekit.reading": ("hash_file",),
     "prunekit.results.metrics": ("format_metric", "format_setting", "is_fraction", "is_main"),

@@ -78,6 +78,11 @@ class NetworkContext(Context):
 class ObjectiveContext(NetworkContext):
     """What an objective may use."""
 
+    network: Callable[[Path | None], nn.Module]
+    """`network(file)`: another network to look at, such as a teacher. It is that of a model file,
+    or for None the dense one that the run's first pretrain stage ended with. It is in evaluation
+    mode, and its parameters take no gradient; raises `UserError` where there is none."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PrunerContext(NetworkContext):
@@ -95,7 +100,8 @@ class PrunerContext(NetworkContext):
     """An epoch of training batches (x, y), augmented, on the device; another one each call."""
     attach: Callable[..., Any]
     """`attach(start, kind=LearnedScores, **more)`: trained scores beside the frozen weights, from
-    the given start; `kind` is a class of your own for what learns more than scores."""
+    the given start; `kind` is a class of your own for what learns more than scores, or weights
+    (`LearnedWeights`)."""
     train: Callable[[Any], Scores]
     """Trains what a `prunekit.steps.Masking`, as `attach` makes one, says on the stage's objective,
     then detaches it; returns its scores in the best epoch. `learn(start)` is

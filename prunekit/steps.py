@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from prunekit.contracts import Clock, Loss, Masks, Scores
@@ -144,7 +144,8 @@ class Moment:
     now, in the `first` call (before step 0, to choose what to start with) those of the stages
     before, or all True. `gradients` are those of the step's loss at all weights, removed ones
     included; empty in the first call, and unless `RewirerComponent.gradients` asks for them.
-    `history` has the metrics of each epoch so far. `final` says that this is the last step.
+    `history` has the metrics of each epoch so far. `final` says that this is the last step, and
+    `trained` that the weights were trained before the stage, so that magnitudes mean something.
     """
 
     clock: Clock
@@ -156,6 +157,7 @@ class Moment:
     generator: torch.Generator
     first: bool = False
     final: bool = False
+    trained: bool = False
 
 
 class Rewirer(Protocol):
@@ -174,13 +176,18 @@ class Rewirer(Protocol):
 
 @dataclass(frozen=True)
 class Now:
-    """An optimizer step as wrappers see it; `weights`, `masks` and `gradients` as in `Masking`."""
+    """An optimizer step as wrappers see it; `weights`, `masks` and `gradients` as in `Masking`.
+
+    `scores` are the learned scores by the name of their weight, live: masks follow them in each
+    pass. {} where none are learned.
+    """
 
     clock: Clock
     model: nn.Module
     weights: Mapping[str, Tensor]
     masks: Masks
     gradients: Callable[[], Mapping[str, Tensor]]
+    scores: Mapping[str, nn.Parameter] = field(default_factory=dict)
 
 
 class Wrapper(Protocol):
@@ -218,4 +225,14 @@ class Averaging(Following, Protocol):
 
     def judged(self, model: nn.Module) -> AbstractContextManager[object]:
         """Inside, the model's trained parameters and buffers have the values to judge."""
+        ...
+
+
+@runtime_checkable
+class Recalibrating(Averaging, Protocol):
+    """An average whose statistics of batch normalization are measured before it is judged."""
+
+    def batches(self, clock: Clock) -> int:
+        """The training batches that go through the objective for it at the end of this epoch,
+        without gradients and without its `after_step`."""
         ...

@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from prunekit import Arrays, EvaluatorComponent, LearnedScores, ObjectiveComponent, option
+from prunekit import (
+    Arrays,
+    EvaluatorComponent,
+    LearnedScores,
+    LearnedWeights,
+    ObjectiveComponent,
+    option,
+)
 from prunekit.catalog.kinds import KINDS
 from prunekit.catalog.registry import load_registry
 from prunekit.contexts import DatasetContext, PrunerContext
@@ -254,6 +261,17 @@ def leaves_state(options, context):
     return lambda context: context.train(context.attach(Scores(context.weights), Left))
 
 
+class Elsewhere(LearnedWeights):
+    def detach(self):
+        super().detach()
+        self.trained["0.weight"].data.neg_()
+
+
+def leaves_other_weights(options, context):
+    start = Scores({name: weight.abs() for name, weight in context.weights.items()})
+    return lambda context: context.train(context.attach(start, Elsewhere))
+
+
 def takes_nothing(options, context):
     return lambda: None
 
@@ -274,6 +292,7 @@ def takes_nothing(options, context):
             "late came or went while it trained; make",
         ),
         ({"learns": True}, "leaves_state", "leaves another network behind: left came or went"),
+        ({"learns": True}, "leaves_other_weights", "the network that it leaves.*not the judged"),
         ({}, "takes_nothing", "broken raises TypeError: takes_nothing.*positional argument"),
     ],
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from prunekit import EvaluatorComponent, ObjectiveComponent, Radius, Threatened, hookimpl, option
 from prunekit.errors import OptionError
@@ -27,11 +27,25 @@ class AttackOptions(Threatened):
 
 
 @dataclass(frozen=True)
-class PgdAtOptions(AttackOptions):
-    """Options of `pgd-at`."""
+class LabelOptions:
+    """Options of an objective with the cross-entropy on labels; all that `benign` has."""
+
+    label_smoothing: float = option(
+        0.0, help="part of a label's probability that all classes share alike", low=0, below=1
+    )
+
+
+@dataclass(frozen=True)
+class TrainingOptions(AttackOptions):
+    """Options of an objective that attacks, and is validated under an attack."""
 
     steps: int = option(10, help="steps of the attack", low=1, smoke=2)
     validation_steps: int = option(10, help="PGD steps in validation", low=1, smoke=2)
+
+
+@dataclass(frozen=True)
+class PgdAtOptions(TrainingOptions, LabelOptions):
+    """Options of `pgd-at`."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +63,7 @@ class MartOptions(PgdAtOptions):
 
 
 @dataclass(frozen=True)
-class FreeAdvOptions(Threatened):
+class FreeAdvOptions(Threatened, LabelOptions):
     """Options of `free-adv`."""
 
     norms = ("linf",)  # its noise follows the signs of gradients
@@ -112,9 +126,20 @@ def count_autoattack(options: AutoAttackOptions) -> int:
     return 1 + sum(passes[name] for name in options.attacks or ATTACKS)
 
 
-def count_validation(options: PgdAtOptions | FreeAdvOptions) -> int:
+def count_validation(options: TrainingOptions | FreeAdvOptions) -> int:
     """Forward passes for an image in validation: of the attack, and with and without it."""
     return options.validation_steps + 2
+
+
+def _tell_attacked(options: TrainingOptions | FreeAdvOptions) -> str:
+    return "attacked training images"
+
+
+_VALIDATION: dict[str, Any] = {
+    "validation_passes": count_validation,
+    "validates": ("accuracy", "robust_accuracy"),
+    "select": "robust_accuracy",
+}
 
 
 @hookimpl
@@ -124,6 +149,7 @@ def prunekit_objectives() -> Iterable[ObjectiveComponent]:
         name="benign",
         summary="Cross-entropy on clean images",
         build="prunekit_adversarial.objectives:build_benign",
+        options=LabelOptions,
     )
     yield ObjectiveComponent(
         name="pgd-at",
@@ -133,10 +159,8 @@ def prunekit_objectives() -> Iterable[ObjectiveComponent]:
         paper="Madry et al., ICLR 2018, arXiv 1706.06083",
         forward_passes=lambda options: options.steps + 1,
         attack_passes=lambda options: options.steps,
-        validation_passes=count_validation,
-        accuracy_of=lambda options: "attacked training images",
-        validates=("accuracy", "robust_accuracy"),
-        select="robust_accuracy",
+        accuracy_of=_tell_attacked,
+        **_VALIDATION,
     )
     yield ObjectiveComponent(
         name="trades",
@@ -146,9 +170,7 @@ def prunekit_objectives() -> Iterable[ObjectiveComponent]:
         paper="Zhang et al., ICML 2019, arXiv 1901.08573",
         forward_passes=lambda options: options.steps + 3,
         attack_passes=lambda options: options.steps + 1,
-        validation_passes=count_validation,
-        validates=("accuracy", "robust_accuracy"),
-        select="robust_accuracy",
+        **_VALIDATION,
     )
     yield ObjectiveComponent(
         name="mart",
@@ -158,9 +180,7 @@ def prunekit_objectives() -> Iterable[ObjectiveComponent]:
         paper="Wang et al., ICLR 2020, openreview rklOg6EFwS",
         forward_passes=lambda options: options.steps + 2,
         attack_passes=lambda options: options.steps,
-        validation_passes=count_validation,
-        validates=("accuracy", "robust_accuracy"),
-        select="robust_accuracy",
+        **_VALIDATION,
     )
     yield ObjectiveComponent(
         name="free-adv",
@@ -169,10 +189,8 @@ def prunekit_objectives() -> Iterable[ObjectiveComponent]:
         options=FreeAdvOptions,
         paper="Shafahi et al., NeurIPS 2019, arXiv 1904.12843",
         replays=lambda options: options.replays,
-        validation_passes=count_validation,
-        accuracy_of=lambda options: "attacked training images",
-        validates=("accuracy", "robust_accuracy"),
-        select="robust_accuracy",
+        accuracy_of=_tell_attacked,
+        **_VALIDATION,
     )
 
 

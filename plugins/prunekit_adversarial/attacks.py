@@ -226,17 +226,22 @@ def near(x: Tensor) -> Tensor:
     return x + START_NOISE * torch.randn_like(x)
 
 
-def maximize_kl(model: nn.Module, x: Tensor, attack: Attack) -> Tensor:
+def maximize_kl(
+    model: nn.Module, x: Tensor, attack: Attack, reference: Tensor | None = None
+) -> Tensor:
     """The attack of TRADES: PGD on KL(p(x) || p(x')) in eval mode from x + 0.001 * N(0, 1).
 
     Returns the last iterate (B, C, H, W) in [0, 1] (Zhang et al., ICML 2019, algorithm 1; in L2 the
-    steps and projections of the authors' code, which `L2` implements).
+    steps and projections of the authors' code, which `L2` implements). p(x) is the softmax of
+    `reference` (B, K) if that is given, as by a teacher, instead of f(x).
     """
     adversarial = near(x)
     with frozen(model) as network:
         # Not under no_grad: weights cached there by parametrize.cached() or autocast (pytorch issue
         # 112583) would have no gradient in the loss that follows.
-        loss = partial(kl_divergence, predict(network, x).detach())
+        if reference is None:
+            reference = predict(network, x).detach()
+        loss = partial(kl_divergence, reference)
         for _ in range(attack.steps):
             adversarial, _, _ = climb(network, x, adversarial, loss, attack)
     return adversarial

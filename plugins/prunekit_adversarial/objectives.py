@@ -1,21 +1,30 @@
-"""Training objectives: benign, PGD, TRADES, MART, free. All attacks run in eval mode."""
+"""Training objectives: benign, PGD, TRADES, MART, free. All attacks run in eval mode.
+
+CE with `smoothing` s is that to labels of probability (1 - s) + s / K, and s / K for other classes.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from prunekit import NoOptions
 from prunekit.contexts import ObjectiveContext
 from prunekit.contracts import Clock, Loss
 from prunekit.errors import RunError
-from prunekit_adversarial import FreeAdvOptions, MartOptions, PgdAtOptions, TradesOptions
+from prunekit_adversarial import (
+    FreeAdvOptions,
+    LabelOptions,
+    MartOptions,
+    PgdAtOptions,
+    TradesOptions,
+    TrainingOptions,
+)
 from prunekit_adversarial.attacks import (
     BLIND,
     L2,
@@ -37,10 +46,12 @@ class Benign:
     """Cross-entropy on clean images: CE(f(x), y)."""
 
     model: nn.Module
+    smoothing: float = 0.0
 
     def __call__(self, x: Tensor, y: Tensor, clock: Clock) -> Loss:
         logits = predict(self.model, x)
-        return Loss(F.cross_entropy(logits, y), logits.detach())
+        value = F.cross_entropy(logits, y, label_smoothing=self.smoothing)
+        return Loss(value, logits.detach())
 
 
 @dataclass(frozen=True)
@@ -65,7 +76,7 @@ class Adversarial(ABC):
         """The attack."""
 
     @abstractmethod
-    def loss(self, prepared: Attacked, clock: Clock) -> Loss:
+    def loss(self, prepared: Any, clock: Clock) -> Loss:
         """The loss after it."""
 
     def __call__(self, x: Tensor, y: Tensor, clock: Clock) -> Loss:
@@ -84,6 +95,8 @@ class PgdAt(Adversarial):
     The logits of the loss are those at x'.
     """
 
+    smoothing: float = 0.0
+
     def prepare(self, x: Tensor, y: Tensor, clock: Clock) -> Attacked:
         """Images attacked by PGD from a uniform start."""
         return Attacked(x, y, pgd(self.model, x, y, self.attack))
@@ -91,7 +104,8 @@ class PgdAt(Adversarial):
     def loss(self, prepared: Attacked, clock: Clock) -> Loss:
         """The cross-entropy at the attacked images."""
         logits = predict(self.model, prepared.adversarial)
-        return Loss(F.cross_entropy(logits, prepared.y), logits.detach())
+        value = F.cross_entropy(logits, prepared.y, label_smoothing=self.smoothing)
+        return Loss(value, logits.detach())
 
 
 @dataclass(frozen=True)
@@ -103,6 +117,7 @@ class Trades(Adversarial):
     """
 
     beta: float
+    smoothing: float = 0.0
 
     def prepare(self, x: Tensor, y: Tensor, clock: Clock) -> Attacked:
         """Images attacked on the KL."""
@@ -114,7 +129,7 @@ class Trades(Adversarial):
         # Two forward passes rather than one over both: clean and attacked images have different
         # batch statistics.
         logits = predict(self.model, x)
-        natural = F.cross_entropy(logits, prepared.y)
+        natural = F.cross_entropy(logits, prepared.y, label_smoothing=self.smoothing)
         robust = kl_divergence(logits, predict(self.model, prepared.adversarial)) / len(x)
         terms = {"natural": natural.detach(), "robust": robust.detach()}
         return Loss(natural + self.beta * robust, logits.detach(), terms)
@@ -131,6 +146,7 @@ class Mart(Adversarial):
     """
 
     beta: float
+    smoothing: float = 0.0
 
     def prepare(self, x: Tensor, y: Tensor, clock: Clock) -> Attacked:
         """Images attacked by PGD from close to themselves."""
@@ -143,7 +159,8 @@ class Mart(Adversarial):
         attacked = predict(self.model, prepared.adversarial)
         label = y[:, None]
         wrong = attacked.softmax(1).scatter(1, label, 0).amax(1)
-        boosted = F.cross_entropy(attacked, y) - (1.0001 - wrong + 1e-12).log().mean()
+        boosted = F.cross_entropy(attacked, y, label_smoothing=self.smoothing)
+        boosted = boosted - (1.0001 - wrong + 1e-12).log().mean()
         doubt = 1.0000001 - logits.softmax(1).gather(1, label).squeeze(1)
         robust = (kl_divergences(logits, attacked) * doubt).mean()
         terms = {"boosted": boosted.detach(), "robust": robust.detach()}
@@ -165,6 +182,7 @@ class FreeAdv:
     eps: float
     reset: Literal["never", "epoch"]
     validation: Attack
+    smoothing: float = 0.0
     noise: Tensor | None = None
     _used: Tensor | None = None
     """The noise of the current step; `backward()` leaves its gradient here."""
@@ -181,7 +199,8 @@ class FreeAdv:
         # none since torch 2.15, and the noise of black and white pixels would stay zero forever.
         inside = (moved >= 0) & (moved <= 1)
         logits = predict(self.model, torch.where(inside, moved, moved.detach().clamp(0, 1)))
-        return Loss(F.cross_entropy(logits, y), logits.detach())
+        value = F.cross_entropy(logits, y, label_smoothing=self.smoothing)
+        return Loss(value, logits.detach())
 
     def after_step(self) -> None:
         """Update the noise with the gradient that the step's backward pass computed for it."""
@@ -222,38 +241,39 @@ def judge(model: nn.Module, x: Tensor, y: Tensor, attack: Attack) -> dict[str, T
     return {"accuracy": correct.float(), "robust_accuracy": robust.float()}
 
 
-def _plan(options: PgdAtOptions, context: ObjectiveContext) -> tuple[nn.Module, Attack, Attack]:
+def plan(options: TrainingOptions, context: ObjectiveContext) -> tuple[nn.Module, Attack, Attack]:
     """The fields of `Adversarial`; raises `UserError` if there is no threat."""
     attack = plan_attack(context.threat, options.steps, options.step_size)
     return context.model, attack, plan_attack(context.threat, options.validation_steps)
 
 
-def build_benign(options: NoOptions, context: ObjectiveContext) -> Benign:
+def build_benign(options: LabelOptions, context: ObjectiveContext) -> Benign:
     """Build the objective `benign`."""
-    return Benign(context.model)
+    return Benign(context.model, options.label_smoothing)
 
 
 def build_pgd_at(options: PgdAtOptions, context: ObjectiveContext) -> PgdAt:
     """Build the objective `pgd-at`; raises `UserError` if there is no threat."""
-    return PgdAt(*_plan(options, context))
+    return PgdAt(*plan(options, context), options.label_smoothing)
 
 
 def build_trades(options: TradesOptions, context: ObjectiveContext) -> Trades:
     """Build the objective `trades`; raises `UserError` if there is no threat."""
-    model, attack, validation = _plan(options, context)
+    model, attack, validation = plan(options, context)
     if options.step_size is None and isinstance(attack.ball, L2):
         # As in the authors' code: all steps together are twice as long as the radius.
         attack = replace(attack, step_size=2 * attack.ball.eps / options.steps)
-    return Trades(model, attack, validation, options.beta)
+    return Trades(model, attack, validation, options.beta, options.label_smoothing)
 
 
 def build_mart(options: MartOptions, context: ObjectiveContext) -> Mart:
     """Build the objective `mart`; raises `UserError` if there is no threat."""
-    return Mart(*_plan(options, context), options.beta)
+    return Mart(*plan(options, context), options.beta, options.label_smoothing)
 
 
 def build_free_adv(options: FreeAdvOptions, context: ObjectiveContext) -> FreeAdv:
     """Build the objective `free-adv`; raises `UserError` if there is no threat."""
     threat = check_threat(context.threat)
     validation = plan_attack(threat, options.validation_steps)
-    return FreeAdv(context.model, threat.eps, options.reset, validation)
+    own = (threat.eps, options.reset, validation, options.label_smoothing)
+    return FreeAdv(context.model, *own)

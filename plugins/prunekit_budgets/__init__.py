@@ -41,6 +41,12 @@ def prunekit_budgets() -> Iterable[BudgetComponent]:
         paper="Evci et al., RigL, ICML 2020, arXiv 1911.11134",
     )
     yield BudgetComponent(
+        name="igq",
+        summary="Nearly the same number in every layer: small layers stay dense (IGQ)",
+        build="prunekit_budgets.budgets:build_igq",
+        paper="Chen et al., Sparsity Winning Twice, ICLR 2022, arXiv 2202.09844",
+    )
+    yield BudgetComponent(
         name="lamp",
         summary="By scores that compare across layers (LAMP)",
         build="prunekit_budgets.budgets:build_lamp",

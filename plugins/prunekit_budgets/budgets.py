@@ -39,6 +39,16 @@ def build_erk(options: NoOptions, context: Context) -> Budget:
     return share
 
 
+def build_igq(options: NoOptions, context: Context) -> Budget:
+    """Whole counts that follow `spread_igq`."""
+
+    def share(layers: Layers) -> dict[str, int]:
+        sizes = {name: score.numel() for name, score in layers.scores.items()}
+        return share_out(spread_igq(sizes, layers.total), sizes, layers.total)
+
+    return share
+
+
 def lamp(values: Tensor, alive: Tensor | None = None) -> Tensor:
     """LAMP scores: s_u^2 / sum of s_v^2 over all v of the layer with |s_v| >= |s_u|, u included.
 
@@ -75,3 +85,20 @@ def spread_erk(shapes: Mapping[str, torch.Size], keep: float) -> dict[str, float
         if not above:
             return {name: 1.0 if name in dense else c * raw[name] for name in shapes}
         dense |= above
+
+
+def spread_igq(sizes: Mapping[str, int], total: int) -> dict[str, float]:
+    """Density of each layer of n units: 1 / (f n + 1), so that n / (f n + 1) units are kept.
+
+    f is found by bisection: with it, `total` units are kept in all. Chen et al., ICLR 2022.
+    """
+
+    def spread(f: float) -> dict[str, float]:
+        return {name: 1 / (f * size + 1) for name, size in sizes.items()}
+
+    low, high = 0.0, len(sizes) / total  # a layer keeps less than 1 / f
+    for _ in range(100):
+        f = (low + high) / 2
+        above = sum(density * sizes[name] for name, density in spread(f).items()) > total
+        low, high = (f, high) if above else (low, f)
+    return spread(high)

@@ -25,7 +25,25 @@ class BoxOptions(Threatened):
 
 
 @dataclass(frozen=True)
-class IbpOptions(BoxOptions):
+class CertifiedOptions(BoxOptions):
+    """Options of every objective: extra images are a mistake unless they are allowed."""
+
+    allow_extra: bool = option(False, help="train on the extra images of a data set all the same")
+
+
+def refuse_extra(options: CertifiedOptions) -> str:
+    """Why extra images are not for certified training; "" where they are allowed."""
+    if options.allow_extra:
+        return ""
+    return (
+        "training by bounds gets worse with them (MTL-IBP, CIFAR-10, 8/255: 32.04 % certified "
+        "with 100,000 generated images, 35.08 % without); remove extra, or write allow_extra = "
+        "true in the objective"
+    )
+
+
+@dataclass(frozen=True)
+class IbpOptions(CertifiedOptions):
     """Options of `ibp`."""
 
     ramp: float = option(
@@ -64,7 +82,7 @@ class CrownIbpOptions(IbpOptions):
 
 
 @dataclass(frozen=True)
-class MixTrainOptions(BoxOptions):
+class MixTrainOptions(CertifiedOptions):
     """Options of `mixtrain`."""
 
     ramp: float = option(
@@ -143,6 +161,7 @@ def prunekit_objectives() -> Iterable[ObjectiveComponent]:
         validation_passes=lambda options: 1 + PASSES["ibp"],
         validates=("accuracy", "verified_accuracy"),
         select="verified_accuracy",
+        refuses_extra=refuse_extra,
         **_LIRPA,
     )
     yield ObjectiveComponent(
@@ -155,6 +174,7 @@ def prunekit_objectives() -> Iterable[ObjectiveComponent]:
         validation_passes=lambda options: 1 + PASSES["crown-ibp" if options.mix_end else "ibp"],
         validates=("accuracy", "verified_accuracy"),
         select="verified_accuracy",
+        refuses_extra=refuse_extra,
         **_LIRPA,
     )
     yield ObjectiveComponent(
@@ -167,6 +187,7 @@ def prunekit_objectives() -> Iterable[ObjectiveComponent]:
         validation_passes=lambda options: 1 + PASSES["crown"],
         validates=("accuracy", "verified_accuracy"),
         select="verified_accuracy",
+        refuses_extra=refuse_extra,
         **_LIRPA,
     )
 

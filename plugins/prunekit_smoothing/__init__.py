@@ -33,6 +33,9 @@ class SmoothingOptions:
     beta: float | None = option(
         None, help="weight of the KL in the stability loss; default: 6", low=0
     )
+    label_smoothing: float = option(
+        0.0, help="part of a label's probability that all classes share alike", low=0, below=1
+    )
     validation_draws: int = option(4, help="noisy copies of each validation image", low=1, smoke=1)
 
     def __post_init__(self) -> None:

@@ -18,12 +18,13 @@ class Smoothing:
     """What both losses share: the noise, and the validation.
 
     `sigma` is in pixel units; noisy images are not clamped. `draws` is the number of noisy copies
-    of each validation image.
+    of each validation image; `smoothing` is that of the labels in the cross-entropy.
     """
 
     model: nn.Module
     sigma: float
     draws: int
+    smoothing: float
 
     def _add_noise(self, x: Tensor) -> Tensor:
         """x + N(0, sigma^2), both (B, C, H, W)."""
@@ -36,6 +37,9 @@ class Smoothing:
         """
         logits: Tensor = self.model(x)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def _cross_entropy(self, logits: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(logits, y, label_smoothing=self.smoothing)
 
     @torch.no_grad()
     def validate(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
@@ -65,7 +69,7 @@ class Stability(Smoothing):
         # statistics.
         logits = self._predict(x)
         noisy = self._predict(self._add_noise(x))
-        natural = F.cross_entropy(logits, y)
+        natural = self._cross_entropy(logits, y)
         stability = F.kl_div(
             noisy.log_softmax(1), logits.log_softmax(1), reduction="batchmean", log_target=True
         )
@@ -79,12 +83,12 @@ class NoiseTraining(Smoothing):
 
     def __call__(self, x: Tensor, y: Tensor, clock: Clock) -> Loss:
         logits = self._predict(self._add_noise(x))
-        return Loss(F.cross_entropy(logits, y), logits.detach())
+        return Loss(self._cross_entropy(logits, y), logits.detach())
 
 
 def build_smoothing(options: SmoothingOptions, context: ObjectiveContext) -> Smoothing:
     """Build the objective `smoothing`, with the loss in the options."""
-    common = (context.model, options.sigma, options.validation_draws)
+    common = (context.model, options.sigma, options.validation_draws, options.label_smoothing)
     if options.beta is None:
         return NoiseTraining(*common)
     return Stability(*common, options.beta)

@@ -57,6 +57,9 @@ class ObjectiveComponent(Component):
     """options -> those of them that `Attacking.prepare` makes."""
     validation_passes: Callable[[Any], int] = lambda options: 1
     """options -> forward passes per image in validation."""
+    refuses_extra: Callable[[Any], str] = lambda options: ""
+    """options -> why it is not for extra training images, and what allows them; a recipe that adds
+    some to its data set is then refused. Empty if it takes them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,13 +187,23 @@ class WrapperComponent(Component):
 
     kind = "wrapper"
     builds = steps.Wrapper
-    abilities = (steps.Around, steps.Following, steps.Averaging, contracts.Stateful)
+    abilities = (
+        steps.Around,
+        steps.Following,
+        steps.Averaging,
+        steps.Recalibrating,
+        contracts.Stateful,
+    )
 
     passes: Callable[[Any], int] = lambda options: 1
     """options -> forward and backward passes in each step. More than one does not go with an
     objective that takes several steps on a batch."""
+    scores: bool = False
+    """It goes around steps that learn scores, `Now.scores`: prune stages alone take it."""
     averages: bool = False
     """Its network is judged and stored in place of the trained one: one such a stage, at most."""
+    batches: Callable[[Any], int] = lambda options: 0
+    """options -> the most training batches that `Recalibrating.batches` asks for in an epoch."""
 
 
 @dataclass(frozen=True, kw_only=True)

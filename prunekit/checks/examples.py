@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import copy
 import dataclasses
 import shutil
 import tempfile
@@ -16,8 +17,10 @@ from torch import Tensor, nn
 from prunekit import report as told
 from prunekit.contexts import Context
 from prunekit.contracts import Clock, Loss, Scores
+from prunekit.evaluation import eval_mode
 from prunekit.judging import Examination, Watch
-from prunekit.pruning.selection import Selection
+from prunekit.pruning.masks import apply_masks
+from prunekit.pruning.selection import Selection, select_masks
 from prunekit.steps import Masking
 from prunekit.training.masking import LearnedScores
 
@@ -53,7 +56,8 @@ def tiny_batches(batches: int = 2) -> list[tuple[Tensor, Tensor]]:
 def train_once(masking: Masking) -> Scores:
     """The scores of a masking after one forward and backward pass; it is detached.
 
-    Raises `AssertionError` if something it trains gets no gradient, or its state comes late.
+    Raises `AssertionError` if something it trains gets no gradient, its state comes late, or what
+    it leaves is not what was judged.
     """
     model, clock = masking.model, Clock(0, 10, 0, 2)
     masking.check()
@@ -65,12 +69,17 @@ def train_once(masking: Masking) -> Scores:
     assert all(p.grad is not None for p in trained), "something that it trains gets no gradient"
     masking.after_backward()
     masking.after_step()
-    with masking.judged(clock):
-        model(x)
+    with masking.judged(clock), eval_mode(model), torch.no_grad():
+        judged = model(x)
     late = sorted(entries ^ model.state_dict().keys())
     assert not late, f"{', '.join(late)} came or went while it trained; make them in __init__"
     scores = masking.scores()
     masking.detach()
+    left = copy.deepcopy(model)
+    apply_masks(left, select_masks(scores, Selection(SPARSITY)))
+    with eval_mode(left), torch.no_grad():
+        same = torch.allclose(left(x), judged, atol=1e-5)
+    assert same, "the network that it leaves, under the masks of its scores, is not the judged one"
     return scores
 
 
@@ -98,9 +107,7 @@ def _example_values(model: nn.Module) -> dict[str, Callable[[], Any]]:
         logits = model(x)
         return Loss(nn.functional.cross_entropy(logits, y), logits)
 
-    def attach(
-        start: Scores, kind: type[LearnedScores] = LearnedScores, **more: Any
-    ) -> LearnedScores:
+    def attach(start: Scores, kind: Callable[..., Any] = LearnedScores, **more: Any) -> Any:
         return kind(model, start, Selection(SPARSITY), {}, **more)
 
     def scratch() -> Path:
@@ -120,6 +127,7 @@ def _example_values(model: nn.Module) -> dict[str, Callable[[], Any]]:
         "device": lambda: torch.device("cpu"),
         "stage": lambda: "pretrain",
         "sparsity": lambda: SPARSITY,
+        "network": lambda: lambda file: tiny_network().eval().requires_grad_(False),
         "weights": lambda: {
             name: p.detach().clone() for name, p in model.named_parameters() if p.dim() > 1
         },

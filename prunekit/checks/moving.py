@@ -19,10 +19,18 @@ from prunekit.contracts import Clock, Loss, OptimizerChoice, Scores, Stateful
 from prunekit.data.seeds import seed_all
 from prunekit.errors import RunError
 from prunekit.pruning.selection import Selection, select_masks
-from prunekit.steps import Around, Averaging, Following, Layers, Masking, Moment, Now
+from prunekit.steps import (
+    Around,
+    Averaging,
+    Following,
+    Layers,
+    Masking,
+    Moment,
+    Recalibrating,
+)
 from prunekit.training.masking import LearnedScores, Weights
 from prunekit.training.rewiring import Rewired, Rewiring
-from prunekit.training.step import Stepper
+from prunekit.training.step import Stepper, look
 
 STEPS, EPOCH = 12, 6
 
@@ -110,7 +118,8 @@ def _train_rewired(masking: Rewired) -> dict[str, Tensor]:
         due = masking.due(_clock(step))
         assert isinstance(due, bool), f"`due` gives a {type(due).__name__}, not a bool"
         assert due == masking.due(_clock(step)), "`due` is not a function of the clock alone"
-        stepper.take(x, y, _clock(step), [{"epoch": 1, "loss": 1.0}] * (step // EPOCH))
+        row = {"epoch": 1, "loss": 1.0, "accuracy": 0.5, "validation.accuracy": 0.5}
+        stepper.take(x, y, _clock(step), [row] * (step // EPOCH))
         masking.check()
         for name, weight in before.items():
             kept = masking.masks[name]
@@ -131,7 +140,7 @@ def check_wrapper(use: Use[Any], context: NetworkContext) -> None:
     assert use.component.averages == isinstance(wrapper, Averaging), (
         "`averages` and `judged` differ"
     )
-    for learned in (False, True):
+    for learned in (True,) if use.component.scores else (False, True):
         model = tiny_network()
         start = {n: p.detach().clone() for n, p in model.named_parameters() if p.dim() > 1}
         chosen = select_masks(Scores({n: v.abs() for n, v in start.items()}), Selection(0.5))
@@ -142,11 +151,14 @@ def check_wrapper(use: Use[Any], context: NetworkContext) -> None:
         wrapper = build(use, dataclasses.replace(context, model=model))
         stepper = _make_stepper(masking, wrapper)
         _check_passes(use, wrapper, masking, stepper)
-        for step in range(3):
+        for step in range(STEPS):
             _take(stepper, step)
+        if isinstance(wrapper, Recalibrating):
+            asked = wrapper.batches(_short(STEPS - 1))
+            assert asked <= use.component.batches(use.options), "asks for undeclared batches"
         if isinstance(wrapper, Averaging):
             before = snapshot(model)
-            with wrapper.judged(model), masking.judged(_clock(2)):
+            with wrapper.judged(model), masking.judged(_short(STEPS - 1)):
                 assert not same(before, model.state_dict()), "its network is the trained one"
             # Masks follow what is trained in the next step.
             odd = differing(before, model.state_dict())
@@ -155,10 +167,15 @@ def check_wrapper(use: Use[Any], context: NetworkContext) -> None:
         _check_resume(use, context, wrapper, stepper)
 
 
+def _short(step: int) -> Clock:
+    """Epochs of a step, so that what waits for the last ones has several."""
+    return Clock(step, STEPS, step, STEPS)
+
+
 def _take(stepper: Stepper, step: int) -> None:
     (x, y), _ = tiny_batches()
     seed_all(step)
-    loss = stepper.take(x, y, _clock(step), [])
+    loss = stepper.take(x, y, _short(step), [])
     assert loss.value.isfinite(), "the loss is not finite"
     stepper.masking.check()
 
@@ -174,7 +191,7 @@ def _check_resume(use: Use[Any], context: NetworkContext, wrapper: Any, stepper:
     for one in (wrapper, twin):
         model.load_state_dict(start)
         again = _make_stepper(masking, one)
-        for step in range(3, 6):
+        for step in range(STEPS - 3, STEPS):
             _take(again, step)
         ends.append(snapshot(model))
         if isinstance(one, Averaging):
@@ -189,7 +206,7 @@ def _check_passes(use: Use[Any], wrapper: Any, masking: Masking, stepper: Steppe
         return
     (x, y), _ = tiny_batches()
     clock, passes = Clock(STEPS - 1, STEPS, 10**6, 10**6 + 1), 0
-    now = Now(clock, masking.model, masking.weights(), masking.masks, masking.gradients)
+    now = look(masking, clock)
 
     def go() -> Loss:
         nonlocal passes
@@ -200,11 +217,12 @@ def _check_passes(use: Use[Any], wrapper: Any, masking: Masking, stepper: Steppe
         masking.after_backward()
         return loss
 
-    before = {name: weight.clone() for name, weight in masking.weights().items()}
+    lent = {**now.weights, **{f"scores of {name}": s for name, s in now.scores.items()}}
+    before = {name: value.detach().clone() for name, value in lent.items()}
     assert isinstance(wrapper.around(go, now), Loss), (
         "`around` must return the loss of its last pass"
     )
-    assert same(before, masking.weights()), "`around` does not bring the weights back to the bit"
+    assert same(before, lent), "`around` does not bring everything back to the bit"
     assert passes == use.component.passes(use.options), (
         f"makes {passes} passes, and declares others"
     )

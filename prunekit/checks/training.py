@@ -21,6 +21,7 @@ from prunekit.errors import RunError
 from prunekit.evaluation import eval_mode
 from prunekit.pruning.selection import Selection, check_keep, check_scores
 from prunekit.steps import Masking
+from prunekit.training.learned_weights import LearnedWeights
 from prunekit.training.masking import LearnedScores
 
 
@@ -109,15 +110,18 @@ def _check_scores_learn(use: Use[Any], context: ObjectiveContext, x: Tensor, y: 
 
 
 def check_pruner(use: Use[Any], context: PrunerContext) -> None:
-    """Scores that fit; what it trains gets gradients; weights stay."""
+    """Scores that fit; what it trains gets gradients; weights that it does not train stay."""
     model, weights = context.model, context.weights
     before = snapshot(model)
     given = {name: weight.clone() for name, weight in weights.items()}
     learned: list[Masking] = []
+    trained: set[Tensor] = set()
+    live = {name: p for name, p in model.named_parameters() if name in weights}
 
     def train(masking: Masking) -> Scores:
         learned.append(masking)
-        own = (LearnedScores,) if isinstance(masking, LearnedScores) else ()
+        trained.update(p for group in masking.parameters() for p in group.parameters)
+        own = [kind for kind in (LearnedScores, LearnedWeights) if isinstance(masking, kind)]
         check_methods(masking, Masking, *own)
         return train_once(masking)
 
@@ -134,7 +138,9 @@ def check_pruner(use: Use[Any], context: PrunerContext) -> None:
     after = snapshot(model)
     left = sorted(before.keys() ^ after.keys())
     assert not left, f"leaves another network behind: {', '.join(left)} came or went"
-    assert all(torch.equal(before[n], after[n]) for n in weights), "scoring changed the weights"
+    assert all(torch.equal(before[n], after[n]) for n in weights if live[n] not in trained), (
+        "scoring changed the weights"
+    )
     assert same(given, context.weights), "changed the weights of its context; copy them"
 
 

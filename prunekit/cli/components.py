@@ -265,5 +265,7 @@ def fragment(entry: Entry, *, example: bool = True) -> str:
         return "\n".join([f"[{entry.kind}]", use, *pairs])
     inline = f"{{ {', '.join([use, *pairs])} }}" if pairs else f'"{entry.reference}"'
     text = FRAGMENTS[entry.kind].format(inline)
+    if isinstance(component, WrapperComponent) and component.scores:
+        text = text.replace('"pretrain"\nepochs = 100', '"prune"\nsparsity = 0.9\nepochs = 20')
     learns = isinstance(component, PrunerComponent) and component.learns
     return text.replace("\npruner", "\nepochs = 20\npruner") if learns else text

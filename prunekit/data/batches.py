@@ -141,14 +141,22 @@ def augment(images: Tensor, names: Sequence[str], generator: torch.Generator) ->
 
 @dataclass(frozen=True)
 class Extra:
-    """A second source of training images: `ratio` of them for each labeled one, in every batch."""
+    """A second source of training images: `ratio` of them join each labeled one of a batch, or they
+    take the place of a `fraction` of its images, of all but one at most."""
 
     split: Split
-    ratio: float
+    ratio: float = 1.0
+    fraction: float | None = None
 
-    def indices(self, sizes: Sequence[int], seed: int) -> list[Tensor]:
-        """For batches of these sizes, which extra images join each: shuffled, round after round."""
-        counts = [round(self.ratio * size) for size in sizes]
+    def count(self, size: int) -> tuple[int, int]:
+        """(labeled images, extra images) of a batch of that size."""
+        if self.fraction is None:
+            return size, round(self.ratio * size)
+        extra = min(round(self.fraction * size), size - 1)
+        return size - extra, extra
+
+    def indices(self, counts: Sequence[int], seed: int) -> list[Tensor]:
+        """The extra images of batches with that many of them: shuffled, round after round."""
         n = len(self.split.labels)
         rounds = -(-sum(counts) // n)
         order = [torch.empty(0, dtype=torch.int64)]
@@ -181,7 +189,8 @@ class Feed:
         return _limit(-(-len(self.validation.labels) // self.size), self.limit)
 
     def epoch(self, seed: int, skip: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """One epoch of shuffled, augmented batches, decided by `seed`: a pass over `train`.
+        """One epoch of shuffled, augmented batches, decided by `seed`: a pass over `train`, or as
+        many images where a fraction of each batch is `extra`.
 
         Images of `extra` come behind those of each batch. `skip` leaves out the first batches (of
         a resumed epoch) and changes nothing in the others.
@@ -190,8 +199,13 @@ class Feed:
         chunks = list(order.split(self.size)[: self.count()])
         sources = [(self.train, chunks, "augment")]
         if self.extra is not None:
-            indices = self.extra.indices([len(chunk) for chunk in chunks], seed)
-            sources.append((self.extra.split, indices, "augment-extra"))
+            counts = [self.extra.count(len(chunk)) for chunk in chunks]
+            own = [chunk[:n] for chunk, (n, _) in zip(chunks, counts, strict=True)]
+            indices = self.extra.indices([n for _, n in counts], seed)
+            sources = [
+                (self.train, own, "augment"),
+                (self.extra.split, indices, "augment-extra"),
+            ]
         streams = []
         for source, chosen, word in sources:
             drawn = [seeds.derive_seed(seed, word, n) for n in range(skip, len(chosen))]

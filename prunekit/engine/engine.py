@@ -180,7 +180,7 @@ class Engine:
                 state = at.open()
                 work = partial(STAGES[stage.kind], state)
                 result = self._store(stage, key, stored, at, work, stage.uses())
-            at.move(stored, reused)
+            at.move(stage, stored, reused)
         return result, reused, stored
 
     def _judge(
@@ -266,7 +266,7 @@ class Engine:
                 times[event.epoch] = event.seconds
             self.report(event)
 
-        work = Work(at.run, at.loaded, self.compute, stored, key, report, self.stop)
+        work = Work(at.run, at.loaded, self.compute, stored, key, report, self.stop, at.dense)
         for text in at.tell():
             report(Note(text))
         try:

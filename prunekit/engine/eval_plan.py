@@ -23,7 +23,7 @@ from prunekit.store.networks import Network
 from prunekit.store.records import read_run, tell_changed
 from prunekit.store.runs import digest
 
-UNUSED = ("extra", "extra_ratio")
+UNUSED = ("extra", "extra_ratio", "extra_fraction")
 """Keys of [dataset] that only training uses."""
 
 

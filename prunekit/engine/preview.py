@@ -91,5 +91,7 @@ def _count_work(run: Run, loaded: Loaded, stage: Stage, compute: Compute) -> tup
     checked = stage.epochs * validation * judged + (LOOKS if validation else 0)
     once = ask(use, "forward_passes")
     again = once - ask(use, "attack_passes")
+    measured = sum(min(ask(wrapper, "batches"), feed.count()) for wrapper in options.wrap)
+    checked += stage.epochs * measured * once
     more = sum(ask(wrapper, "passes") - 1 for wrapper in options.wrap)
     return steps, steps * (once + more * again) + checked + after

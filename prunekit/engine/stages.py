@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,11 +15,10 @@ from prunekit.contexts import NetworkContext, ObjectiveContext, PrunerContext
 from prunekit.contracts import Objective, Scores
 from prunekit.data import seeds
 from prunekit.engine.evaluating import evaluate
+from prunekit.engine.others import open_network
 from prunekit.engine.work import Outcome, Work, describe_masks
 from prunekit.errors import RunError
-from prunekit.evaluation import eval_mode
 from prunekit.graph.groups import Group, find_groups, follow
-from prunekit.graph.looking import is_frozen
 from prunekit.pruning.layers import find_prunable, tell_unprunable
 from prunekit.pruning.masks import (
     State,
@@ -35,13 +35,14 @@ from prunekit.pruning.selection import (
     select_masks,
 )
 from prunekit.pruning.structures import fits
-from prunekit.recipe.stages import Stage
+from prunekit.recipe.stages import REWIRING, Stage
 from prunekit.report import Note, StageStarted
 from prunekit.steps import Masking
 from prunekit.training.loop import Fit, fit
 from prunekit.training.masking import LearnedScores, Weights
 from prunekit.training.progress import label_metrics
 from prunekit.training.rewiring import Rewired, Rewiring
+from prunekit.training.statistics import recalibrate
 
 
 def train(state: State, stage: Stage, work: Work) -> Outcome:
@@ -51,7 +52,7 @@ def train(state: State, stage: Stage, work: Work) -> Outcome:
     if stage.prunes:
         masking = _rewire(state, stage, work)
     context = work.context(stage, state)
-    objective = stage.options.objective.build(ObjectiveContext(**vars(context)))
+    objective = stage.options.objective.build(_objective_context(context, work))
     try:
         history = _fit(masking, objective, stage, work, context)
     finally:
@@ -60,6 +61,10 @@ def train(state: State, stage: Stage, work: Work) -> Outcome:
     if stage.prunes:
         _tell_sparsity(state, stage, work)
     return Outcome({**_best(history, stage), **describe_masks(state)}, history)
+
+
+def _objective_context(context: NetworkContext, work: Work) -> ObjectiveContext:
+    return ObjectiveContext(**vars(context), network=partial(open_network, work))
 
 
 def _rewire(state: State, stage: Stage, work: Work) -> Rewired:
@@ -80,6 +85,8 @@ def _rewire(state: State, stage: Stage, work: Work) -> Rewired:
         gradients=use.component.gradients,
         allocates=use.component.allocates,
         groups=groups,
+        trained=work.run.starts_given
+        or any(s.kind in REWIRING for s in work.run.stages if s.position < stage.position),
         rehearsed=stage.limit is not None,
     )
     return Rewired(state.model, state.masks, rewiring)
@@ -96,10 +103,10 @@ def prune(state: State, stage: Stage, work: Work) -> Outcome:
     frozen = {name: weight.detach().clone() for name, weight in weights.items()}
     entries = state.model.state_dict().keys()
     # Before scores are attached: an objective may trace the plain network.
-    objective = options.objective and options.objective.build(ObjectiveContext(**vars(context)))
+    objective = options.objective and options.objective.build(_objective_context(context, work))
     schedule = options.sparsity_schedule.build(work.plain_context())
 
-    def attach(start: Scores, kind: type[LearnedScores] = LearnedScores, **more: Any) -> Masking:
+    def attach(start: Scores, kind: Callable[..., Masking] = LearnedScores, **more: Any) -> Masking:
         check_scores(start, frozen, named, allocates=start.keep is not None)
         bn, alive = options.bn, state.masks
         return kind(state.model, start, selection, alive, bn, schedule, **more)
@@ -155,7 +162,7 @@ def prune(state: State, stage: Stage, work: Work) -> Outcome:
     _tell_sparsity(state, stage, work)
     if options.bn == "recalibrate":
         seeds.seed_all(work.run.seed, stage.position, "recalibrate")
-        _recalibrate(state.model, batches)
+        recalibrate(state.model, (partial(state.model, x) for x, _ in batches()))
     return Outcome({**_best(history, stage), **describe_masks(state)}, history)
 
 
@@ -226,27 +233,6 @@ def _find_unstructured(
         dense = ", ".join(name for name in find_prunable(model) if name not in weights)
         work.report(Note(f"left dense by the architecture (exclude = [] prunes them too): {dense}"))
     return weights
-
-
-@torch.no_grad()
-def _recalibrate(model: nn.Module, batches: Callable[[], Iterator[tuple[Tensor, Tensor]]]) -> None:
-    """Reset the statistics of batch normalization to the average over training images.
-
-    The images are augmented and not attacked; everything but batch normalization is in eval mode.
-    """
-    kinds = nn.modules.batchnorm._BatchNorm
-    norms = [m for m in model.modules() if isinstance(m, kinds) and not is_frozen(m)]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # the cumulative average
-    with eval_mode(model):
-        for norm in norms:
-            norm.train()
-        for x, _ in batches():
-            model(x)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
 
 
 STAGES: dict[str, Callable[[State, Stage, Work], Outcome]] = {

@@ -78,15 +78,8 @@ class Inputs:
     def load(self, run: Run) -> Loaded:
         """Raises `DataMissingError`, or `UserError` where the data is not what it should be."""
         chosen = run.data
-        shared = (
-            run.dataset,
-            chosen.fraction,
-            chosen.validation,
-            chosen.validation_seed,
-            chosen.extra,
-            chosen.extra_ratio,
-        )
-        name = str([describe(value) for value in shared])
+        shared = replace(chosen, batch_size=1, augment=None)
+        name = str([describe(run.dataset), describe(shared)])
         if name not in self._loaded:
             data = self._build(run.dataset, run, open_dataset(run))
             if not len(data.test.labels):
@@ -104,7 +97,8 @@ class Inputs:
             data = replace(data, train=train, test=test)
             more = None
             if extra is not None:
-                more = Extra(to_device(extra.train, self.compute.device), chosen.extra_ratio)
+                part = to_device(extra.train, self.compute.device)
+                more = Extra(part, chosen.extra_ratio, chosen.extra_fraction)
             self._loaded[name] = Loaded(data, validation, more, tuple(prints))
         return self._loaded[name]
 
@@ -209,6 +203,8 @@ class Place:
     run: Run
     loaded: Loaded
     compute: Compute
+    dense: StageFolder | None = None
+    """What the first pretrain stage that removed nothing ended with."""
     _latest: StageFolder | None = None
     _state: State | None = None
 
@@ -224,8 +220,10 @@ class Place:
         told, notes[:] = list(notes), []
         return told
 
-    def move(self, latest: StageFolder, reused: bool) -> None:
+    def move(self, stage: Stage, latest: StageFolder, reused: bool) -> None:
         """Note that a stage is done, whose network is in that folder."""
+        if self.dense is None and stage.kind == "pretrain" and not stage.sparsity:
+            self.dense = latest
         self._latest = latest
         self._state = None if reused else self._state
 
@@ -241,6 +239,7 @@ class Work:
     key: str
     report: Report
     stop: Stop
+    dense: StageFolder | None = None
 
     @property
     def device(self) -> torch.device:

@@ -68,6 +68,21 @@ class ScoredWeight(_Part):
         return weight.detach() * straight_through(self.mask, self.soften(self.score.abs()))
 
 
+class TrainedWeight(nn.Module):
+    """Parametrization of a weight that trains: times its factor, if it has one, under its mask."""
+
+    mask: Tensor
+
+    def __init__(self, mask: Tensor, factor: nn.Parameter | None = None) -> None:
+        super().__init__()
+        self.register_buffer("mask", mask.clone())
+        self.factor = factor
+
+    def forward(self, weight: Tensor) -> Tensor:
+        whole = weight if self.factor is None else weight * self.factor
+        return whole.masked_fill(~self.mask, 0)
+
+
 class ScoredChannels(_Part):
     """Trained scores of a weight whose output channels are opened and closed by gates.
 
@@ -170,7 +185,7 @@ def attach_gates(
     return undo
 
 
-def attach(model: nn.Module, parts: Mapping[str, ScoredWeight]) -> None:
+def attach(model: nn.Module, parts: Mapping[str, ScoredWeight | TrainedWeight]) -> None:
     """Parametrize the named weights, everywhere they are used; changes the model."""
     named = dict(model.named_parameters())
     by_weight = {named[name]: part for name, part in parts.items()}
@@ -182,7 +197,7 @@ def attach(model: nn.Module, parts: Mapping[str, ScoredWeight]) -> None:
 
 
 def detach(model: nn.Module) -> None:
-    """Undo `attach`: the plain weights are back, unmasked."""
+    """Undo `attach`: the plain weights are back, unmasked and without factors."""
     for module in list(model.modules()):
         scored = _find_scored(module)
         for own in scored:
@@ -200,11 +215,12 @@ def _place(name: str) -> int:
 
 
 def _find_scored(module: nn.Module) -> list[str]:
-    """Names of the weights of a layer that scores are attached to."""
+    """Names of the weights of a layer that scores, or factors, are attached to."""
     lists = module._modules.get("parametrizations")
     if not isinstance(lists, nn.ModuleDict):
         return []
-    return [n for n in lists if isinstance(next(lists[n].children(), None), ScoredWeight)]
+    kinds = (ScoredWeight, TrainedWeight)
+    return [n for n in lists if isinstance(next(lists[n].children(), None), kinds)]
 
 
 @contextmanager

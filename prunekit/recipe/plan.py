@@ -12,6 +12,7 @@ from prunekit.catalog.component import Use
 from prunekit.catalog.registry import Registry
 from prunekit.contracts import Architecture, Data, Threat
 from prunekit.errors import Problem, RecipeError, suggest, translate
+from prunekit.recipe.agreement import check_images, note_threats
 from prunekit.recipe.describing import describe, uses_in
 from prunekit.recipe.resolver import THREAT_EXAMPLE, Resolver
 from prunekit.recipe.stages import Stage, resolve_stages
@@ -235,15 +236,9 @@ def _resolve_run(
     stages = resolve_stages(data, resolver, bool(settings), notes)
     if len(resolver.problems) > before or dataset is None or architecture is None:
         return
-    for stage in stages if images.validation == 0 else ():
-        if getattr(stage.options, "epochs", None) and stage.options.select != "last":
-            resolver.problem(
-                ("stage", stage.position),
-                f"stage {stage.name!r} has no images to choose its best epoch with, because "
-                'validation is 0; write select = "last" in it',
-            )
+    check_images(images, stages, resolver)
     threat, folder = resolver.threat, recipe.path.parent
-    notes += _note_threats(threat, stages)
+    notes += note_threats(threat, stages)
     yield Run(
         label, settings, folder, seed, dataset, images, architecture, start.init, threat, stages
     )
@@ -278,14 +273,3 @@ def _resolve_section(
     own = {k: v for k, v in table.items() if k in names}
     options = resolver.options(core, own, (key,), f"[{key}]")
     return resolver.use(key, table, (key,), names), options
-
-
-def _note_threats(threat: Threat | None, stages: tuple[Stage, ...]) -> Iterator[str]:
-    """A component may have another threat model than the recipe; that is worth a note."""
-    for stage in stages if threat else ():
-        for use in uses_in(stage.options):
-            if threat and use.threat and use.threat != threat:
-                yield (
-                    f"stage {stage.name!r}: {use.name!r} has norm {use.threat.norm}, eps "
-                    f"{use.threat.eps:.6g}; the recipe's threat is {threat.norm}, {threat.eps:.6g}"
-                )

@@ -183,8 +183,11 @@ def _check_counts(stage: Stage, resolver: Resolver, path: KeyPath) -> None:
 
 
 def _check_wrappers(stage: Stage, resolver: Resolver, path: KeyPath) -> None:
-    """Several passes a step, and several steps a batch, do not go together."""
+    """Wrappers of scores are for prune stages; several passes do not go with several steps."""
     for use in getattr(stage.options, "wrap", ()):
+        if use.component.scores and stage.kind != "prune":
+            message = f"{use.name!r} is for stages that learn scores; write it in a prune stage"
+            resolver.problem((*path, "wrap"), message)
         if ask(use, "passes") > 1 and stage.options.objective and stage.replays > 1:
             resolver.problem(
                 (*path, "wrap"),

@@ -19,6 +19,7 @@ DECIDING = (
     "data/",
     "engine/engine.py",
     "engine/evaluating.py",
+    "engine/others.py",
     "engine/stages.py",
     "engine/watched.py",
     "engine/work.py",

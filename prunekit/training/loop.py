@@ -31,6 +31,7 @@ from prunekit.report import Note, Progress, Report, StageStarted, Stop
 from prunekit.steps import Averaging, Masking, Wrapper
 from prunekit.training.progress import Position, label_metrics, restore, save, tell_epoch
 from prunekit.training.rewiring import Rewired
+from prunekit.training.statistics import recalibrated
 from prunekit.training.step import Stepper
 
 IMAGES = "#"
@@ -145,7 +146,10 @@ def fit(job: Fit) -> list[dict[str, Any]]:
             for wrapper in job.wrappers:
                 if isinstance(wrapper, Averaging):
                     judged.enter_context(wrapper.judged(model))
-            judged.enter_context(job.masking.judged(job.end(at.epoch)))
+            end = job.end(at.epoch)
+            judged.enter_context(job.masking.judged(end))
+            measured = (job.objective, job.feed, end, job.seed, job.wrappers)
+            judged.enter_context(recalibrated(model, *measured))
             row = _summarize(job, at)
             row["best"] = _is_best(job, at, row)
             if row["best"]:

@@ -28,8 +28,13 @@ class Weights:
     """Trains the parameters that take a gradient; weights that `masks` remove stay exactly zero."""
 
     def __init__(self, model: nn.Module, masks: Masks) -> None:
-        self.model, self.masks = model, masks
+        self.model, self._masks = model, masks
         self._named = dict(model.named_parameters())
+
+    @property
+    def masks(self) -> Masks:
+        """The masks of the present step."""
+        return self._masks
 
     def parameters(self) -> list[ParamGroup]:
         return [ParamGroup([p for p in self.model.parameters() if p.requires_grad])]
@@ -82,6 +87,13 @@ class Weights:
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
 
+def freeze_norms(model: nn.Module) -> None:
+    """Keep what normalization layers have learned, and their statistics."""
+    for module in model.modules():
+        if isinstance(module, NORMS):
+            module.eval().requires_grad_(False)
+
+
 class LearnedScores:
     """Trains scores of frozen weights; masks follow the scores, once an optimizer step.
 
@@ -113,14 +125,13 @@ class LearnedScores:
         named = dict(model.named_parameters())
         self._frozen = {name: named[name] for name in start.values}
         self._lent: list[tuple[Tensor, Tensor]] = []
-        trains = {parameter for parameter in model.parameters() if parameter.requires_grad}
+        norms = [module for module in model.modules() if isinstance(module, NORMS)]
+        trains = [p for norm in norms for p in norm.parameters() if p.requires_grad]
         model.requires_grad_(False)
-        for module in model.modules():
-            if isinstance(module, NORMS):
-                if bn == "freeze":
-                    module.eval()
-                for parameter in trains.intersection(module.parameters()):
-                    parameter.requires_grad_(bn != "freeze")
+        for parameter in trains:
+            parameter.requires_grad_(True)
+        if bn == "freeze":
+            freeze_norms(model)
         self.rates = dict(rates or {})
         known = {name: self.rates.get(name) for name in start.values}
         self.parts: dict[str, ScoredWeight] | dict[str, ScoredChannels]

@@ -42,6 +42,7 @@ class Rewiring:
     gradients: bool = False
     allocates: bool = False
     groups: Sequence[Group] = ()
+    trained: bool = False
     rehearsed: bool = False
     """The stage is tried on a few batches: its last step rewires in any case."""
 
@@ -117,6 +118,7 @@ class Rewired(Weights):
             seeds.generator(*plan.seed, "rewire", clock.step),
             first=gradients is None,
             final=final,
+            trained=plan.trained,
         )
         seeds.seed_all(*plan.seed, "rewire", clock.step)
         scores = plan.rewirer(moment)
@@ -146,7 +148,7 @@ class Rewired(Weights):
 
     def detach(self) -> None:
         """Take the buffers off the model; `masks` stays."""
-        self.masks = {name: mask.clone() for name, mask in self.masks.items()}
+        self._masks = {name: mask.clone() for name, mask in self.masks.items()}
         for module in self.model.modules():
             for name in [n for n in module._buffers if n.endswith("_kept")]:
                 del module._buffers[name]

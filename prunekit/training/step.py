@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from prunekit.contracts import Attacking, Clock, Loss, Objective, OptimizerChoice, Stepping
 from prunekit.data import seeds
 from prunekit.steps import Around, Following, Masking, Now, Wrapper
+from prunekit.training.masking import LearnedScores
 from prunekit.training.rewiring import Rewired
 
 
@@ -29,6 +30,14 @@ class Step(nn.Module):
         objective: Any = self._objective[0]
         loss: Loss = objective.loss(*prepared, clock) if prepared else objective(x, y, clock)
         return loss
+
+
+def look(masking: Masking, clock: Clock) -> Now:
+    """The step as wrappers see it."""
+    parts = masking.parts if isinstance(masking, LearnedScores) else {}
+    scores = {name: part.score for name, part in parts.items()}
+    seen = (masking.weights(), masking.masks, masking.gradients)
+    return Now(clock, masking.model, *seen, scores)
 
 
 @dataclass
@@ -72,7 +81,7 @@ class Stepper:
             group["lr"] = rate * self._rates[id(group["params"][0])]
         rewired = masking if isinstance(masking, Rewired) and masking.due(clock) else None
         dense: dict[str, Tensor] = {}
-        now = Now(clock, masking.model, masking.weights(), masking.masks, masking.gradients)
+        now = look(masking, clock)
         go = self._prepare(x, y, clock, rewired, dense)
         for outer in reversed(self._around):
             go = partial(outer.around, go, now)

@@ -43,7 +43,7 @@ def names(registry, kind="pruner"):
 def test_all_that_is_built_in_is_there_and_comes_from_prunekit():
     registry = load_registry()
     assert registry.broken == ()
-    assert {e.kind for e in registry.entries} == set(KINDS) - {"rewirer"}
+    assert {e.kind for e in registry.entries} == set(KINDS)
     assert {e.distribution.split()[0] for e in registry.entries} == {"prunekit"}
     assert registry.names("schedule") == ["constant", "cosine", "step"]
 

@@ -152,7 +152,11 @@ def counts(count):
         (WrapperComponent, HoldsANumber, "steps is a int, not a tensor"),
         (BudgetComponent, lambda: lambda layers: None, "gives a NoneType, not a mapping"),
         (RewirerComponent, Misspelt, r"prunekit does not call dew\(\) of Misspelt; did you mean"),
-        (WrapperComponent, LeavesWeights, "`around` does not bring the weights back to the bit"),
+        (
+            WrapperComponent,
+            LeavesWeights,
+            "`around` does not bring everything back to the bit",
+        ),
         (WrapperComponent, RunsTwice, "makes 2 passes, and declares others"),
         (WrapperComponent, ReturnsNothing, "`around` must return the loss of its last pass"),
         (WrapperComponent, HalfAState, r"only a part of Stateful: add load_state_dict\(\)"),

@@ -228,6 +228,24 @@ def test_evaluation_goes_in_order(images, sizes):
     assert (batches[0][0][:, 0, 0, 0] * 255).round().tolist() == [0, 1, 2, 3]
 
 
+def test_a_fraction_of_every_batch_is_extra():
+    """70 % of 10 images, and of the last 2 all but one; an epoch is as long as without."""
+    labelled = make_split(32)
+    extra = Extra(
+        Arrays(torch.zeros(5, 1, 2, 2, dtype=torch.uint8), torch.arange(50, 55)), fraction=0.7
+    )
+    batches = epoch(labelled, 10, (), 0, extra=extra)
+    made = [((y < 50).sum().item(), (y >= 50).sum().item()) for _, y in batches]
+    assert made == [(3, 7), (3, 7), (3, 7), (1, 1)]
+    own = torch.cat([y[y < 50] for _, y in batches]).tolist()
+    assert len(set(own)) == len(own)
+    later = torch.cat([y[y < 50] for _, y in epoch(labelled, 10, (), 1, extra=extra)])
+    assert set(later.tolist()) != set(own)
+    for (x, y), (a, b) in zip(batches[2:], epoch(labelled, 10, (), 0, 2, extra=extra), strict=True):
+        assert torch.equal(x, a)
+        assert torch.equal(y, b)
+
+
 def test_extra_images_join_every_batch_in_their_ratio():
     labelled = Arrays(torch.zeros(5, 1, 2, 2, dtype=torch.uint8), torch.zeros(5, dtype=torch.int64))
     images = torch.arange(1, 4, dtype=torch.uint8).view(3, 1, 1, 1).expand(3, 1, 2, 2)

@@ -84,6 +84,8 @@ def build_evaluator(options, context):
 
 
 def build_objective(options, context):
+    act.get("learn", lambda context: None)(context)
+
     def step(x, y, clock):
         tell("objective")
         logits = context.model(x)

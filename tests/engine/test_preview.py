@@ -33,6 +33,7 @@ class Counting(nn.Module):
 
 PGD = {"use": "pgd-at", "steps": 2, "validation_steps": 3}
 FINETUNE = {"kind": "finetune", "epochs": 2, "optimizer": {"use": "sgd", "lr": 1e-6}}
+TAUGHT = [{**FINETUNE, "kind": "pretrain", "objective": "benign"}, FINETUNE]
 PRUNE = {"kind": "prune", "sparsity": 0.5}
 
 
@@ -45,6 +46,22 @@ PRUNE = {"kind": "prune", "sparsity": 0.5}
         (PGD, [FINETUNE], [LOOKS + 8 * 3 + 2 * 5]),
         ({**PGD, "use": "trades"}, [FINETUNE], [LOOKS + 8 * 5 + 2 * 5]),
         ({**PGD, "use": "mart"}, [FINETUNE], [LOOKS + 8 * 4 + 2 * 5]),
+        # The teacher's passes count: here it is the network itself, before it is finetuned.
+        (
+            {"use": "rslad", "steps": 2, "validation_steps": 3},
+            TAUGHT,
+            [LOOKS + 8 + 2, LOOKS + 8 * 5 + 2 * 5],
+        ),
+        (
+            {"use": "rslad", "steps": 2, "validation_steps": 3, "igdm": 1},
+            [TAUGHT[0], {**FINETUNE, "wrap": ["awp"]}],
+            [LOOKS + 8 + 2, LOOKS + 8 * (8 + 3) + 2 * 5],
+        ),
+        (
+            {"use": "saad", "steps": 2, "validation_steps": 3, "natural": 1},
+            [TAUGHT[0], {**FINETUNE, "wrap": ["awp"]}],
+            [LOOKS + 8 + 2, LOOKS + 8 * (8 + 3) + 2 * 5],
+        ),
         # 2 steps on each batch, so that it passes over the images once.
         (
             {"use": "free-adv", "replays": 2, "validation_steps": 3},
@@ -54,6 +71,12 @@ PRUNE = {"kind": "prune", "sparsity": 0.5}
         ({"use": "smoothing", "validation_draws": 3}, [FINETUNE], [LOOKS + 8 * 2 + 2 * 4]),
         # Both of its passes go through the loss; one attack serves them.
         (PGD, [{**FINETUNE, "wrap": ["awp"]}], [LOOKS + 8 * 4 + 2 * 5]),
+        # Four batches go through the objective for the statistics of each of two averages.
+        (
+            PGD,
+            [{**FINETUNE, "wrap": [{"use": "swa", "start": 0}]}],
+            [LOOKS + 8 * 3 + 2 * (5 + 4 * 3)],
+        ),
         # Statistics are made anew with one pass over the images, also after scores were learned.
         ("benign", [{**PRUNE, "epochs": 1, "bn": "recalibrate"}], [LOOKS + 4 + 1 + 4]),
         ("benign", [{**PRUNE, "pruner": "lwm", "bn": "recalibrate"}], [4]),

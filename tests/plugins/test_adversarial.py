@@ -283,6 +283,30 @@ def test_an_attack_without_a_threat_says_what_to_write(name: str) -> None:
 # --- objectives ----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", ["benign", "pgd-at", "trades", "mart", "free-adv"])
+def test_smoothed_labels_are_in_the_loss_and_not_in_the_attack(name: str) -> None:
+    """0.3 of each label's probability is spread: the loss grows by 0.3 (mean -log p + log p_y)."""
+    x, y = make_batch()
+    threat = None if name == "benign" else LINF
+
+    def step(**options: Any) -> Any:
+        objective = build(name, threat, make_net(), **options)
+        torch.manual_seed(6)
+        return objective(x, y, CLOCK)
+
+    plain, smoothed = step(), step(label_smoothing=0.3)
+    assert torch.equal(step(label_smoothing=0.0).value, plain.value)
+    logits = plain.logits
+    if name == "mart":  # its cross-entropy is at attacked images
+        model = make_net()
+        torch.manual_seed(6)
+        prepared = build(name, threat, model).prepare(x, y, CLOCK)
+        logits = model(prepared.adversarial)
+    log = logits.log_softmax(1)
+    grown = 0.3 * (log[range(5), y] - log.mean(1)).mean()
+    torch.testing.assert_close(smoothed.value - plain.value, grown, atol=1e-9, rtol=1e-6)
+
+
 @pytest.mark.parametrize("threat", [LINF, BALL], ids=["linf", "l2"])
 def test_trades_loss_gradients_and_statistics(threat: Threat) -> None:
     model, (x, y) = make_net(), make_batch()

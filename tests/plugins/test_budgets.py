@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from prunekit_budgets.budgets import lamp, spread_erk
+from prunekit_budgets.budgets import lamp, spread_erk, spread_igq
 from torch import nn
 
 from prunekit.contracts import Scores
@@ -77,7 +77,15 @@ def test_erk_of_convolutions_counts_the_kernel():
     assert densities == {"a": pytest.approx(3 * 18 / 288), "b": pytest.approx(3 * 30 / 1152)}
 
 
-@pytest.mark.parametrize("budget", ["global", "erk", "lamp"])
+def test_igq_by_hand():
+    """With f = 0.1, 10 and 90 weights keep 10 / 2 = 5 and 90 / 10 = 9; with f = 0, all."""
+    sizes = {"a": 10, "b": 90}
+    assert spread_igq(sizes, 14) == {"a": pytest.approx(0.5), "b": pytest.approx(0.1)}
+    assert spread_igq(sizes, 100) == {"a": pytest.approx(1), "b": pytest.approx(1)}
+    assert share_out(spread_igq(sizes, 14), sizes, 14) == {"a": 5, "b": 9}
+
+
+@pytest.mark.parametrize("budget", ["global", "erk", "igq", "lamp"])
 @pytest.mark.parametrize("sparsity", [0.5, 0.9, 0.97])
 def test_the_total_is_exact_under_every_budget(budget, sparsity, make_conv_net, choose):
     torch.manual_seed(1)
@@ -87,7 +95,7 @@ def test_the_total_is_exact_under_every_budget(budget, sparsity, make_conv_net, 
     assert sum(int(m.sum()) for m in masks.values()) == total - int(sparsity * total)
 
 
-@pytest.mark.parametrize("budget", ["layer", "global", "erk", "lamp"])
+@pytest.mark.parametrize("budget", ["layer", "global", "erk", "igq", "lamp"])
 @pytest.mark.parametrize("structure", ["element", "channel"])
 def test_what_is_gone_stays_gone_and_the_rest_is_chosen_among(
     budget, structure, make_conv_net, choose

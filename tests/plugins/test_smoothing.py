@@ -117,10 +117,12 @@ def test_stability_training_is_cross_entropy_and_kl_to_the_noisy_prediction() ->
 def test_noise_training_is_cross_entropy_on_the_noisy_images() -> None:
     model, (x, y) = make_net(), make_batch()
     torch.manual_seed(5)
-    loss = build("smoothing", model, sigma=0.5, loss="noise")(x, y, CLOCK)
+    loss = build("smoothing", model, sigma=0.5, loss="noise", label_smoothing=0.3)(x, y, CLOCK)
     torch.manual_seed(5)
     logits = model(x + 0.5 * torch.randn_like(x))
-    torch.testing.assert_close(loss.value, F.cross_entropy(logits, y))
+    log = logits.log_softmax(1)
+    expected = -(0.7 * log[range(6), y] + 0.3 * log.mean(1)).mean()
+    torch.testing.assert_close(loss.value, expected)
     torch.testing.assert_close(loss.logits, logits.detach())
 
 

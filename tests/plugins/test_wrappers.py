@@ -1,20 +1,21 @@
-"""AWP and EMA, by hand and in training: on weights, on scores, and over a stop."""
+"""AWP, EMA and SWA, by hand and in training: on weights, on scores, and over a stop."""
 
 import pytest
 import torch
-from prunekit_adversarial import TradesOptions
-from prunekit_adversarial.objectives import build_trades
-from prunekit_wrappers import AwpOptions
+from prunekit_adversarial import MartOptions, PgdAtOptions, TradesOptions
+from prunekit_adversarial.objectives import build_mart, build_pgd_at, build_trades
+from prunekit_wrappers import AwpOptions, EmaOptions, SwaOptions
+from prunekit_wrappers.averages import build_ema, build_swa
 from prunekit_wrappers.awp import Awp
-from prunekit_wrappers.ema import Ema
 from torch import nn
 from torch.nn import functional as F
 
-from prunekit.contexts import ObjectiveContext
+from prunekit.contexts import NetworkContext, ObjectiveContext
 from prunekit.contracts import Clock, Loss, OptimizerChoice, Scores, Threat
 from prunekit.data.batches import Arrays, Feed
 from prunekit.data.seeds import generator, seed_all
 from prunekit.errors import Interrupted
+from prunekit.evaluation import frozen
 from prunekit.graph.groups import find_groups
 from prunekit.pruning.masks import apply_masks
 from prunekit.pruning.selection import Selection, select_masks
@@ -50,11 +51,25 @@ def make_masking(kind):
     return LearnedScores(model, Scores(start), Selection(0.5), {})
 
 
-def make_trades(masking):
-    options = TradesOptions(steps=2)
-    return build_trades(
-        options, example_context(ObjectiveContext, model=masking.model, threat=Threat("linf", 0.1))
-    )
+ATTACKING = {
+    "pgd-at": (build_pgd_at, PgdAtOptions(steps=2)),
+    "trades": (build_trades, TradesOptions(steps=2)),
+    "mart": (build_mart, MartOptions(steps=2)),
+}
+
+
+def make_objective(masking, name):
+    build, options = ATTACKING[name]
+    threat = Threat("linf", 0.1)
+    return build(options, example_context(ObjectiveContext, model=masking.model, threat=threat))
+
+
+def make_ema(decay, **options):
+    return build_ema(EmaOptions(decay=decay, **options), example_context(NetworkContext))
+
+
+def make_swa(start=0.0, **options):
+    return build_swa(SwaOptions(start=start, **options), example_context(NetworkContext))
 
 
 def sgd(groups):
@@ -96,15 +111,16 @@ def test_awp_begins_after_its_epochs():
 
 
 @pytest.mark.parametrize("kind", ["weights", "scores", "channels"])
-def test_awp_with_trades_attacks_once_and_moves_statistics_once(kind):
+@pytest.mark.parametrize("name", ATTACKING)
+def test_awp_attacks_once_and_moves_statistics_once(name, kind):
     """The step is the one of a loss that is differentiated at w + v, worked out beside it."""
     masking = make_masking(kind)
-    model, trades = masking.model, make_trades(masking)
+    model, objective = masking.model, make_objective(masking, name)
     x, y = batch()
     attacks, forwards = [], []
-    prepare, loss = type(trades).prepare, type(trades).loss
+    prepare, loss = type(objective).prepare, type(objective).loss
 
-    class Counted(type(trades)):
+    class Counted(type(objective)):
         def prepare(self, *given):
             attacks.append(1)
             return prepare(self, *given)
@@ -113,23 +129,24 @@ def test_awp_with_trades_attacks_once_and_moves_statistics_once(kind):
             forwards.append(model[1].running_mean.clone())
             return loss(self, *given)
 
-    trades = Counted(trades.model, trades.attack, trades.validation, trades.beta)
+    objective = Counted(**vars(objective))
     before = {n: w.clone() for n, w in masking.weights().items()}
     buffers = model[1].running_mean.clone()
     choice = OptimizerChoice(lambda groups: torch.optim.SGD(groups, lr=0.0), 0.0, lambda c: 1.0)
-    wrapped = Stepper(masking, trades, choice, (0, 0), wrappers=[Awp(AwpOptions(gamma=0.5))])
+    wrapped = Stepper(masking, objective, choice, (0, 0), wrappers=[Awp(AwpOptions(gamma=0.5))])
     seed_all(0)
     wrapped.take(x, y, CLOCK, [])
     assert (len(attacks), len(forwards)) == (1, 2)
     assert all(torch.equal(mean, buffers) for mean in forwards)
-    assert int(model[1].num_batches_tracked) == 2  # clean and attacked images, of one pass
+    # One pass moves them: at attacked images, and in two of the losses at clean ones.
+    assert int(model[1].num_batches_tracked) == (1 if name == "pgd-at" else 2)
     assert all(torch.equal(before[n], w) for n, w in masking.weights().items())
     got = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     moved = model[1].running_mean.clone()
 
     # Beside it: the same attack, then gradients at w, then at w + v.
     model[1].reset_running_stats()
-    plain = make_trades(masking)
+    plain = make_objective(masking, name)
     seed_all(0)
     with masking.effective(CLOCK):
         prepared = plain.prepare(x, y, CLOCK)
@@ -184,7 +201,7 @@ def test_gates_lend_gradients_and_keep_their_weights_frozen():
 def test_ema_by_hand():
     """From 1: d = min(0.5, 1 / 10) at step 0, (1 + 1) / (10 + 1) at 1, 0.5 at 98."""
     net = nn.Linear(1, 1, bias=False)
-    ema = Ema(0.5)
+    ema = make_ema(0.5)
 
     def follow(step, value):
         nn.init.constant_(net.weight, value)
@@ -203,11 +220,38 @@ def test_ema_by_hand():
 def test_ema_forgets_what_is_dropped():
     net = nn.Linear(2, 1, bias=False)
     nn.init.ones_(net.weight)
-    masks, ema = {"weight": torch.tensor([[True, True]])}, Ema(0.9)
+    masks, ema = {"weight": torch.tensor([[True, True]])}, make_ema(0.9)
     ema.after_step(Now(Clock(0, 9, 0, 1), net, {}, masks, dict))
     masks["weight"][0, 1] = False
     ema.after_step(Now(Clock(1, 9, 0, 1), net, {}, masks, dict))
     assert ema.average["weight"].tolist() == [[1.0, 0.0]]
+
+
+def test_swa_by_hand():
+    """Epochs of two steps; the ends of epochs 2 and 3 of 3 count, and before them nothing does."""
+    net, swa = nn.Linear(2, 1, bias=False), make_swa(start=0.4)
+    masks = {"weight": torch.tensor([[True, True]])}
+    for step, value in enumerate([9.0, 8, 7, 1, 7, 4]):
+        nn.init.constant_(net.weight, value)
+        if step == 5:
+            masks["weight"][0, 1] = False
+        swa.after_step(Now(Clock(step, 6, step // 2, 3), net, {}, masks, dict))
+        assert bool(swa.average) == (step > 2)
+        with swa.judged(net):
+            found = net.weight.tolist()
+        assert found == [[1, 1]] if step == 3 else True
+        assert swa.batches(CLOCK) == (50 if step > 2 else 0)
+    assert found == [[2.5, 0]]
+
+
+def test_what_grows_again_starts_in_the_mean_at_its_value():
+    net, swa = nn.Linear(2, 1, bias=False), make_swa()
+    masks = {"weight": torch.tensor([[True, False]])}
+    for step, values in enumerate([[1.0, 0.0], [3.0, 5.0]]):
+        net.weight.data = torch.tensor([values])
+        masks["weight"][0, 1] = step == 1
+        swa.after_step(Now(Clock(step, 2, step, 2), net, {}, masks, dict))
+    assert swa.average["weight"].tolist() == [[2, 5]]
 
 
 class Noisy:
@@ -247,8 +291,9 @@ def make_job(folder, kind, wrappers, stop=None):
                folder / "progress.safetensors", wrappers=wrappers)  # fmt: skip
 
 
-def make_wrappers():
-    return [Ema(0.9), Awp(AwpOptions())]
+def make_wrappers(average="ema"):
+    average = make_ema(0.9) if average == "ema" else make_swa(start=0.4, batches=2)
+    return [average, Awp(AwpOptions())]
 
 
 def finish(job):
@@ -261,16 +306,17 @@ def finish(job):
 
 
 @pytest.mark.parametrize("kind", ["weights", "scores", "channels"])
+@pytest.mark.parametrize("average", ["ema", "swa"])
 @pytest.mark.parametrize("at", [2, 4, 9])
-def test_a_stop_changes_no_bit(kind, at, tmp_path):
+def test_a_stop_changes_no_bit(kind, average, at, tmp_path):
     """Raw weights, the average, momentum and the best epoch."""
-    whole = finish(make_job(tmp_path / "a", kind, make_wrappers()))
+    whole = finish(make_job(tmp_path / "a", kind, make_wrappers(average)))
     stop = Stop()
-    job = make_job(tmp_path / "b", kind, make_wrappers(), stop)
+    job = make_job(tmp_path / "b", kind, make_wrappers(average), stop)
     job.objective.watch = lambda step: setattr(stop, "requested", stop.requested or step == at)
     with pytest.raises(Interrupted):
         fit(job)
-    again = finish(make_job(tmp_path / "b", kind, make_wrappers()))
+    again = finish(make_job(tmp_path / "b", kind, make_wrappers(average)))
     for one, other in zip(again[:2], whole[:2], strict=True):
         assert one.keys() == other.keys()
         assert all(torch.equal(one[name], value) for name, value in other.items())
@@ -279,7 +325,7 @@ def test_a_stop_changes_no_bit(kind, at, tmp_path):
 
 @pytest.mark.parametrize("kind", ["weights", "scores"])
 def test_the_average_is_what_is_stored_under_its_exact_masks(kind, tmp_path):
-    ema = Ema(0.9)
+    ema = make_ema(0.9)
     job = make_job(tmp_path, kind, [ema])
     job.select = "last"
     fit(job)
@@ -296,10 +342,43 @@ def test_the_average_is_what_is_stored_under_its_exact_masks(kind, tmp_path):
         assert all(torch.equal(chosen[n], mask) for n, mask in job.masking.masks.items())
 
 
+class Attacked(Noisy):
+    """Adds 1/2 to every image, which an attack in evaluation mode does before."""
+
+    def __call__(self, x, y, clock):
+        with frozen(self.model) as network:
+            network(x)
+        return super().__call__(x + 0.5, y, clock)
+
+
+@pytest.mark.parametrize("make", [make_ema, make_swa])
+@pytest.mark.parametrize("kind", ["weights", "scores"])
+def test_statistics_of_an_average_are_those_of_the_objective(make, kind, tmp_path):
+    """The mean of the first layer's outputs over the stage's two batches, attacked and noisy."""
+    job = make_job(tmp_path, kind, [make(0.5, bn="recalibrate", batches=2)])
+    job.objective, job.select, inputs = Attacked(job.masking.model), "last", []
+    raw = []
+
+    def look(module, given):
+        if module.training and module.momentum is None:
+            inputs.append(given[0].mean((0, 2, 3)))
+        else:
+            raw.append((module.running_mean.clone(), int(module.num_batches_tracked)))
+
+    norm = job.masking.model[1]
+    norm.register_forward_pre_hook(look)
+    fit(job)
+    assert len(inputs) == (6 if make is make_ema else 4)
+    torch.testing.assert_close(norm.running_mean, torch.stack(inputs[-2:]).mean(0))
+    assert (int(norm.num_batches_tracked), norm.momentum, norm.training) == (2, 0.1, True)
+    trained = [count for _, count in raw if count > 2]
+    assert max(trained) == 11  # of 12 steps, before the last: measuring left no trace
+
+
 def test_what_grows_again_is_in_the_average_as_it_is():
     """A scale that starts at 1 again must not creep up from 0."""
     net = nn.BatchNorm1d(2)
-    masks, ema = {"weight": torch.tensor([True, False])}, Ema(0.9)
+    masks, ema = {"weight": torch.tensor([True, False])}, make_ema(0.9)
     with torch.no_grad():
         net.weight[1] = 0
     for step in range(3):

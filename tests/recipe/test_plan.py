@@ -301,6 +301,25 @@ def test_without_validation_the_best_epoch_cannot_be_chosen(refuse, plan):
     assert plan(text, "pretrain.select=last", "prune.pruner=lwm").runs
 
 
+@pytest.mark.parametrize("objective", ["ibp", "crown-ibp", "mixtrain"])
+def test_training_by_bounds_refuses_extra_images(objective, refuse, plan):
+    text = SMALL.replace('"digits"', '{ use = "digits", extra = "digits" }')
+    objective = f"[threat]\neps = 0.1\n[objective]\nuse = {objective!r}\n"
+    told = text.replace('objective = "benign"\n', objective)
+    (line,) = refuse(told)
+    assert line.startswith("r.toml:1: extra is not for objective ")
+    assert line.endswith("write allow_extra = true in the objective")
+    assert plan(told, "objective.allow_extra=true").runs
+    assert plan(text).runs
+
+
+def test_how_much_is_extra_is_said_once(refuse, plan):
+    text = SMALL.replace('"digits"', '{ use = "digits", extra = "digits", extra_fraction = 0.7 }')
+    assert plan(text).runs
+    (line,) = refuse(text, "dataset.extra_ratio=2")
+    assert "extra_ratio and extra_fraction both say how much is extra; remove one" in line
+
+
 def test_a_metric_that_the_objective_does_not_validate(refuse, plan):
     assert refuse(TOP + PRETRAIN + 'select = "acuracy"\n' + EVALUATE) == [
         "r.toml:7: stage 'pretrain': objective 'benign' has no validation metric 'acuracy'; "
@@ -543,6 +562,8 @@ def test_wrappers_that_cannot_serve_are_refused(refuse, plan):
     several = PRETRAIN + 'objective = "free-adv"\nwrap = ["awp"]\n'
     (found,) = refuse(TOP + several + threat)
     assert "'awp' goes through a step's loss several times, and objective 'free-adv' takes" in found
+    (found,) = refuse(TOP + PRETRAIN + 'wrap = ["s2ap"]\n')
+    assert "'s2ap' is for stages that learn scores; write it in a prune stage" in found
     plan(TOP + several.replace('"awp"', '"ema"') + threat)
     plan(TOP + several.replace('"free-adv"', '"trades"') + threat)
 

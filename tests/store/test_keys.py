@@ -100,6 +100,7 @@ SHOWING = (
     "models/failures.py",
     "models/importing.py",
     "models/stored.py",
+    "recipe/agreement.py",
     "recipe/describing.py",
     "recipe/plan.py",
     "recipe/reduction.py",

@@ -51,6 +51,14 @@ class DataOptions:
     )
     extra: Use[Data] | None = option(None, help="data set whose training images are added")
     extra_ratio: float = option(1.0, help="extra images for each labeled one in a batch", above=0)
+    extra_fraction: float | None = option(
+        None, help="fraction of each batch that is extra, in place of extra_ratio", above=0, below=1
+    )
+
+    def __post_init__(self) -> None:
+        if self.extra_fraction is not None and self.extra_ratio != 1:
+            message = "extra_ratio and extra_fraction both say how much is extra; remove one"
+            raise OptionError("extra_fraction", message)
 
 
 @dataclass(frozen=True, kw_only=True)
