@@ -234,7 +234,8 @@ def evaluate(
     stage |= {} if images is None else {"images": images}
     sections: dict[str, Any] = {"stage": [stage], "seed": seed}
     if threat is not None:
-        sections["threat"] = _table_threat(threat)
+        threat = dataclasses.asdict(threat) if isinstance(threat, Threat) else threat
+        sections["threat"] = dict(threat) if isinstance(threat, Mapping) else {"eps": threat}
     check_model(model)
     with torch.inference_mode(False):
         judged = read_images(data, model)
@@ -293,9 +294,3 @@ def _execute(
     paths = [folder / run.label if plan.swept else folder for run in plan.runs]
     # The run was permitted to build this network.
     return [load(path, model, trust=True) for path in paths]
-
-
-def _table_threat(threat: Any) -> Any:
-    if isinstance(threat, Threat):
-        return dataclasses.asdict(threat)
-    return dict(threat) if isinstance(threat, Mapping) else {"eps": threat}

@@ -22,6 +22,8 @@ import pytest
 from click.testing import CliRunner
 
 from prunekit.cli.group import main
+from prunekit.contracts import Metric
+from prunekit.store.metrics import write_metrics
 
 
 def pytest_configure():
@@ -72,16 +74,16 @@ def evaluate():
         key: str, accuracy: float, sparsity: float, name: str = "evaluate"
     ) -> dict[str, Any]:
         metrics = {
-            "clean.accuracy": accuracy,
-            "clean.accuracy_low": accuracy - 0.02,
-            "clean.accuracy_high": accuracy + 0.01,
-            "clean.n": 360,
-            "certify.acr": accuracy / 2,
-            "certify.certified@0.25": accuracy / 4,
-            "certify.zero_gradient": 0,
+            "clean.accuracy": Metric(
+                accuracy, n=360, low=accuracy - 0.02, high=accuracy + 0.01, unit="fraction"
+            ),
+            "certify.acr": Metric(accuracy / 2),
+            "certify.certified@0.25": Metric(accuracy / 4, unit="fraction"),
+            "certify.zero_gradient": Metric(0, kind="diagnosis", note="gave no gradient"),
             "certify.note": "not a number",
-            "sparsity": sparsity,
+            "sparsity": Metric(sparsity, unit="sparsity"),
         }
+        metrics = write_metrics(metrics)
         return {"name": name, "kind": "evaluate", "key": key, "seconds": 1.0, "metrics": metrics}
 
     return evaluate
@@ -93,7 +95,7 @@ def write_run():
         """Write a run's record; `settings` are those of a sweep, the seed among them."""
         folder.mkdir(parents=True)
         told = {
-            "format": 1,
+            "format": 2,
             "name": "quickstart",
             "run": folder.name,
             "status": "done",

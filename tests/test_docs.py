@@ -14,7 +14,6 @@ from prunekit.catalog.component import option
 from prunekit.catalog.kinds import KINDS, ObjectiveComponent, PrunerComponent
 from prunekit.catalog.registry import load_registry
 from prunekit.cli.group import main
-from prunekit.errors import RecipeError
 from prunekit.recipe.describing import field_types, key_of
 from prunekit.recipe.plan import TOP_KEYS, make_plan
 from prunekit.recipe.toml.document import load_recipe
@@ -29,10 +28,6 @@ from prunekit.testing import check_component, check_declaration
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 BLOCK = re.compile(r"^( *)```(\w+)\n(.*?)^ *```$", re.DOTALL | re.MULTILINE)
-
-BEING_WRITTEN = {
-}  # fmt: skip
-"""Components that others are writing just now, with the options that the pages name."""
 
 FLAGS = set(re.findall(r"--[\w-]+", """
 --configs --result-dir --exp-name --exp-mode --arch --num-classes --layer-type --init_type --k
@@ -137,21 +132,7 @@ def test_recipes_pass_check_and_fragments_are_toml(page, tmp_path):
             continue
         path = tmp_path / f"{number}.toml"
         path.write_text(code)
-        assert find_problems(path) == []
-
-
-def find_problems(path):
-    """Without those that others' work will solve."""
-    try:
-        make_plan(load_recipe(path), load_registry())
-    except RecipeError as error:
-        return [p for p in error.problems if not names_what_is_being_written(p.message)]
-    return []
-
-
-def names_what_is_being_written(message):
-    found = re.match(r"unknown (\w+) '([\w-]+)'", message)
-    return found is not None and found[2] in BEING_WRITTEN.get(found[1], {})
+        assert make_plan(load_recipe(path), load_registry()).runs
 
 
 def test_the_recipe_with_every_table_has_them_all():
@@ -192,7 +173,6 @@ def test_what_replaces_a_flag_is_a_recipe_line():
     for options in (*STAGE_OPTIONS.values(), DataOptions, ArchitectureOptions, ThreatOptions):
         known |= {key_of(name) for name in field_types(options)}
     known |= {*TOP_KEYS, "use", "kind", "extends", "name"}
-    known |= {key for names in BEING_WRITTEN.values() for keys in names.values() for key in keys}
     found = list(fragments("from-hydra.md"))
     assert len(found) > 40
     for code in found:
@@ -209,7 +189,6 @@ def keys_in(table):
 
 def test_components_that_the_page_names_are_there():
     names = {e.component.name for e in load_registry().entries}
-    names |= {name for kind in BEING_WRITTEN.values() for name in kind}
     text = read("from-hydra.md")
     for name in re.findall(r'use = "([\w-]+)"', text):
         assert name in names, name
@@ -217,14 +196,6 @@ def test_components_that_the_page_names_are_there():
     for name in ("timm", "torchvision", "python", "verified", "autoattack", "free-adv"):
         assert f"`{name}`" in text
         assert name in names
-
-
-def test_what_is_being_written_is_not_there_yet():
-    """Once it is, this list has to shrink."""
-    entries = load_registry().entries
-    for kind, names in BEING_WRITTEN.items():
-        there = {e.component.name for e in entries if e.kind == kind} & names.keys()
-        assert not there, f"take {there} out of BEING_WRITTEN"
 
 
 # The page for authors

@@ -56,7 +56,7 @@ def install(here, monkeypatch):
 @pytest.mark.parametrize(
     ("source", "reason"),
     [
-        ("raise SystemExit(0)", "SystemExit: 0"),
+        ("raise SystemExit('[bold] no')", "SystemExit: [bold] no"),
         ("raise BaseException('hm')", "BaseException: hm"),
         ("raise KeyboardInterrupt", "KeyboardInterrupt"),
         ("raise GeneratorExit", "GeneratorExit"),
@@ -71,6 +71,8 @@ def test_an_import_that_raises_anything_is_a_broken_plugin(install, read, call, 
     install(source)
     (broken,) = read("list")["broken"]
     assert broken["reason"] == reason
+    (row,) = [line for line in call("list")[0].splitlines() if line.startswith("plugin ")]
+    assert f"misbehaving 1.0  broken: {reason}" in row
     assert call("check", "r.toml")[0] == "r.toml: good (1 run)\n"
 
 

@@ -20,11 +20,7 @@ from prunekit.reading import (
     read_bytes,
 )
 
-
-@pytest.fixture(autouse=True)
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("here")
 
 
 def test_only_regular_files_of_limited_size_are_read(here):
@@ -151,6 +147,8 @@ def test_a_header_that_lies_about_its_types_is_named(here):
         ({"masked": "0.weight"}, "its masked is '0.weight'"),
         ({"kept_zeros": {"a": [-1]}}, "its kept_zeros is {'a': [-1]}"),
         ({"seed": "1"}, "its seed is '1'"),
+        ({"sparsity": 7}, "its sparsity is 7"),
+        ({"sparsity": -0.1}, "its sparsity is -0.1"),
         ([], "it is no table"),
     ]:
         write(header)

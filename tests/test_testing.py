@@ -153,14 +153,6 @@ def misspells_a_method(options, context):
     return Misspelt(context.model)
 
 
-def misspells_another_method(options, context):
-    class Misspelt(Step):
-        def setled(self, clock):
-            raise NotImplementedError
-
-    return Misspelt(context.model)
-
-
 def halts_without_a_reason(options, context):
     class Halting(Step):
         def halts(self, history):
@@ -344,7 +336,6 @@ def prints(options, context):
         ("objective", "leaves_eval_mode", "left train mode"),
         ("objective", "detaches_scores", "no gradient"),
         ("objective", "misspells_a_method", "after_steps.*did you mean 'after_step'"),
-        ("objective", "misspells_another_method", "setled.*did you mean 'settled'"),
         ("objective", "halts_without_a_reason", "halts where nothing changes"),
         ("objective", "forgets_half_a_pair", r"Stateful: add load_state_dict\(\)"),
         ("reporter", "misspells_closing", "closed.*did you mean 'close'"),

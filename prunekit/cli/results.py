@@ -106,7 +106,7 @@ def print_comparison(rows: Sequence[Row], console: Console) -> None:
     cells = tables.tabulate(rows, "+-" if console.options.ascii_only else "±")
     width = group.width_of(console)
     # The stage, the settings and the seeds say which row it is.
-    labels = cells[0].index("seed") + 1 if "seed" in cells[0] else 1 + tables.count_settings(rows)
+    labels = 1 + len({address for row in rows for address in row.settings}) + ("seed" in cells[0])
     blocks = tables.split(cells, labels, width) if width else [cells]
     for titles, *lines in blocks:
         group.print_table(titles, lines, console, box=box.SIMPLE_HEAD, whole=len(titles))

@@ -117,7 +117,7 @@ class Engine:
                 with held():
                     loaded = self.inputs.load(run)
                 keys = make_keys(run, loaded, self.compute)
-                if all(self.store.is_done(part) for key in keys for part in key.parts):
+                if all(self.store.folder(part).done for key in keys for part in key.parts):
                     continue
                 if not told:
                     self.report(Note("rehearsing: one batch through every stage"))

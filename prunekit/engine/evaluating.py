@@ -246,34 +246,27 @@ def cross_examine(
     images correct than that (a sign of masked gradients, or of too small a budget), and an image
     with a proof cannot be broken by an attack within the same radius.
     """
+
+    def read(use: Use[Evaluator], record: str) -> np.ndarray:
+        return np.asarray(records[f"{use.name}.{record}"], dtype=bool)
+
     for one, other in permutations(uses, 2):
         if one.threat is None or one.threat != other.threat:
             continue
         if other.component.name in one.component.beats:
-            yield from _compare_attacks(one.name, other.name, records)
+            strong, weak = (float(read(use, "correct").mean()) for use in (one, other))
+            if strong - weak > TOLERATED + 1e-9:
+                yield (
+                    f"{one.name} leaves {strong:.1%} of the images correct, {other.name} at the "
+                    f"same radius only {weak:.1%}: trust the lower one, and give {one.name} more "
+                    "steps or restarts"
+                )
         if (one.component.judges, other.component.judges) == ("proof", "attack"):
-            yield from _refute(one.name, other.name, records)
-
-
-def _compare_attacks(strong: str, weak: str, records: Mapping[str, np.ndarray]) -> Iterator[str]:
-    standing = [float(_read(records, name, "correct").mean()) for name in (strong, weak)]
-    if standing[0] - standing[1] > TOLERATED + 1e-9:
-        yield (
-            f"{strong} leaves {standing[0]:.1%} of the images correct, {weak} at the same radius "
-            f"only {standing[1]:.1%}: trust the lower one, and give {strong} more "
-            "steps or restarts"
-        )
-
-
-def _refute(proof: str, attack: str, records: Mapping[str, np.ndarray]) -> Iterator[str]:
-    broken = _read(records, proof, "verified") & ~_read(records, attack, "correct")
-    if broken.any():
-        first = ", ".join(str(i) for i in np.asarray(records["index"])[broken][:5])
-        yield (
-            f"UNSOUND: {attack} breaks {int(broken.sum())} images that {proof} certified "
-            f"at the same radius (test images {first}): trust neither, and report this"
-        )
-
-
-def _read(records: Mapping[str, np.ndarray], name: str, record: str) -> Any:
-    return np.asarray(records[f"{name}.{record}"], dtype=bool)
+            broken = read(one, "verified") & ~read(other, "correct")
+            if broken.any():
+                first = ", ".join(str(i) for i in np.asarray(records["index"])[broken][:5])
+                yield (
+                    f"UNSOUND: {other.name} breaks {int(broken.sum())} images that {one.name} "
+                    f"certified at the same radius (test images {first}): trust neither, and "
+                    "report this"
+                )

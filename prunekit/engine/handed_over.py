@@ -47,8 +47,12 @@ def plan_recipe(
     *,
     trust: bool = False,
 ) -> Plan:
-    """The plan of a recipe in which a network and data take the places of its components."""
-    recipe = read_recipe(source, trust=trust)
+    """The plan of a recipe, a file or its tables, in which a network and data take the places of
+    its components; `trust` as in `open_recipe`."""
+    if isinstance(source, Mapping):
+        recipe = Recipe(Path.cwd() / RECIPE, copy.deepcopy(dict(source)), written=False)
+    else:
+        recipe = open_recipe(Path(source), trust=trust)
     chosen = [Setting(a, v, Place(f"settings {a}")) for a, v in (settings or {}).items()]
     if device is not None:
         chosen.append(Setting("compute.device", device, Place("device")))
@@ -77,13 +81,6 @@ def plan_recipe(
         }
         runs.append(dataclasses.replace(run, **uses))
     return dataclasses.replace(plan, runs=tuple(runs), notes=(*plan.notes, *notes))
-
-
-def read_recipe(source: str | Path | Mapping[str, Any], *, trust: bool = False) -> Recipe:
-    """A recipe from a file or from its tables; `trust` as in `open_recipe`."""
-    if isinstance(source, Mapping):
-        return Recipe(Path.cwd() / RECIPE, copy.deepcopy(dict(source)), written=False)
-    return open_recipe(Path(source), trust=trust)
 
 
 def check_model(model: Any) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -90,7 +89,11 @@ def _hash_uses(
     upstream: str, content: Mapping[str, Any], uses: Sequence[Use[Any]], compute: Compute
 ) -> str:
     """The hash of what a stage or an evaluator computes, and of the files and the code it uses."""
-    files = [found for u in uses for found in _hash_files(ask(u, "files"))]
+    files: list[Any] = []
+    for paths in (ask(u, "files") for u in uses):
+        files += map(hash_file, paths[:1])
+        # The first may call the others by their names.
+        files += [[os.path.relpath(p, paths[0].parent), hash_file(p)] for p in paths[1:]]
     versions = {name: version_of(name) for u in uses for name in u.component.needs}
     return hash_stage(
         upstream,
@@ -98,12 +101,6 @@ def _hash_uses(
         {name for u in uses for name in (u.component.package, *u.component.sources)},
         {"torch": torch.__version__, **compute.key(), **versions},
     )
-
-
-def _hash_files(files: Sequence[Path]) -> list[Any]:
-    """The content of a component's files, and how the first may call the others: their names."""
-    others = [[os.path.relpath(file, files[0].parent), hash_file(file)] for file in files[1:]]
-    return [*map(hash_file, files[:1]), *others]
 
 
 def describe_stage(stage: Stage) -> dict[str, Any]:

@@ -57,7 +57,7 @@ def _preview_run(
     stages: list[dict[str, Any]] = []
     for stage, made in zip(run.stages, make_keys(run, loaded, compute), strict=True):
         steps, passes = _count_work(run, loaded, stage, compute)
-        key, done = made.key, all(map(store.is_done, made.parts))
+        key, done = made.key, all(store.folder(part).done for part in made.parts)
         status = "stored" if done else "shared" if key in seen else "to do"
         seen.add(key)
         told = {"name": stage.name, "kind": stage.kind, "key": key, "status": status}

@@ -93,12 +93,6 @@ def _rewire(state: State, stage: Stage, work: Work) -> Rewired:
     return Rewired(state.model, state.masks, rewiring)
 
 
-def _choose_selection(stage: Stage, work: Work) -> Selection:
-    options = stage.options
-    budget = options.budget.build(work.plain_context())
-    return Selection(stage.sparsity, budget, options.structure, options.budget.component.compares)
-
-
 def prune(state: State, stage: Stage, work: Work) -> Outcome:
     """Score the weights, select masks, and set the removed weights to zero."""
     options = stage.options
@@ -181,8 +175,10 @@ def _tell_sparsity(state: State, stage: Stage, work: Work) -> None:
 
 def _find_structured(state: State, stage: Stage, work: Work) -> tuple[dict[str, Tensor], Selection]:
     """(weights that the stage prunes, how): those that the structure does not suit stay dense."""
-    selection = _choose_selection(stage, work)
-    found = _find_unstructured(state.model, stage.options.exclude, work)
+    options = stage.options
+    budget, compares = options.budget.build(work.plain_context()), options.budget.component.compares
+    selection = Selection(stage.sparsity, budget, options.structure, compares)
+    found = _find_unstructured(state.model, options.exclude, work)
     weights = {name: weight for name, weight in found.items() if name not in state.frozen}
     if not weights:
         raise RunError(

@@ -33,7 +33,7 @@ from prunekit.recipe.plan import make_plan
 from prunekit.recipe.stages import Stage
 from prunekit.recipe.toml.document import Recipe, locate_options, override
 from prunekit.report import Tell
-from prunekit.store.files import make_folder, write_text
+from prunekit.store.files import make_folder
 from prunekit.store.layout import MODEL, RECIPE
 from prunekit.store.runs import RunFolder
 from prunekit.store.stages import StageResult
@@ -158,15 +158,14 @@ def import_model(
     make_folder(out)
     try:
         write_model(out / MODEL, model, masks, header)
-        folder = RunFolder(out, plan, run)
-        folder.start({"device": "cpu"})
-        stage = Stage("import", "import", 0, NoOptions())
-        folder.add(stage, "", StageResult(metrics, notes=notes), False)
         document = plan.describe(run)
         document["architecture"]["init"] = MODEL
         threat = "" if run.threat else THREAT_LINES
         start = RECIPE_START.format(source=source, file=source.path.name, out=out, threat=threat)
-        write_text(out / RECIPE, start + tomli_w.dumps(document))
+        folder = RunFolder(out, plan, run)
+        folder.start({"device": "cpu"}, start + tomli_w.dumps(document))
+        stage = Stage("import", "import", 0, NoOptions())
+        folder.add(stage, "", StageResult(metrics, notes=notes), False)
         folder.close("done")
     except BaseException:
         shutil.rmtree(out, ignore_errors=True)

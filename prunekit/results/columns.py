@@ -21,15 +21,13 @@ def freeze(value: Any) -> str:
 def gather_settings(runs: Sequence[RunRecord]) -> list[Settings]:
     """The settings of each run; an evaluation has those of the run whose network it judged."""
     own = {run.folder: read_settings(run.folder, run.settings) for run in runs}
-    found = [_inherit(own[run.folder], own.get(_find_judged(run))) for run in runs]
+    found = []
+    for run in runs:
+        above = run.folder.parent
+        judged = own.get(above.parent) if above.name == EVALUATIONS else None
+        found.append(_inherit(own[run.folder], judged))
     shared = all(map(_shares_objective, found))
     return [_lift(settings) if shared else settings for settings in found]
-
-
-def _find_judged(run: RunRecord) -> Path:
-    """The folder of the run that an evaluation belongs to; of any other run, none that exists."""
-    inside = run.folder.parent.name == EVALUATIONS
-    return run.folder.parent.parent if inside else run.folder / EVALUATIONS
 
 
 def _inherit(own: Settings, judged: Settings | None) -> Settings:

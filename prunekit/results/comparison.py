@@ -74,8 +74,11 @@ def compare(runs: Sequence[RunRecord]) -> list[Row]:
             # Without a recipe nobody knows which settings a result depends on.
             same = freeze(bears if settings.before else run.name)
             own = {address: bears.get(address) for address in columns}
-            found = _Found(_make_row(run, stage, own), same, run)
-            shared.setdefault((stage.name, stage.key, same), []).append(found)
+            measured = ((k, v) for k, v in stage.metrics.items() if isinstance(v, Metric))
+            metrics = {name: Value(metric) for name, metric in measured if math.isfinite(metric)}
+            known = (run.smoke, own, (run.seed,), metrics, (run.folder,))
+            row = Row(stage.name, "done", *known, doubtful=find_doubtful([stage]))
+            shared.setdefault((stage.name, stage.key, same), []).append(_Found(row, same, run))
         if run.status != "done" or not evaluations:
             bears = {"name": run.name, **settings.of("")}
             own = {address: bears.get(address) for address in columns}
@@ -131,13 +134,6 @@ def _join(found: Sequence[_Found]) -> _Found:
         runs=tuple(folder for row in rows for folder in row.runs),
     )
     return replace(found[0], row=row)
-
-
-def _make_row(run: RunRecord, stage: StageRecord, settings: Mapping[str, Any]) -> Row:
-    numbers = {k: v for k, v in stage.metrics.items() if isinstance(v, Metric) and math.isfinite(v)}
-    metrics = {name: Value(metric) for name, metric in numbers.items()}
-    known = (run.smoke, settings, (run.seed,), metrics, (run.folder,))
-    return Row(stage.name, "done", *known, doubtful=find_doubtful([stage]))
 
 
 def _average_seeds(found: Sequence[_Found]) -> list[Row]:

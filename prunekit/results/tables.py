@@ -73,11 +73,6 @@ def _show(setting: Any) -> str:
     return format_setting(setting)
 
 
-def count_settings(rows: Sequence[Row]) -> int:
-    """The number of columns that tell settings."""
-    return len({address for row in rows for address in row.settings})
-
-
 GAP = 2
 """Spaces between two columns; half as many at each edge."""
 

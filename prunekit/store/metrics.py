@@ -1,4 +1,4 @@
-"""Metrics in JSON, and those of old runs, whose names said what they are."""
+"""Metrics in JSON."""
 
 from __future__ import annotations
 
@@ -8,13 +8,6 @@ from typing import Any, get_args
 
 from prunekit.contracts import Metric, MetricKind
 
-FRACTIONS = {"abstained", "accuracy", "certified", "fraction", "rate", "verified"}
-DIAGNOSES = {
-    "zero_gradient": "gave no gradient; its accuracy may be overestimated, try another attack",
-    "errors": "made the verifier fail; they count as not verified but may be robust",
-    "timeouts": "ran out of time; they count as not verified but may be robust",
-}
-SETTINGS = {"standard", "seed", "sigma", "eps", "alpha", "n0", "samples", "sequential"}
 FIELDS: dict[str, Any] = {
     **dict.fromkeys(("value", "low", "high"), int | float),
     "n": int,
@@ -23,7 +16,6 @@ FIELDS: dict[str, Any] = {
 """Key of a metric's table -> the type of its value."""
 LARGEST = 1e100
 """The largest number that a metric may be: means and deviations of it can be computed."""
-STANDARD = "not its standard attacks and budgets in all rows; compare only like rows"
 
 
 def write_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
@@ -70,28 +62,3 @@ def split_metric(metric: str) -> tuple[str, str]:
     # A dot before a digit is a decimal point.
     *owner, measure = re.split(r"\.(?!\d)", metric)
     return ".".join(owner), measure
-
-
-def read_old_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Metrics of a run of format 1: plain numbers, and the ends of intervals beside them."""
-    found: dict[str, Any] = {}
-    for name, value in metrics.items():
-        owner, measure = split_metric(name)
-        if not isinstance(value, int | float) or isinstance(value, bool) or measure == "epoch":
-            found[name] = value
-        elif not (name.endswith(("_low", "_high")) or measure == "n"):
-            images = metrics.get(f"{owner}.n") if owner else metrics.get("n")
-            low, high = (metrics.get(f"{name}_{end}") for end in ("low", "high"))
-            told = {"n": images, "low": low, "high": high, **_tell(measure)}
-            found[name] = _read_metric(name, value, **told)
-    return found
-
-
-def _tell(measure: str) -> dict[str, Any]:
-    if measure in DIAGNOSES:
-        return {"kind": "diagnosis", "note": DIAGNOSES[measure]}
-    if measure in SETTINGS:
-        return {"kind": "setting", "note": STANDARD if measure == "standard" else ""}
-    if measure == "sparsity":
-        return {"unit": "sparsity"}
-    return {} if FRACTIONS.isdisjoint(re.split(r"[^a-z]+", measure)) else {"unit": "fraction"}

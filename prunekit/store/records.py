@@ -15,7 +15,7 @@ from prunekit.recipe.toml.document import Recipe, load_recipe
 from prunekit.report import Tell
 from prunekit.store.files import is_held, read_json, relative_link, seal
 from prunekit.store.layout import MODEL, PLAN, RECIPE, RECORDS, RUN, RUN_FORMAT, RUN_LOCK
-from prunekit.store.metrics import read_metrics, read_old_metrics
+from prunekit.store.metrics import read_metrics
 
 T = TypeVar("T")
 
@@ -90,7 +90,6 @@ def read_run(folder: Path) -> RunRecord:
     """The run of a folder. Raises `UserError` if its `run.json` cannot be read."""
     advice = "run the recipe again"
     told = read_record(folder / RUN, advice)
-    read = read_old_metrics if told["format"] == 1 else read_metrics
     try:
         return RunRecord(
             folder=folder,
@@ -104,7 +103,7 @@ def read_run(folder: Path) -> RunRecord:
                     _take(s, "name", str),
                     _take(s, "kind", str),
                     _take(s, "key", str),
-                    read(_take({"metrics": s.get("metrics") or {}}, "metrics", dict)),
+                    read_metrics(_take({"metrics": s.get("metrics") or {}}, "metrics", dict)),
                 )
                 for s in _take(told, "stages", list)
             ),
@@ -192,9 +191,9 @@ def read_record(path: Path, advice: str) -> dict[str, Any]:
     told = read_json(path, advice)
     if not isinstance(told, dict) or type(told.get("format")) is not int:
         raise UserError(f"{relative(path)} was not written by prunekit; {advice}")
-    if told["format"] not in (1, RUN_FORMAT):
+    if told["format"] != RUN_FORMAT:
         raise UserError(
-            f"{relative(path)} has format {told['format']!r}, and this prunekit reads "
+            f"{relative(path)} has format {told['format']}, and this prunekit reads "
             f"{RUN_FORMAT}; use the version that wrote it"
         )
     return told

@@ -63,8 +63,8 @@ class RunFolder:
     _files: dict[str, str] = field(default_factory=dict)
     """SHA-256 of the recipe, the model and the records, by name."""
 
-    def start(self, compute: Mapping[str, Any]) -> None:
-        """Make the folder, and write the recipe and a first record.
+    def start(self, compute: Mapping[str, Any], recipe: str = "") -> None:
+        """Make the folder, and write the recipe, by default as resolved, and a first record.
 
         The stages that an earlier process recorded stay listed until `expect` is called.
         """
@@ -73,7 +73,7 @@ class RunFolder:
         make_folder(self.path)
         for part in find_partial(self.path):
             part.unlink()
-        write_text(self.path / RECIPE, tomli_w.dumps(self.plan.describe(self.run)))
+        write_text(self.path / RECIPE, recipe or tomli_w.dumps(self.plan.describe(self.run)))
         self._files = {RECIPE: hash_file(self.path / RECIPE)}
         known: dict[str, Any] = {"keys": [], "stages": [], "sparsity": None}
         with suppress(UserError):

@@ -45,7 +45,7 @@ class Store:
             way = relative(self.root.parent) if self.root.name == STORE else f"--store {where}"
             tell(
                 f"stages stored by an older prunekit ({len(old)} in {where}) cannot be used again; "
-                f"runs and model files stay readable; free the space: prunekit clean {way}"
+                f"model files stay readable; free the space: prunekit clean {way}"
             )
         if not _is_read_only(self.stages):
             make_folder(self.stages, OTHER_STORE)
@@ -53,10 +53,6 @@ class Store:
     def folder(self, key: str) -> StageFolder:
         """The folder of the stage with this key, whether it exists or not."""
         return StageFolder(self.stages / key)
-
-    def is_done(self, key: str) -> bool:
-        """Whether the stage with this key has a complete result."""
-        return self.folder(key).done
 
     @contextmanager
     def locked(

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch import nn
 
 from prunekit import (
     BudgetComponent,
@@ -194,11 +193,3 @@ def broken(monkeypatch):
         return declaration(name="broken", summary="Broken", build="prunekit_wrappers.awp:build")
 
     return make
-
-
-def test_tiny_networks_are_what_they_say():
-    from prunekit.testing import tiny_batches, tiny_network
-
-    (x, y), _ = tiny_batches()
-    assert isinstance(tiny_network(), nn.Module)
-    assert tiny_network()(x).shape == (len(y), 3)

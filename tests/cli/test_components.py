@@ -37,24 +37,6 @@ def test_list_of_an_unknown_kind(call):
     assert err == "prunekit: unknown kind 'prunner'; did you mean 'pruners'?\n"
 
 
-def test_list_names_a_broken_plugin_and_goes_on(here, monkeypatch, call, read):
-    info = here / "bad_plugin-1.2.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: bad-plugin\nVersion: 1.2\n")
-    (info / "entry_points.txt").write_text("[prunekit]\nbad = bad_plugin_under_test\n")
-    (here / "bad_plugin_under_test.py").write_text("raise SystemExit('[bold] no')\n")
-    monkeypatch.syspath_prepend(here)
-    out, _ = call("list")
-    (row,) = [line for line in out.splitlines() if line.startswith("plugin ")]
-    assert row.split() == [
-        "plugin", "bad", "bad-plugin", "1.2", "broken:", "SystemExit:", "[bold]", "no"
-    ]  # fmt: skip
-    assert read("list")["broken"] == [
-        {"plugin": "bad", "distribution": "bad-plugin 1.2", "reason": "SystemExit: [bold] no"}
-    ]
-    assert read("check", "r.toml")["recipes"][0]["problems"] == []
-
-
 def test_show_tells_options_with_types_limits_and_defaults(call, read):
     out, err = call("show", "pgd")
     assert err == ""

@@ -1,6 +1,5 @@
 """The command line as a whole: exit codes, usage, and nothing heavy before it is needed."""
 
-import subprocess
 import sys
 
 import pytest
@@ -9,24 +8,6 @@ import prunekit
 from prunekit.errors import DataMissingError, RecipeError, suggest
 
 pytestmark = pytest.mark.usefixtures("here")
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [["list", "--json"], ["show", "wrn-28-4"], ["check", "r.toml"], ["run", "--help"],
-     ["run", "gone.toml"], ["run", "r.toml", "--set", "x=1"]],
-    ids=" ".join,
-)  # fmt: skip
-def test_reading_and_refusing_import_nothing_heavy(arguments):
-    code = (
-        "import atexit, sys\n"
-        "heavy = {'torch', 'numpy', 'torchvision', 'timm'}\n"
-        "atexit.register(lambda: print(sorted(heavy & set(sys.modules)), file=sys.stderr))\n"
-        "from prunekit.cli.group import main\n"
-        "main()\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
-    assert done.stderr.splitlines()[-1] == "[]"
 
 
 def test_usage_errors_exit_with_2(call):

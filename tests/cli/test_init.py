@@ -11,11 +11,7 @@ from prunekit.cli.init import SHIPPED
 from prunekit.recipe.plan import make_plan
 from prunekit.recipe.toml.document import load_recipe
 
-
-@pytest.fixture(autouse=True)
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("here")
 
 
 def call(*arguments, code=0):

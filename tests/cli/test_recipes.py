@@ -144,25 +144,18 @@ def test_the_recipe_is_never_moved_out_of_the_way(here, force, call, recipe):
     assert (here / "r.toml").read_text() == recipe
 
 
-def test_missing_extra_images_are_not_downloaded_either(here, monkeypatch, call, recipe):
+@pytest.mark.parametrize("extra", [[], ["--set", "dataset.extra=mnist"]])
+def test_a_dry_run_downloads_nothing_and_knows_the_sizes(here, monkeypatch, call, recipe, extra):
     monkeypatch.setenv("PRUNEKIT_DATA", str(here / "nothing"))
     (here / "m.toml").write_text(recipe.replace('"digits"', '"mnist"'))
-    command = ["run", "m.toml", "--set", "dataset.extra=mnist", "--device", "cpu"]
+    command = ["run", "m.toml", "--device", "cpu", *extra]
     out, _ = call(*command, "--dry-run", "--json")
-    assert any("mnist is not here" in note for note in json.loads(out)["notes"])
-    call(*command, "--smoke")
-
-
-def test_a_dry_run_downloads_nothing_and_knows_the_sizes(here, monkeypatch, call, recipe):
-    monkeypatch.setenv("PRUNEKIT_DATA", str(here / "nothing"))
-    recipe = recipe.replace('"digits"', '"mnist"')
-    (here / "m.toml").write_text(recipe)
-    out, _ = call("run", "m.toml", "--dry-run", "--json", "--device", "cpu")
     assert any("mnist is not here" in note for note in json.loads(out)["notes"])
     assert not (here / "nothing").exists()
     stage = json.loads(out)["runs"][0]["stages"][0]
     assert stage["status"] == "to do"
     assert stage["steps"] > 0
+    call(*command, "--smoke")
 
 
 @pytest.mark.parametrize("force", [False, True])

@@ -5,7 +5,6 @@ import os
 import shutil
 import threading
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,8 +17,8 @@ from prunekit.models.failures import explain
 from prunekit.reading import hash_file
 from prunekit.recipe.reduction import reduce_plan
 from prunekit.report import EpochDone, Note, RunDone, RunFailed, StageDone, StageStarted
-from prunekit.store.files import read_npz, seal, set_aside, write_npz, write_text
-from prunekit.store.records import find_changed, tell_changed
+from prunekit.store.files import read_npz, seal, set_aside, write_npz
+from prunekit.store.records import find_changed
 from prunekit.store.stages import StageResult, Store
 from prunekit.store.tensors.checkpoint import read_checkpoint, read_header, write_checkpoint
 
@@ -113,16 +112,6 @@ def test_a_shared_pretraining_is_computed_once(bench):
     assert sum(e.stored for e in bench.of(EpochDone)) == 6
 
 
-def test_a_second_start_computes_nothing(bench):
-    (first,) = bench.run()
-    bench.events.clear()
-    (again,) = bench.run(out="again")
-    assert all(e.reused for e in bench.of(StageDone))
-    assert not bench.of(Note)
-    assert model_of(first) == model_of(again)
-    assert first.metrics == again.metrics
-
-
 FAILING = '[sweep]\n"prune.pruner" = ["lwm", "told", "random"]\n'
 
 
@@ -209,13 +198,12 @@ def test_another_process_is_waited_for_and_its_result_reused(bench):
 @pytest.mark.parametrize(
     "error",
     [
-        MemoryError(),
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"),
-        RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate "
-                     "memory: you tried to allocate 4 bytes"),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"
+        ),
     ],
-    ids=["python", "cuda", "cpu"],
-)  # fmt: skip
+)
 def test_memory_errors_say_what_to_do(bench, parts, error, fail):
     parts.act["pruner"] = fail(error)
     (folder,) = bench.run(recipe=bench.recipe.replace('"lwm"', '"told"'))
@@ -338,7 +326,6 @@ def replace_by_folder(path):
 
 STORED = {
     "a flipped bit": lambda stage, other: flip(stage / "model.safetensors"),
-    "a header's bit": lambda stage, other: flip(stage / "model.safetensors", 40),
     "zeroed weights": lambda stage, other: zero(stage / "model.safetensors"),
     "another model": lambda stage, other: shutil.copy(other / "model.safetensors", stage),
     "another stage": lambda stage, other: shutil.copytree(other, stage, dirs_exist_ok=True),
@@ -347,12 +334,10 @@ STORED = {
     ),
     "a model of another recipe": lambda stage, other: forge(stage, seed=5),
     "no model": lambda stage, other: (stage / "model.safetensors").unlink(),
-    "an empty model": lambda stage, other: (stage / "model.safetensors").write_bytes(b""),
     "a folder for a model": lambda stage, other: replace_by_folder(stage / "model.safetensors"),
     "an edited number": lambda stage, other: edit(stage / "result.json", seconds=0.5),
     "wrong types": lambda stage, other: edit(stage / "result.json", metrics=[], notes=3),
     "no result": lambda stage, other: (stage / "result.json").write_bytes(b"\xff{"),
-    "an empty result": lambda stage, other: (stage / "result.json").write_bytes(b""),
     "a list": lambda stage, other: (stage / "result.json").write_text("[]"),
     "a folder for a result": lambda stage, other: replace_by_folder(stage / "result.json"),
 }
@@ -492,13 +477,6 @@ def test_a_run_knows_its_files(bench):
     assert find_changed(folder.path) == []
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "records.npz", "recipe.toml"])
-def test_a_file_of_a_run_that_has_changed_is_named(bench, name):
-    (folder,) = bench.run()
-    flip(folder.path / name)
-    assert tell_changed(folder.path) == [f"{folder.path / name} is not what the run wrote"]
-
-
 def test_an_edited_record_is_named(bench):
     (folder,) = bench.run()
     edit(folder.path / "run.json", seed=3)
@@ -594,11 +572,3 @@ def test_a_finished_store_that_cannot_be_written_to_is_used(tmp_path, nobody):
             store.locked("0" * 32, pytest.fail),
         ):
             pass
-
-
-def test_a_file_is_replaced_and_never_written_through(tmp_path):
-    elsewhere = write(tmp_path / "elsewhere")
-    (tmp_path / "link").symlink_to(elsewhere)
-    write_text(tmp_path / "link", "new")
-    assert elsewhere.read_bytes() == b"garbage"
-    assert Path(tmp_path / "link").read_text() == "new"

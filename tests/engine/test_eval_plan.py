@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -180,16 +178,6 @@ def test_results_stay_in_use_for_clean(run):
     read(run, "--with", "clean")
     out, _ = call("clean", "runs", "--dry-run")
     assert "0 stages" in out
-
-
-@pytest.mark.parametrize("command", ["import", "export", "eval"])
-def test_help_needs_no_torch(command):
-    code = (
-        "import sys\nfrom click.testing import CliRunner\nfrom prunekit.cli.group import main\n"
-        f"done = CliRunner().invoke(main, ['{command}', '--help'])\n"
-        "assert done.exit_code == 0\nassert 'torch' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_where_nothing_can_be_written_it_says_what_helps(run):

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from prunekit_adversarial import PgdOptions
-from prunekit_adversarial.evaluators import Pgd
 
 from prunekit.catalog.component import Use, option
 from prunekit.catalog.kinds import EvaluatorComponent
@@ -135,11 +134,6 @@ def test_unbalanced_classes_get_a_balanced_accuracy(bench):
     assert found["clean.balanced_accuracy"] == pytest.approx(balanced)
     assert found["clean.balanced_accuracy"].low <= balanced
     assert "validation.balanced_accuracy" in folder.metrics["pretrain"]
-
-
-def test_balanced_classes_get_none(bench):
-    (folder,) = bench.run()
-    assert "clean.balanced_accuracy" not in folder.metrics["evaluate"]
 
 
 def test_contradicting_verdicts_are_told(bench, parts):
@@ -293,35 +287,6 @@ def test_all_parts_are_among_the_keys_that_clean_keeps(bench):
     stored = {path.name for path in (bench.folder / "store").glob("v*/*")}
     assert stored == set(keys)
     assert len(keys) == 5
-
-
-@pytest.mark.parametrize("batch", [0, 1])  # of 4, 4 and 2 images
-def test_a_judgement_that_was_stopped_goes_on_with_the_same_bits(batch, bench, monkeypatch):
-    """Stopped after a batch of PGD with two random restarts."""
-    recipe = bench.recipe.replace('["clean"]', '[{ use = "pgd", steps = 2, restarts = 2 }]')
-    recipe = recipe.replace("batch_size = 8", "batch_size = 4")
-    (whole,) = bench.run(recipe=recipe, store="other", out="whole")
-    engine = bench.engine()
-    judged = []
-
-    def report(event):
-        if isinstance(event, Progress) and event.stage == "evaluate":
-            judged.append(event.done)
-            engine.stop.requested = event.done == batch
-
-    engine.report = report
-    with pytest.raises(Interrupted):
-        engine.run(bench.plan(recipe=recipe), bench.folder / "out")
-    attacked = []
-    original = Pgd._attack_batch
-    monkeypatch.setattr(
-        Pgd, "_attack_batch", lambda self, *a: attacked.append(1) or original(self, *a)
-    )
-    engine.stop.requested, engine.report = False, bench.events.append
-    (again,) = engine.run(bench.plan(recipe=recipe), bench.folder / "out")
-    assert len(attacked) == 1 + 3 - (batch + 1)  # the rehearsal, and what was left
-    assert (again.path / "records.npz").read_bytes() == (whole.path / "records.npz").read_bytes()
-    assert again.metrics["evaluate"] == whole.metrics["evaluate"]
 
 
 def test_batches_that_are_kept_are_read_and_not_judged(tmp_path):

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import nn
 
 import prunekit
-from prunekit.engine.handed_over import _guess_shape
 
 NET = """
 import torch.nn.functional as F
@@ -179,14 +178,3 @@ def test_a_network_of_changed_kernels_alone_trains_and_has_nothing_to_prune():
     assert done.metrics["evaluate"]["sparsity"] == 0
     with pytest.raises(prunekit.RunError, match=r"nothing to prune: .*left dense: 0\.weight"):
         run({**PRUNE, "pruner": "lwm"}, {"kind": "finetune", "epochs": 1}, model=net, out="s")
-
-
-def test_guessing_the_shape_of_images_sets_up_no_gpu(monkeypatch):
-    """As where there are two, and the network is on neither: asking for their state would fail."""
-
-    def fail(*device):
-        raise AssertionError("a GPU was set up")
-
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "get_rng_state", fail)
-    assert _guess_shape(nn.Sequential(nn.Flatten(), nn.Linear(49, 2))) == (1, 7, 7)

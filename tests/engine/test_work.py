@@ -120,12 +120,6 @@ def test_data_are_loaded_once_for_runs_that_differ_in_batch_size_or_seed(bench, 
     assert len(calls) == 1
 
 
-def test_weights_that_do_not_fit_are_told(bench):
-    torch.save({"fc.weight": torch.ones(2, 2)}, bench.folder / "w.pt")
-    (folder,) = bench.run(f"architecture.init={bench.folder / 'w.pt'}")
-    assert "does not fit the network: missing: " in folder.error
-
-
 def test_starting_weights_are_taken(bench):
     bench.run()
     trained = load_file(bench.folder / "out" / "model.safetensors")

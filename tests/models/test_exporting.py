@@ -20,13 +20,9 @@ from prunekit.pruning.selection import count_kept
 from prunekit.store.tensors.checkpoint import read_checkpoint, read_masks, write_model
 from prunekit.testing import example_context
 
+pytestmark = pytest.mark.usefixtures("here")
+
 CONTEXT = example_context(ArchitectureContext, shape=(1, 8, 8), classes=10)
-
-
-@pytest.fixture(autouse=True)
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def call(*arguments, code=0):

@@ -188,13 +188,6 @@ def read_record():
     return json.loads(Path("runs/signs/run.json").read_text())
 
 
-def test_what_a_plugin_prints_is_no_result(package):
-    done = run("--json")
-    assert json.loads(done.stdout)["rows"][0]["status"] == "done"
-    assert "what a plugin says at training" in done.stderr
-    assert json.loads(call("run", "r.toml", "--out", "o", "--dry-run", "--json").stdout)["runs"]
-
-
 MOMENTS = {
     "build dataset": "SystemExit", "build architecture": "ValueError", "forward": "ValueError",
     "build objective": "ValueError", "training": "SystemExit", "build pruner": "ValueError",

@@ -33,10 +33,10 @@ def write(root, pruner, lr, seed, validation, test, **told):
          "metrics": {"validation.robust_accuracy": 1 - validation, "select": "robust_accuracy"}},
         {"name": "finetune", "kind": "finetune", "key": f"f{folder.name}", "metrics": metrics},
         {"name": "pruned", "kind": "evaluate", "key": f"e{folder.name}",
-         "metrics": {"pgd.accuracy": test, "sparsity": 0.9}},
+         "metrics": {"pgd.accuracy": {"value": test, "unit": "fraction"}}},
     ]  # fmt: skip
     settings = {"prune.pruner": pruner, LR: lr, "seed": seed}
-    record = {"format": 1, "name": "r", "status": "done", "smoke": False, "seed": seed,
+    record = {"format": 2, "name": "r", "status": "done", "smoke": False, "seed": seed,
               "settings": settings, "stages": stages, "sparsity": None, "error": None}  # fmt: skip
     (folder / "run.json").write_text(json.dumps(record | told))
     return folder
@@ -87,7 +87,7 @@ def doubt(folder, images):
     accuracy = {"value": 0.5, "unit": "fraction"}
     found = {"pgd.accuracy": accuracy, "pgd.zero_gradient": flat}
     record["stages"][-1]["metrics"] |= found
-    file.write_text(json.dumps(record | {"format": 2}))
+    file.write_text(json.dumps(record))
 
 
 def test_a_value_with_results_in_doubt_is_not_ranked(runs):

@@ -29,15 +29,6 @@ def test_seeds_are_folded_and_dense_results_shared(tmp_path: Path, write_sweep) 
     assert high.metrics["certify.acr"].mean == pytest.approx(0.3025)
 
 
-def test_sample_standard_deviation_of_three(tmp_path: Path, evaluate, write_run) -> None:
-    # Mean 5, squared deviations 9 + 1 + 16 = 26, over n - 1 = 2.
-    for seed, value in enumerate((0.02, 0.04, 0.09)):
-        write_run(tmp_path / str(seed), {"seed": seed}, evaluate(str(seed), value, 0.5))
-    (row,) = compare(find_runs(tmp_path))
-    assert row.metrics["clean.accuracy"].mean == pytest.approx(0.05)
-    assert row.metrics["clean.accuracy"].sd == pytest.approx(0.0360555)
-
-
 def test_a_single_seed_has_its_interval_and_no_deviation(
     tmp_path: Path, evaluate, write_run
 ) -> None:
@@ -98,10 +89,3 @@ def test_order_is_that_of_the_sweep(tmp_path: Path, evaluate, write_run) -> None
         ("10", "lwm"),
         ("10", "snip"),
     ]
-
-
-def test_recipes_are_told_apart(tmp_path: Path, evaluate, write_run) -> None:
-    for seed, name in enumerate(("trades", "mart")):
-        write_run(tmp_path / name, {"seed": seed}, evaluate(name, 0.5, 0.9), name=name)
-    rows = compare(find_runs(tmp_path))
-    assert [row.settings for row in rows] == [{"name": "mart"}, {"name": "trades"}]

@@ -20,7 +20,7 @@ def write_run(folder, settings, *evaluations):
         for stage, key, _ in evaluations
     ]
     told = {
-        "format": 1, "name": "smooth", "status": "done", "smoke": False,
+        "format": 2, "name": "smooth", "status": "done", "smoke": False,
         "seed": settings.get("seed", 0), "settings": settings, "stages": stages,
     }  # fmt: skip
     (folder / "run.json").write_text(json.dumps(told))

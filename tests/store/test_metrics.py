@@ -1,4 +1,4 @@
-"""Metrics in JSON and back, and what the names of old runs said."""
+"""Metrics in JSON and back."""
 
 import copy
 import json
@@ -7,7 +7,7 @@ import pickle
 import pytest
 
 from prunekit.contracts import Metric
-from prunekit.store.metrics import read_metrics, read_old_metrics, split_metric, write_metrics
+from prunekit.store.metrics import read_metrics, split_metric, write_metrics
 
 ACCURACY = Metric(0.5, n=20, low=0.3, high=0.7, unit="fraction")
 ZERO = Metric(2, kind="diagnosis", note="gave no gradient")
@@ -36,27 +36,6 @@ def test_nothing_is_lost_on_the_way(metric, way):
 def test_what_is_no_metric_stays():
     told = {"masks": "abc", "counts": {"kept": 1}, "loss": 0.25}
     assert read_metrics(write_metrics(told)) == told
-
-
-def test_old_runs_say_by_their_names_what_they_mean():
-    found = read_old_metrics({
-        "pgd.accuracy": 0.5, "pgd.accuracy_low": 0.3, "pgd.accuracy_high": 0.7, "pgd.n": 20,
-        "pgd.zero_gradient": 2, "certify.certified@0.25": 0.4, "certify.acr": 0.1,
-        "certify.sigma": 0.25, "autoattack.standard": 0.0, "sparsity": 0.9, "masks": "abc",
-        "epoch": 3, "loss": 0.5,
-    })  # fmt: skip
-    assert vars(found["pgd.accuracy"]) == vars(ACCURACY)
-    assert {n for n, v in found.items() if isinstance(v, Metric) and v.kind == "result"} == {
-        "pgd.accuracy", "certify.certified@0.25", "certify.acr", "sparsity", "loss"
-    }  # fmt: skip
-    assert found["pgd.zero_gradient"].kind == "diagnosis"
-    assert found["certify.sigma"].kind == found["autoattack.standard"].kind == "setting"
-    assert (found["sparsity"].unit, found["certify.certified@0.25"].unit) == (
-        "sparsity",
-        "fraction",
-    )
-    assert (found["masks"], found["epoch"]) == ("abc", 3)
-    assert "pgd.n" not in found
 
 
 def test_a_decimal_point_is_no_border():

@@ -16,10 +16,10 @@ from prunekit.store.records import find_runs
     [
         ("{", "cannot be read"),
         ("[]", "was not written by prunekit"),
-        ('{"format": 3}', "has format 3, and this prunekit reads 2"),
-        ('{"format": 1, "name": "a"}', "lacks 'status'"),
+        ('{"format": 1}', "has format 1, and this prunekit reads 2"),
+        ('{"format": 2, "name": "a"}', "lacks 'status'"),
         (
-            '{"format": 1, "name": "a", "status": "done", "smoke": false, "seed": 0,'
+            '{"format": 2, "name": "a", "status": "done", "smoke": false, "seed": 0,'
             ' "settings": {}, "stages": 3}',
             "is damaged",
         ),
