@@ -27,6 +27,9 @@ LESS = {
     "hydra/imagenet-resnet50-free-adv": ("prune.pruner=score",),
     # Their networks are run by the rows of adversarial training.
     **dict.fromkeys(SMOOTHED, ("architecture=vgg4-bn",)),
+    # ResNet-18 and VGG-16 are run by other recipes.
+    **dict.fromkeys((r for r in RECIPES if r.startswith("benchmark/")), ("architecture=vgg4-bn",)),
+    "benchmark/cifar10-resnet18-channels": ("architecture=wrn-28-1",),
     # CROWN through the large network takes seconds and gigabytes for each image.
     **{
         f"certified/{data}-large-{objective}": ("architecture=cifar-small",)
@@ -52,10 +55,7 @@ ROWS = {
 def plan(name, *settings, small=False):
     """The plan of a recipe; where its data set can be fetched, it may not be."""
     path = RECIPES[name]
-    (use,) = {
-        run.dataset.component.name: run.dataset for run in plan_recipe(path, ()).runs
-    }.values()
-    if hasattr(use.options, "download"):
+    if all(hasattr(run.dataset.options, "download") for run in plan_recipe(path, ()).runs):
         settings = (*settings, "dataset.download=false")
     return plan_recipe(path, settings, smoke=small)
 

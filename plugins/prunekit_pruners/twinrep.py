@@ -72,6 +72,9 @@ class Twins(LearnedWeights):
         """1 for what is kept, 0 for what is not."""
         masks = {n: part.mask for n, part in self.parts.items()} if self._chosen else self._choose()
         keep = count_units(masks, self.selection)
+        if self.selection.structure == "channel":  # coupled layers have the count of their group
+            groups = self.selection.group(masks)
+            keep = {name: keep[group.name] for group in groups for name in group.weights}
         return Scores({name: mask.float() for name, mask in masks.items()}, keep=keep)
 
     def settled(self, clock: Clock) -> bool:

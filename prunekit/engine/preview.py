@@ -36,10 +36,11 @@ def preview_plan(plan: Plan, out: Path, store: Path) -> dict[str, Any]:
     place = open_compute(plan.compute.device, plan.compute.threads)
     inputs = Inputs(place, report, plan.smoke, preview=True)
     seen: set[str] = set()
+    counts: dict[str, dict[str, int]] = {}
     runs: list[dict[str, Any]] = []
     for run in plan.runs:
         with explained(run):
-            runs.append(_preview_run(run, inputs.load(run), place, Store(store), seen))
+            runs.append(_preview_run(run, inputs.load(run), place, Store(store), seen, counts))
     return {
         "out": relative(out),
         "store": relative(store),
@@ -50,10 +51,26 @@ def preview_plan(plan: Plan, out: Path, store: Path) -> dict[str, Any]:
 
 
 def _preview_run(
-    run: Run, loaded: Loaded, compute: Compute, store: Store, seen: set[str]
+    run: Run,
+    loaded: Loaded,
+    compute: Compute,
+    store: Store,
+    seen: set[str],
+    counts: dict[str, dict[str, int]],
 ) -> dict[str, Any]:
-    """What `preview_plan` says of one run; `seen` are the stages of the runs before it."""
-    model = build_state(run, loaded.data, compute, weights=False).model
+    """What `preview_plan` says of one run; `seen` are the stages of the runs before it.
+
+    `counts` are those of their networks, since building a large one takes seconds.
+    """
+    recipe = run.describe()
+    network = str((recipe["architecture"], recipe["dataset"], run.trains_first))
+    if network not in counts:
+        model = build_state(run, loaded.data, compute, weights=False).model
+        prunable = (w for w in find_prunable(model).values() if w.requires_grad)
+        counts[network] = {
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "prunable": sum(w.numel() for w in prunable),
+        }
     stages: list[dict[str, Any]] = []
     for stage, made in zip(run.stages, make_keys(run, loaded, compute), strict=True):
         steps, passes = _count_work(run, loaded, stage, compute)
@@ -64,9 +81,8 @@ def _preview_run(
         stages.append({**told, "steps": steps, "forward_passes": passes})
     return {
         "run": run.label,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "prunable": sum(w.numel() for w in find_prunable(model).values() if w.requires_grad),
-        "recipe": run.describe(),
+        **counts[network],
+        "recipe": recipe,
         "stages": stages,
     }
 
