@@ -113,8 +113,9 @@ class Stepper:
         prepared: tuple[Any, ...] = ()
         before: dict[str, Tensor] = {}
         if self._around:
-            if isinstance(self.objective, Attacking):
-                with masking.effective(clock):
+            # What masks decide once in a step they decide at the weights that no wrapper changed.
+            with masking.effective(clock):
+                if isinstance(self.objective, Attacking):
                     prepared = (self.objective.prepare(x, y, clock),)
             before = {name: b.clone() for name, b in masking.model.named_buffers()}
 

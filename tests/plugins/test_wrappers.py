@@ -1,5 +1,7 @@
 """AWP, EMA and SWA, by hand and in training: on weights, on scores, and over a stop."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from prunekit_adversarial import MartOptions, PgdAtOptions, TradesOptions
@@ -23,8 +25,10 @@ from prunekit.report import Stop
 from prunekit.steps import Now
 from prunekit.store.tensors.checkpoint import read_checkpoint
 from prunekit.testing import example_context
+from prunekit.training.learned_weights import LearnedWeights
 from prunekit.training.loop import Fit, fit
 from prunekit.training.masking import LearnedScores, Weights
+from prunekit.training.rewiring import Rewired, Rewiring
 from prunekit.training.step import Stepper
 
 
@@ -36,13 +40,19 @@ def make_net():
 
 
 def make_masking(kind):
-    """Half of the weights are kept: weights with masks, learned scores, or gates of channels."""
+    """Half of the weights are kept: weights with masks that stay or move, scores, gates."""
     model = make_net()
     start = {n: p.detach().clone() for n, p in model.named_parameters() if p.dim() > 1}
-    if kind == "weights":
+    if kind in ("weights", "rewired"):
         masks = select_masks(Scores({n: v.abs() for n, v in start.items()}), Selection(0.5))
         apply_masks(model, masks)
+        if kind == "rewired":
+            rewirer = SimpleNamespace(due=lambda clock: False)
+            rewiring = Rewiring(rewirer, "own", Selection(0.5), None, [*start], (0, 0))
+            return Rewired(model, masks, rewiring)
         return Weights(model, masks)
+    if kind == "learned":
+        return LearnedWeights(model, Scores(start), Selection(0.5), {})
     if kind == "channels":
         del start["4.weight"]
         groups, _ = find_groups(model, torch.zeros(1, 1, 4, 4), start)
@@ -110,7 +120,7 @@ def test_awp_begins_after_its_epochs():
     assert seen == [1]
 
 
-@pytest.mark.parametrize("kind", ["weights", "scores", "channels"])
+@pytest.mark.parametrize("kind", ["weights", "rewired", "learned", "scores", "channels"])
 @pytest.mark.parametrize("name", ATTACKING)
 def test_awp_attacks_once_and_moves_statistics_once(name, kind):
     """The step is the one of a loss that is differentiated at w + v, worked out beside it."""
@@ -279,6 +289,29 @@ def test_every_pass_draws_the_same():
     assert not torch.equal(objective.seen[2], first)
 
 
+class Noting(LearnedWeights):
+    """Decides something at the weights of its first pass."""
+
+    def __init__(self, *given):
+        super().__init__(*given)
+        for name, part in self.parts.items():
+            part.register_buffer("noted", torch.full_like(self.trained[name], torch.nan))
+
+    def prepare(self, clock):
+        for name, part in self.parts.items():
+            if part.noted.isnan().all():
+                part.noted.copy_(self.whole(name))
+
+
+def test_what_masks_decide_is_decided_at_weights_that_are_not_perturbed():
+    model = make_net()
+    start = {n: p.detach().clone() for n, p in model.named_parameters() if p.dim() > 1}
+    masking = Noting(model, Scores(start), Selection(0.5), {})
+    stepper = Stepper(masking, Noisy(model), CHOICE, (0, 0), wrappers=[Awp(AwpOptions())])
+    stepper.take(*batch(), CLOCK, [])
+    assert all(torch.equal(part.noted, start[name]) for name, part in masking.parts.items())
+
+
 def make_job(folder, kind, wrappers, stop=None):
     folder.mkdir(exist_ok=True)
     draw = generator(7)
@@ -305,7 +338,7 @@ def finish(job):
     return job.masking.model.state_dict(), tensors, header
 
 
-@pytest.mark.parametrize("kind", ["weights", "scores", "channels"])
+@pytest.mark.parametrize("kind", ["weights", "learned", "scores", "channels"])
 @pytest.mark.parametrize("average", ["ema", "swa"])
 @pytest.mark.parametrize("at", [2, 4, 9])
 def test_a_stop_changes_no_bit(kind, average, at, tmp_path):
