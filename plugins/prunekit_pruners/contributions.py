@@ -14,6 +14,9 @@ from prunekit.contracts import Clock, Scores
 from prunekit.steps import Pruner
 from prunekit_pruners import FaShapleyOptions, MovementOptions
 
+# Of a long training, after all that grows over its first epochs.
+END = Clock(10**6, 10**6, 10**6, 10**6)
+
 
 def measure_contributions(
     context: PrunerContext, scales: Sequence[float], batches: int | None
@@ -38,7 +41,7 @@ def measure_contributions(
                 if context.objective is None:
                     loss = F.cross_entropy(model(x), y)
                 else:
-                    loss = context.objective(x, y, Clock(1, 1, 1, 1)).value
+                    loss = context.objective(x, y, END).value
                 gradients = torch.autograd.grad(loss, weights, materialize_grads=True)
                 for total, gradient, start in zip(found, gradients, before, strict=True):
                     total.sub_(gradient * start / len(scales))

@@ -62,13 +62,14 @@ def test_fashapley_takes_the_objective_at_its_end_at_scaled_weights():
     model, clocks = make_linear([2.0, -4.0]), []
 
     def objective(x, y, clock):
-        clocks.append(clock.fraction)
+        ramp = 5 * clock.steps / clock.epochs  # five epochs, in steps
+        clocks.append((clock.fraction, min(1, clock.step / ramp)))
         return Loss(model.weight.square().sum() / 2, model(x))
 
     context = make_context(model, [TWO], objective=objective)
     scores = build_fashapley(FaShapleyOptions(steps=2, batches=1), context)(context)
     torch.testing.assert_close(scores.values["weight"], torch.tensor([[3.0, 12.0]]))
-    assert clocks == [1, 1]
+    assert clocks == [(1, 1), (1, 1)]
 
 
 @pytest.mark.parametrize("fails", [False, True])
