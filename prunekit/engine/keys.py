@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,11 +15,14 @@ import torch
 from prunekit.catalog.component import Use
 from prunekit.catalog.containment import ask
 from prunekit.engine.work import Loaded
+from prunekit.errors import UserError
+from prunekit.models.stored import find_architecture
 from prunekit.reading import hash_file
 from prunekit.recipe.describing import describe, uses_in
 from prunekit.recipe.plan import Run
 from prunekit.recipe.stages import Stage
 from prunekit.store.keys import hash_stage, version_of
+from prunekit.store.networks import read_network
 from prunekit.training.compute import Compute
 
 
@@ -89,7 +95,9 @@ def _hash_uses(
     upstream: str, content: Mapping[str, Any], uses: Sequence[Use[Any]], compute: Compute
 ) -> str:
     """The hash of what a stage or an evaluator computes, and of the files and the code it uses."""
-    files: list[Any] = []
+    networks = list(_find_networks(uses))
+    uses = [*uses, *networks]
+    files: list[Any] = [describe(network, hash_file) for network in networks]
     for paths in (ask(u, "files") for u in uses):
         files += map(hash_file, paths[:1])
         # The first may call the others by their names.
@@ -101,6 +109,17 @@ def _hash_uses(
         {name for u in uses for name in (u.component.package, *u.component.sources)},
         {"torch": torch.__version__, **compute.key(), **versions},
     )
+
+
+def _find_networks(uses: Sequence[Use[Any]]) -> Iterator[Use[Any]]:
+    """The architectures of model files that are options, such as a distillation's teacher."""
+    for use in uses:
+        for field in dataclasses.fields(use.options):
+            value = getattr(use.options, field.name)
+            if isinstance(value, Path) and value.suffix == ".safetensors":
+                # What cannot be read has no result either: who opens it says why.
+                with suppress(UserError):
+                    yield from uses_in(find_architecture(read_network(value)))
 
 
 def describe_stage(stage: Stage) -> dict[str, Any]:

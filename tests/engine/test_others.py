@@ -114,6 +114,19 @@ def test_keys_follow_the_content_of_a_teacher(bench):
     assert [a == b for a, b in zip(told[0], told[2], strict=True)] == [True, True, False, False]
 
 
+def test_keys_follow_the_code_of_a_teacher(bench):
+    bench.run()
+    net, teacher = bench.folder / "net.py", bench.folder / "teacher.safetensors"
+    table = {"use": "python", "file": "net.py"}
+    change(find_model(bench, "pretrain"), teacher, architecture=table)
+    recipe = bench.recipe.replace('[[stage]]\nkind = "finetune"\nepochs = 2\n', TAUGHT)
+    told = []
+    for text in ("import torch\n", "import torch  # changed\n"):
+        net.write_text(text)
+        told.append(bench.keys(f"finetune.objective.teacher={teacher}", recipe=recipe))
+    assert [a == b for a, b in zip(*told, strict=True)] == [True, True, False, False]
+
+
 def test_a_distillation_that_was_stopped_ends_with_the_same_bits(bench):
     recipe = bench.recipe.replace('[[stage]]\nkind = "finetune"\nepochs = 2\n', TAUGHT)
     (whole,) = bench.run(recipe=recipe, out="whole", store="whole-store")
