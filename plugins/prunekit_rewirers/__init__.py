@@ -103,7 +103,7 @@ def prunekit_rewirers() -> Iterable[RewirerComponent]:
         summary="Removes the smallest weights, ever more of them",
         build="prunekit_rewirers.gradual:build",
         options=GradualOptions,
-        gradients=True,
+        gradients=lambda options: options.regrow,
         cost=_COST,
         paper="Zhu and Gupta, To prune or not to prune, 2017, arXiv 1710.01878",
         details="How many are removed by when is the stage's: sparsity_schedule = "
@@ -130,7 +130,7 @@ def prunekit_rewirers() -> Iterable[RewirerComponent]:
         summary="Drops small weights, grows others where gradients are large (RigL)",
         build="prunekit_rewirers.exchange:build_rigl",
         options=RiglOptions,
-        gradients=True,
+        gradients=lambda options: True,
         cost=_COST,
         paper="Evci et al., RigL, ICML 2020, arXiv 1911.11134",
         details="The gradients are those of the stage's loss on the batch of that step. The paper "
@@ -142,7 +142,7 @@ def prunekit_rewirers() -> Iterable[RewirerComponent]:
         summary="Drops and grows to the end of training, ever less (Flying Bird)",
         build="prunekit_rewirers.exchange:build_flyingbird",
         options=FlyingBirdOptions,
-        gradients=True,
+        gradients=lambda options: options.growth == "gradient",
         cost=_COST,
         paper="Chen et al., Sparsity Winning Twice, ICLR 2022, arXiv 2202.09844",
         details='The paper takes budget = "igq". Not as in its code: weights grow by a random '
@@ -154,7 +154,7 @@ def prunekit_rewirers() -> Iterable[RewirerComponent]:
         summary="Flying Bird whose density follows overfitting, and ends at the target",
         build="prunekit_rewirers.adaptive:build",
         options=FlyingBirdPlusOptions,
-        gradients=True,
+        gradients=lambda options: options.growth == "gradient",
         allocates=True,
         sources=("prunekit_budgets",),
         cost=f"{_COST}; more or fewer weights than at the target, for a time",

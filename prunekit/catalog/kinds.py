@@ -78,6 +78,10 @@ class PrunerComponent(Component):
     """Scores are trained, so the stage needs `epochs` and an `optimizer`."""
     allocates: bool = False
     """`Scores.keep` says what each layer keeps, so a recipe gives no budget."""
+    paces: bool = False
+    """It decides itself what it removes by when, so a recipe gives no `sparsity_schedule`."""
+    trains_weights: bool = False
+    """It trains the weights and has no scores to learn, so wrappers of scores refuse it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,8 +185,8 @@ class RewirerComponent(Component):
     kind = "rewirer"
     builds = steps.Rewirer
 
-    gradients: bool = False
-    """It looks at the gradients of removed weights, in steps in which it is due."""
+    gradients: Callable[[Any], bool] = lambda options: False
+    """options -> whether it looks at gradients of removed weights in steps in which it is due."""
     allocates: bool = False
     """`Scores.keep` says what each layer keeps, so a recipe gives no budget."""
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.catalog.component import Use
+from prunekit.catalog.containment import ask
 from prunekit.checks.examples import tiny_batches, tiny_network
 from prunekit.checks.methods import build
 from prunekit.checks.training import differing, same, snapshot
@@ -98,7 +99,7 @@ def check_rewirer(use: Use[Any], context: NetworkContext) -> None:
             lambda clock: min(1.0, 0.5 + clock.fraction),
             names,
             (0, 0),
-            use.component.gradients,
+            ask(use, "gradients"),
             use.component.allocates,
         )
         try:

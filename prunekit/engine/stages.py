@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prunekit.catalog.containment import ask
 from prunekit.contexts import NetworkContext, ObjectiveContext, PrunerContext
 from prunekit.contracts import Objective, Scores
 from prunekit.data import seeds
@@ -83,7 +84,7 @@ def _rewire(state: State, stage: Stage, work: Work) -> Rewired:
         schedule=stage.options.sparsity_schedule.build(work.plain_context()),
         weights=list(weights),
         seed=(work.run.seed, stage.position),
-        gradients=use.component.gradients,
+        gradients=ask(use, "gradients"),
         allocates=use.component.allocates,
         groups=groups,
         trained=work.run.starts_given

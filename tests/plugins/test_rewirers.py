@@ -17,6 +17,7 @@ from prunekit_rewirers import (
     SetOptions,
     exchange,
     gradual,
+    prunekit_rewirers,
 )
 from prunekit_rewirers.adaptive import FlyingBirdPlus
 from torch import nn
@@ -341,6 +342,23 @@ def test_flyingbird_plus_says_what_it_lacks():
     comparing = FlyingBirdPlus(FlyingBirdPlusOptions(budget=use), lambda layers: layers.scores)
     with pytest.raises(RunError, match='global compares scores; write budget = "igq"'):
         next(train(make_masking(comparing)))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "asks"),
+    [
+        ("set", {}, False),
+        ("rigl", {}, True),
+        ("flyingbird", {}, False),
+        ("flyingbird", {"growth": "gradient"}, True),
+        ("flyingbird-plus", {}, False),
+        ("gradual", {}, False),
+        ("gradual", {"regrow": True}, True),
+    ],
+)
+def test_gradients_of_removed_weights_are_asked_for_where_they_are_looked_at(name, options, asks):
+    found = {component.name: component for component in prunekit_rewirers()}[name]
+    assert found.gradients(found.options(**options)) == asks
 
 
 def make_job(folder, rewirer, stop=None, at=-1):
