@@ -22,7 +22,7 @@ says otherwise than "units", the budget loss wants other rates than those that i
 Beyond the paper: what is validated, selected and stored is always at the target (rates times a
 common factor, never under the floor, whole numbers by largest remainder), so any epoch can be the
 best one. Rates have no weight decay, which would pull them to about a half, and do not start below
-the target. A `sparsity_schedule` has no effect, since the budget loss takes its place.
+the target. There is no `sparsity_schedule`: the budget loss takes its place.
 
 While the `budget` in the log is not near 0, scores are learned at more than the target keeps:
 raise gamma where the stage is of few steps (0.01 is for 20 epochs of CIFAR-10). The gradient of a
@@ -121,6 +121,7 @@ def prunekit_pruners() -> Iterator[PrunerComponent]:
         build="prunekit_pruners.scores:build_score",
         options=ScoreOptions,
         learns=True,
+        cost="no more passes; a selection of masks in every step",
         paper=_HYDRA,
     )
     yield PrunerComponent(
@@ -128,17 +129,20 @@ def prunekit_pruners() -> Iterator[PrunerComponent]:
         summary="Least weight magnitude: keeps the largest weights, one-shot",
         build="prunekit_pruners.scores:build_lwm",
         paper="Han et al., NeurIPS 2015, arXiv 1506.02626; HYDRA's baseline",
+        cost="no passes",
     )
     yield PrunerComponent(
         name="snip",
         summary="Sensitivity of the clean loss to each weight, on one batch, one-shot",
         build="prunekit_pruners.scores:build_snip",
         paper="Lee et al., SNIP, ICLR 2019, arXiv 1810.02340",
+        cost="once: a forward and backward pass of the clean loss on a batch",
     )
     yield PrunerComponent(
         name="random",
         summary="Uniformly random scores, one-shot: the simplest baseline",
         build="prunekit_pruners.scores:build_random",
+        cost="no passes",
     )
     yield PrunerComponent(
         name="harp",
@@ -147,6 +151,7 @@ def prunekit_pruners() -> Iterator[PrunerComponent]:
         options=HarpOptions,
         learns=True,
         allocates=True,
+        paces=True,
         paper="Zhao and Wressnegger, HARP, ICLR 2023, arXiv 2412.14714",
         details=_HARP,
         cost="nothing beyond `score`: a rate a layer, whose gradient comes with the scores'",
@@ -186,6 +191,8 @@ def prunekit_pruners() -> Iterator[PrunerComponent]:
         options=TwinRepOptions,
         learns=True,
         allocates=True,
+        paces=True,
+        trains_weights=True,
         paper="Li et al., AAAI 2023, doi 10.1609/aaai.v37i7.26027",
         cost="no more passes; a product of each weight, and its gradient, in every step",
         details="It changes the weights: the stage ends with the products. The paper trains from "
@@ -201,6 +208,7 @@ def prunekit_pruners() -> Iterator[PrunerComponent]:
         build="prunekit_pruners.admm:build",
         options=RadmmOptions,
         learns=True,
+        trains_weights=True,
         paper="Ye et al., ICCV 2019, arXiv 1903.12561",
         cost="no more passes; a penalty over all weights in every step, a selection each round",
         details="It changes the weights: the stage ends with those that it trained, under the mask "

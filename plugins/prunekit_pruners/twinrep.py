@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunekit import LearnedWeights, RunError, count_units, select_masks
+from prunekit import LearnedWeights, count_units, select_masks
 from prunekit.contexts import PrunerContext
 from prunekit.contracts import Clock, Masks, Scores
 from prunekit.steps import Layers, ParamGroup, Pruner
@@ -26,8 +26,6 @@ class Twins(LearnedWeights):
 
     def __init__(self, *given: Any, options: TwinRepOptions, **more: Any) -> None:
         super().__init__(*given, **more)
-        if self.schedule is not None and self.schedule(Clock(0, 1, 0, 1)) < 1:
-            raise RunError("twinrep sets its masks once; remove sparsity_schedule")
         self._options = options
         for part in self.parts.values():
             part.register_buffer("chosen", torch.zeros((), dtype=torch.bool))

@@ -1,11 +1,11 @@
-"""What the sections of a recipe ask of each other. No torch here."""
+"""What the sections of a recipe, and the parts of a stage, ask of each other. No torch here."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 from prunekit.catalog.containment import ask
-from prunekit.contracts import Threat
+from prunekit.contracts import Threat, read_ratio
 from prunekit.recipe.describing import uses_in
 from prunekit.recipe.resolver import Resolver
 from prunekit.recipe.stages import Stage
@@ -36,6 +36,36 @@ def check_images(images: DataOptions, stages: tuple[Stage, ...], resolver: Resol
             message = f"extra is not for objective {use.name!r} of stage {stage.name!r}: {reason}"
             resolver.problem(("dataset", "extra"), message)
             return  # it is the same in the others
+
+
+def check_counts(stage: Stage, resolver: Resolver) -> None:
+    """A ratio n:m decides what layers keep, and so does a component that allocates."""
+    for use in stage.choosing:
+        if use.component.allocates and read_ratio(stage.options.structure):
+            resolver.problem(
+                ("stage", stage.position, "structure"),
+                f"{use.kind} {use.name!r} says itself what each layer keeps, and so does "
+                f'{stage.options.structure}; write structure = "element"',
+            )
+
+
+def check_wrappers(stage: Stage, resolver: Resolver) -> None:
+    """Wrappers of scores are for prune stages; several passes do not go with several steps."""
+    path = ("stage", stage.position, "wrap")
+    for use in getattr(stage.options, "wrap", ()):
+        if use.component.scores and stage.kind != "prune":
+            message = f"{use.name!r} is for stages that learn scores; write it in a prune stage"
+            resolver.problem(path, message)
+        elif use.component.scores and stage.options.pruner.component.trains_weights:
+            message = f"{use.name!r} needs learned scores, {stage.options.pruner.name!r} has none"
+            resolver.problem(path, f"{message}; remove it")
+        if ask(use, "passes") > 1 and stage.options.objective and stage.replays > 1:
+            resolver.problem(
+                path,
+                f"{use.name!r} goes through a step's loss several times, and objective "
+                f"{stage.options.objective.name!r} takes several steps on a batch; use another "
+                "objective, or remove it",
+            )
 
 
 def note_threats(threat: Threat | None, stages: tuple[Stage, ...]) -> Iterator[str]:

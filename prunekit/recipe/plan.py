@@ -12,7 +12,7 @@ from prunekit.catalog.component import Use
 from prunekit.catalog.registry import Registry
 from prunekit.contracts import Architecture, Data, Threat
 from prunekit.errors import Problem, RecipeError, suggest, translate
-from prunekit.recipe.agreement import check_images, note_threats
+from prunekit.recipe.agreement import check_counts, check_images, check_wrappers, note_threats
 from prunekit.recipe.describing import describe, uses_in
 from prunekit.recipe.resolver import THREAT_EXAMPLE, Resolver
 from prunekit.recipe.stages import Stage, resolve_stages
@@ -234,6 +234,9 @@ def _resolve_run(
     if "stage" not in data and is_misspelt(data, "stage"):
         return
     stages = resolve_stages(data, resolver, bool(settings), notes)
+    for stage in stages:
+        check_counts(stage, resolver)
+        check_wrappers(stage, resolver)
     if len(resolver.problems) > before or dataset is None or architecture is None:
         return
     check_images(images, stages, resolver)

@@ -11,7 +11,6 @@ from typing import Any
 
 from prunekit.catalog.component import Use
 from prunekit.catalog.containment import ask
-from prunekit.contracts import read_ratio
 from prunekit.errors import suggest
 from prunekit.recipe.describing import describe, key_of, uses_in
 from prunekit.recipe.resolver import Resolver
@@ -25,6 +24,12 @@ TRAINING_KEYS = (
     "sparsity_schedule",
 )
 """Keys of a prune stage that only pruners that learn their scores use."""
+
+DECIDES = {
+    "allocates": ("budget", "says itself what each layer keeps"),
+    "paces": ("sparsity_schedule", "decides itself what it removes by when"),
+}
+"""Declared flag -> the key that has no effect then, and why."""
 
 REWIRING = ("pretrain", "finetune")
 """Kinds of stages that may have a rewirer."""
@@ -89,9 +94,7 @@ class Stage:
         unused: set[str] = set()
         if self.kind == "prune" and not self.options.pruner.component.learns:
             unused |= set(find_unused(describe(self.options)))
-        if any(use.component.allocates for use in self.choosing):
-            unused.add("budget")
-        return unused
+        return unused.union(*(find_decided(use.component) for use in self.choosing))
 
     @property
     def choosing(self) -> list[Use[Any]]:
@@ -108,6 +111,11 @@ class Stage:
 def name_verdict(use: Use[Any]) -> str:
     """What a stage's validation calls the images that withstand an evaluator: as it does itself."""
     return f"{use.name}.{use.component.verdict.replace('correct', 'accuracy')}"
+
+
+def find_decided(component: Any) -> dict[str, str]:
+    """Keys whose part a pruner or a rewirer does itself, and why they have no effect."""
+    return {key: why for flag, (key, why) in DECIDES.items() if getattr(component, flag, False)}
 
 
 def find_unused(table: Mapping[str, Any]) -> list[str]:
@@ -175,35 +183,7 @@ def resolve_stages(
         if kind != "evaluate" and options.objective is not None:
             _check_select(options, resolver, path, name)
         stages.append(Stage(kind, name, position, options, sparsity))
-        _check_wrappers(stages[-1], resolver, path)
-        _check_counts(stages[-1], resolver, path)
     return tuple(stages)
-
-
-def _check_counts(stage: Stage, resolver: Resolver, path: KeyPath) -> None:
-    """A ratio n:m decides what layers keep, and so does a component that allocates."""
-    for use in stage.choosing:
-        if use.component.allocates and read_ratio(stage.options.structure):
-            resolver.problem(
-                (*path, "structure"),
-                f"{use.kind} {use.name!r} says itself what each layer keeps, and so does "
-                f'{stage.options.structure}; write structure = "element"',
-            )
-
-
-def _check_wrappers(stage: Stage, resolver: Resolver, path: KeyPath) -> None:
-    """Wrappers of scores are for prune stages; several passes do not go with several steps."""
-    for use in getattr(stage.options, "wrap", ()):
-        if use.component.scores and stage.kind != "prune":
-            message = f"{use.name!r} is for stages that learn scores; write it in a prune stage"
-            resolver.problem((*path, "wrap"), message)
-        if ask(use, "passes") > 1 and stage.options.objective and stage.replays > 1:
-            resolver.problem(
-                (*path, "wrap"),
-                f"{use.name!r} goes through a step's loss several times, and objective "
-                f"{stage.options.objective.name!r} takes several steps on a batch; use another "
-                "objective, or remove it",
-            )
 
 
 def _identify(table: Any, path: KeyPath) -> tuple[str, str]:
@@ -283,8 +263,8 @@ def _drop_unused(
     unused: dict[str, str] = {}
     if kind == "prune" and found and not found[0].learns:
         unused |= dict.fromkeys(find_unused(own), "is one-shot")
-    if found and found[0].allocates and "budget" in own:
-        unused["budget"] = "says itself what each layer keeps"
+    if found:
+        unused |= {k: why for k, why in find_decided(found[0]).items() if k in own}
     chosen = resolver.locate((*path, key)).file
     noted: dict[str, list[str]] = {}
     for key, why in unused.items():

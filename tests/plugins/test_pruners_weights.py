@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from prunekit.contracts import Clock, Loss, OptimizerChoice, Scores
 from prunekit.data.batches import Arrays, Feed
-from prunekit.errors import Interrupted, RunError
+from prunekit.errors import Interrupted
 from prunekit.graph.groups import find_groups
 from prunekit.pruning.masks import apply_masks
 from prunekit.pruning.selection import Selection, select_masks
@@ -153,11 +153,6 @@ def test_masks_of_twins_are_set_once_and_an_epoch_before_is_not_the_best():
     with masking.effective(Clock(8, STEPS, 0, 1)):
         pass
     assert all(torch.equal(m, masking.masks[n]) for n, m in masks.items())
-
-
-def test_twins_refuse_a_schedule_of_the_sparsity():
-    with pytest.raises(RunError, match="sets its masks once; remove sparsity_schedule"):
-        make_twins(make_net(), schedule=lambda clock: clock.fraction)
 
 
 def test_two_rounds_of_admm_by_hand():

@@ -416,6 +416,15 @@ def test_overrides_of_the_threat_are_flagged(plan):
     )
 
 
+@pytest.mark.parametrize("pruner", ["harp", "twinrep"])
+def test_a_pruner_that_decides_when_it_removes_takes_no_schedule(plan, refuse, pruner):
+    text = TOP + PRETRAIN + PRUNE.replace("score", pruner)
+    assert "sparsity_schedule" not in plan(text).runs[0].stages[1].describe()
+    (found,) = refuse(text + 'sparsity_schedule = "cubic"\n')
+    told = "decides itself what it removes by when: sparsity_schedule has no effect; remove it"
+    assert f"pruner {pruner!r} {told}" in found
+
+
 def test_what_a_one_shot_pruner_does_not_need_is_noted_where_something_else_put_it_there(
     plan, here
 ):
@@ -564,6 +573,10 @@ def test_wrappers_that_cannot_serve_are_refused(refuse, plan):
     assert "'awp' goes through a step's loss several times, and objective 'free-adv' takes" in found
     (found,) = refuse(TOP + PRETRAIN + 'wrap = ["s2ap"]\n')
     assert "'s2ap' is for stages that learn scores; write it in a prune stage" in found
+    for pruner in ("radmm", "twinrep"):
+        trained = PRUNE.replace("score", pruner) + 'wrap = ["s2ap"]\n'
+        (found,) = refuse(TOP + PRETRAIN + trained)
+        assert f"'s2ap' needs learned scores, {pruner!r} has none; remove it" in found
     plan(TOP + several.replace('"awp"', '"ema"') + threat)
     plan(TOP + several.replace('"free-adv"', '"trades"') + threat)
 
