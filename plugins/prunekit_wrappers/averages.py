@@ -33,18 +33,16 @@ class Average:
     @torch.no_grad()
     def after_step(self, now: Now) -> None:
         """Move the average."""
-        masked = now.masks.keys() & self.average.keys()
         rate = self.rate(now.clock)
-        if rate:
-            values = _find_moving(now.model)
-            if not self.average:
-                self.average = {name: value.detach().clone() for name, value in values.items()}
-                masked = now.masks.keys() & self.average.keys()
-            for name, value in values.items():
-                average = self.average[name]
-                if name in masked:  # what grows again starts at its value, as the average did
-                    average.copy_(torch.where(average == 0, value, average))
-                average.lerp_(value.detach(), rate)
+        values = _find_moving(now.model) if rate else {}
+        if not self.average:
+            self.average = {name: value.detach().clone() for name, value in values.items()}
+        masked = now.masks.keys() & self.average.keys()
+        for name, value in values.items():
+            average = self.average[name]
+            if name in masked:  # what grows again starts at its value, as the average did
+                average.copy_(torch.where(average == 0, value, average))
+            average.lerp_(value.detach(), rate)
         for name in masked:
             self.average[name].masked_fill_(~now.masks[name], 0)
 

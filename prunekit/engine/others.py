@@ -23,7 +23,7 @@ def open_network(work: Work, file: Path | None) -> nn.Module:
         model = _load(work, file)
     elif work.dense is None:
         raise UserError(
-            "no pretrain stage comes before this one, so there is no dense network to learn from; "
+            "no pretrain stage that leaves the network dense comes before this one; "
             'name a model file, as in teacher = "dense.safetensors"'
         )
     else:

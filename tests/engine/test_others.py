@@ -95,7 +95,7 @@ def test_a_file_that_does_not_do_is_refused(header, message, bench, look, tmp_pa
 def test_without_a_pretrain_stage_there_is_none(bench, look):
     recipe = bench.recipe.replace('[[stage]]\nkind = "pretrain"\nepochs = 2\n', "")
     folder, _ = look(recipe=recipe)
-    assert "no pretrain stage comes before this one" in folder.error
+    assert "no pretrain stage that leaves the network dense comes before this one" in folder.error
     assert 'teacher = "dense.safetensors"' in folder.error
 
 
