@@ -71,7 +71,11 @@ Where training stops learning, as it may on small networks, lower it or start la
 alone are measured and moved; under learned scores they are frozen, and the gradient goes to scores.
 
 Unlike in the authors' code, v comes from the gradient itself, not from a step of a copy of the
-network (the copy's rate cancels), and the optimizer, with its weight decay, steps from w."""
+network (the copy's rate cancels), and the optimizer, with its weight decay, steps from w. Only the
+last pass, at w + v, moves statistics of batch normalization.
+
+In prune stages: under learned scores, layers that stay dense are not perturbed; under `twinrep` it
+perturbs w, and not w a; under `radmm` the gradient is that of the loss with its penalty."""
 
 STATISTICS = """\
 With bn = "recalibrate", statistics of batch normalization are the average over `batches` batches of
