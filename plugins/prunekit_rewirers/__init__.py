@@ -82,6 +82,9 @@ class FlyingBirdPlusOptions(FlyingBirdOptions):
     def __post_init__(self) -> None:
         if self.until <= self.after:
             raise OptionError("until", f"until must be above after = {self.after:g}")
+        if isinstance(self.budget, Use) and self.budget.component.compares:
+            told = f"{self.budget.name} compares scores and gives no counts"
+            raise OptionError("budget", f'{told}; write budget = "igq"')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,9 +111,10 @@ def prunekit_rewirers() -> Iterable[RewirerComponent]:
         paper="Zhu and Gupta, To prune or not to prune, 2017, arXiv 1710.01878",
         details="How many are removed by when is the stage's: sparsity_schedule = "
         '{ use = "cubic", start = 0.1, end = 0.75 }. It begins with all weights, also where an '
-        "earlier stage removed some. Masks are nested: what is removed stays removed (with "
-        "budgets of whole counts, erk and igq, rounding may ask a layer for one weight more than "
-        "before). An n:m structure has no schedule, and does not go with it.\n\n"
+        "earlier stage removed some. Before `start` and after `end`, rewirings take the place of "
+        "optimizer steps all the same, without effect. Masks are nested: what is removed stays "
+        "removed (with budgets of whole counts, erk and igq, rounding may ask a layer for one "
+        "weight more than before). An n:m structure has no schedule, and does not go with it.\n\n"
         "regrow = true exchanges weights as well, as GraNet does (Liu et al., NeurIPS 2021), a "
         "part that falls with the cosine to 0 at the end.\n\n"
         "Not as in the paper: removed weights are zero, and do not wait with their old values.",
@@ -156,7 +160,7 @@ def prunekit_rewirers() -> Iterable[RewirerComponent]:
         options=FlyingBirdPlusOptions,
         gradients=lambda options: options.growth == "gradient",
         allocates=True,
-        sources=("prunekit_budgets",),
+        elements=True,
         cost=f"{_COST}; more or fewer weights than at the target, for a time",
         paper="Chen et al., Sparsity Winning Twice, ICLR 2022, arXiv 2202.09844",
         details="From `after` on, each rewiring looks at the last epochs. It drops `less` more "

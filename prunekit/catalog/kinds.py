@@ -189,6 +189,8 @@ class RewirerComponent(Component):
     """options -> whether it looks at gradients of removed weights in steps in which it is due."""
     allocates: bool = False
     """`Scores.keep` says what each layer keeps, so a recipe gives no budget."""
+    elements: bool = False
+    """It chooses single weights, so a recipe cannot ask for whole channels."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -47,6 +47,9 @@ def check_counts(stage: Stage, resolver: Resolver) -> None:
                 f"{use.kind} {use.name!r} says itself what each layer keeps, and so does "
                 f'{stage.options.structure}; write structure = "element"',
             )
+        elif getattr(use.component, "elements", False) and stage.options.structure == "channel":
+            message = f'{use.kind} {use.name!r} is for single weights; write structure = "element"'
+            resolver.problem(("stage", stage.position, "structure"), message)
 
 
 def check_wrappers(stage: Stage, resolver: Resolver) -> None:

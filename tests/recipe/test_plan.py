@@ -563,6 +563,28 @@ def test_a_plan_of_a_rewiring_stage_comes_back_from_its_description(plan, with_r
     assert again.runs[0].describe() == first.runs[0].describe()
 
 
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ('structure = "channel"\n', "is for single weights; write structure ="),
+        (
+            'rewire.budget = "global"\n',
+            "global compares scores and gives no counts; write budget =",
+        ),
+    ],
+)
+def test_flyingbird_plus_says_what_it_does_not_take(refuse, line, told):
+    text = REWIRED.replace('rewire = "told"', 'rewire.use = "flyingbird-plus"')
+    (found,) = refuse(TOP + text + line)
+    assert told in found
+
+
+def test_the_budget_within_a_rewirer_is_among_what_a_stage_uses(plan):
+    """So its source is in the stage's key."""
+    (run,) = plan(TOP + REWIRED.replace('"told"', '"flyingbird-plus"')).runs
+    assert ("budget", "igq") in {(use.kind, use.name) for use in run.stages[0].uses()}
+
+
 def test_wrappers_that_cannot_serve_are_refused(refuse, plan):
     both = PRETRAIN + 'wrap = ["ema", {use = "ema", decay = 0.9}]\n'
     found = refuse(TOP + both)
