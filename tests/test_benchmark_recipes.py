@@ -59,6 +59,18 @@ def test_pruners_of_a_cell_are_on_one_footing(recipe):
     assert all(weights_trained(run) == weights_trained(runs[0]) for run in runs)
 
 
+def test_awp_has_its_own_settings_for_svhn_on_the_dense_networks_of_the_cells():
+    runs = plan_recipe(RECIPES / "benchmark/svhn-awp.toml", ()).runs
+    dense = equal_runs("svhn-resnet18")[0].stages[0].describe()
+    for run in runs:
+        pretrain, *_, finetune, _ = run.stages
+        (awp,) = finetune.options.wrap
+        assert (awp.name, awp.options.start) == ("awp", 5)
+        assert finetune.options.objective.options.step_size == 1 / 255
+        assert pretrain.describe() == dense
+    assert len(runs) == 2 * 3 * 4
+
+
 @pytest.mark.parametrize("recipe", ["rewired", "scratch"])
 def test_rewirers_have_the_training_of_the_pruners(recipe):
     cells = {}
