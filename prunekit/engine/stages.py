@@ -170,7 +170,8 @@ def prune(state: State, stage: Stage, work: Work) -> Outcome:
 def _tell_sparsity(state: State, stage: Stage, work: Work) -> None:
     got = measure_sparsity(count_weights(state.model, state.masks))
     if abs(got - stage.sparsity) > 0.005:
-        work.report(Note(f"asked for sparsity {stage.sparsity:g}, got {got:.4g} of all weights"))
+        of = "the weights of all Conv2d, Linear and attention layers, left dense or not"
+        work.report(Note(f"asked for sparsity {stage.sparsity:g}, got {got:.4g} of {of}"))
 
 
 def _find_structured(state: State, stage: Stage, work: Work) -> tuple[dict[str, Tensor], Selection]:
