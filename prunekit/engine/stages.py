@@ -186,19 +186,19 @@ def _find_structured(state: State, stage: Stage, work: Work) -> tuple[dict[str, 
             "there is nothing to prune: the network freezes every weight; set requires_grad where "
             "it may change"
         )
-    dense = {n: "" for n, weight in weights.items() if not fits(weight, selection.structure)}
+    dense = {
+        name: f"{weight.shape[1]} inputs make no whole groups"
+        for name, weight in weights.items()
+        if not fits(weight, selection.structure)
+    }
     if selection.structure == "channel":
         groups, dense = _find_groups(state, weights, work)
         selection = replace(selection, groups=groups)
+    reasons = {why: [n for n, reason in dense.items() if reason == why] for why in dense.values()}
+    told = "; ".join(f"{', '.join(names)} ({why})" for why, names in reasons.items())
     if len(dense) == len(weights):
-        raise RunError(f"structure {selection.structure!r} fits no layer of this network")
+        raise RunError(f"structure {selection.structure!r} fits no layer of this network: {told}")
     if dense:
-        reasons = {
-            why: [n for n, reason in dense.items() if reason == why] for why in dense.values()
-        }
-        told = "; ".join(
-            f"{', '.join(n)} ({why})" if why else ", ".join(n) for why, n in reasons.items()
-        )
         work.report(Note(f"structure {selection.structure!r} leaves dense: {told}"))
     return {name: weight for name, weight in weights.items() if name not in dense}, selection
 
