@@ -20,7 +20,7 @@ from prunekit.engine.validating import make_judge
 from prunekit.engine.work import Outcome, Work, describe_masks
 from prunekit.errors import RunError
 from prunekit.graph.groups import Group, find_groups, follow
-from prunekit.pruning.layers import find_prunable, tell_unprunable
+from prunekit.pruning.layers import describe_faults, find_prunable, tell_unprunable
 from prunekit.pruning.masks import (
     State,
     apply_masks,
@@ -197,6 +197,7 @@ def _find_structured(state: State, stage: Stage, work: Work) -> tuple[dict[str, 
     reasons = {why: [n for n, reason in dense.items() if reason == why] for why in dense.values()}
     told = "; ".join(f"{', '.join(names)} ({why})" for why, names in reasons.items())
     if len(dense) == len(weights):
+        told = "; ".join(filter(None, (told, describe_faults(state.model))))
         raise RunError(f"structure {selection.structure!r} fits no layer of this network: {told}")
     if dense:
         work.report(Note(f"structure {selection.structure!r} leaves dense: {told}"))

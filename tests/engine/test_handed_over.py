@@ -184,3 +184,12 @@ def test_a_network_of_changed_kernels_alone_trains_and_has_nothing_to_prune():
     ]
     with pytest.raises(prunekit.RunError, match=r"nothing to prune: .*left dense: 0\.weight"):
         run({**PRUNE, "pruner": "lwm"}, {"kind": "finetune", "epochs": 1}, model=net, out="s")
+
+
+def test_a_structure_that_fits_nothing_names_changed_kernels_too():
+    space = {}
+    exec(NET, space)
+    net = nn.Sequential(space["Centred"](1, 3, 8), nn.Flatten(), nn.Linear(3, 3))
+    why = r"2\.weight \(the output of the network\); 0\.weight \(changed before it multiplies\)"
+    with pytest.raises(prunekit.RunError, match=why):
+        prunekit.make_masks(net, 0.5, structure="channel", data=(X, Y))
