@@ -595,6 +595,14 @@ def test_masks_with_images_structures_and_exclusions():
         match=r"left dense by the architecture .*: fc\.weight",
     ):
         assert list(prunekit.make_masks(net, 0.5)) == ["conv.weight"]
+    with pytest.raises(RunError, match=r"nothing to prune: exclude.* takes all of it: \*; name"):
+        prunekit.make_masks(net, 0.5, exclude=["*"])
+    head = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+    why = r"fits no layer of this network: 1\.weight \(the output of the network\)"
+    with pytest.raises(RunError, match=why):
+        prunekit.make_masks(head, 0.5, structure="channel", data=(X, Y))
+    with pytest.raises(RunError, match=r"1\.weight \(64 inputs make no whole groups\)"):
+        prunekit.make_masks(head, structure="2:5", data=(X, Y))
     with pytest.raises(UserError, match=r"give data=\(x, y\)"):
         prunekit.make_masks(make_net(), 0.5, "snip")
     with pytest.raises(UserError, match="is found by sending an image through: give data"):

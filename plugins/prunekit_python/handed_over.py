@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from prunekit_arrays.reading import KEYS, Channels, to_data, to_levels, to_split
-from torch import Tensor, bfloat16
+from torch import Tensor, bfloat16, no_grad
 from torch.utils.data import DataLoader
 
 from prunekit import DataMissingError, UserError
@@ -25,7 +25,8 @@ def build_model(options: GivenModelOptions, context: ArchitectureContext) -> Any
             f"the network ({options.name}) came from a Python program; call prunekit.run or "
             "prunekit.load there with model=..., or choose another architecture"
         )
-    return copy.deepcopy(context.value)
+    with no_grad():  # or the copy of a scripted module would depend on it
+        return copy.deepcopy(context.value)
 
 
 def build_data(options: GivenDataOptions, context: DatasetContext) -> Data:
