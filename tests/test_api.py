@@ -272,6 +272,12 @@ def test_a_run_that_only_judges_holds_the_network_that_it_judged(here):
     assert prunekit.load("j", net).metrics == found.metrics
     recipe = {"architecture": {"use": "python", "file": "net.py"}, "stage": stages}
     assert prunekit.run(recipe, data=DATA, out="p", quiet=True).model.fc.out_features == 3
+    weights = torch.full_like(state["fc.weight"], 0.5)
+    torch.save({**net.state_dict(), "fc.weight": weights}, "w.pt")
+    recipe["architecture"]["init"] = "w.pt"
+    for _ in range(2):
+        found = prunekit.run(recipe, data=DATA, out="i", quiet=True)
+        assert torch.equal(found.model.fc.weight, weights)
 
 
 def test_the_same_call_finds_its_result_and_another_network_or_image_does_not(here):
