@@ -51,7 +51,7 @@ def check(
         notes: list[str] = []
         try:
             plan = plan_recipe(path, settings, trust=trust)
-            if lacking := _find_missing(plan, notes):
+            if lacking := _find_missing(plan, notes) or _find_empty(plan):
                 raise UserError(lacking)
             if deep:
                 from prunekit.models.building import inspect_networks
@@ -96,6 +96,17 @@ def _find_missing(plan: Plan, notes: list[str]) -> str:
             notes += [note] if note not in notes else []
         elif text:
             return str(text)
+    return ""
+
+
+def _find_empty(plan: Plan) -> str:
+    """What a run says that gets no image to train on, where the data set declares its size."""
+    from prunekit.catalog.containment import ask
+
+    for run in plan.runs:
+        fraction, facts = run.data.fraction, run.dataset.component.facts
+        if facts and not round(fraction * (n := ask(run.dataset, "facts").train)):
+            return f"fraction = {fraction} leaves none of {n} training images; give a larger one"
     return ""
 
 
@@ -200,6 +211,8 @@ def _print_preview(plan: Plan, preview: dict[str, Any], as_json: bool) -> None:
     todo = [s for run in preview["runs"] for s in run["stages"] if s["status"] == "to do"]
     passes = sum(stage["forward_passes"] for stage in todo)
     group.echo(f"# to do: {group.count(len(todo), 'stage')}, {passes:,} forward passes of a batch")
+    if todo and not preview["smoke"]:
+        group.echo("# not counted: the rehearsal before, which sends one batch through every stage")
 
 
 def _print_failures(folders: list[RunFolder]) -> None:

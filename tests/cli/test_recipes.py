@@ -44,6 +44,14 @@ def test_check_tells_notes_and_counts_runs(here, call):
     )
 
 
+def test_check_tells_of_a_fraction_that_leaves_nothing(here, call):
+    few = ("--set", "dataset.fraction=0.0003")  # of 1,437
+    _, err = call("check", "r.toml", *few, code=2)
+    assert err.endswith(
+        "fraction = 0.0003 leaves none of 1437 training images; give a larger one\n"
+    )
+
+
 @pytest.mark.parametrize(
     ("table", "code", "told"),
     [
@@ -236,6 +244,9 @@ def test_dry_run_says_what_would_be_done_and_does_nothing(ran, call, read):
     out, err = call("run", "r.toml", "--dry-run", "--device", "cpu", "--set", "seed=8")
     assert err == ""
     assert out.count(" to do ") == 2
+    assert out.endswith(
+        "# not counted: the rehearsal before, which sends one batch through every stage\n"
+    )
     assert 'use = "digits"' in out
     assert sorted(ran.rglob("*")) == before
 
