@@ -57,7 +57,7 @@ def _identify(use: Use[Any]) -> str:
     """
     named = [use.kind, use.component.build, describe(use.options, _hash)]
     files = ask(use, "files")
-    if any(file.suffix == ".py" and _loads_others(file) for file in files):
+    if any(map(_loads_others, files)):
         return ""
     content = [named, [[os.path.relpath(file, files[0].parent), _hash(file)] for file in files]]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -66,9 +66,9 @@ def _identify(use: Use[Any]) -> str:
 def _loads_others(file: Path) -> bool:
     """Whether Python code names a loader, or what may be `sys.path`."""
     try:
-        nodes = list(ast.walk(ast.parse(file.read_bytes())))
+        nodes = list(ast.walk(ast.parse(file.read_bytes() if file.is_file() else b"")))
     except (SyntaxError, ValueError, RecursionError, OSError):
-        return True
+        return False  # no Python code that could run
     named, paths = set(), False
     for node in nodes:
         if isinstance(node, ast.alias):

@@ -272,3 +272,11 @@ def test_without_a_home_nothing_is_remembered(stranger, monkeypatch):
     monkeypatch.setenv("XDG_STATE_HOME", str(Path("file").absolute()))
     call("check", "--deep", "r.toml")
     assert REFUSED in call("eval", "runs/a", "--with", "clean", code=2)
+
+
+def test_a_file_of_any_name_is_looked_through(stranger):
+    Path("net.txt").write_text("import sys\nsys.path.insert(0, 'lib')\n" + NET)
+    for file in map(Path, ("r.toml", "runs/a/recipe.toml")):
+        file.write_text(file.read_text().replace("net.py", "net.txt"))
+    call("check", "--deep", "r.toml")
+    assert REFUSED in call("check", "--deep", "runs/a/recipe.toml", code=2)
