@@ -25,10 +25,15 @@ def plan_recipe(
 ) -> Plan:
     """Read and resolve a recipe. Raises `UserError`, or `RecipeError` with all its mistakes."""
     from prunekit.catalog.registry import load_registry
+    from prunekit.cli.init import SHIPPED
     from prunekit.recipe.plan import make_plan
     from prunekit.recipe.reduction import reduce_plan
     from prunekit.store.records import open_recipe
 
+    name = path.as_posix().removeprefix("recipes/").removesuffix(".toml")
+    if not os.path.lexists(path) and (SHIPPED / f"{name}.toml").is_file():
+        way = f"prunekit init {path.stem} --like {name}"
+        raise UserError(f"there is no recipe {path}; one of that name comes with prunekit: {way}")
     plan = make_plan(open_recipe(path, settings, trust=trust), load_registry())
     return reduce_plan(plan) if smoke else plan
 

@@ -143,6 +143,20 @@ def test_an_output_folder_that_cannot_be(here, call, recipe):
     assert (here / "r.toml").read_text() == recipe
 
 
+def test_a_store_that_cannot_be_leaves_no_folder(here, call, recipe):
+    (here / "file").touch()
+    told = call("run", "r.toml", "--store", "file", "--out", "out/a", code=2)[1]
+    assert "cannot write to file/v3" in told
+    assert not (here / "out/a").exists()
+
+
+def test_a_recipe_that_comes_with_prunekit_can_be_copied(here, call):
+    for name in ("quickstart.toml", "recipes/quickstart.toml"):
+        assert call("run", name, code=2)[1].endswith(
+            ": prunekit init quickstart --like quickstart\n"
+        )
+
+
 @pytest.mark.parametrize("force", [[], ["--force"]])
 def test_the_recipe_is_never_moved_out_of_the_way(here, force, call, recipe):
     _, err = call("run", "r.toml", "--out", "r.toml", "--device", "cpu", *force, code=2)

@@ -7,6 +7,7 @@ from importlib.metadata import EntryPoint, entry_points
 import pytest
 import tomli_w
 
+from prunekit import errors
 from prunekit.catalog.component import option
 from prunekit.catalog.kinds import PrunerComponent, RewirerComponent
 from prunekit.catalog.registry import Entry, Registry, load_registry
@@ -240,6 +241,21 @@ def test_a_thousand_mistakes_are_counted(refuse):
     told = refuse("".join(f"key{n} = 1\n" for n in range(1000)) + SMALL)
     assert len(told) == 21
     assert told[-1] == "and 980 more"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{}" + SMALL, "{}", SMALL.replace('dataset = "digits"', "") + '[dataset]\nuse = "digits"\n{}'],
+)
+def test_advice_is_found_only_for_what_is_shown(refuse, text, monkeypatch):
+    """Comparing words is what takes long."""
+    compared = set()
+    monkeypatch.setattr(
+        errors.difflib, "get_close_matches", lambda word, *_, **__: compared.add(word) or []
+    )
+    told = refuse(text.format("".join(f"key{n} = 1\n" for n in range(99))))
+    assert told[-1].endswith(" more")
+    assert 20 <= len(compared) <= 21
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from prunekit.contracts import (
     OptimizerChoice,
     read_ratio,
 )
-from prunekit.errors import OptionError, translate
+from prunekit.errors import OptionError, relative, translate
 from prunekit.steps import Budget, Pruner, Rewirer, SparsitySchedule, Wrapper
 
 
@@ -68,6 +68,10 @@ class ArchitectureOptions:
     init: Path | None = option(
         None, help="start from the weights in this file, and its masks", exists=True
     )
+
+    def __post_init__(self) -> None:
+        if self.init is not None and self.init.is_dir():
+            raise OptionError("init", f"{relative(self.init)} is a folder; write a file in it")
 
 
 @dataclass(frozen=True, kw_only=True)
