@@ -12,7 +12,7 @@ from prunekit.catalog.component import Use
 from prunekit.catalog.registry import Registry
 from prunekit.contracts import Architecture, Data, Threat
 from prunekit.errors import Problem, RecipeError, in_order, suggest, translate
-from prunekit.recipe.agreement import check_images, note_threats
+from prunekit.recipe.agreement import check_images, note_extra, note_threats
 from prunekit.recipe.describing import describe, uses_in
 from prunekit.recipe.resolver import THREAT_EXAMPLE, Resolver
 from prunekit.recipe.stages import Stage, resolve_stages
@@ -244,7 +244,7 @@ def _resolve_run(
         return
     check_images(images, stages, resolver)
     threat, folder = resolver.threat, recipe.path.parent
-    notes += note_threats(threat, stages)
+    notes += (*note_extra(dataset, images.extra), *note_threats(threat, stages))
     yield Run(
         label, settings, folder, seed, dataset, images, architecture, start.init, threat, stages
     )

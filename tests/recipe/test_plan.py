@@ -336,6 +336,18 @@ def test_how_much_is_extra_is_said_once(refuse, plan):
     assert "extra_ratio and extra_fraction both say how much is extra; remove one" in line
 
 
+@pytest.mark.parametrize("key", ["extra_fraction", "extra_ratio"])
+def test_how_much_is_extra_needs_extra_images(key, refuse):
+    (line,) = refuse(SMALL.replace('"digits"', f'{{ use = "digits", {key} = 0.7 }}'))
+    assert line.endswith(f"{key} needs extra, the data set whose images are added")
+
+
+def test_a_data_set_as_its_own_extra_one_is_noted(plan):
+    told = plan(SMALL.replace('"digits"', '{ use = "digits", extra = "digits" }')).notes
+    assert any("extra is the data set itself" in note for note in told)
+    assert not any("extra is" in note for note in plan(SMALL).notes)
+
+
 def test_a_metric_that_the_objective_does_not_validate(refuse, plan):
     assert refuse(TOP + PRETRAIN + 'select = "acuracy"\n' + EVALUATE) == [
         "r.toml:7: stage 'pretrain': objective 'benign' has no validation metric 'acuracy'; "

@@ -59,6 +59,12 @@ class DataOptions:
         if self.extra_fraction is not None and self.extra_ratio != 1:
             message = "extra_ratio and extra_fraction both say how much is extra; remove one"
             raise OptionError("extra_fraction", message)
+        if self.extra is None and self.extra_fraction is not None:
+            message = "extra_fraction needs extra, the data set whose images are added"
+            raise OptionError("extra_fraction", message)
+        if self.extra is None and self.extra_ratio != 1:
+            message = "extra_ratio needs extra, the data set whose images are added"
+            raise OptionError("extra_ratio", message)
 
 
 @dataclass(frozen=True, kw_only=True)
