@@ -547,7 +547,7 @@ def test_images_that_a_network_does_not_suit():
         prunekit.evaluate(make_net(), 3)
     with pytest.raises(UserError, match="data: x has floats from -1 to"):
         prunekit.evaluate(make_net(), (X / 127.5 - 1, Y))
-    with pytest.raises(UserError, match="data: a tuple is no array: "):
+    with pytest.raises(UserError, match="data is a list of batches; hand over all images"):
         prunekit.evaluate(make_net(), [(X[:2], Y[:2]), (X[2:], Y[2:])])
     # Floats of few digits are levels no more.
     prunekit.evaluate(make_net(), (torch.from_numpy(X)[:, None].bfloat16() / 255, Y))

@@ -111,4 +111,4 @@ def test_an_unknown_size_is_not_a_small_one(here):
 
 def test_a_recipe_that_is_not_shipped(here):
     error = call("init", "--like", "quickstrat", code=2).stderr
-    assert "no recipe 'quickstrat' comes with prunekit; there are: certified/" in error
+    assert "no recipe 'quickstrat' comes with prunekit; there are: benchmark/" in error
