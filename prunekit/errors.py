@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -77,6 +77,13 @@ class Problem:
 
     def __str__(self) -> str:
         return f"{self.place}: {shorten(printable(self.message, keep=''))}"
+
+
+def in_order(keys: Mapping[str, Place]) -> Iterator[tuple[str, bool]]:
+    """Wrong keys in the order of the file, and whether the error shows them: advice for thousands
+    takes long."""
+    ordered = sorted(keys, key=keys.__getitem__)
+    return ((key, n < MOST_SHOWN) for n, key in enumerate(ordered))
 
 
 class RecipeError(UserError):

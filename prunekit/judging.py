@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,12 +14,14 @@ from torch.nn.modules.module import register_module_forward_hook
 from prunekit.errors import RunError, lacks_memory
 from prunekit.evaluation import Standing, eval_mode, own_generators
 
-IMAGES = 3
-"""Images that `examine` looks at, and as many more that it makes from them."""
+IMAGES = 9
+"""Images that `examine` shows together and alone: four of the batch, and five made from them."""
 REPEATS = 8
 """Times that the same batch is shown."""
-LOOKS = REPEATS + 7
-"""Forward passes that `examine` does, backwards and in parts included."""
+LOOKS = REPEATS + IMAGES + 5
+"""Forward passes that `examine` does, backwards, alone and in parts included."""
+DARK = 0.2
+"""What pixels are multiplied by, for images that are not as bright as the others of their batch."""
 DOUBTS = 20
 """Times that it is shown again where answers differ, to tell what draws now and then."""
 NEAR = 8 / 255
@@ -109,14 +111,16 @@ class Examination:
 def examine(model: nn.Module, x: Tensor) -> Examination:
     """Look whether a network is a function of single images, with the batch x (B, C, H, W).
 
-    A few of them several times, backwards, and in two parts; all of them, half with noise, twice
-    and in two parts. Differences that rounding explains do not count. What happens in few passes,
-    or at few images, may not be seen. Random generators, modes, parameters and buffers stay.
+    A few of them, bright and dark, several times, backwards, and each alone; all of them, half with
+    noise and a quarter darkened, twice and in two parts. Differences that rounding explains do not
+    count. What happens in few passes, or at few images, may not be seen. Random generators, modes,
+    parameters and buffers stay.
 
     Raises `RunError` if the network does not give logits, or changes the images.
     """
-    whole, x = x.clone(), x[:: -(-len(x) // IMAGES)]
-    x = torch.cat([x, 0.7 * (1 - x)])  # never one image alone, nor all alike
+    whole, light = x.clone(), x.flatten(1).mean(1)
+    x = x[[0, -1, int(light.argmin()), int(light.argmax())]]
+    x = torch.cat([x, 0.7 * (1 - x[:1]), DARK * x])  # never all alike
     standing = Standing(model)
     moved: dict[str, None] = {}
 
@@ -136,16 +140,21 @@ def examine(model: nn.Module, x: Tensor) -> Examination:
 
         unlike, mixed = varies(REPEATS - 1), False
         if not unlike:
-            pairs = [(first, look(x.flip(0)).flip(0)), (first, _part(look, x, 1))]
-            if len(whole) > IMAGES:
+            places = torch.arange(len(x))
+            pairs = [_part(look, x, first, p) for p in ([places.flip(0)], places.split(1))]
+            if len(whole) > 3:
                 whole[1::2] = (whole + NEAR * (2 * _draw(whole) - 1)).clamp(0, 1)[1::2]
+                whole[3::4] *= DARK
                 seen = look(whole)
                 unlike = not _agree(seen, look(whole), same)
-                pairs.append((seen, _part(look, whole, len(whole) // 3 + 1)))
+                dark = torch.arange(len(whole)) % 4 == 3
+                pairs.append(
+                    _part(look, whole, seen, [dark.nonzero()[:, 0], (~dark).nonzero()[:, 0]])
+                )
             mixed = not unlike and not all(_agree(*pair, close) for pair in pairs)
         if mixed:  # unless rounding alone moves the logits as much, or it draws now and then
-            floor = 10 * _distance(first, look(x * (1 - NUDGE * _draw(x))))
-            mixed = not all(_agree(*pair, close, floor) for pair in pairs)
+            moves = _distances(first, look(x * (1 - NUDGE * _draw(x))))
+            mixed = not all(_agree(*pair, close, moves) for pair in pairs)
             unlike = mixed and varies(DOUBTS)
     return Examination(
         unlike, mixed and not unlike, tuple(moved), bool(first.isfinite().all(1).any())
@@ -157,31 +166,43 @@ def _draw(x: Tensor) -> Tensor:
     return torch.rand(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
 
 
-def _part(look: Callable[[Tensor], Tensor], x: Tensor, first: int) -> Tensor:
-    """Logits of x in two parts; NaN where layers fail that want several images."""
+def _part(
+    look: Callable[[Tensor], Tensor], x: Tensor, whole: Tensor, parts: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Logits of x, of all together (`whole`, given) and of parts of it (indices), in one order.
+
+    Those of parts are NaN where layers fail that want several images.
+    """
+    whole = whole[torch.cat(list(parts))]
     try:
-        return torch.cat([look(x[:first]), look(x[first:])])
+        return whole, torch.cat([look(x[part]) for part in parts])
     except Exception as error:  # whatever such layers raise
         if isinstance(error, RunError) or lacks_memory(error):
             raise
-        return torch.full((len(x), 1), torch.nan)
+        return whole, torch.full_like(whole, torch.nan)
 
 
-def _distance(one: Tensor, other: Tensor) -> float:
-    """The largest difference of logits that are finite in both."""
-    both = one.isfinite() & other.isfinite()
-    if not both.any():
-        return 0.0
-    return float((one[both].cpu().double() - other[both].cpu().double()).abs().amax())
+def _distances(one: Tensor, other: Tensor) -> Tensor:
+    """For each image (B,), the largest difference of logits that are finite in both."""
+    far = (one.cpu().double() - other.cpu().double()).abs()
+    return far.where(far.isfinite(), 0).amax(1)
 
 
-def _agree(one: Tensor, other: Tensor, part: float, floor: float = 0.0) -> bool:
-    """Whether logits (B, K) are equal up to `part` of the largest finite one, or to `floor`."""
+def _agree(one: Tensor, other: Tensor, part: float, moves: Tensor | None = None) -> bool:
+    """Whether logits (B, K) are equal up to `part` of the largest finite one.
+
+    Or up to ten times what rounding moves those of some images, `moves`: at most, and at most
+    images. Where networks round to few levels, rounding moves few images far, another batch all.
+    """
     if one.shape != other.shape or not torch.equal(one.isfinite(), other.isfinite()):
         return False
     finite = one[one.isfinite()].cpu().double()
-    largest = float(finite.abs().amax()) if len(finite) else 0.0
-    return _distance(one, other) <= max(part * largest, floor)
+    bound = part * float(finite.abs().amax()) if len(finite) else 0.0
+    far = _distances(one, other)
+    if moves is None:
+        return float(far.amax()) <= bound
+    ways = (torch.amax, torch.median)
+    return all(float(way(far)) <= max(bound, 10 * float(way(moves))) for way in ways)
 
 
 @dataclass

@@ -272,6 +272,12 @@ def test_a_run_that_only_judges_holds_the_network_that_it_judged(here):
     assert prunekit.load("j", net).metrics == found.metrics
     recipe = {"architecture": {"use": "python", "file": "net.py"}, "stage": stages}
     assert prunekit.run(recipe, data=DATA, out="p", quiet=True).model.fc.out_features == 3
+    weights = torch.full_like(state["fc.weight"], 0.5)
+    torch.save({**net.state_dict(), "fc.weight": weights}, "w.pt")
+    recipe["architecture"]["init"] = "w.pt"
+    for _ in range(2):
+        found = prunekit.run(recipe, data=DATA, out="i", quiet=True)
+        assert torch.equal(found.model.fc.weight, weights)
 
 
 def test_the_same_call_finds_its_result_and_another_network_or_image_does_not(here):
@@ -344,8 +350,8 @@ def test_numbers_of_numpy_and_floats_just_beside_the_range_are_taken():
     off = floats.copy()
     off[0, 0, 0], off[1, 1, 1], floats[0, 0, 0], floats[1, 1, 1] = 1 + 1e-7, -1e-7, 1, 0
     assert prunekit.evaluate(net, (off, Y)).metrics == prunekit.evaluate(net, (floats, Y)).metrics
-    off[0, 0, 0] = 1.001
-    with pytest.raises(UserError, match=r"floats from .* to 1\.001"):
+    off[0, 0, 0] = 1.0001
+    with pytest.raises(UserError, match=r"floats from .* to 1\.0001, but"):
         prunekit.evaluate(net, (off, Y))
 
 
@@ -497,9 +503,11 @@ def test_a_loader_of_both_kinds_of_pixels_and_of_none():
         (DataLoader(TensorDataset(FLOATS), 2), r"give batches \(x, y\) of tensors; it gave a list"),
         (DataLoader([{"x": 1}], 1), r"give batches \(x, y\) of tensors; it gave a dict"),
         (DataLoader([]), "gives no batch"),
+        ([(FLOATS, LABELS)] * 2, r"a list of batches; hand over .* \(torch\.cat\(\[x for x, _ in"),
+        ([(FLOATS, LABELS)] * 3, r"a list of batches; hand over .* \(torch\.cat\(\[x for x, _ in"),
         (DataLoader(TensorDataset(FLOATS, LABELS), None), "gives single images; give it a batch"),
         ((torch.zeros(2, 8, 8, 3), LABELS), r"or give x\.permute\(0, 3, 1, 2\) in Python"),
-        (DataLoader(TensorDataset(FLOATS * 4 - 1, LABELS), 2), "has floats from -0.2"),
+        (DataLoader(TensorDataset(FLOATS * 4 - 1, LABELS), 2), "has floats from -0.199"),
         (DataLoader(TensorDataset(FLOATS, LABELS.float()), 2), "data: y is of type float32"),
     ):
         with pytest.raises(UserError, match=message):
@@ -539,7 +547,7 @@ def test_images_that_a_network_does_not_suit():
         prunekit.evaluate(make_net(), 3)
     with pytest.raises(UserError, match="data: x has floats from -1 to"):
         prunekit.evaluate(make_net(), (X / 127.5 - 1, Y))
-    with pytest.raises(UserError, match="data: a tuple is no array: "):
+    with pytest.raises(UserError, match="data is a list of batches; hand over all images"):
         prunekit.evaluate(make_net(), [(X[:2], Y[:2]), (X[2:], Y[2:])])
     # Floats of few digits are levels no more.
     prunekit.evaluate(make_net(), (torch.from_numpy(X)[:, None].bfloat16() / 255, Y))
@@ -595,6 +603,14 @@ def test_masks_with_images_structures_and_exclusions():
         match=r"left dense by the architecture .*: fc\.weight",
     ):
         assert list(prunekit.make_masks(net, 0.5)) == ["conv.weight"]
+    with pytest.raises(RunError, match=r"nothing to prune: exclude.* takes all of it: \*; name"):
+        prunekit.make_masks(net, 0.5, exclude=["*"])
+    head = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+    why = r"fits no layer of this network: 1\.weight \(the output of the network\)"
+    with pytest.raises(RunError, match=why):
+        prunekit.make_masks(head, 0.5, structure="channel", data=(X, Y))
+    with pytest.raises(RunError, match=r"1\.weight \(64 inputs make no whole groups\)"):
+        prunekit.make_masks(head, structure="2:5", data=(X, Y))
     with pytest.raises(UserError, match=r"give data=\(x, y\)"):
         prunekit.make_masks(make_net(), 0.5, "snip")
     with pytest.raises(UserError, match="is found by sending an image through: give data"):

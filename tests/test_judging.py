@@ -92,10 +92,30 @@ def test_what_is_no_function_of_single_images_is_found(what, images):
     assert not net.seen
 
 
-def give_each_class_eight(net, z):
+def divide_by_largest(net, z):
+    return z / z.max()
+
+
+def round_to_levels(net, z):
+    """As quantization does that chooses its levels for each batch."""
+    step = z.abs().max() / 127
+    return (z @ net.fc.weight.T @ net.fc.weight / step).round() * step
+
+
+@pytest.mark.parametrize("before", [divide_by_largest, round_to_levels])
+@pytest.mark.parametrize("images", [2, 16, 128])
+@pytest.mark.parametrize("odd", [1.0, 0.2])
+def test_what_images_of_equal_brightness_hide_is_found(before, images, odd):
+    x = torch.rand(images, *SHAPE, generator=torch.Generator().manual_seed(0))
+    x[:, 0, 0, :2] = torch.tensor([0.0, 1.0])
+    x[1::2] *= odd
+    assert list(examine(Net(before), x).doubts) == ["batch_dependent"]
+
+
+def give_each_class_twelve(net, z):
     out = z.clone()
     for c in range(z.shape[1]):
-        out[(z.argmax(1) == c).nonzero().flatten()[8:]] = 0
+        out[(z.argmax(1) == c).nonzero().flatten()[12:]] = 0
     return out
 
 
@@ -103,7 +123,11 @@ def center_large(net, z):
     return z - z.mean(0) if len(z) >= 32 else z
 
 
-@pytest.mark.parametrize("after", [give_each_class_eight, center_large])
+def divide_large(net, z):
+    return z / z.max() if len(z) >= 32 else z
+
+
+@pytest.mark.parametrize("after", [give_each_class_twelve, center_large, divide_large])
 def test_what_large_batches_alone_do_is_found(after):
     net = Net(after=after)
     assert list(examine(net, torch.rand(128, *SHAPE)).doubts) == ["batch_dependent"]
@@ -308,7 +332,7 @@ def test_a_mask_of_minus_infinity_is_no_mistake():
 
 def test_what_is_no_logits_is_named_while_it_is_watched_too():
     net = Net(after=lambda net, z: (z, z))
-    with pytest.raises(RunError, match="the network gives a tuple for 6 images"):
+    with pytest.raises(RunError, match="the network gives a tuple for 9 images"):
         examine(net, torch.rand(30, *SHAPE))
     with pytest.raises(RunError, match="the network gives a tuple"), watching(net):
         net(torch.rand(6, *SHAPE))

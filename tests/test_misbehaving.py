@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import sys
 import warnings
 
@@ -175,3 +176,14 @@ def test_one_broken_run_is_left_out_and_keeps_its_stages(here, write_run, evalua
     (here / "runs/a/run.json").unlink()
     assert "prunekit: runs/b/run.json is damaged" in call("results", code=2)[1]
     assert json.loads(call("check", "r.toml", "--json")[0])["recipes"]
+
+
+def test_what_a_plugin_writes_to_the_descriptor_is_no_result(here, install):
+    """C libraries and programs that it starts do that."""
+    install("import os\nos.write(1, b'noise\\n')\nos.system('echo more noise')")
+    done = subprocess.run(
+        [sys.executable, "-m", "prunekit", "list", "pruners", "--json"],
+        env={**os.environ, "PYTHONPATH": str(here)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert json.loads(done.stdout)["schema_version"] == 1
+    assert done.stderr.startswith("noise\nmore noise\n")

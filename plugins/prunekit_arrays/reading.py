@@ -208,7 +208,7 @@ def _round_floats(images: np.ndarray, name: str, keep: bool) -> np.ndarray:
             part = part.clip(0, 1)
         if part.min() < 0 or part.max() > 1:
             raise UserError(
-                f"{name} has floats from {part.min():.4g} to {part.max():.4g}, but pixels are in "
+                f"{name} has floats from {part.min():.8g} to {part.max():.8g}, but pixels are in "
                 "[0, 1]; save uint8 images with pixels from 0 to 255, without normalization"
             )
         rounded = np.rint(part * 255)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from prunekit import ArchitectureComponent, DatasetComponent, hookimpl, option
-from prunekit.errors import UserError, relative
+from prunekit.errors import OptionError, UserError, relative
 
 DETAILS = """\
 This is the only component with which a recipe runs code: the code in the file. `build` names a
@@ -55,6 +55,11 @@ class PythonOptions:
     file: Path = option(help="the Python file", exists=True)
     build: str = option("make", help="function or class in the file that makes the network")
     kwargs: dict[str, Any] = option({}, help="further arguments of this function or class")
+
+    def __post_init__(self) -> None:
+        if self.file.is_dir():
+            message = f"{relative(self.file)} is a folder; write the Python file in it"
+            raise OptionError("file", message)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from prunekit_arrays.reading import KEYS, Channels, to_data, to_levels, to_split
-from torch import Tensor, bfloat16
+from torch import Tensor, bfloat16, no_grad
 from torch.utils.data import DataLoader
 
 from prunekit import DataMissingError, UserError
@@ -25,7 +25,8 @@ def build_model(options: GivenModelOptions, context: ArchitectureContext) -> Any
             f"the network ({options.name}) came from a Python program; call prunekit.run or "
             "prunekit.load there with model=..., or choose another architecture"
         )
-    return copy.deepcopy(context.value)
+    with no_grad():  # or the copy of a scripted module would depend on it
+        return copy.deepcopy(context.value)
 
 
 def build_data(options: GivenDataOptions, context: DatasetContext) -> Data:
@@ -49,6 +50,11 @@ def build_data(options: GivenDataOptions, context: DatasetContext) -> Data:
         return data
     if context.test_only and isinstance(data, DataLoader):
         return _to_test(_read_loader(data), "first")
+    if isinstance(data, Sequence) and data and all(map(_is_batch, data)):
+        raise UserError(
+            "data is a list of batches; hand over all images and labels: (torch.cat([x for x, _ in "
+            "batches]), torch.cat([y for _, y in batches]))"
+        )
     # Without training, (x, y) is enough.
     sizes, wanted = ((2, 4), "(x, y), a DataLoader, or ") if context.test_only else ((4,), "")
     if not isinstance(data, Sequence) or len(data) not in sizes:
@@ -70,6 +76,10 @@ def build_data(options: GivenDataOptions, context: DatasetContext) -> Data:
             where='say how many there are with settings={"dataset.classes": K}',
         )
     return _to_test(dict(zip("xy", arrays, strict=True)), channels)
+
+
+def _is_batch(part: Any) -> bool:
+    return isinstance(part, Sequence) and len(part) == 2 and getattr(part[0], "ndim", 0) > 2
 
 
 def _count_classes(

@@ -56,7 +56,7 @@ class ImageNetOptions(StreamOptions):
 class FolderOptions(StreamOptions):
     """Options of `image-folder`."""
 
-    root: Path = option(help="folder with train and val (or test), with a folder for each class")
+    root: Path = option(help="folder with train and test (or val), with a folder for each class")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,8 +169,9 @@ FOLDER_DETAILS = """\
 The names of the class folders, in order, are the classes 0, 1, 2, ...; runs of digits count as
 numbers, so that folder 2 comes before folder 10. Files and folders whose names begin with a dot are
 left out. Grey images of 16 bits become 8 bits; images of 32 bits and of floats are refused, because
-no value of theirs means white. Transparency is dropped, and the orientation in a photograph's
-metadata is not applied, as with torchvision's ImageFolder."""
+no value of theirs means white. What is transparent is shown on white, photographs are turned as
+their metadata say (torchvision's ImageFolder does neither), and of several frames the first counts.
+Where there are both test and val, test is the test set and val is not used."""
 
 STREAM_AUGMENT = ("resized-crop", "flip")
 

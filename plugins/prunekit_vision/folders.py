@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +38,13 @@ from prunekit_vision.listing import (
     tell_order,
 )
 
+LOOKED_AT = 500
+"""Files of a split that are opened to tell of transparency and animation."""
+UPRIGHT = Image.Transpose
+TURNS = {2: UPRIGHT.FLIP_LEFT_RIGHT, 3: UPRIGHT.ROTATE_180, 4: UPRIGHT.FLIP_TOP_BOTTOM}
+TURNS |= {5: UPRIGHT.TRANSPOSE, 6: UPRIGHT.ROTATE_270, 7: UPRIGHT.TRANSVERSE, 8: UPRIGHT.ROTATE_90}
+"""EXIF's orientation (tag 274) -> what shows the image upright."""
+
 Key = tuple[int, int | None]
 """An image's number in the split, and the seed of its augmentation; None without augmentation."""
 
@@ -62,7 +71,7 @@ class Decoder:
         path = self.root / os.fsdecode(self.paths[number])
         try:
             with Image.open(path) as file:
-                image = _to_rgb(file)
+                image = _turn(_to_rgb(file), file)
         # For damaged files, PIL may raise anything.
         except Exception as error:
             reason = explain_briefly(error)
@@ -88,17 +97,36 @@ class Decoder:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """8 bits a channel; PIL alone would clip 16 bits to white instead of scaling them.
+    """8 bits a channel, on white; PIL alone would clip 16 bits to white instead of scaling them.
 
     Raises `ValueError` for pixels of which no value means white.
     """
     # PIL opens 16 bits of grey as 32: PGM, scaled from any maximum to 65535; PNG in some versions.
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         levels = np.rint(np.asarray(image) / 257).astype(np.uint8)
+        if getattr(image, "tag_v2", {}).get(262) == 0:  # zero is white; PIL inverts 8 bits alone
+            levels = 255 - levels
         return Image.fromarray(levels).convert("RGB")
     if image.mode in ("I", "F"):
         raise ValueError(f"no value of its {image.mode}-mode pixels means white")
+    if _may_be_transparent(image):
+        seen = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen)
     return image.convert("RGB")
+
+
+def _may_be_transparent(image: Image.Image) -> bool:
+    return image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
+
+
+def _turn(image: Image.Image, file: Image.Image) -> Image.Image:
+    """Upright, as the EXIF data of its file say; damaged ones say nothing."""
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            turn = TURNS.get(file.getexif().get(274, 1))
+    except Exception:  # PIL raises whatever its parsers do
+        return image
+    return image if turn is None else image.transpose(turn)
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,15 +198,19 @@ def _count_processors() -> int:
 
 
 def load_folders(name: str, root: Path, options: StreamOptions) -> Data:
-    """The data set in `root`: `train` for training, and `val` (or `test`) for testing only.
+    """The data set in `root`: `train` for training, and `test` or `val` for testing only.
 
-    `name` is that of the component in messages. Warns where numbers in the names of classes decide
-    their order, and of files left out.
+    Of both, `test` is taken if it has class folders (ImageNet's has none, and `val` is taken), and
+    the other is told. `name` is that of the component in messages. Warns where numbers in the names
+    of classes decide their order, and of files left out, transparency and animation.
 
     Raises `DataMissingError` if a folder is missing, and `UserError` if the two folders do not have
     the same classes.
     """
-    tests = [root / part for part in ("val", "test") if (root / part).is_dir()]
+    parts = ("val", "test") if name == "imagenet" else ("test", "val")
+    tests = [root / part for part in parts if (root / part).is_dir()]
+    # Images without labels may lie in `test`.
+    tests.sort(key=lambda folder: not any(entry.is_dir() for entry in folder.iterdir()))
     if not (root / "train").is_dir() or not tests:
         raise DataMissingError(
             f"{name} was not found: {relative(root)} needs the folders train and val (or test), "
@@ -197,6 +229,14 @@ def load_folders(name: str, root: Path, options: StreamOptions) -> Data:
             f"{odd[0]!r} is only in one of them ({len(odd)} such); both need the same folders"
         )
     tell_order(train.classes)
+    if name != "imagenet" and len(tests) > 1:
+        warnings.warn(
+            f"{relative(tests[1])} is not used: {relative(tests[0])} is the test set, and images "
+            "to validate with are held out of train (validation in [dataset])",
+            stacklevel=2,
+        )
+    for listing in (train, test):
+        _tell_kinds(listing)
     return Data(
         _to_split(train, options),
         _to_split(test, options),
@@ -205,6 +245,28 @@ def load_folders(name: str, root: Path, options: StreamOptions) -> Data:
         augment=STREAM_AUGMENT,
         fingerprint=hash_images(train, test),
     )
+
+
+def _tell_kinds(listing: Listing) -> None:
+    """Warn where images, of `LOOKED_AT` at most, have an alpha channel or several frames."""
+    alpha, moving = [], []
+    chosen = listing.paths[:: -(-len(listing.paths) // LOOKED_AT)]
+    for path in chosen:
+        # Damaged files are told when they are decoded.
+        with suppress(Exception), Image.open(listing.folder / path) as file:
+            alpha += [path] if _may_be_transparent(file) else []
+            # Phones write a second picture behind the first (MPO).
+            moving += [path] if file.format != "MPO" and getattr(file, "is_animated", False) else []
+    for found, what in (
+        (alpha, "may be transparent in parts, which are shown on white"),
+        (moving, "have several frames, of which the first is taken"),
+    ):
+        if found:
+            warnings.warn(
+                f"{len(found)} of {len(chosen)} images looked at in {relative(listing.folder)} "
+                f"{what}, such as {found[0]}",
+                stacklevel=2,
+            )
 
 
 def _to_split(listing: Listing, options: StreamOptions) -> Folder:

@@ -47,9 +47,9 @@ def list_images(folder: Path) -> Listing:
 
     Runs of digits in names count as numbers: folder 2 comes before folder 10. Hidden files and
     folders are left out. Warns of files that look like no image, and of images outside the classes.
-    Raises `UserError` if there are fewer than two classes, or two whose names look the same, or for
-    a class without images, a link that leads nowhere or in a circle, and a file that is empty or
-    none.
+    Raises `UserError` if there are fewer than two classes, two whose names look the same, or one
+    folder in two of them, and for a class without images, a link that leads nowhere or in a circle,
+    and a file that is empty or none.
     """
     entries = _scan(folder)
     found = [name for name, entry in entries if entry.is_dir()]
@@ -67,9 +67,10 @@ def list_images(folder: Path) -> Listing:
         )
     listing = Listing(folder, classes)
     others: Counter[str] = Counter()
+    owners: dict[str, str] = {}
     for label, name in enumerate(classes):
         before = len(listing.paths)
-        for path, stat in _walk(folder / name, others, ()):
+        for path, stat in _walk(folder / name, name, others, owners, (os.path.realpath(folder),)):
             listing.paths.append(os.path.relpath(path, folder))
             listing.labels.append(label)
             listing.stats.append(stat)
@@ -126,16 +127,28 @@ def _scan(folder: Path) -> list[tuple[str, os.DirEntry[str]]]:
 
 
 def _walk(
-    folder: Path, others: Counter[str], above: tuple[str, ...]
+    folder: Path,
+    name: str,
+    others: Counter[str],
+    owners: dict[str, str],
+    above: tuple[str, ...],
 ) -> Iterator[tuple[str, os.stat_result]]:
-    """The images in a folder and those below, sorted by path; counts endings of other files."""
+    """The images in a folder of a class and those below, sorted by path.
+
+    Counts endings of other files in `others`, and notes the class of each real folder in `owners`.
+    """
     real = os.path.realpath(folder)
     if real in above:
         raise UserError(f"{relative(folder)} links to a folder that it is in; delete the link")
-    for name, entry in _scan(folder):
-        ending = _find_ending(name)
+    if (other := owners.setdefault(real, name)) != name:
+        raise UserError(
+            f"{relative(folder)} is a folder of class {other!r} as well (a link), and its images "
+            "would have two labels; delete the link"
+        )
+    for file, entry in _scan(folder):
+        ending = _find_ending(file)
         if entry.is_dir():
-            yield from _walk(Path(entry.path), others, (*above, real))
+            yield from _walk(Path(entry.path), name, others, owners, (*above, real))
         elif ending in ENDINGS:
             if not entry.is_file() or not entry.stat().st_size:
                 what = "is empty" if entry.is_file() else "is not a file"

@@ -104,7 +104,9 @@ def show(name: str, as_json: bool) -> None:
     registry = load_registry()
     entries = registry.search(name)
     if not entries:
-        advice = suggest(name, {e.component.name for e in registry.entries})
+        bare = name.rpartition(":")[2]
+        known = {e.component.name for e in registry.entries}
+        advice = f"did you mean {bare!r}?" if bare in known else suggest(bare, known)
         advice = advice if advice.startswith("did") else "see: prunekit list"
         raise UserError(f"there is no component {name!r}; {advice}")
     if as_json:

@@ -119,10 +119,28 @@ def _apart(command: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(command)
     def run(*arguments: Any, **options: Any) -> Any:
-        click.get_current_context().meta[STDOUT], sys.stdout = sys.stdout, sys.stderr
+        click.get_current_context().meta[STDOUT], sys.stdout = _move_stdout(), sys.stderr
         return command(*arguments, **options)
 
     return run
+
+
+def _move_stdout() -> TextIO:
+    """Stdout under another descriptor; what C code and programs write to 1 then goes to stderr.
+
+    Where the streams are not those of the process, such as in a test, they stay.
+    """
+    old, own = sys.stdout, sys.stdout is sys.__stdout__
+    try:
+        if not own or (old.fileno(), sys.stderr.fileno()) != (1, 2):
+            return old
+        old.flush()
+        kept = os.dup(1)
+        os.dup2(2, 1)
+    except (AttributeError, OSError, ValueError):  # closed, or no file
+        return old
+    # Not closed: what could not be written has been told of by then.
+    return open(kept, "w", encoding=old.encoding, errors=old.errors, closefd=False)
 
 
 def stdout() -> TextIO:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 from pathlib import Path
@@ -16,6 +17,7 @@ from prunekit.cli.completion import component_option
 from prunekit.cli.components import fragment
 from prunekit.cli.group import echo, warn
 from prunekit.errors import UserError, relative
+from prunekit.store.files import make_folder, relative_link, write_text
 
 HERE = Path(__file__).parent
 SHIPPED = HERE.parent / "_recipes"
@@ -55,18 +57,20 @@ def init(name: str, dataset: str, model: str | None, objective: str, like: str |
     file = Path(name if name.endswith(".toml") else f"{name}.toml")
     if like and (dataset, model, objective) != ("digits", None, "trades"):
         raise click.UsageError("--like copies a recipe as it is; leave out the other options")
-    if file.exists():
-        raise UserError(f"{relative(file)} exists already; choose another name")
+    if os.path.lexists(file):
+        raise UserError(f"{relative_link(file)} exists already; choose another name")
     texts = copy_recipe(like, file) if like else {}
     texts = texts or {file: write_recipe(file, dataset, model, objective)}
     # What a copied recipe extends may be there from another one.
     texts = {p: t for p, t in texts.items() if not p.exists() or p.read_text("utf-8") != t}
     for path in texts:
-        if path.exists():
-            raise UserError(f"{relative(path)} exists already; choose a NAME in another folder")
+        if os.path.lexists(path):
+            raise UserError(
+                f"{relative_link(path)} exists already; choose a NAME in another folder"
+            )
     for path, text in texts.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        make_folder(path.parent, "choose a NAME in another folder")
+        write_text(path, text)
         echo(relative(path))
     command = shlex.join(["prunekit", "run", relative(file)])
     if any(f'"{word}"' in texts[file] for word in PLACEHOLDERS):

@@ -141,7 +141,7 @@ def evaluate(run: Path, evaluators: str, store: Path | None, as_json: bool, **re
     if network.header.get("smoke"):
         group.warn("this network comes from a --smoke run: its numbers mean nothing")
     names = tuple(name.strip() for name in evaluators.split(","))
-    if not all(names):
+    if not all(len(name.split()) == 1 for name in names):
         raise UserError(f"--with {evaluators}: separate evaluators by commas, as in clean,pgd")
     folder = evaluate_network(
         network, EvalRequest(names, **request), store, group.command_line(), group.warn

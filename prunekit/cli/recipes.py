@@ -25,10 +25,15 @@ def plan_recipe(
 ) -> Plan:
     """Read and resolve a recipe. Raises `UserError`, or `RecipeError` with all its mistakes."""
     from prunekit.catalog.registry import load_registry
+    from prunekit.cli.init import SHIPPED
     from prunekit.recipe.plan import make_plan
     from prunekit.recipe.reduction import reduce_plan
     from prunekit.store.records import open_recipe
 
+    name = path.as_posix().removeprefix("recipes/").removesuffix(".toml")
+    if not os.path.lexists(path) and (SHIPPED / f"{name}.toml").is_file():
+        way = f"prunekit init {path.stem} --like {name}"
+        raise UserError(f"there is no recipe {path}; one of that name comes with prunekit: {way}")
     plan = make_plan(open_recipe(path, settings, trust=trust), load_registry())
     return reduce_plan(plan) if smoke else plan
 
@@ -51,7 +56,7 @@ def check(
         notes: list[str] = []
         try:
             plan = plan_recipe(path, settings, trust=trust)
-            if lacking := _find_missing(plan, notes):
+            if lacking := _find_missing(plan, notes) or _find_empty(plan):
                 raise UserError(lacking)
             if deep:
                 from prunekit.models.building import inspect_networks
@@ -96,6 +101,17 @@ def _find_missing(plan: Plan, notes: list[str]) -> str:
             notes += [note] if note not in notes else []
         elif text:
             return str(text)
+    return ""
+
+
+def _find_empty(plan: Plan) -> str:
+    """What a run says that gets no image to train on, where the data set declares its size."""
+    from prunekit.catalog.containment import ask
+
+    for run in plan.runs:
+        fraction, facts = run.data.fraction, run.dataset.component.facts
+        if facts and not round(fraction * (n := ask(run.dataset, "facts").train)):
+            return f"fraction = {fraction} leaves none of {n} training images; give a larger one"
     return ""
 
 
@@ -200,6 +216,8 @@ def _print_preview(plan: Plan, preview: dict[str, Any], as_json: bool) -> None:
     todo = [s for run in preview["runs"] for s in run["stages"] if s["status"] == "to do"]
     passes = sum(stage["forward_passes"] for stage in todo)
     group.echo(f"# to do: {group.count(len(todo), 'stage')}, {passes:,} forward passes of a batch")
+    if todo and not preview["smoke"]:
+        group.echo("# not counted: the rehearsal before, which sends one batch through every stage")
 
 
 def _print_failures(folders: list[RunFolder]) -> None:

@@ -41,6 +41,7 @@ from prunekit.report import (
 )
 from prunekit.store.files import read_npz, write_npz
 from prunekit.store.keys import used_version
+from prunekit.store.layout import EVALUATIONS
 from prunekit.store.runs import RunFolder
 from prunekit.store.stages import StageFolder, StageResult, Store
 from prunekit.store.tensors.checkpoint import write_model
@@ -142,13 +143,13 @@ class Engine:
         return failures
 
     def _run_one(self, run: Run, loaded: Loaded, folder: RunFolder | None) -> None:
-        keys = make_keys(run, loaded, self.compute)
+        keys, at = make_keys(run, loaded, self.compute), Place(run, loaded, self.compute)
         if folder is not None:
             folder.expect([part for key in keys for part in key.parts])
-        at = Place(run, loaded, self.compute)
-        # Where no stage makes a network, and no file has it, the run's folder gets the one judged.
-        if folder is not None and not run.init and {s.kind for s in run.stages} == {"evaluate"}:
-            self._write(folder.model, at, {})
+            # Where no stage makes a network, the folder gets the one judged, if none lies beside.
+            beside = folder.path.parent.name == EVALUATIONS
+            if not beside and {stage.kind for stage in run.stages} == {"evaluate"}:
+                self._write(folder.model, at, {})
         for stage, key in zip(run.stages, keys, strict=True):
             if stage.kind == "evaluate":
                 result, reused, records = self._judge(stage, key, at)
@@ -160,8 +161,7 @@ class Engine:
             for text in result.notes if judged or reused else ():
                 self.report(Note(text, warning=judged))
             spent = 0.0 if reused else result.seconds
-            told = (stage.name, stage.kind, key.key, result.metrics, spent, reused)
-            self.report(StageDone(*told))
+            self.report(StageDone(stage.name, stage.kind, key.key, result.metrics, spent, reused))
             if folder is not None:
                 folder.add(stage, key.key, result, reused, **files)
 
@@ -230,8 +230,7 @@ class Engine:
             raise RunError(self._failed[key])
         told = f"stage {stage.name!r} is being computed by another process; waiting for it"
         with self.store.locked(key, partial(self._note, told), self.stop) as stored:
-            warn = partial(self._note, warning=True)
-            yield stored, stored.repair(warn, asked)
+            yield stored, stored.repair(partial(self._note, warning=True), asked)
 
     def _write(self, file: Path, at: Place, told: Mapping[str, Any]) -> None:
         """Write the network as it is now, with what is `told` of it."""

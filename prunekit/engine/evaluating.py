@@ -176,6 +176,8 @@ def assemble(stage: Stage, run: Run, loaded: Loaded, found: Mapping[str, Outcome
         for text in own.notes:
             told.setdefault(text.removeprefix(f"{use.name}: "), []).append(use.name)
     notes = [f"{', '.join(names)}: {text}" for text, names in told.items()]
+    if (stage.options.images or 0) > (most := len(loaded.data.test.labels)):
+        notes.append(f"images = {stage.options.images}, but there are {most}: all are judged")
     notes += cross_examine(stage.options.with_, records)
     network = dict(next(iter(found.values())).metrics[NETWORK])
     # What was stored is a plain number again.

@@ -26,7 +26,7 @@ from prunekit.engine.work import Loaded, Outcome, Work
 from prunekit.errors import Place, UserError, lacks_memory
 from prunekit.evaluation import eval_mode, own_generators
 from prunekit.models.building import count_outputs
-from prunekit.models.contract import check_tensors, copy_network, find_logits
+from prunekit.models.contract import check_scripted, check_tensors, copy_network, find_logits
 from prunekit.pruning.layers import watch_network
 from prunekit.pruning.masks import State, take_zeros
 from prunekit.recipe.plan import Plan, make_plan
@@ -133,9 +133,9 @@ def do_stage(
     train, test = (to_device(part, compute.device) for part in (data.train, data.test))
     nobody = Arrays(torch.empty(0), torch.empty(0, dtype=torch.int64))
     loaded = Loaded(dataclasses.replace(data, train=train, test=test), nobody)
-    with torch.no_grad():  # or the copy of a scripted network would depend on it
-        state = State(compute.place(copy_network(model, "the network")))
+    state = State(compute.place(copy_network(model, "the network")))
     if stage.prunes:
+        check_scripted(model, "the network")
         shape = data.shape if any(data.shape) else _guess_shape(state.model)
         if shape:
             watch_network(state.model, shape)

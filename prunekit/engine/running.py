@@ -48,7 +48,11 @@ def run_plan(
     changed = folder.find_changed(done=known is not None)
     if known is not None and not changed and _is_current(plan, known, compute, anew, tell):
         return None
-    Store(store).prepare(tell)
+    try:
+        Store(store).prepare(tell)
+    except UserError:
+        folder.withdraw()
+        raise
     try:
         with (
             folder.alone(),

@@ -21,7 +21,7 @@ from prunekit.engine.validating import make_judge
 from prunekit.engine.work import Outcome, Work, describe_masks
 from prunekit.errors import RunError
 from prunekit.graph.groups import Group, find_groups, follow
-from prunekit.pruning.layers import find_prunable, tell_unprunable
+from prunekit.pruning.layers import describe_faults, find_prunable, tell_unprunable
 from prunekit.pruning.masks import (
     State,
     apply_masks,
@@ -171,7 +171,8 @@ def prune(state: State, stage: Stage, work: Work) -> Outcome:
 def _tell_sparsity(state: State, stage: Stage, work: Work) -> None:
     got = measure_sparsity(count_weights(state.model, state.masks))
     if abs(got - stage.sparsity) > 0.005:
-        work.report(Note(f"asked for sparsity {stage.sparsity:g}, got {got:.4g} of all weights"))
+        of = "the weights of all Conv2d, Linear and attention layers, left dense or not"
+        work.report(Note(f"asked for sparsity {stage.sparsity:g}, got {got:.4g} of {of}"))
 
 
 def _find_structured(state: State, stage: Stage, work: Work) -> tuple[dict[str, Tensor], Selection]:
@@ -186,19 +187,20 @@ def _find_structured(state: State, stage: Stage, work: Work) -> tuple[dict[str, 
             "there is nothing to prune: the network freezes every weight; set requires_grad where "
             "it may change"
         )
-    dense = {n: "" for n, weight in weights.items() if not fits(weight, selection.structure)}
+    dense = {
+        name: f"{weight.shape[1]} inputs make no whole groups"
+        for name, weight in weights.items()
+        if not fits(weight, selection.structure)
+    }
     if selection.structure == "channel":
         groups, dense = _find_groups(state, weights, work)
         selection = replace(selection, groups=groups)
+    reasons = {why: [n for n, reason in dense.items() if reason == why] for why in dense.values()}
+    told = "; ".join(f"{', '.join(names)} ({why})" for why, names in reasons.items())
     if len(dense) == len(weights):
-        raise RunError(f"structure {selection.structure!r} fits no layer of this network")
+        told = "; ".join(filter(None, (told, describe_faults(state.model))))
+        raise RunError(f"structure {selection.structure!r} fits no layer of this network: {told}")
     if dense:
-        reasons = {
-            why: [n for n, reason in dense.items() if reason == why] for why in dense.values()
-        }
-        told = "; ".join(
-            f"{', '.join(n)} ({why})" if why else ", ".join(n) for why, n in reasons.items()
-        )
         work.report(Note(f"structure {selection.structure!r} leaves dense: {told}"))
     return {name: weight for name, weight in weights.items() if name not in dense}, selection
 

@@ -63,17 +63,17 @@ class _Watch(Look):
         traced = [(t, trace) for t in inputs if (trace := self._read(t))]
         lit = any(_place(t) in self.lit for t in inputs)
         name = str(getattr(func, "overloadpacket", func)).rpartition(".")[2]
-        known = all(kept is not None for _, trace in traced for kept in trace.values())
-        # A product of weights alone makes another kernel; one with constants is one like any other.
-        arrives = lit or (name in PRODUCTS and len(traced) == 1 and known)
-        for tensor, trace in traced if arrives else ():
+        # A product with anything else, constants included, makes another kernel.
+        for tensor, trace in traced if lit else ():
             for weight, kept in trace.items():
                 self._arrive(weight, tensor, kept, name in PRODUCTS)
         out = func(*args, **kwargs)
         made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        if name.startswith("new_") or name.endswith("_like"):
+            return out  # only the shape is that of the images, or of weights
         if lit:
             self.lit |= {_place(t) for t in made}
-        elif traced and not arrives:
+        elif traced:
             known_places = {_place(t) for t in inputs}
             mutable = getattr(getattr(func, "_schema", None), "is_mutable", False)
             for tensor in made:
@@ -145,6 +145,8 @@ def _follow(
         floating = value.is_floating_point() or value.is_complex()
         return torch.ones_like(value, dtype=torch.bool) if floating else value
 
+    if name in PRODUCTS:
+        return None  # sums of many entries
     inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
     kept = [k for t in inputs if (k := watch._read(t).get(weight)) is not None]
     try:

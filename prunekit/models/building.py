@@ -15,7 +15,13 @@ from prunekit.catalog.containment import ask
 from prunekit.contexts import ArchitectureContext, DatasetContext
 from prunekit.data import seeds
 from prunekit.errors import RunError, lacks_memory
-from prunekit.models.contract import check_state_dict, check_tensors, copy_network, find_logits
+from prunekit.models.contract import (
+    check_scripted,
+    check_state_dict,
+    check_tensors,
+    copy_network,
+    find_logits,
+)
 from prunekit.pruning.layers import (
     find_faults,
     find_prunable,
@@ -58,6 +64,8 @@ def build_network(
     model.to(device)
     check_state_dict(model, owner)
     trained = any(stage.kind != "evaluate" for stage in run.stages)
+    if trained:
+        check_scripted(model, owner)
     for training in (False, True) if trained else (False,):
         logits = find_logits(model, shape, owner, training=training, stored=True)
         found = tuple(logits.shape)

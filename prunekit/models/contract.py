@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from prunekit.errors import RunError, UserError, explain_briefly, lacks_memory, relative
 from prunekit.evaluation import Standing, eval_mode, own_generators
 from prunekit.judging import find_answer
-from prunekit.pruning.layers import find_prunable
+from prunekit.pruning.layers import find_faults, find_prunable
 from prunekit.pruning.masks import find_broken
 from prunekit.store.tensors.checkpoint import find_misfit
 
@@ -22,7 +22,8 @@ from prunekit.store.tensors.checkpoint import find_misfit
 def copy_network(model: nn.Module, owner: str) -> nn.Module:
     """A copy of the network. Raises `RunError` that blames what of it cannot be copied."""
     try:
-        return copy.deepcopy(model)
+        with torch.no_grad():  # or the copy of a scripted module would depend on it
+            return copy.deepcopy(model)
     except Exception as error:  # what networks hold may raise anything
         if lacks_memory(error):
             raise
@@ -69,6 +70,16 @@ def check_tensors(model: nn.Module, owner: str) -> None:
     for name, value in named:
         if misfit := find_misfit(value):
             raise RunError(f"{owner} has a tensor that is {misfit}: {name}; make it one of floats")
+
+
+def check_scripted(model: nn.Module, owner: str) -> None:
+    """Raise `RunError` where all that could be pruned is inside scripted modules: it cannot be."""
+    scripted = any(isinstance(module, torch.jit.ScriptModule) for module in model.modules())
+    if scripted and not find_faults(model):
+        raise RunError(
+            f"{owner} has all its layers in what torch.jit.script or torch.jit.trace made, which "
+            "can be evaluated but neither trained nor pruned: take the network as it was before"
+        )
 
 
 @torch.no_grad()
@@ -134,9 +145,9 @@ def find_logits(
     """The logits (2, K) that the network gives for two black images of this shape (C, H, W).
 
     In evaluation mode, or in train mode with `training`; the network and all random numbers stay as
-    they are. Raises `RunError` where it does not take them, changes them, or gives anything else;
-    with `stored`, also where its first forwards change what its state dict holds, which a file
-    would not fit then.
+    they are. If K is 2, three images tell (2, K) from (K, 2). Raises `RunError` where it does not
+    take them, changes them, or gives anything else, a subclass of Tensor included; with `stored`,
+    also where its first forwards change what its state dict holds, which a file would not fit then.
     """
     first = next(chain(model.parameters(), model.buffers()), torch.empty(0))
     mode = " in train mode" if training else ""
@@ -149,6 +160,8 @@ def find_logits(
                 black = torch.zeros(2, *shape, device=first.device)
                 logits = find_answer(model, black, owner, mode)
             after = _lay_out(model)
+            if logits.shape[1] == 2:  # classes, or images?
+                find_answer(model, torch.cat([black, black[:1]]), owner, mode)
     except Exception as error:  # layers may raise anything for images of the wrong size
         if isinstance(error, RunError) or lacks_memory(error):
             raise
@@ -157,6 +170,11 @@ def find_logits(
         raise RunError(f"{owner} cannot take images of {size}{mode}: {reason}") from error
     finally:
         standing.restore()
+    if type(logits) is not Tensor:
+        raise RunError(
+            f"{owner} gives logits of class {type(logits).__name__}{mode}, which computes in its "
+            "own way: return a plain tensor, logits.as_subclass(torch.Tensor)"
+        )
     changed = [n for n in before | after if before.get(n) != after.get(n)]
     if stored and changed:
         was, now = (found.get(changed[0], "not there") for found in (before, after))

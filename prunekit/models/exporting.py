@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import io
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -63,7 +64,7 @@ def export_hydra(model: Path, out: Path) -> float:
     content = {"epoch": 0, "arch": name, "state_dict": state, "best_prec1": 0.0, "optimizer": {}}
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(out.parent)
     write_bytes(out, buffer.getvalue())
     return sparsity
 
@@ -88,7 +89,7 @@ def export_own(path: Path, kind: str, out: Path, *, trust: bool = False) -> None
 
 
 def _check_free(out: Path) -> None:
-    if out.exists():
+    if os.path.lexists(out):
         raise UserError(f"{relative(out)} exists already; choose another --out")
 
 

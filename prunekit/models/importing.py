@@ -28,7 +28,7 @@ from prunekit.pruning.masks import (
     find_zeros,
     hash_masks,
 )
-from prunekit.reading import hash_file
+from prunekit.reading import check_file, hash_file
 from prunekit.recipe.plan import make_plan
 from prunekit.recipe.stages import Stage
 from prunekit.recipe.toml.document import Recipe, locate_options, override
@@ -105,6 +105,7 @@ def import_model(
     Doubts about the network are told and recorded. Raises `UserError` if the file holds more than
     tensors or does not fit the network.
     """
+    check_file(source.path)
     if source.kind in ("hydra", "harp") and source.sparsity is None:
         raise UserError(f"a {source.kind} file does not say its keep ratio; give --sparsity 0.9")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

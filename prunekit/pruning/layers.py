@@ -132,6 +132,9 @@ def find_prunable(model: nn.Module, exclude: Sequence[str] = ()) -> dict[str, Te
     kept = [n for n, f in faults.items() if not f and not any(fnmatchcase(n, p) for p in exclude)]
     if not kept:
         told = "the network has no Conv2d or Linear left"
+        if not all(faults.values()):
+            told = "exclude, or the network's leave_dense, takes all of it: "
+            told += f"{', '.join(exclude)}; name less"
         if any(faults.values()):
             told += f"; left dense: {describe_faults(model)}"
         raise RunError(f"there is nothing to prune: {told}")

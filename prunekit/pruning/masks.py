@@ -149,21 +149,25 @@ def assert_masked(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
 
 
 def count_weights(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, dict[str, int]]:
-    """Layer -> {"kept", "weights"} over all prunable weights; a layer without a mask is dense."""
+    """Weight -> {"kept", "weights"}, of all layers that are pruned; one without a mask is dense.
+
+    So is, whatever its mask, one whose zeros would be none of the network's (`find_faults`).
+    """
     try:
         faults = find_faults(model)
     except RunError:  # nothing can be pruned, in a quantized network, which may be judged anyway
         return {}
     counts = {}
     named = dict(model.named_parameters())
-    for name in [name for name, fault in faults.items() if not fault]:
+    for name, fault in faults.items():
         n = named[name].numel()
-        counts[name] = {"kept": int(masks[name].sum()) if name in masks else n, "weights": n}
+        masked = name in masks and not fault
+        counts[name] = {"kept": int(masks[name].sum()) if masked else n, "weights": n}
     return counts
 
 
 def measure_sparsity(counts: Mapping[str, Mapping[str, int]]) -> float:
-    """Fraction of all prunable weights that is removed; 0 where there are none."""
+    """Fraction of all weights counted that is removed; 0 where there are none."""
     total = sum(layer["weights"] for layer in counts.values())
     return 1 - sum(layer["kept"] for layer in counts.values()) / total if total else 0.0
 

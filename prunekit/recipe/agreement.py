@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from prunekit.catalog.component import Use
 from prunekit.catalog.containment import ask
-from prunekit.contracts import Threat, read_ratio
+from prunekit.contracts import Data, Threat, read_ratio
 from prunekit.recipe.describing import uses_in
 from prunekit.recipe.resolver import Resolver
 from prunekit.recipe.stages import Stage
@@ -36,6 +37,15 @@ def check_images(images: DataOptions, stages: tuple[Stage, ...], resolver: Resol
             message = f"extra is not for objective {use.name!r} of stage {stage.name!r}: {reason}"
             resolver.problem(("dataset", "extra"), message)
             return  # it is the same in the others
+
+
+def note_extra(dataset: Use[Data], extra: Use[Data] | None) -> Iterator[str]:
+    """What may be a mistake: the data set as its own extra one."""
+    if extra and (extra.component, extra.options) == (dataset.component, dataset.options):
+        yield (
+            "[dataset]: extra is the data set itself, so its images for validation are trained on, "
+            "too; name another one"
+        )
 
 
 def check_counts(stage: Stage, resolver: Resolver) -> None:

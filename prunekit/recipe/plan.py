@@ -11,8 +11,14 @@ from typing import Any
 from prunekit.catalog.component import Use
 from prunekit.catalog.registry import Registry
 from prunekit.contracts import Architecture, Data, Threat
-from prunekit.errors import Problem, RecipeError, suggest, translate
-from prunekit.recipe.agreement import check_counts, check_images, check_wrappers, note_threats
+from prunekit.errors import Problem, RecipeError, in_order, suggest, translate
+from prunekit.recipe.agreement import (
+    check_counts,
+    check_images,
+    check_wrappers,
+    note_extra,
+    note_threats,
+)
 from prunekit.recipe.describing import describe, uses_in
 from prunekit.recipe.resolver import THREAT_EXAMPLE, Resolver
 from prunekit.recipe.stages import Stage, resolve_stages
@@ -181,16 +187,10 @@ def _with_whole_paths(value: Any, files: Mapping[tuple[str, str], str], key: str
 
 
 def _check_top(recipe: Recipe, resolver: Resolver) -> None:
-    for key in recipe.data:
-        if key not in TOP_KEYS:
-            advice = suggest(key, (*TOP_KEYS, "extends", "set"))
-            for owner, options in (*OPTIONS.items(), ("[stage]", PruneOptions)):
-                if meant := translate(key, (field.name for field in dataclasses.fields(options))):
-                    more = suggest(key, [meant]).partition(",")[2]
-                    advice = f"it belongs below [{owner}]: {meant} = ...{more and f',{more}'}"
-            if meant := translate(key, OPTIMIZER_KEYS):
-                advice = f"it belongs below [[stage]]: optimizer = {{ {meant} = ... }}"
-            resolver.problem((key,), f"unknown key {key!r}; {advice}")
+    unknown = {key: recipe.locate((key,)) for key in recipe.data if key not in TOP_KEYS}
+    for key, shown in in_order(unknown):
+        advice = _advise(key) if shown else ""
+        resolver.problem((key,), f"unknown key {key!r}; {advice}")
     version = recipe.data.get("format", FORMAT)
     if version != FORMAT:
         message = f"this prunekit does not read format {version!r}; write {FORMAT}"
@@ -198,6 +198,18 @@ def _check_top(recipe: Recipe, resolver: Resolver) -> None:
     name = recipe.data.get("name", recipe.path.stem.lstrip(". "))
     if fault := find_name_fault(name):
         resolver.problem(("name",), f"name becomes the name of a folder: {fault}, got {name!r}")
+
+
+def _advise(key: str) -> str:
+    """What to write in place of an unknown key at the top of a recipe."""
+    advice = suggest(key, (*TOP_KEYS, "extends", "set"))
+    for owner, options in (*OPTIONS.items(), ("[stage]", PruneOptions)):
+        if meant := translate(key, (field.name for field in dataclasses.fields(options))):
+            more = suggest(key, [meant]).partition(",")[2]
+            advice = f"it belongs below [{owner}]: {meant} = ...{more and f',{more}'}"
+    if meant := translate(key, OPTIMIZER_KEYS):
+        advice = f"it belongs below [[stage]]: optimizer = {{ {meant} = ... }}"
+    return advice
 
 
 def _resolve_reporters(recipe: Recipe, resolver: Resolver) -> tuple[Use[Reporter], ...]:
@@ -241,7 +253,7 @@ def _resolve_run(
         return
     check_images(images, stages, resolver)
     threat, folder = resolver.threat, recipe.path.parent
-    notes += note_threats(threat, stages)
+    notes += (*note_extra(dataset, images.extra), *note_threats(threat, stages))
     yield Run(
         label, settings, folder, seed, dataset, images, architecture, start.init, threat, stages
     )

@@ -23,6 +23,7 @@ from prunekit.errors import (
     Problem,
     UserError,
     explain_briefly,
+    in_order,
     suggest,
     translate,
 )
@@ -130,9 +131,13 @@ class Resolver:
         values: dict[str, Any] = {}
         fields = {key_of(f.name): f for f in dataclasses.fields(cls)}
         before = len(self.problems)
-        for key in [key for key in table if key not in fields]:
+        unknown = {key: self.locate((*path, key)) for key in table if key not in fields}
+        for key, shown in in_order(unknown):
+            if not shown:
+                self.problem((*path, key), f"unknown option {key!r} of {owner}")
+                continue
             inside = self._find_inside(key, cls, table)
-            given = self.locate((*path, key)).file.removeprefix("--set ").partition("=")[0].strip()
+            given = unknown[key].file.removeprefix("--set ").partition("=")[0].strip()
             if inside and given.endswith(f".{key}"):  # with `--set`, the whole address
                 inside = f"{given.removesuffix(key)}{inside}"
             owner_of = inside.split(".")[-2:][0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import os
@@ -15,6 +16,13 @@ from prunekit.catalog.containment import ask
 from prunekit.errors import UserError
 from prunekit.reading import hash_file
 from prunekit.recipe.describing import describe
+
+LOADERS = {
+    *("importlib", "import_module", "__import__", "__path__", "imp", "pkgutil", "runpy", "site"),
+    *("zipimport", "ctypes", "cffi", "exec", "hub", "cpp_extension", "load_library"),
+    *("meta_path", "path_hooks"),
+}
+"""Names in Python code that may run files which none of its import statements names."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +42,7 @@ class Guard:
         mark = _identify(use)
         if self.source is None:
             _remember(mark)
-        elif mark not in _read():
+        elif not mark or mark not in _read():
             raise UserError(
                 f"{self.source} {risk}, which may do anything with your rights; if you trust "
                 "it, give --trust (from Python: trust=True)"
@@ -44,12 +52,36 @@ class Guard:
 def _identify(use: Use[Any]) -> str:
     """A hash of what would run: of the files' content and names, and of the options.
 
-    Names are relative to the folder of the first file, wherever that is.
+    Names are relative to the folder of the first file, wherever that is. "" if the files may run
+    others: those, which nobody knows before, may be different ones beside the same files.
     """
     named = [use.kind, use.component.build, describe(use.options, _hash)]
     files = ask(use, "files")
+    if any(map(_loads_others, files)):
+        return ""
     content = [named, [[os.path.relpath(file, files[0].parent), _hash(file)] for file in files]]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _loads_others(file: Path) -> bool:
+    """Whether Python code names a loader, or what may be `sys.path`."""
+    try:
+        nodes = list(ast.walk(ast.parse(file.read_bytes() if file.is_file() else b"")))
+    except (SyntaxError, ValueError, RecursionError, OSError):
+        return False  # no Python code that could run
+    named, paths = set(), False
+    for node in nodes:
+        if isinstance(node, ast.alias):
+            named |= {*node.name.split(".")}
+        elif isinstance(node, ast.ImportFrom):
+            named |= {*(node.module or "").split(".")}
+            paths |= node.module == "sys"
+        elif isinstance(node, ast.Name):
+            named.add(node.id)
+        elif isinstance(node, ast.Attribute):
+            named.add(node.attr)
+            paths |= node.attr == "path" and ast.unparse(node.value) != "os"
+    return bool(LOADERS & named) or (paths and "sys" in named)
 
 
 def _hash(file: Path) -> str:
@@ -71,7 +103,7 @@ def _read() -> set[str]:
 
 
 def _remember(mark: str) -> None:
-    if mark in _read():
+    if not mark or mark in _read():
         return
     with suppress(OSError, RuntimeError):  # then the user is asked
         _file().parent.mkdir(parents=True, exist_ok=True)

@@ -104,6 +104,8 @@ def read_radius(value: Any, slot: Slot) -> Radius:
         raise slot.wrong_type('a radius such as 0.03 or "8/255"', value)
     if not 0 <= number < float("inf") or (number > 1 and slot.norm == "linf"):
         advice = f'; write "{number:g}/255"' if 1 < number <= 255 else ""
+        if number < 0 and isinstance(value, str):
+            advice = f'; write "{value.strip().removeprefix("-")}"'
         name = last_key(slot.path)
         message = f"{name} is a radius in [0, 1] pixel units, got {value}{advice}"
         raise Mistake(slot.path, message)
@@ -161,10 +163,24 @@ def read_plain(hint: Any, value: Any, slot: Slot) -> Any:
     if hint is int and isinstance(value, float) and value.is_integer():
         value = int(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise slot.wrong_type(WANTED.get(hint, hint.__name__), value)
+        advice = _read_number(hint, value) if hint in (int, float) else ""
+        raise slot.wrong_type(WANTED.get(hint, hint.__name__), value, advice)
     if isinstance(value, int | float) and not isinstance(value, bool):
         check_limits(value, slot)
     return value
+
+
+def _read_number(hint: type, value: Any) -> str:
+    """What to write for a text such as "90%", "0,9" or "3" that was meant as a number."""
+    text = value.strip() if isinstance(value, str) else ""
+    try:
+        number = float(text.removesuffix("%").replace(",", "."))
+    except ValueError:
+        return ""
+    number = number / 100 if text.endswith("%") else number
+    if not math.isfinite(number) or (hint is int and not number.is_integer()):
+        return ""
+    return f"; write {int(number) if number.is_integer() else f'{number:.12g}'}"
 
 
 def check_limits(value: float, slot: Slot) -> None:

@@ -182,6 +182,10 @@ def to_csv(rows: Sequence[Row]) -> str:
     return text.getvalue()
 
 
+FORMULA = (*"=+-@", *"\uff1d\uff0b\uff0d\uff20")
+"""How text begins that a spreadsheet computes; full-width characters too."""
+
+
 def _to_cell(value: Any) -> Any:
     """A cell in one line; text that a spreadsheet would compute as a formula gets a quote."""
     if not isinstance(value, str):
@@ -190,5 +194,5 @@ def _to_cell(value: Any) -> Any:
     try:
         float(text)
     except ValueError:
-        return f"'{text}" if text.lstrip().startswith(("=", "+", "-", "@")) else text
+        return f"'{text}" if text.lstrip().startswith(FORMULA) else text
     return text

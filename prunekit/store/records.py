@@ -64,7 +64,8 @@ def find_runs(folder: Path, tell: Tell | None = None) -> list[RunRecord]:
     """All runs in a folder and below, without hidden folders; those of a sweep in its order.
 
     A `run.json` that cannot be read is told, and its run left out. Raises `UserError` where nothing
-    is left, where there is no `tell`, and if there is no such folder.
+    is left, where there is no `tell`, and if there is no such folder. With `tell`, also if there
+    are no runs.
     """
     if not folder.is_dir():
         raise UserError(f"there is no folder {relative(folder)}")
@@ -81,6 +82,10 @@ def find_runs(folder: Path, tell: Tell | None = None) -> list[RunRecord]:
     if failures and not runs:
         raise failures[0]
     if tell is not None:
+        if not runs:
+            raise UserError(
+                f"there are no runs in {relative(folder)}; name a folder that holds some"
+            )
         for failure in failures:
             tell(f"left out: {printable(str(failure), keep='')}")
     return sorted(runs, key=lambda run: (run.folder.parent, run.number, run.folder))
@@ -192,8 +197,10 @@ def read_record(path: Path, advice: str) -> dict[str, Any]:
     if not isinstance(told, dict) or type(told.get("format")) is not int:
         raise UserError(f"{relative(path)} was not written by prunekit; {advice}")
     if told["format"] != RUN_FORMAT:
+        way = "use the version that wrote it"
+        way = f"run the recipe again, or {way}" if told["format"] < RUN_FORMAT else way
         raise UserError(
             f"{relative(path)} has format {told['format']}, and this prunekit reads "
-            f"{RUN_FORMAT}; use the version that wrote it"
+            f"{RUN_FORMAT}; {way}"
         )
     return told

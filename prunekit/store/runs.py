@@ -210,6 +210,11 @@ class OutFolder:
             write_text(self.path / RECIPE, tomli_w.dumps(dict(self.plan.document)))
         return None
 
+    def withdraw(self) -> None:
+        """Remove what `prepare` has written, if no run has begun."""
+        if {path.name for path in self.path.iterdir()} <= {PLAN, RECIPE}:
+            shutil.rmtree(self.path, ignore_errors=True)
+
     def find_changed(self, *, done: bool) -> list[Path]:
         """Files of its runs that are lost or not what the runs wrote; unless the plan is done, only
         what they cannot be written over."""

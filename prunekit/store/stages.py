@@ -12,7 +12,7 @@ from pathlib import Path
 
 import filelock
 
-from prunekit.errors import relative
+from prunekit.errors import UserError, relative
 from prunekit.report import Stop, Tell
 from prunekit.store.files import (
     OTHER_STORE,
@@ -20,6 +20,7 @@ from prunekit.store.files import (
     make_folder,
     make_inner,
     refuse_link,
+    relative_link,
     set_aside,
 )
 from prunekit.store.layout import STAGE_LOCK, STORE, STORE_FORMAT
@@ -39,7 +40,11 @@ class Store:
         return self.root / f"v{STORE_FORMAT}"
 
     def prepare(self, tell: Tell) -> None:
-        """Make the folders; tells once if there are stages of an older format."""
+        """Make the folders; tells once if there are stages of an older format.
+
+        Raises `UserError` for links that lead to another store, and if nothing can be written.
+        """
+        self._refuse_links()
         if (old := self._find_old()) and not self.stages.exists():
             where = relative(self.root)
             way = relative(self.root.parent) if self.root.name == STORE else f"--store {where}"
@@ -93,8 +98,9 @@ class Store:
         """Delete the stages whose keys are not in `used`; returns (key, bytes) of each.
 
         Stages of an older format are deleted in any case, and stages that a process is computing
-        are kept. With `keep`, nothing is deleted.
+        are kept. With `keep`, nothing is deleted. Raises `UserError` for links that lead elsewhere.
         """
+        self._refuse_links()
         freed = []
         unused = [path for path in _list_folders(self.stages) if path.name not in used]
         if self.stages.is_dir():  # a file or link that was moved aside
@@ -103,12 +109,24 @@ class Store:
                 if not keep:
                     path.unlink()
         for path in (*self._find_old(), *unused):
+            refuse_link(path / STAGE_LOCK)
             with suppress(filelock.Timeout), filelock.FileLock(path / STAGE_LOCK, timeout=0):
                 size = sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
                 if not keep:
                     shutil.rmtree(path)
                 freed.append((path.name, size))
         return freed
+
+    def _refuse_links(self) -> None:
+        """A folder from somebody else may hold a link to any store; a store that a user named by
+        another name than the default one may be a link."""
+        own = (self.root,) if self.root.name == STORE else ()
+        for path in (*own, *(self.root / f"v{n}" for n in range(1, STORE_FORMAT + 1))):
+            if path.is_symlink():
+                raise UserError(
+                    f"{relative_link(path)} is a link, which is not followed; remove it, and name "
+                    "the store with --store"
+                )
 
     def _find_old(self) -> list[Path]:
         """Folders of stages of older formats; the first format kept them in the root."""

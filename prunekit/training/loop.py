@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +38,8 @@ IMAGES = "#"
 
 RESERVED = {IMAGES, "loss", "accuracy", "epoch", "best", "ended", "seconds"}
 """Names that a term of a loss cannot have."""
+
+IDLE = "its rewirer is due in none of its steps, so that masks do not move; lower `every`"
 
 CHECKPOINT_SECONDS = 300.0
 """In epochs longer than this, a checkpoint is also written between batches."""
@@ -86,6 +88,12 @@ class Fit:
     def end(self, epoch: int) -> Clock:
         """The last step of an epoch."""
         return self.clock(epoch, self.feed.count() - 1, self.replays - 1)
+
+    def between(self) -> Iterator[Clock]:
+        """The steps between the first and the last."""
+        steps = self.end(0).steps
+        for step in range(1, steps - 1):
+            yield Clock(step, steps, step * self.epochs // steps, self.epochs)
 
 
 class _Sums:
@@ -142,6 +150,8 @@ def fit(job: Fit) -> list[dict[str, Any]]:
     names = model.state_dict().keys()
     if isinstance(job.masking, Rewired) and not (at.epoch or at.batch):
         job.masking.rewire(job.clock(0, 0), stepper.optimizer)
+        if job.masking.idles(job.between()):
+            job.report(Note(f"stage {job.stage!r}: {IDLE}", warning=True))
     judged_by = (model, job.objective, job.judge, job.feed, job.seed)
     validation = Validation(*judged_by, job.stage, job.epochs, job.report)
     while at.epoch < job.epochs and not at.ended:

@@ -75,6 +75,11 @@ class Rewired(Weights):
             return True
         return clock.step > 0 and self.rewiring.rewirer.due(clock)
 
+    def idles(self, clocks: Iterable[Clock]) -> bool:
+        """Whether it is due at none of these moments, those between the first and the last step."""
+        rewiring = self.rewiring
+        return not (rewiring.rehearsed or any(rewiring.rewirer.due(clock) for clock in clocks))
+
     @property
     def _at_target(self) -> bool:
         return bool(self.model.get_buffer("rewired"))

@@ -45,7 +45,7 @@ def test_all_that_is_built_in_is_there_and_comes_from_prunekit():
     assert registry.broken == ()
     assert {e.kind for e in registry.entries} == set(KINDS)
     assert {e.distribution.split()[0] for e in registry.entries} == {"prunekit"}
-    assert registry.names("schedule") == ["constant", "cosine", "step"]
+    assert registry.names("schedule") == ["constant", "cosine", "cyclic", "step"]
 
 
 def test_a_plugin_is_found_by_its_entry_point(plugin):
@@ -181,11 +181,12 @@ def test_a_plugin_that_takes_the_name_of_one_of_ours_leaves_it_its_name(plugin):
     [
         ("pruner", "scor", "unknown pruner 'scor'; did you mean 'score'?"),
         ("pruner", "nobody:score", "unknown pruner 'nobody:score'; did you mean 'score'?"),
-        ("schedule", "xyz", "unknown schedule 'xyz'; there are: constant, cosine, step"),
+        ("schedule", "xyz", "unknown schedule 'xyz'; there are: constant, cosine, cyclic, step"),
         (
             "schedule",
             "sgd",
-            "unknown schedule 'sgd'; 'sgd' is of kind optimizer; there are: constant, cosine, step",
+            "unknown schedule 'sgd'; 'sgd' is of kind optimizer; "
+            "there are: constant, cosine, cyclic, step",
         ),
     ],
 )

@@ -71,7 +71,12 @@ def test_show_tells_the_cost(name, cost, call, read):
 
 
 @pytest.mark.parametrize(
-    ("name", "advice"), [("trads", "did you mean 'trades'?"), ("xyzzy", "see: prunekit list")]
+    ("name", "advice"),
+    [
+        ("trads", "did you mean 'trades'?"),
+        ("xyzzy", "see: prunekit list"),
+        ("pruner:lwm", "did you mean 'lwm'?"),
+    ],
 )
 def test_show_of_nothing(name, advice, call):
     _, err = call("show", name, code=2)

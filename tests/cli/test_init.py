@@ -61,6 +61,19 @@ def test_a_file_that_is_there_stays(here):
     assert Path("recipe.toml").read_text() == "mine"
 
 
+def test_nothing_is_written_through_a_link(here):
+    Path("i.toml").symlink_to("elsewhere.toml")
+    assert "i.toml exists already" in call("init", "i", code=2).stderr
+    assert not Path("elsewhere.toml").exists()
+
+
+def test_a_place_without_room_for_a_folder_is_told_with_the_way_out(here):
+    Path("file").touch()
+    told = call("init", "file/mine", code=2).stderr
+    assert "cannot write to file: " in told
+    assert told.endswith("; choose a NAME in another folder\n")
+
+
 @pytest.mark.parametrize("recipe", sorted(SHIPPED.rglob("*.toml")), ids=lambda p: p.stem)
 def test_every_shipped_recipe_can_be_copied(here, recipe):
     name = recipe.relative_to(SHIPPED).with_suffix("").as_posix()
@@ -98,4 +111,4 @@ def test_an_unknown_size_is_not_a_small_one(here):
 
 def test_a_recipe_that_is_not_shipped(here):
     error = call("init", "--like", "quickstrat", code=2).stderr
-    assert "no recipe 'quickstrat' comes with prunekit; there are: certified/" in error
+    assert "no recipe 'quickstrat' comes with prunekit; there are: benchmark/" in error

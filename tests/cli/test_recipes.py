@@ -44,6 +44,14 @@ def test_check_tells_notes_and_counts_runs(here, call):
     )
 
 
+def test_check_tells_of_a_fraction_that_leaves_nothing(here, call):
+    few = ("--set", "dataset.fraction=0.0003")  # of 1,437
+    _, err = call("check", "r.toml", *few, code=2)
+    assert err.endswith(
+        "fraction = 0.0003 leaves none of 1437 training images; give a larger one\n"
+    )
+
+
 @pytest.mark.parametrize(
     ("table", "code", "told"),
     [
@@ -133,6 +141,20 @@ def test_an_output_folder_that_cannot_be(here, call, recipe):
     way = "choose another folder with --out"
     assert err == f"prunekit: cannot write to r.toml/x: Not a directory; {way}\n"
     assert (here / "r.toml").read_text() == recipe
+
+
+def test_a_store_that_cannot_be_leaves_no_folder(here, call, recipe):
+    (here / "file").touch()
+    told = call("run", "r.toml", "--store", "file", "--out", "out/a", code=2)[1]
+    assert "cannot write to file/v3" in told
+    assert not (here / "out/a").exists()
+
+
+def test_a_recipe_that_comes_with_prunekit_can_be_copied(here, call):
+    for name in ("quickstart.toml", "recipes/quickstart.toml"):
+        assert call("run", name, code=2)[1].endswith(
+            ": prunekit init quickstart --like quickstart\n"
+        )
 
 
 @pytest.mark.parametrize("force", [[], ["--force"]])
@@ -236,6 +258,9 @@ def test_dry_run_says_what_would_be_done_and_does_nothing(ran, call, read):
     out, err = call("run", "r.toml", "--dry-run", "--device", "cpu", "--set", "seed=8")
     assert err == ""
     assert out.count(" to do ") == 2
+    assert out.endswith(
+        "# not counted: the rehearsal before, which sends one batch through every stage\n"
+    )
     assert 'use = "digits"' in out
     assert sorted(ran.rglob("*")) == before
 

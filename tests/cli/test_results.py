@@ -83,7 +83,11 @@ def test_results_in_three_forms(ran, call, read):
     assert call("results", "runs", "--csv", "--json", code=2)[1].startswith("Usage:")
 
 
-def test_results_of_nothing(call):
+def test_results_of_nothing(here, call):
+    (here / "empty").mkdir()
+    for way in ([], ["--json"], ["--csv"], ["--layers"]):
+        told = call("results", "empty", *way, code=2)
+        assert told == ("", "prunekit: there are no runs in empty; name a folder that holds some\n")
     assert call("results", "gone", code=2)[1] == "prunekit: there is no folder gone\n"
 
 

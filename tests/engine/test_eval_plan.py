@@ -142,6 +142,7 @@ def test_mistakes_name_the_option(run):
     for arguments, message in {
         ("--with", "pgdd"): "--with pgdd: unknown evaluator 'pgdd'; did you mean 'pgd'?",
         ("--with", "clean,"): "--with clean,: separate evaluators by commas",
+        ("--with", "clean pgd"): "--with clean pgd: separate evaluators by commas",
         ("--with", "pgd", "--eps", "8"): "--eps 8: eps is a radius in [0, 1] pixel units",
         ("--with", "clean", "--dataset", "digit"): "--dataset digit: unknown dataset",
         ("--with", "pgd", "--set", "pgd.stpes=3"): "unknown option 'stpes' of evaluator 'pgd'",

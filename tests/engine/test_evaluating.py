@@ -119,6 +119,13 @@ def test_records_are_those_of_the_images(bench):
     assert folder.metrics["evaluate"]["clean.accuracy"] == pytest.approx(mean)
 
 
+def test_more_images_than_there_are_is_told(bench):
+    (folder,) = bench.run(recipe=bench.recipe.replace('["clean"]', '["clean"]\nimages = 99999'))
+    assert folder.metrics["evaluate"]["clean.accuracy"].n == 10
+    notes = [e.text for e in bench.of(Note)]
+    assert "images = 99999, but there are 10: all are judged" in notes
+
+
 def test_unbalanced_classes_get_a_balanced_accuracy(bench):
     """The test images have classes 2 0 1 2 0 1 2 0 1 2; now they have 0 four times as often."""
     with np.load(bench.folder / "images.npz") as kept:

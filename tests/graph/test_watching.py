@@ -18,6 +18,8 @@ from prunekit.pruning.layers import find_faults, find_prunable, find_unprunable,
 from prunekit.pruning.masks import apply_masks, count_weights, measure_sparsity
 
 ONES = torch.ones(6, 1)
+CENTRE = torch.eye(6) - 1 / 6
+BLUR = torch.ones(1, 1, 3, 3) / 9
 
 
 def standardise(w):
@@ -44,7 +46,8 @@ INTACT = {
     "signs": lambda w, x: F.linear(x, (w.sign() - w).detach() + w),
     "quantised": lambda w, x: F.linear(x, torch.fake_quantize_per_tensor_affine(w, 0.1, 3, 0, 9)),
     "masked": lambda w, x: F.linear(x, w * torch.ones(5, 6).tril()),
-    "on constants": lambda w, x: x[:, :5] + F.linear(ONES.T, w),
+    "power iteration": lambda w, x: F.linear(x, w / torch.dot(ONES[1:, 0], w.mv(ONES[:, 0]))),
+    "images in between": lambda w, x: F.linear(x @ CENTRE, w),
 }  # fmt: skip
 CHANGING = {
     "mean": lambda w, x: F.linear(x, w - w.mean()),
@@ -64,6 +67,22 @@ CHANGING = {
     "elsewhere": lambda w, x: F.linear(x, w.flip(0) + w),
     "plain and changed": lambda w, x: F.linear(x, w) + F.linear(x, w - w.mean()),
     "added to the image": lambda w, x: x[:, None] + w,
+    "centred by a product": lambda w, x: F.linear(x, w @ CENTRE),
+    "by einsum": lambda w, x: F.linear(x, torch.einsum("oi,ij->oj", w, CENTRE)),
+    "by bmm": lambda w, x: F.linear(x, torch.bmm(w[None], CENTRE[None])[0]),
+    "by addmm": lambda w, x: F.linear(x, torch.addmm(w, w, CENTRE)),
+    "by tensordot": lambda w, x: F.linear(x, torch.tensordot(CENTRE[:5, :5], w, 1)),
+    "by linear": lambda w, x: F.linear(x, F.linear(CENTRE, w).t()),
+    "product with noise": lambda w, x: F.linear(x, w @ torch.linalg.qr(torch.rand(6, 6))[0]),
+    "product with ones": lambda w, x: F.linear(x, w @ x.new_ones(6, 6)),
+    "blurred": lambda w, x: F.linear(x, F.conv2d(w[None, None], BLUR, padding=1)[0, 0]),
+    "blurred in groups": lambda w, x: F.linear(
+        x, F.conv1d(w[None], BLUR[0, 0, :1].expand(5, 1, 3), padding=1, groups=5)[0]
+    ),
+    "as a kernel of constants": lambda w, x: F.linear(
+        x, F.conv2d(CENTRE[None, None], w[None, None], padding=(2, 3))[0, 0, :, :6]
+    ),
+    "on constants": lambda w, x: x[:, :5] + F.linear(ONES.T, w),
 }
 NOWHERE = {
     "ignored": lambda w, x: x,
@@ -123,14 +142,21 @@ class WithinConvolution(nn.Conv2d):
         return super()._conv_forward(x, weight - weight.mean(), bias)
 
 
-@pytest.mark.parametrize("kind", [Standardised, WithinConvolution])
+class Blurred(nn.Conv2d):
+    def forward(self, x):
+        w = F.conv2d(self.weight, BLUR, padding=1)
+        return F.conv2d(x, w, self.bias, padding=1)
+
+
+@pytest.mark.parametrize("kind", [Standardised, WithinConvolution, Blurred])
 def test_a_changed_kernel_is_left_out_and_named(kind):
     net = nn.Sequential(kind(1, 2, 3, padding=1), nn.Flatten(), nn.Linear(32, 2))
     for _ in range(2):  # alone, and in the network
         assert list(find_prunable(net)) == ["2.weight"]
         assert list(find_prunable(net, ["0.*"])) == ["2.weight"]
         masks = {"2.weight": torch.arange(64).view(2, 32) < 16}
-        assert measure_sparsity(count_weights(net, masks)) == 0.75
+        # 48 of 64 are removed, and the 18 that stay dense count.
+        assert measure_sparsity(count_weights(net, masks)) == pytest.approx(48 / 82)
         with pytest.raises(UserError, match=r"0\.weight cannot have a mask: it is changed before"):
             apply_masks(net, {"0.weight": torch.zeros(2, 1, 3, 3, dtype=torch.bool)})
         with pytest.raises(RunError, match=r"left dense: 0\.weight \(changed before"):

@@ -63,6 +63,7 @@ OUTPUTS = {
     "float32 of shape (2,)": lambda z: z[:, 0],
     "float32 of shape (2, 2, 1)": lambda z: z[..., None],
     "float32 of shape (1, 2)": lambda z: z[:1],
+    "float32 of shape (2, 3)": lambda z: z.t(),  # for 3 images: for 2 it looks like logits
 }
 
 
@@ -399,10 +400,10 @@ def test_what_torch_itself_does_to_state_dicts_is_right(change):
 
 
 class Late(Net):
-    """Fails at more than two images."""
+    """Fails at more images than it is tried with."""
 
     def forward(self, x):
-        if len(x) > 2:
+        if len(x) > 3:
             raise ValueError("too many")
         return super().forward(x)
 
@@ -525,3 +526,43 @@ def test_what_cannot_be_copied_is_told_of_the_network(tmp_path, kind, named):
         with pytest.raises(UserError, match=rf"the network cannot be copied, .* {named} ") as told:
             look()
         assert "\n" not in str(told.value)
+
+
+class Strange(torch.Tensor):
+    pass
+
+
+def test_logits_of_another_class_of_tensors_are_told(tmp_path):
+    net = Net(lambda z: z.as_subclass(Strange))
+    for look in (train, lambda n, _: prunekit.evaluate(n, data())):
+        with pytest.raises(RunError, match=r"gives logits of class Strange.*as_subclass\("):
+            look(net, tmp_path)
+
+
+def make_plain():
+    return nn.Sequential(nn.Flatten(), nn.Linear(16, 2))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torch.jit.script(make_plain()),
+        lambda: torch.jit.trace(make_plain(), torch.zeros(2, *SHAPE)),
+        lambda: nn.Sequential(torch.jit.script(make_plain())),
+    ],
+    ids=["script", "trace", "inside"],
+)
+def test_a_scripted_network_is_neither_trained_nor_pruned(tmp_path, make):
+    told = r"torch\.jit\.script or torch\.jit\.trace made.*take the network as it was before"
+    with pytest.raises(RunError, match=told):
+        train(make(), tmp_path)
+    with pytest.raises(RunError, match=told):
+        prunekit.make_masks(make(), 0.5)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_a_scripted_part_is_trained_as_others(tmp_path):
+    net = nn.Sequential(make_plain(), torch.jit.script(nn.BatchNorm1d(2)))
+    before = net[1].running_mean.clone()
+    assert not torch.equal(train(net, tmp_path).model[1].running_mean, before)

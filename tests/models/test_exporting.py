@@ -138,6 +138,8 @@ def test_what_a_hydra_file_cannot_say_is_refused():
     write(make_net(), "lin-2", lambda n: n // 2)
     Path("h.pth").write_text("mine")
     assert "exists already" in refuse()
+    told = call("export", "m.safetensors", "--format", "hydra", "--out", "h.pth/f", code=2)[1]
+    assert told.endswith("; choose another folder with --out\n")
     assert Path("h.pth").read_text() == "mine"
     missing = call("export", "runs/none", "--format", "hydra", "--out", "h.pth", code=2)[1]
     assert "there is no run folder or file runs/none" in missing

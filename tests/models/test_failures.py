@@ -303,6 +303,7 @@ def test_options_that_raise_name_the_plugin(package):
 @pytest.mark.parametrize("moment", ["build architecture", "build dataset"])
 def test_a_dry_run_and_an_import_name_the_plugin(package, moment, tmp_path):
     package.fail(moment)
+    Path("x.pt").touch()
     told = f"prunekit: plugin {OWNER} failed: ValueError: on purpose (--debug shows where)"
     assert run("--dry-run", code=1).stderr.splitlines()[-1] == told
     done = call("import", "dense", "x.pt", "--model", "signs", "--dataset", "signs", code=1)

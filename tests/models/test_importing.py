@@ -278,6 +278,7 @@ def test_mistakes_of_the_command_line_are_placed_there():
 
 
 def test_what_cannot_be_imported_is_told():
+    assert "there is no file x.pt" in take("hydra", code=2)[1]
     write_hydra(make_net())
     assert "give --sparsity" in take("hydra", code=2)[1]
     assert "not in the range" in take("hydra", "--sparsity", 1, code=2)[1]

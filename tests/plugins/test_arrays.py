@@ -183,7 +183,7 @@ BAD_ARRAYS: dict[str, tuple[dict[str, Any], str]] = {
         {"x_train": GREY.astype(np.float32)},
         "x_train has floats from 100 to 100, but pixels are in [0, 1]; save uint8 images",
     ),
-    "normalised floats": ({"x_train": GREY / 255 - 0.5}, "floats from -0.1078 to -0.1078"),
+    "normalised floats": ({"x_train": GREY / 255 - 0.5}, "floats from -0.10784314 to -0.10784314"),
     "floats between levels": (
         {"x_train": np.full((6, 4, 5), 0.1234, np.float32)},
         "floats that are not multiples of 1/255, such as 0.1234; save uint8 images",

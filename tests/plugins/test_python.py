@@ -286,6 +286,11 @@ def test_a_missing_file_is_told_with_the_recipes_line(call, here):
     Path("r.toml").write_text(RECIPE.replace("mine/net.py", "mine/no.py"))
     told = call("check", "r.toml", code=2)[1]
     assert told.startswith("r.toml:9: file of architecture 'python': there is no ")
+    Path("r.toml").write_text(RECIPE.replace("mine/net.py", "mine"))
+    told = call("check", "r.toml", code=2)[1]
+    assert (
+        told == "r.toml:9: architecture 'python': mine is a folder; write the Python file in it\n"
+    )
     Path("r.toml").write_text(RECIPE.replace('"mine/net.py"', '"mine/net.py"\nbuild = "mak"'))
     call("check", "r.toml")
     told = call("check", "--deep", "r.toml", code=2)[1]

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import py_compile
 import shutil
+import sys
 import warnings
 from pathlib import Path
 
@@ -68,6 +69,7 @@ def made(tmp_path_factory):
 @pytest.fixture
 def stranger(made, tmp_path, monkeypatch):
     """In what somebody else sent: that folder, whose Python files tell if they run."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
     shutil.copytree(made, tmp_path / "sent")
     monkeypatch.chdir(tmp_path / "sent")
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
@@ -223,10 +225,39 @@ def test_names_that_timm_publishes_are_no_risk():
     assert told == "would make timm load what pretrained_cfg name"
 
 
-def test_compiled_and_unnamed_files_beside_the_code_do_not_run(stranger):
+LOADING = {
+    "sys.path": "import sys\nsys.path.insert(0, 'lib')\nimport late",
+    "path of sys": "from sys import path\npath.insert(0, 'lib')\nimport late",
+    "importlib": "import importlib.util as u\nu.find_spec('late')",
+    "__import__": "try:\n    __import__('late')\nexcept ImportError:\n    pass",
+    "exec": "exec(open('lib/late.py').read())",
+}
+
+
+@pytest.mark.parametrize("text", LOADING.values(), ids=LOADING)
+def test_code_that_may_load_other_files_is_not_remembered(stranger, text):
+    """Those may be others beside the same file."""
+    evil = Path("part.py").read_text()
+    Path("part.py").write_text(text)
+    Path("lib").mkdir()
+    Path("lib/late.py").write_text("")
+    call("check", "--deep", "r.toml")
+    sys.modules.pop("late", None)
+    Path("lib/late.py").write_text(evil)
+    assert REFUSED in call("eval", "runs/a", "--with", "clean", "--images", 5, code=2)
+    assert not (stranger / "ran").exists()
+
+
+def test_methods_that_are_called_as_loaders_are_none(stranger):
+    Path("part.py").write_text("import os, sys\ndef f(m):\n    return m.eval(), os.path, sys.argv")
+    call("check", "--deep", "r.toml")
+    call("eval", "runs/a", "--with", "clean", "--images", 5)
+
+
+def test_compiled_files_beside_the_code_do_not_run(stranger):
     """The hash that is remembered does not cover them."""
     Path("evil.py").write_text(Path("part.py").read_text())
-    Path("part.py").write_text("try:\n    import_ = __import__('evil')\nexcept ImportError: pass\n")
+    Path("part.py").write_text("")
     call("check", "--deep", "r.toml")
     cached = importlib.util.cache_from_source(str(Path("part.py").absolute()))
     mode = py_compile.PycInvalidationMode.UNCHECKED_HASH
@@ -241,3 +272,11 @@ def test_without_a_home_nothing_is_remembered(stranger, monkeypatch):
     monkeypatch.setenv("XDG_STATE_HOME", str(Path("file").absolute()))
     call("check", "--deep", "r.toml")
     assert REFUSED in call("eval", "runs/a", "--with", "clean", code=2)
+
+
+def test_a_file_of_any_name_is_looked_through(stranger):
+    Path("net.txt").write_text("import sys\nsys.path.insert(0, 'lib')\n" + NET)
+    for file in map(Path, ("r.toml", "runs/a/recipe.toml")):
+        file.write_text(file.read_text().replace("net.py", "net.txt"))
+    call("check", "--deep", "r.toml")
+    assert REFUSED in call("check", "--deep", "runs/a/recipe.toml", code=2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -373,3 +374,88 @@ def test_grey_of_16_bits_in_pgm_is_scaled(root: Path, white: int) -> None:
     index = folder_of(data.train).paths.tolist().index(b"ant/0.pgm")
     (image,) = data.train.batches([torch.tensor([index])])
     assert image.unique().tolist() == [51]
+
+
+def open_image(root: Path, path: str) -> torch.Tensor:
+    """The pixels (3, 16, 16) of a training image."""
+    data = build("image-folder", FolderOptions(root=root, size=16, workers=0))
+    number = folder_of(data.train).paths.tolist().index(path.encode())
+    (images,) = data.train.batches([torch.tensor([number])])
+    return images[0]
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB"])
+def test_what_is_transparent_is_white_and_told(root: Path, mode: str) -> None:
+    """The left half is opaque and black, the right half transparent."""
+    pixels = np.zeros((20, 20, 4), np.uint8)
+    pixels[:, :10, 3] = 255
+    image, more = Image.fromarray(pixels), {}
+    if mode in ("P", "RGB"):  # one color is transparent
+        pixels[:, 10:, 0] = 9
+        image = Image.fromarray(pixels[:, :, :3])
+        image = image.quantize(2) if mode == "P" else image
+        more = {"transparency": image.getpixel((19, 0))}
+    else:
+        image = image.convert(mode)
+    image.save(root / "train" / "ant" / "0.png", **more)
+    with pytest.warns(UserWarning, match=r"1 of 16 .*in parts, which are shown on white, .*0\.png"):
+        seen = open_image(root, "ant/0.png")
+    assert seen[:, :, 0].unique().tolist() == [0]
+    assert seen[:, :, -1].unique().tolist() == [255]
+
+
+@pytest.mark.parametrize("kind", ["gif", "webp"])
+def test_of_several_frames_the_first_is_taken_and_told(root: Path, kind: str) -> None:
+    frames = [Image.new("RGB", (20, 20), color) for color in ("black", "white")]
+    frames[0].save(root / "train" / "ant" / f"0.{kind}", save_all=True, append_images=frames[1:])
+    with pytest.warns(UserWarning, match=rf"several frames, of which .*ant/0\.{kind}"):
+        assert open_image(root, f"ant/0.{kind}").max() < 5
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("white", [0, 1])
+def test_grey_whose_zero_is_white(root: Path, dtype: type, white: int) -> None:
+    """A file as scanners write it: one strip of stored values, 64 / 255 of the largest."""
+    stored = 64 * (257 if dtype == np.uint16 else 1)
+    pixels = np.full((20, 20), stored, dtype)
+    file = root / "train" / "ant" / "0.tif"
+    tags = [(256, 20), (257, 20), (258, 8 * pixels.itemsize), (259, 1), (262, white)]
+    tags += [(273, 200), (277, 1), (278, 20), (279, pixels.nbytes)]
+    head = struct.pack("<2sHIH", b"II", 42, 8, len(tags))
+    head += b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    file.write_bytes(head.ljust(200, b"\0") + pixels.tobytes())
+    assert open_image(root, "ant/0.tif").unique().tolist() == [64 if white else 191]
+
+
+def test_photographs_are_turned_as_they_say(root: Path) -> None:
+    """Orientation 6: the first row is the right side of what was seen."""
+    pixels = np.zeros((20, 20), np.uint8)
+    pixels[:10] = 255
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.fromarray(pixels).save(root / "train" / "ant" / "0.png", exif=exif)
+    seen = open_image(root, "ant/0.png")
+    assert (seen[0, :, 0].max(), seen[0, :, -1].min()) == (0, 255)
+
+
+def test_test_is_the_test_set_where_there_is_val_too(root: Path) -> None:
+    for name in CLASSES:
+        (root / "test" / name).mkdir(parents=True)
+        colours(9, 40, 40).save(root / "test" / name / "0.png")
+    with pytest.warns(UserWarning, match=r"val is not used: .*test is the test set, and images to"):
+        data = build("image-folder", FolderOptions(root=root, size=16, workers=0))
+    assert len(data.test.labels) == 3
+    # Images without labels are no test set.
+    for name in CLASSES:
+        (root / "test" / name / "0.png").rename(root / "test" / f"{name}.png")
+        (root / "test" / name).rmdir()
+    with pytest.warns(UserWarning, match=r"test is not used: .*val is the test set"):
+        data = build("image-folder", FolderOptions(root=root, size=16, workers=0))
+    assert len(data.test.labels) == 6
+
+
+@pytest.mark.parametrize("name", ["dog", "bee/more"])
+def test_a_folder_in_two_classes_is_refused(root: Path, name: str) -> None:
+    (root / "train" / name).symlink_to(root / "train" / "ant")
+    with pytest.raises(UserError, match=r"a folder of class 'ant' as well .*two labels; delete"):
+        build("image-folder", FolderOptions(root=root, size=16, workers=0))

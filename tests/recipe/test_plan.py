@@ -7,6 +7,7 @@ from importlib.metadata import EntryPoint, entry_points
 import pytest
 import tomli_w
 
+from prunekit import errors
 from prunekit.catalog.component import option
 from prunekit.catalog.kinds import PrunerComponent, RewirerComponent
 from prunekit.catalog.registry import Entry, Registry, load_registry
@@ -243,6 +244,21 @@ def test_a_thousand_mistakes_are_counted(refuse):
 
 
 @pytest.mark.parametrize(
+    "text",
+    ["{}" + SMALL, "{}", SMALL.replace('dataset = "digits"', "") + '[dataset]\nuse = "digits"\n{}'],
+)
+def test_advice_is_found_only_for_what_is_shown(refuse, text, monkeypatch):
+    """Comparing words is what takes long."""
+    compared = set()
+    monkeypatch.setattr(
+        errors.difflib, "get_close_matches", lambda word, *_, **__: compared.add(word) or []
+    )
+    told = refuse(text.format("".join(f"key{n} = 1\n" for n in range(99))))
+    assert told[-1].endswith(" more")
+    assert 20 <= len(compared) <= 21
+
+
+@pytest.mark.parametrize(
     "setting",
     [
         f"pretrain.epochs={'x' * 5000}",
@@ -318,6 +334,18 @@ def test_how_much_is_extra_is_said_once(refuse, plan):
     assert plan(text).runs
     (line,) = refuse(text, "dataset.extra_ratio=2")
     assert "extra_ratio and extra_fraction both say how much is extra; remove one" in line
+
+
+@pytest.mark.parametrize("key", ["extra_fraction", "extra_ratio"])
+def test_how_much_is_extra_needs_extra_images(key, refuse):
+    (line,) = refuse(SMALL.replace('"digits"', f'{{ use = "digits", {key} = 0.7 }}'))
+    assert line.endswith(f"{key} needs extra, the data set whose images are added")
+
+
+def test_a_data_set_as_its_own_extra_one_is_noted(plan):
+    told = plan(SMALL.replace('"digits"', '{ use = "digits", extra = "digits" }')).notes
+    assert any("extra is the data set itself" in note for note in told)
+    assert not any("extra is" in note for note in plan(SMALL).notes)
 
 
 def test_a_metric_that_the_objective_does_not_validate(refuse, plan):

@@ -135,3 +135,9 @@ def test_settings_are_shown_as_people_write_them() -> None:
     row = Row("pruned", "done", False, settings, (0,), {}, (Path("a"),))
     assert tabulate([row])[1][1:] == ["8/255", "w.safetensors"]
     assert f",{8 / 255}," in to_csv([row])
+
+
+@pytest.mark.parametrize("formula", ["=1+1", "\uff1d1+1", " @x", "\uff0dx"])
+def test_no_cell_of_csv_is_a_formula(formula) -> None:
+    row = Row("pruned", "done", False, {"name": formula}, (0,), {}, (Path("a"),))
+    assert f",'{formula}\n" in to_csv([row])

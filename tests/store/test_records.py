@@ -16,7 +16,8 @@ from prunekit.store.records import find_runs
     [
         ("{", "cannot be read"),
         ("[]", "was not written by prunekit"),
-        ('{"format": 1}', "has format 1, and this prunekit reads 2"),
+        ('{"format": 1}', "has format 1, and this prunekit reads 2; run the recipe again, or"),
+        ('{"format": 3}', "has format 3, and this prunekit reads 2; use the version that wrote it"),
         ('{"format": 2, "name": "a"}', "lacks 'status'"),
         (
             '{"format": 2, "name": "a", "status": "done", "smoke": false, "seed": 0,'

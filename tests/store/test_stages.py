@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from prunekit.errors import Interrupted
+from prunekit.errors import Interrupted, UserError
 from prunekit.report import Stop
 from prunekit.store.stages import StageResult, Store
 
@@ -118,3 +118,28 @@ def test_stages_of_an_older_format_are_told_once_and_freed(tmp_path):
     assert len(told) == 1
     assert store.remove_unused({"0" * 32}) == [("0" * 32, 2)]
     assert (tmp_path / "mine").is_dir()
+
+
+@pytest.mark.parametrize("link", [".stages", ".stages/v3", ".stages/v1"])
+def test_links_to_somebody_elses_store_are_refused(tmp_path, link):
+    mine = Store(tmp_path / "mine")
+    with mine.locked("0" * 32, nothing) as folder:
+        folder.model.write_bytes(b"12345")
+    theirs = Store(tmp_path / ".stages")
+    (tmp_path / link).parent.mkdir(exist_ok=True)
+    (tmp_path / link).symlink_to(mine.root if link == ".stages" else mine.stages)
+    for act in (lambda: theirs.remove_unused(set()), lambda: theirs.prepare(print)):
+        with pytest.raises(UserError, match=f"{link} is a link, which is not followed; remove it"):
+            act()
+    (tmp_path / "named").symlink_to(mine.root)
+    assert Store(tmp_path / "named").remove_unused(set(), keep=True) == [("0" * 32, 5)]
+
+
+def test_a_lock_that_is_a_link_is_not_opened(tmp_path):
+    store = Store(tmp_path / "s")
+    (store.stages / "key").mkdir(parents=True)
+    (tmp_path / "precious").write_text("text")
+    (store.stages / "key/lock").symlink_to(tmp_path / "precious")
+    with pytest.raises(UserError, match="lock is a link"):
+        store.remove_unused(set())
+    assert (tmp_path / "precious").read_text() == "text"

@@ -12,7 +12,7 @@ from prunekit.errors import Interrupted, RunError
 from prunekit.graph.groups import Group, find_groups
 from prunekit.graph.leaking import LEAK
 from prunekit.pruning.selection import Selection
-from prunekit.report import EpochDone, Stop
+from prunekit.report import EpochDone, Note, Stop
 from prunekit.store.tensors.checkpoint import read_checkpoint
 from prunekit.training.loop import Fit, fit
 from prunekit.training.masking import Weights
@@ -330,6 +330,14 @@ def finish(job):
     header.pop("sha256")
     assert len(times[0]) == job.epochs
     return state, tensors, header
+
+
+@pytest.mark.parametrize(("steps", "told"), [({99}, True), ({0}, True), ({3}, False)])
+def test_a_rewirer_that_is_never_due_is_told(steps, told, tmp_path):
+    events = []
+    fit(make_job(tmp_path, Told(steps, magnitude), lambda clock: 1.0, events.append))
+    notes = [event.text for event in events if isinstance(event, Note)]
+    assert any("is due in none of its steps" in note for note in notes) == told
 
 
 @pytest.mark.parametrize("make", [sgd, adam])

@@ -12,7 +12,7 @@ from typing import Any, get_args, get_origin
 from prunekit.catalog.component import default_of
 from prunekit.catalog.kinds import KINDS, find_kind
 from prunekit.catalog.registry import Registry
-from prunekit.errors import suggest, translate
+from prunekit.errors import MOST_SHOWN, suggest, translate
 from prunekit.recipe.toml.lines import KeyPath
 from prunekit.recipe.toml.sections import (
     SELECTION_KEYS,
@@ -50,8 +50,8 @@ EVALUATE_KEYS = (
 
 
 def is_misspelt(data: Mapping[str, Any], key: str) -> bool:
-    """Whether a key that a recipe does not know, which is reported, was meant to be this one."""
-    unknown = [k for k in data if k not in TOP_KEYS]
+    """Whether a key that a recipe does not know, which is shown, was meant to be this one."""
+    unknown = [k for k in data if k not in TOP_KEYS][:MOST_SHOWN]
     return any(suggest(k, TOP_KEYS) == f"did you mean {key!r}?" for k in unknown)
 
 

@@ -31,6 +31,14 @@ WRITTEN = {
 }
 """What the line of a mistake looks like, and what that usually means in a recipe."""
 
+OTHERS = {
+    ".safetensors": "a model file, not a recipe; to judge it, write prunekit eval",
+    ".py": 'Python code, not a recipe; name it in one: [architecture] with use = "python"',
+    ".json": "a record, not a recipe; that of a run is the recipe.toml beside it",
+    **dict.fromkeys((".pt", ".pth"), "a checkpoint, not a recipe; write prunekit import"),
+}
+"""Ending of a file that is no recipe -> what it is, and what to do with it."""
+
 SINGLE = r"\s*\[\s*stage\s*\]"
 """A header of a stage that should have had two brackets."""
 
@@ -88,6 +96,7 @@ def read_toml(path: Path) -> tuple[dict[str, Any], dict[KeyPath, Place]]:
             (places[wrong[:n]] for n in range(len(wrong), 0, -1) if wrong[:n] in places),
             Place(file, 1),
         )
+        message += '; write norm = "linf"' if wrong[-1] == "norm" else ""
         raise RecipeError([Problem(place, f"{'.'.join(map(str, wrong))} {message}")])
     return data, places
 
@@ -102,6 +111,8 @@ def check_recipe(path: Path) -> None:
         inner = path / "recipe.toml"
         advice = f"; write {relative(inner)}" if os.path.isfile(inner) else ""
         raise UserError(f"{relative(path)} is {found}, not a recipe{advice}")
+    if kind := OTHERS.get(path.suffix):
+        raise UserError(f"{relative(path)} is {kind}")
 
 
 def _explain(error: ValueError, text: str) -> tuple[str, int]:

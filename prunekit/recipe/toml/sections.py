@@ -18,7 +18,7 @@ from prunekit.contracts import (
     OptimizerChoice,
     read_ratio,
 )
-from prunekit.errors import OptionError, translate
+from prunekit.errors import OptionError, relative, translate
 from prunekit.steps import Budget, Pruner, Rewirer, SparsitySchedule, Wrapper
 
 
@@ -59,6 +59,12 @@ class DataOptions:
         if self.extra_fraction is not None and self.extra_ratio != 1:
             message = "extra_ratio and extra_fraction both say how much is extra; remove one"
             raise OptionError("extra_fraction", message)
+        if self.extra is None and self.extra_fraction is not None:
+            message = "extra_fraction needs extra, the data set whose images are added"
+            raise OptionError("extra_fraction", message)
+        if self.extra is None and self.extra_ratio != 1:
+            message = "extra_ratio needs extra, the data set whose images are added"
+            raise OptionError("extra_ratio", message)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +74,10 @@ class ArchitectureOptions:
     init: Path | None = option(
         None, help="start from the weights in this file, and its masks", exists=True
     )
+
+    def __post_init__(self) -> None:
+        if self.init is not None and self.init.is_dir():
+            raise OptionError("init", f"{relative(self.init)} is a folder; write a file in it")
 
 
 @dataclass(frozen=True, kw_only=True)

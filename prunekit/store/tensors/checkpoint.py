@@ -26,6 +26,8 @@ FORMAT = 1
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """Types of weights; smaller ones are stored with scales, which no network here has."""
 
+NORMED = ("weight_g", "weight_v", "weight.original0", "weight.original1")
+"""What weight norm makes of a weight, the older one and the one of parametrizations."""
 PRUNED = {".k_score": "harp", ".popup_scores": "hydra", "_orig": "torch-prune"}
 """Endings of names in files of pruned networks -> how `prunekit import` calls their kind."""
 
@@ -124,6 +126,11 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: Path) ->
         advice = "" if missing or not extra else "; save the network's own state_dict() alone"
         if ways:
             advice = f"; it is a pruned network: prunekit import {ways[0]}"
+        if any(key.endswith(NORMED) for key in extra):
+            advice = (
+                "; it has weight norm: call torch.nn.utils.remove_weight_norm(layer), or "
+                'parametrize.remove_parametrizations(layer, "weight"), for each layer; save again'
+            )
         raise UserError(
             f"{relative(source)} does not fit the network: {'; '.join(faults[:6])}{advice}"
         )

@@ -63,10 +63,12 @@ def find_weights(path: Path, model: nn.Module, entry: str | None = None) -> Foun
     states = read_states(path)
     fits = [fit for where, state in states.items() for fit in _fit(where, state, model)]
     if entry is not None:
+        places = dict.fromkeys([*states, *(fit.place for fit in fits)])
         fits = [fit for fit in fits if entry in (fit.where, fit.place)]
         states = {where: state for where, state in states.items() if where == entry}
         if not states and not fits:
-            raise UserError(f"{relative(path)} has no state dict {entry!r}")
+            there = ", ".join(place or "one at the top (leave --entry out)" for place in places)
+            raise UserError(f"{relative(path)} has no state dict {entry!r}; there is {there}")
     own = model.state_dict()
     fits = [fit for fit in fits if not fit.foreign] or fits[:1]
     if not fits:

@@ -50,6 +50,14 @@ def test_files_that_are_no_recipe(here):
     assert refuse(here / "folder") == ["folder is a folder, not a recipe"]
     write("folder/recipe.toml", "")
     assert refuse(here / "folder") == ["folder is a folder, not a recipe; write folder/recipe.toml"]
+    for name, told in (
+        ("m.safetensors", "a model file, not a recipe; to judge it, write prunekit eval"),
+        ("net.py", "Python code, not a recipe; name it in one"),
+        ("run.json", "a record, not a recipe; that of a run is the recipe.toml beside it"),
+        ("old.pth", "a checkpoint, not a recipe; write prunekit import"),
+    ):
+        write(name, "")
+        assert f"{name} is {told}" in refuse(here / name)[0]
     (here / "latin.toml").write_bytes('name = "x"\n# caf\xe9\n'.encode("latin-1"))
     assert refuse(here / "latin.toml") == ["latin.toml:2: is not UTF-8; save the file as UTF-8"]
 

@@ -74,6 +74,10 @@ def test_every_key_path_has_the_line_of_its_statement():
         ("seed = 99999999999999999999", "r.toml:1: seed is a number that does not fit into 64"),
         ("[threat]\neps = 1e400", "r.toml:2: threat.eps is inf, which is not finite"),
         ("[threat]\neps = nan", "r.toml:2: threat.eps is nan, which is not finite"),
+        (
+            "[threat]\nnorm = inf",
+            'r.toml:2: threat.norm is inf, which is not finite; write norm = "linf"',
+        ),
         ('x = [\n 1,\n "\\u0000",\n]', "r.toml:3: x.1 holds the character NUL"),
         ("x = 1979-05-27", "r.toml:1: x is a date; write it as text, in quotes"),
         ("a = 1\na = 2", "r.toml:2: is not TOML: Cannot overwrite a value; this key exists"),

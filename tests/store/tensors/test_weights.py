@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from torch.nn.utils import prune
+from torch.nn.utils import parametrizations, prune, weight_norm
 
 from prunekit.errors import UserError
 from prunekit.store.tensors.checkpoint import load_weights
@@ -133,7 +133,11 @@ def test_averages_beside_the_weights(path):
         found = find_weights(path, make_net(2), places[1])
         check_equal(found.tensors, averaged)
         assert not found.notes
-    with pytest.raises(UserError, match="has no state dict 'ema'"):
+    told = "has no state dict 'ema'; there is s, s.student, s.teacher$"
+    with pytest.raises(UserError, match=told):
+        find_weights(path, make_net(), "ema")
+    torch.save(plain, path)
+    with pytest.raises(UserError, match=r"there is one at the top \(leave --entry out\)$"):
         find_weights(path, make_net(), "ema")
 
 
@@ -238,6 +242,15 @@ def test_a_pruned_file_is_pointed_to_its_import(path):
     prune.l1_unstructured(net.fc, "weight", 0.5)
     torch.save(net.state_dict(), path)
     with pytest.raises(UserError, match="pruned network: prunekit import torch-prune"):
+        start_from(path, make_net())
+
+
+@pytest.mark.parametrize("norm", [weight_norm, parametrizations.weight_norm])
+def test_a_file_with_weight_norm_is_told_how_to_undo_it(path, norm):
+    net = make_net()
+    norm(net.fc)
+    torch.save(net.state_dict(), path)
+    with pytest.raises(UserError, match=r"weight norm: call .*remove_weight_norm.*; save again$"):
         start_from(path, make_net())
 
 
