@@ -62,7 +62,7 @@ def test_show_tells_options_with_types_limits_and_defaults(call, read):
         ("awp", "forward and backward passes in a training step: 2"),
         ("trades", "forward passes of an image in a training step: 13"),
         ("autoattack", "forward passes of an image: "),
-        ("lwm", ""),
+        ("sgd", ""),
     ],
 )
 def test_show_tells_the_cost(name, cost, call, read):
