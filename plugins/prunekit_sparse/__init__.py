@@ -1,0 +1,1 @@
+"""Sparse execution on a CPU."""
