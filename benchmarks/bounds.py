@@ -24,11 +24,12 @@ from torch import Tensor, nn
 
 from prunekit.catalog.registry import load_registry
 from prunekit.contexts import ArchitectureContext
-from prunekit.contracts import Scores
+from prunekit.contracts import Clock, Scores
 from prunekit.pruning.layers import find_prunable
-from prunekit.pruning.learning import LearnedScores, effective_parameters
+from prunekit.pruning.learning import effective_parameters
 from prunekit.pruning.selection import Selection
 from prunekit.testing import example_context, resolve
+from prunekit.training.masking import LearnedScores
 
 SHAPE, K, EPS = (3, 32, 32), 10, 0.007
 
@@ -66,14 +67,15 @@ def compare(network: str, method: str, relu: Any, images: int, repeats: int) -> 
     bounds = Bounds(net, SHAPE, relu)
 
     dense = make_network(network).to(device)
-    dense.load_state_dict(
-        {name: value.detach() for name, value in effective_parameters(net).items()}
-    )
+    clock = Clock(0, 1, 0, 1)
+    with trained.effective(clock):
+        masked = {name: value.detach() for name, value in effective_parameters(net).items()}
+    dense.load_state_dict(masked)
     bare = versions.trace(dense, torch.zeros(2, *SHAPE, device=device), relu)
     auto_lirpa = versions.load()
 
     def masked_step() -> Tensor:
-        with trained.step():
+        with trained.effective(clock):
             net(x)
             lower = bounds.margins(surround(x, EPS), y, method)
             robust_cross_entropy(lower).backward()

@@ -162,15 +162,17 @@ def count_validation(options: TrainingOptions | FreeAdvOptions | SingleStepOptio
     return options.validation_steps + 2
 
 
-def _tell_attacked(options: TrainingOptions | FreeAdvOptions | SingleStepOptions) -> str:
+def tell_attacked(options: TrainingOptions | FreeAdvOptions | SingleStepOptions) -> str:
+    """What the accuracy of a training step is measured on."""
     return "attacked training images"
 
 
-_VALIDATION: dict[str, Any] = {
+VALIDATION: dict[str, Any] = {
     "validation_passes": count_validation,
     "validates": ("accuracy", "robust_accuracy"),
     "select": "robust_accuracy",
 }
+"""What a declaration says of an objective that is validated under an attack."""
 
 
 @hookimpl
@@ -190,8 +192,8 @@ def prunekit_objectives() -> Iterable[ObjectiveComponent]:
         paper="Madry et al., ICLR 2018, arXiv 1706.06083",
         forward_passes=lambda options: options.steps + 1,
         attack_passes=lambda options: options.steps,
-        accuracy_of=_tell_attacked,
-        **_VALIDATION,
+        accuracy_of=tell_attacked,
+        **VALIDATION,
     )
     yield ObjectiveComponent(
         name="trades",
@@ -201,7 +203,7 @@ def prunekit_objectives() -> Iterable[ObjectiveComponent]:
         paper="Zhang et al., ICML 2019, arXiv 1901.08573",
         forward_passes=lambda options: options.steps + 3,
         attack_passes=lambda options: options.steps + 1,
-        **_VALIDATION,
+        **VALIDATION,
     )
     yield ObjectiveComponent(
         name="mart",
@@ -211,7 +213,7 @@ def prunekit_objectives() -> Iterable[ObjectiveComponent]:
         paper="Wang et al., ICLR 2020, openreview rklOg6EFwS",
         forward_passes=lambda options: options.steps + 2,
         attack_passes=lambda options: options.steps,
-        **_VALIDATION,
+        **VALIDATION,
     )
     yield ObjectiveComponent(
         name="free-adv",
@@ -220,8 +222,8 @@ def prunekit_objectives() -> Iterable[ObjectiveComponent]:
         options=FreeAdvOptions,
         paper="Shafahi et al., NeurIPS 2019, arXiv 1904.12843",
         replays=lambda options: options.replays,
-        accuracy_of=_tell_attacked,
-        **_VALIDATION,
+        accuracy_of=tell_attacked,
+        **VALIDATION,
     )
     for name, summary, options, paper in (
         (
@@ -248,8 +250,8 @@ def prunekit_objectives() -> Iterable[ObjectiveComponent]:
             "images, 5 points are not. The attack is made in eval mode, theirs in train mode.",
             forward_passes=lambda options: 2,
             attack_passes=lambda options: 1,
-            accuracy_of=_tell_attacked,
-            **_VALIDATION,
+            accuracy_of=tell_attacked,
+            **VALIDATION,
         )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prunekit_adversarial import TrainingOptions, count_validation
+from prunekit_adversarial import VALIDATION, TrainingOptions, tell_attacked
 
 from prunekit import ObjectiveComponent, hookimpl, option
 
@@ -72,10 +72,8 @@ They average the network over the last epochs, as the wrapper `swa` does.
 
 _COMMON: dict[str, Any] = {
     "sources": ("prunekit_adversarial",),
-    "validation_passes": count_validation,
-    "accuracy_of": lambda options: "attacked training images",
-    "validates": ("accuracy", "robust_accuracy"),
-    "select": "robust_accuracy",
+    "accuracy_of": tell_attacked,
+    **VALIDATION,
 }
 
 

@@ -20,7 +20,8 @@ class Admm(LearnedWeights):
 
     At first Z = P(W) and U = 0. After each round but the last, Z = P(W + U), U = U + W - Z and
     rho = growth * rho, where the projection P sets to zero what the stage's budget removes of its
-    argument. Buffers of the parts: `target` (Z), `dual` (U), `rho`, and `round`, of rounds done.
+    argument. Buffers of the parts: `target` (Z) and `dual` (U). The first part has `rho`, too, and
+    `round`, the number of rounds done.
     """
 
     def __init__(self, *given: Any, options: RadmmOptions, **more: Any) -> None:
@@ -31,8 +32,10 @@ class Admm(LearnedWeights):
         for name, part in self.parts.items():
             part.register_buffer("target", targets[name])
             part.register_buffer("dual", torch.zeros_like(weights[name]))
-            part.register_buffer("rho", weights[name].new_tensor(options.rho))
-            part.register_buffer("round", torch.tensor(0, device=weights[name].device))
+        part = next(iter(self.parts.values()))
+        part.register_buffer("rho", part.get_buffer("dual").new_tensor(options.rho))
+        part.register_buffer("round", torch.tensor(0))
+        self._rho, self._round = part.get_buffer("rho"), part.get_buffer("round")
 
     def _project(self, weights: dict[str, Tensor], clock: Clock) -> dict[str, Tensor]:
         factor = 1.0 if self.schedule is None else self.schedule(clock)
@@ -44,22 +47,21 @@ class Admm(LearnedWeights):
     def prepare(self, clock: Clock) -> None:
         """Move Z, U and rho where a round is over."""
         done = clock.step * self._options.rounds // clock.steps
-        parts = {name: dict(part.named_buffers()) for name, part in self.parts.items()}
-        if all(int(part["round"]) >= done for part in parts.values()):
+        if int(self._round) >= done:
             return
-        sums = {name: self.whole(name) + part["dual"] for name, part in parts.items()}
+        sums = {n: self.whole(n) + part.get_buffer("dual") for n, part in self.parts.items()}
         for name, target in self._project(sums, clock).items():
-            parts[name]["target"].copy_(target)
-            parts[name]["dual"].copy_(sums[name] - target)
-            parts[name]["rho"].mul_(self._options.growth)
-            parts[name]["round"].fill_(done)
+            self.parts[name].get_buffer("target").copy_(target)
+            self.parts[name].get_buffer("dual").copy_(sums[name] - target)
+        self._rho.mul_(self._options.growth)
+        self._round.fill_(done)
 
     def penalty(self, clock: Clock) -> dict[str, Tensor]:
         """The augmented Lagrangian's: what is added to the loss."""
         far = []
         for name, part in self.parts.items():
             gap = self.trained[name] - part.get_buffer("target") + part.get_buffer("dual")
-            far.append(part.get_buffer("rho") / 2 * gap.square().sum())
+            far.append(self._rho / 2 * gap.square().sum())
         return {"admm": torch.stack(far).sum()}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import count, islice
+from itertools import chain, count, islice
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from prunekit.contexts import PrunerContext
 from prunekit.contracts import Clock, Scores
+from prunekit.evaluation import Standing
 from prunekit.steps import Pruner
 from prunekit_pruners import FaShapleyOptions, MovementOptions
 
@@ -30,8 +31,7 @@ def measure_contributions(
     """
     model, named = context.model, dict(context.model.named_parameters())
     weights = [named[name] for name in context.weights]
-    before = [weight.detach().clone() for weight in weights]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    before, standing = list(context.weights.values()), Standing(model)
     found = [torch.zeros_like(weight) for weight in before]
     try:
         for x, y in context.batches() if batches is None else _take(context, batches):
@@ -46,16 +46,13 @@ def measure_contributions(
                 for total, gradient, start in zip(found, gradients, before, strict=True):
                     total.sub_(gradient * start / len(scales))
     finally:
-        for weight, start in zip(weights, before, strict=True):
-            weight.data.copy_(start)
-        for buffer, start in buffers:
-            buffer.copy_(start)
+        standing.restore()
     return dict(zip(context.weights, found, strict=True))
 
 
 def _take(context: PrunerContext, batches: int) -> Iterator[tuple[Tensor, Tensor]]:
     """So many batches, of as many epochs as they take."""
-    return islice((batch for _ in count() for batch in context.batches()), batches)
+    return islice(chain.from_iterable(context.batches() for _ in count()), batches)
 
 
 def build_fashapley(options: FaShapleyOptions, context: PrunerContext) -> Pruner:

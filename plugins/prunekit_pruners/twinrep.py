@@ -27,12 +27,9 @@ class Twins(LearnedWeights):
     def __init__(self, *given: Any, options: TwinRepOptions, **more: Any) -> None:
         super().__init__(*given, **more)
         self._options = options
-        for part in self.parts.values():
-            part.register_buffer("chosen", torch.zeros((), dtype=torch.bool))
-
-    @property
-    def _chosen(self) -> bool:
-        return all(bool(part.get_buffer("chosen")) for part in self.parts.values())
+        part = next(iter(self.parts.values()))
+        part.register_buffer("chosen", torch.zeros((), dtype=torch.bool))
+        self._chosen = part.get_buffer("chosen")
 
     def parameters(self) -> list[ParamGroup]:
         """The twins with a weight decay of their own, and the others."""
@@ -47,7 +44,7 @@ class Twins(LearnedWeights):
         if clock.fraction >= self._options.select and not self._chosen:
             for name, mask in self._choose().items():
                 self.parts[name].mask.copy_(mask)
-                self.parts[name].get_buffer("chosen").fill_(True)
+            self._chosen.fill_(True)
 
     def _choose(self) -> Masks:
         """One threshold for all layers on |w a|, or on the L2 norms of filters."""
@@ -69,15 +66,14 @@ class Twins(LearnedWeights):
     def scores(self) -> Scores:
         """1 for what is kept, 0 for what is not."""
         masks = {n: part.mask for n, part in self.parts.items()} if self._chosen else self._choose()
-        keep = count_units(masks, self.selection)
-        if self.selection.structure == "channel":  # coupled layers have the count of their group
-            groups = self.selection.group(masks)
-            keep = {name: keep[group.name] for group in groups for name in group.weights}
+        count, groups = count_units(masks, self.selection), self.selection.group(masks)
+        # Coupled layers have the count of their group.
+        keep = {name: count[group.name] for group in groups for name in group.weights}
         return Scores({name: mask.float() for name, mask in masks.items()}, keep=keep)
 
     def settled(self, clock: Clock) -> bool:
         """Once the masks are set."""
-        return self._chosen
+        return bool(self._chosen)
 
 
 def _norms(weight: Tensor) -> Tensor:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from prunekit.contexts import NetworkContext
 from prunekit.contracts import Loss
@@ -29,19 +30,32 @@ class Awp:
         if now.clock.epoch < self.options.start:
             return go()
         go()
-        before = {name: weight.clone() for name, weight in now.weights.items()}
+        return go_nearby(go, self.options.gamma, now.weights, now.gradients(), now.masks)
+
+
+def go_nearby(
+    go: Callable[[], Loss],
+    gamma: float,
+    values: Mapping[str, Tensor],
+    gradients: Mapping[str, Tensor],
+    masks: Mapping[str, Tensor],
+) -> Loss:
+    """A pass at v + gamma * ||v|| * g / ||g|| for each value v and its gradient g.
+
+    ||v|| is that of what `masks` keep. Values are then restored by copy.
+    """
+    before = {name: value.detach().clone() for name, value in values.items()}
+    with torch.no_grad():
+        for name, gradient in gradients.items():
+            value = values[name]
+            kept = value * masks[name] if name in masks else value
+            value.add_(gradient * (gamma * kept.norm() / (gradient.norm() + 1e-20)))
+    try:
+        return go()
+    finally:
         with torch.no_grad():
-            for name, gradient in now.gradients().items():
-                weight = now.weights[name]
-                kept = weight * now.masks[name] if name in now.masks else weight
-                length = self.options.gamma * kept.norm() / (gradient.norm() + 1e-20)
-                weight.add_(gradient * length)
-        try:
-            return go()
-        finally:
-            with torch.no_grad():
-                for name, weight in now.weights.items():
-                    weight.copy_(before[name])
+            for name, value in values.items():
+                value.copy_(before[name])
 
 
 def build(options: AwpOptions, context: NetworkContext) -> Awp:

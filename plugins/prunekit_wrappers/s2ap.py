@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-
 from prunekit import UserError
 from prunekit.contexts import NetworkContext
 from prunekit.contracts import Loss
 from prunekit.steps import Now
 from prunekit_wrappers import S2apOptions
+from prunekit_wrappers.awp import go_nearby
 
 
 @dataclass(frozen=True)
@@ -31,18 +30,8 @@ class S2ap:
         if now.clock.epoch < self.options.start:
             return go()
         go()
-        before = {name: score.detach().clone() for name, score in now.scores.items()}
-        with torch.no_grad():
-            for name, score in now.scores.items():
-                if (gradient := score.grad) is not None:
-                    length = self.options.gamma * before[name].norm() / (gradient.norm() + 1e-20)
-                    score.add_(gradient * length)
-        try:
-            return go()
-        finally:
-            with torch.no_grad():
-                for name, score in now.scores.items():
-                    score.copy_(before[name])
+        gradients = {n: s.grad for n, s in now.scores.items() if s.grad is not None}
+        return go_nearby(go, self.options.gamma, now.scores, gradients, {})
 
 
 def build(options: S2apOptions, context: NetworkContext) -> S2ap:

@@ -51,6 +51,13 @@ def slim(values: Tensor, beside: int = -1) -> Tensor:
     )
 
 
+def align(values: Tensor, like: Tensor, dim: int) -> Tensor:
+    """A vector (C,), of an entry for each place along a dimension of `like`, to broadcast to it."""
+    shape = [1] * like.dim()
+    shape[dim] = -1
+    return values.view(shape)
+
+
 class Decisions:
     """Channels 0 to `count` - 1, which of them go together, and why some never go."""
 

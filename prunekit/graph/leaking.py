@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from prunekit.graph.channels import align
 from prunekit.graph.looking import Look, undisturbed
 
 LEAK = 1e-6
@@ -99,6 +100,4 @@ def find_leaks(model: nn.Module, example: Tensor, groups: Sequence[Gates]) -> di
 
 def _multiply(dim: int, factor: Tensor, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
     """The forward hook of a module with a gate: a factor (C,) along a dimension of its output."""
-    shape = [1] * output.dim()
-    shape[dim] = -1
-    return output * factor.to(output).view(shape)
+    return output * align(factor.to(output), output, dim)

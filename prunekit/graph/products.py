@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prunekit.graph.channels import NONE, Trail
+from prunekit.graph.channels import NONE, Trail, align
 from prunekit.graph.operators import BLANKS, ENTRYWISE, MOVES, PLANES, REDUCTIONS, act, mix, move
 from prunekit.graph.tracing import CONSTANT, Call, Rule, Tracer
 
@@ -57,19 +57,12 @@ def convolve(tracer: Tracer, call: Call) -> bool:
         return _produce(tracer, call.out, name, bias, 1)
     if trail:
         # A kernel that stays: of nothing it makes its bias.
-        spread = _spread(outputs, call.out, 1)
+        spread = align(outputs, call.out, 1)
         site = tracer.follow(tracer.entries(bias), outputs) if bias is not None else ""
         kept = zero.repeat_interleave(len(outputs) // groups) & (bias is None or bool(site))
         sites = frozenset({site}) if site else trail.sites
-        tracer.put(call.out, Trail(spread, _spread(kept.float(), call.out, 1), sites))
+        tracer.put(call.out, Trail(spread, align(kept.float(), call.out, 1), sites))
     return True
-
-
-def _spread(values: Tensor, out: Tensor, axis: int) -> Tensor:
-    """(C,) to the shape of `out`, whose channels are along the axis."""
-    shape = [1] * out.dim()
-    shape[axis] = -1
-    return values.view(shape).expand(out.shape)
 
 
 def _produce(tracer: Tracer, out: Tensor, name: str, bias: Tensor | None, axis: int) -> bool:
@@ -84,7 +77,7 @@ def _produce(tracer: Tracer, out: Tensor, name: str, bias: Tensor | None, axis: 
     gone = bias is None or bool(tracer.follow(entries, own))
     zero = torch.full_like(own, float(gone))
     sites = frozenset({tracer.owner(name) or "~"})
-    tracer.put(out, Trail(_spread(own, out, axis), _spread(zero, out, axis), sites))
+    tracer.put(out, Trail(align(own, out, axis), align(zero, out, axis), sites))
     return True
 
 
@@ -210,7 +203,7 @@ def normalize(tracer: Tracer, call: Call) -> bool:
     else:
         zero = torch.full_like(zero, "" not in sites)
     kept = trail.sites if not sites or "" in sites else frozenset(sites)
-    tracer.put(out, Trail(_spread(channels, out, 1), _spread(zero.float(), out, 1), kept))
+    tracer.put(out, Trail(align(channels, out, 1), align(zero.float(), out, 1), kept))
     return True
 
 

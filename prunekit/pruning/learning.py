@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from prunekit.graph.channels import align
 from prunekit.graph.groups import Group, average_units, join_units
 from prunekit.graph.leaking import LEAK
 from prunekit.pruning.layers import WEIGHTS, find_weights
@@ -152,9 +153,7 @@ class ChannelGate(nn.Module):
         return whole
 
     def forward(self, output: Tensor) -> Tensor:
-        shape = [1] * output.dim()
-        shape[self.dim] = -1
-        return output * self.opening(output.dtype).view(shape)
+        return output * align(self.opening(output.dtype), output, self.dim)
 
 
 def _gate_output(module: nn.Module, inputs: Any, output: Tensor) -> Any:
@@ -269,7 +268,7 @@ def effective_parameters(model: nn.Module) -> dict[str, Tensor]:
         for name in names if module not in inner else ():
             value = getattr(module, name)
             if gate is not None:
-                value = value * gate.opening(value.dtype).view(-1, *[1] * (value.dim() - 1))
+                value = value * align(gate.opening(value.dtype), value, 0)
             values[f"{prefix}.{name}" if prefix else name] = value
     return values
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from prunekit.contracts import Masks, Scores, read_ratio
 from prunekit.errors import RunError
+from prunekit.graph.channels import align
 from prunekit.graph.groups import Group, alone, average_units, join_units
 from prunekit.pruning.budgets import count_kept, uniform
 from prunekit.pruning.structures import keep_n_of_m, score_channels
@@ -75,11 +76,13 @@ def _select_channels(
             whole = {n: alive.get(n, torch.ones_like(v, dtype=torch.bool)) for n, v in own.items()}
             left[group.name] = join_units(group, whole)
     chosen = _share(units, scores, left, selection)
-    return {
-        name: _widen(chosen[group.name][group.weights[name].to(values[name].device)], values[name])
-        for group in groups
-        for name in group.weights
-    }
+    masks = {}
+    for group in groups:
+        for name, places in group.weights.items():
+            value = values[name]
+            kept = chosen[group.name][places.to(value.device)]
+            masks[name] = align(kept, value, 0).expand_as(value)
+    return masks
 
 
 def count_units(masks: Masks, selection: Selection) -> dict[str, int]:
@@ -117,11 +120,6 @@ def _share(
         if not 0 <= kept[name] <= unit.numel():
             raise RunError(f"{name} cannot keep {kept[name]} of {unit.numel()}: a wrong budget")
     return {name: keep_top(unit, kept[name]) for name, unit in units.items()}
-
-
-def _widen(channels: Tensor, weight: Tensor) -> Tensor:
-    """(O,) -> the weight's shape (O, ...)."""
-    return channels.view(-1, *[1] * (weight.dim() - 1)).expand_as(weight)
 
 
 def check_scores(

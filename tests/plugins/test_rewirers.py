@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from prunekit_budgets.schedules import RampOptions, build_cubic
+from prunekit_budgets.schedules import RampOptions, build_constant, build_cubic
 from prunekit_rewirers import (
     FlyingBirdOptions,
     FlyingBirdPlusOptions,
@@ -24,6 +24,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import prunekit
+from prunekit import NoOptions, uniform
 from prunekit.contexts import NetworkContext
 from prunekit.contracts import Clock, Loss, OptimizerChoice
 from prunekit.data.batches import Arrays, Feed
@@ -41,18 +42,8 @@ from prunekit.training.step import Stepper
 
 STEPS, EPOCHS, SPARSITY = 24, 3, 0.75
 NAMES = ("1.weight", "3.weight")  # 96 and 18 weights
-
-
-def ramp(clock):
-    return build_cubic(RampOptions(start=0.1), None)(clock)
-
-
-def constant(clock):
-    return 1.0
-
-
-def even(layers):
-    return {n: count_kept(s.numel(), layers.sparsity) for n, s in layers.scores.items()}
+ramp = build_cubic(RampOptions(start=0.1), None)
+constant = build_constant(NoOptions(), None)
 
 
 def make(name, **options):
@@ -65,10 +56,10 @@ def make(name, **options):
         return exchange.build_flyingbird(FlyingBirdOptions(every=3, **options), context)
     if name == "gradual":
         return gradual.build(GradualOptions(every=3, **options), context)
-    return FlyingBirdPlus(FlyingBirdPlusOptions(every=3, after=0, epochs=1, **options), even)
+    return FlyingBirdPlus(FlyingBirdPlusOptions(every=3, after=0, epochs=1, **options), uniform)
 
 
-def make_masking(rewirer, schedule=constant, budget=even, compares=False, trained=False):
+def make_masking(rewirer, schedule=constant, budget=uniform, compares=False, trained=False):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Flatten(), nn.Linear(16, 6), nn.ReLU(), nn.Linear(6, 3))
     plan = Rewiring(
@@ -279,7 +270,7 @@ def describe_epochs(accuracies, robust):
 def test_the_density_follows_overfitting(accuracies, robust, kept):
     """10 of 20 kept, 0.4 of them exchanged; a dense layer stays dense."""
     options = FlyingBirdPlusOptions(fraction=0.4, last=0.4, after=0.5, more=0.5)
-    rewirer = FlyingBirdPlus(options, even)
+    rewirer = FlyingBirdPlus(options, uniform)
     weights = {"a": torch.arange(20.0), "b": torch.ones(3)}
     masks = {"a": torch.arange(20) >= 10, "b": torch.ones(3, dtype=torch.bool)}
 
@@ -299,7 +290,7 @@ def test_the_density_follows_overfitting(accuracies, robust, kept):
 )
 def test_flyingbird_plus_ends_at_the_target(counts, expected):
     """20 of 40; what is left are the largest weights, and all that were there if some grow."""
-    rewirer = FlyingBirdPlus(FlyingBirdPlusOptions(), even)
+    rewirer = FlyingBirdPlus(FlyingBirdPlusOptions(), uniform)
     weights = {"a": torch.arange(1.0, 21), "b": torch.arange(1.0, 21)}
     masks = {n: torch.arange(20) >= 20 - k for n, k in zip("ab", counts, strict=True)}
     moment = Moment(Clock(19, 20, 9, 10), 0.5, weights, masks, {}, (), generator(0), final=True)
@@ -323,7 +314,7 @@ def test_flyingbird_plus_drifts_and_comes_back(until, last):
 
 
 def test_flyingbird_plus_still_exchanges_at_the_target():
-    rewirer = FlyingBirdPlus(FlyingBirdPlusOptions(fraction=0.4, last=0.4), even)
+    rewirer = FlyingBirdPlus(FlyingBirdPlusOptions(fraction=0.4, last=0.4), uniform)
     weights, masks = {"a": torch.arange(1.0, 21)}, {"a": torch.arange(20) >= 12}
     moment = Moment(Clock(18, 20, 9, 10), 0.5, weights, masks, {}, (), generator(0))
     scores = rewirer(moment)
@@ -334,7 +325,7 @@ def test_flyingbird_plus_still_exchanges_at_the_target():
 
 
 def test_flyingbird_plus_says_what_it_lacks():
-    rewirer = FlyingBirdPlus(FlyingBirdPlusOptions(every=3, after=0), even)
+    rewirer = FlyingBirdPlus(FlyingBirdPlusOptions(every=3, after=0), uniform)
     masking = make_masking(rewirer)
     with pytest.raises(RunError, match=r"write validation = 0\.1 in \[dataset\]"):
         list(train(masking, [{"epoch": 1, "accuracy": 0.5}]))
