@@ -83,7 +83,7 @@ OPTIONS = {
     **{
         f"{e.kind} {e.component.name}": e.component.options
         for e in load_registry().entries
-        if e.kind in ("optimizer", "schedule", "sparsity_schedule", "rewirer", "wrapper")
+        if e.kind in ("optimizer", "schedule", "sparsity_schedule", "rewirer", "wrapper", "backend")
         and e.component.options is not NoOptions
     },
 }
@@ -96,6 +96,7 @@ CONTEXTS = {
     "pruner": contexts.PrunerContext,
     "evaluator": contexts.EvaluatorContext,
     "reporter": contexts.ReporterContext,
+    "backend": contexts.BackendContext,
 }
 
 GENERATED: dict[Path, dict[str, Callable[[], str]]] = {

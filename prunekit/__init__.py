@@ -19,6 +19,7 @@ from prunekit.catalog.component import (
 )
 from prunekit.catalog.kinds import (
     ArchitectureComponent,
+    BackendComponent,
     BudgetComponent,
     DatasetComponent,
     EvaluatorComponent,
@@ -52,7 +53,8 @@ if TYPE_CHECKING:
     from prunekit.training.masking import LearnedScores
 
 __all__ = [
-    "API_VERSION", "ArchitectureComponent", "Arrays", "BudgetComponent", "Component",
+    "API_VERSION", "ArchitectureComponent", "Arrays", "BackendComponent", "BudgetComponent",
+    "Component",
     "DataMissingError", "DatasetComponent", "EvaluatorComponent", "Facts", "Judgement",
     "LearnedScores", "LearnedWeights", "NoOptions", "ObjectiveComponent", "OptimizerComponent",
     "OptionError", "PrunerComponent", "Radius", "ReporterComponent", "RewirerComponent",

@@ -136,3 +136,13 @@ class ReporterContext(Context):
 
     live: bool
     """Whether output goes to a terminal, so that progress may be animated."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackendContext(Context):
+    """What a backend may use."""
+
+    device: torch.device
+    """Where networks are."""
+    everything: bool
+    """Whether all layers that it can compute are to be, also where a dense one is faster."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from math import sqrt
 
 import numpy as np
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from prunekit.contracts import Metric
+from prunekit.contracts import Masks, Metric
+from prunekit.steps import Backend
 
 Z95 = 1.959963984540054
 """95 % of a normal distribution lie within this many standard deviations."""
@@ -20,6 +22,35 @@ Z95 = 1.959963984540054
 UNBALANCED = 1.5
 """Classes are unbalanced when the largest has at least this many times as many images as the
 smallest."""
+
+
+BACKEND: ContextVar[Backend | None] = ContextVar("backend", default=None)
+"""What networks run on at present; None is torch alone."""
+
+_PLAIN: ContextVar[bool] = ContextVar("plain", default=False)
+
+
+@contextmanager
+def plainly() -> Iterator[None]:
+    """Inside, networks run on torch's own operators, as bounds that prove something need it."""
+    token = _PLAIN.set(True)
+    try:
+        yield
+    finally:
+        _PLAIN.reset(token)
+
+
+def is_plain() -> bool:
+    """Whether a backend has to leave alone what is called now."""
+    return _PLAIN.get()
+
+
+@contextmanager
+def running(model: nn.Module, masks: Masks, *, still: bool = False) -> Iterator[None]:
+    """Around passes of a network: the backend, if there is one, with these arguments."""
+    backend = BACKEND.get()
+    with nullcontext() if backend is None else backend.around(model, masks, still=still):
+        yield
 
 
 @contextmanager
@@ -55,7 +86,8 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
         for parameter in trained:
             parameter.requires_grad_(False)
         try:
-            yield model
+            with running(model, {}, still=True):
+                yield model
         finally:
             for parameter in trained:
                 parameter.requires_grad_(True)

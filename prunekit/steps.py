@@ -103,6 +103,10 @@ class Masking(Protocol):
         """Of the last backward: the gradient at each effective weight, zero where it is removed."""
         ...
 
+    def kept_only(self, clock: Clock) -> Masks:
+        """Masks of plain parameters whose removed weights need no gradient in this step."""
+        ...
+
     def penalty(self, clock: Clock) -> Mapping[str, Tensor]:
         """Scalars by name that are added to the loss and logged; {} if there are none."""
         ...
@@ -235,4 +239,24 @@ class Recalibrating(Averaging, Protocol):
     def batches(self, clock: Clock) -> int:
         """The training batches that go through the objective for it at the end of this epoch,
         without gradients and without its `after_step`."""
+        ...
+
+
+class Backend(Protocol):
+    """Computes the layers of a network whose weights are mostly removed."""
+
+    def around(
+        self, model: nn.Module, masks: Masks, *, still: bool
+    ) -> AbstractContextManager[object]:
+        """Around forward passes of the network and what follows from them, losses and attacks.
+
+        `masks` names plain parameters of which removed weights need no gradient. Of all others,
+        what is zero is removed in this pass, and the whole gradient is wanted. `still`: no
+        parameter takes a gradient. It is entered again inside itself, for the attack of a training
+        step, and leaves alone what is called while `prunekit.evaluation.is_plain()`.
+        """
+        ...
+
+    def chosen(self) -> Mapping[str, str]:
+        """Weight -> "sparse", or why it is dense, of layers that ran since this was last asked."""
         ...

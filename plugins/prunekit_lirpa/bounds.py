@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from prunekit import copy_plain, effective_parameters
 from prunekit.errors import UserError
+from prunekit.evaluation import plainly
 from prunekit_lirpa import versions
 from prunekit_lirpa.failures import explain
 from prunekit_lirpa.margins import Box, allow_rounding, compare_classes
@@ -94,6 +95,7 @@ class Bounds:
         """
         return self._bound(box, y, "crown-ibp")
 
+    @plainly()
     def least(self, x: Tensor) -> Tensor:
         """The margins (B,) that `allow_rounding` asks for at images x (B, C, H, W)."""
         self.prepare()
@@ -102,6 +104,7 @@ class Bounds:
             self._bind()
             return allow_rounding(self._bounded(x.to(self.dtype or x.dtype)), operations)
 
+    @plainly()
     def prepare(self) -> None:
         """Trace the network if that is not done yet; raises `UserError` as `margins` does."""
         if self._bounded is not None:
@@ -138,6 +141,7 @@ class Bounds:
         """Trace again next time, because an interrupted computation leaves the trace unusable."""
         self._bounded = None
 
+    @plainly()
     def _bound(self, box: Box, y: Tensor, method: str) -> tuple[Tensor, Tensor]:
         """(bounds by IBP, if the method computes these first; bounds by the method)."""
         self.prepare()

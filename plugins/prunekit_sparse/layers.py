@@ -52,7 +52,7 @@ class Convolution(torch.autograd.Function):
         kept_only: bool,
     ) -> Tensor:
         ctx.index, ctx.relu, ctx.kept_only, ctx.scale = index, relu, kept_only, scale
-        x, g = inner(x), index.geometry
+        given, x, g = x, inner(x), index.geometry
         values = index.values(weight)
         if scale is not None:
             values = values * scale.numpy()[index.outputs]
@@ -61,7 +61,7 @@ class Convolution(torch.autograd.Function):
         other = NONE if residual is None else flat(inner(residual))
         _convolve(index.forward, x, y, values, (g.stride, 1), start, other, relu)
         ctx.values = values
-        ctx.save_for_backward(x, weight, bias, residual, y if relu else None)
+        ctx.save_for_backward(given, weight, bias, residual, y if relu else None)
         return y
 
     @staticmethod
@@ -93,7 +93,8 @@ class Convolution(torch.autograd.Function):
                 _convolve(part, dz, dx, ctx.values, (1, g.stride), none, NONE, False)
         if for_weight:
             own = dz if ctx.scale is None else dz * ctx.scale.view(-1, 1, 1)
-            dw = (_correlate if ctx.kept_only else _correlate_all)(index, x, own).view_as(weight)
+            correlate = _correlate if ctx.kept_only else _correlate_all
+            dw = correlate(index, inner(x), own).view_as(weight)
         db = dz.sum((0, 2, 3)) if for_bias else None
         return dx, dw, db, dz if for_residual else None, None, None, None, None
 
@@ -171,7 +172,7 @@ class Normalization(torch.autograd.Function):
         relu: bool,
         eps: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        x = inner(x)
+        given, x = x, inner(x)
         y, c = empty(x.shape), x.shape[1]
         mean, inverse, variance = (torch.empty(c) for _ in range(3))
         other = NONE if residual is None else flat(inner(residual))
@@ -180,7 +181,7 @@ class Normalization(torch.autograd.Function):
         args = (flat(x), flat(y), *affine, other, relu, *found, x.numel() // c, eps)
         share(lambda a, b: pixels.normalize(*args, a, b), c, x.numel())
         ctx.relu, ctx.eps = relu, eps
-        ctx.save_for_backward(x, gamma, beta, residual, mean, inverse, y if relu else None)
+        ctx.save_for_backward(given, gamma, beta, residual, mean, inverse, y if relu else None)
         ctx.mark_non_differentiable(mean, variance)
         return y, mean, variance
 
@@ -199,8 +200,9 @@ class Normalization(torch.autograd.Function):
         dz = _through_relu(inner(gradients[0]), y)
         dx, dgamma, dbeta = empty(x.shape), torch.empty_like(mean), torch.empty_like(mean)
         c = len(mean)
-        given = (flat(x), flat(dz), flat(dx), gamma.detach().numpy(), mean.numpy(), inverse.numpy())
-        args = (*given, dgamma.numpy(), dbeta.numpy(), x.numel() // c)
+        own = (flat(inner(x)), flat(dz), flat(dx), gamma.detach().numpy())
+        found = (dgamma.numpy(), dbeta.numpy(), x.numel() // c)
+        args = (*own, mean.numpy(), inverse.numpy(), *found)
         share(lambda a, b: pixels.normalize_backward(*args, a, b), c, x.numel())
         return dx, dgamma, dbeta, dz if ctx.needs_input_grad[3] else None, None, None
 
@@ -210,7 +212,7 @@ class MaxPooling(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, kernel: int, stride: int, padding: int) -> Tensor:
-        x = inner(x)
+        given, x = x, inner(x)
         n, c, h, w = x.shape
         p, q = ((d + 2 * padding - kernel) // stride + 1 for d in (h, w))
         y = empty((n, c, p, q))
@@ -219,7 +221,7 @@ class MaxPooling(torch.autograd.Function):
         args = (flat(x), flat(y), chosen, sizes)
         share(lambda a, b: pixels.pool(*args, a, b), c, x.numel())
         ctx.chosen, ctx.sizes = chosen, sizes
-        ctx.save_for_backward(x)
+        ctx.save_for_backward(given)
         return y
 
     @staticmethod

@@ -11,23 +11,24 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
+from prunekit.contexts import BackendContext
+from prunekit.evaluation import is_plain
+from prunekit_sparse import NumbaOptions
 from prunekit_sparse.costs import Costs, read_costs
 from prunekit_sparse.index import Geometry, Index
 from prunekit_sparse.operators import OPERATORS
 from prunekit_sparse.pending import LOOKS, Pending
-
-if TYPE_CHECKING:
-    from prunekit.contexts import BackendContext
-    from prunekit_sparse import NumbaOptions
 
 
 class Running(TorchFunctionMode):
@@ -55,10 +56,10 @@ class Running(TorchFunctionMode):
         """See `prunekit.steps.Backend`."""
         before = (self._masks, self._trained, self._still, self._names)
         named = dict(model.named_parameters())
-        self._names = self._names | {id(p): name for name, p in named.items()}
+        self._names = self._names | _name(model) | {id(p): name for name, p in named.items()}
         self._still = still or self._still
         if not still:
-            self._masks = {id(named[name]): mask for name, mask in masks.items()}
+            self._masks = {id(named[n]): mask for n, mask in masks.items() if n in named}
             self._trained = {id(p) for p in named.values() if p.requires_grad} - self._masks.keys()
         self._depth += 1
         try:
@@ -86,6 +87,8 @@ class Running(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if is_plain():
+            return func(*args, **kwargs)
         operator = OPERATORS.get(func)
         if operator is not None and not torch._C._are_functorch_transforms_active():
             found = operator(self, *args, **kwargs)
@@ -159,6 +162,33 @@ class Running(TorchFunctionMode):
         return found if pays else None
 
 
-def build(options: NumbaOptions, context: BackendContext) -> Running:
+def _name(model: nn.Module) -> dict[int, str]:
+    """id -> name of the weights that parametrizations make, as they are cached in a step."""
+    return {
+        id(getattr(module, own)): f"{prefix}.{own}".lstrip(".")
+        for prefix, module in model.named_modules()
+        if parametrize.is_parametrized(module)
+        for own in module.parametrizations
+    }
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The backend `numba`."""
+
+    _running: Running
+
+    def around(
+        self, model: nn.Module, masks: Mapping[str, Tensor], *, still: bool
+    ) -> AbstractContextManager[None]:
+        """See `prunekit.steps.Backend`."""
+        return self._running.around(model, masks, still=still)
+
+    def chosen(self) -> Mapping[str, str]:
+        """See `prunekit.steps.Backend`."""
+        return self._running.chosen()
+
+
+def build(options: NumbaOptions, context: BackendContext) -> Kernels:
     """The backend; `on` leaves no layer dense that kernels can take."""
-    return Running(None if context.mode == "on" else read_costs(options.costs))
+    return Kernels(Running(None if context.everything else read_costs(options.costs)))

@@ -227,6 +227,23 @@ class ReporterComponent(Component):
     abilities = (report.Closing,)
 
 
+@dataclass(frozen=True, kw_only=True)
+class BackendComponent(Component):
+    """The declaration of what computes layers with few kept weights."""
+
+    kind = "backend"
+    builds = steps.Backend
+
+    devices: tuple[str, ...] = ("cpu",)
+    """The types of devices that it computes on."""
+    calibrate: str = ""
+    """"module:function" that measures this machine and returns the text of a file that an option
+    takes, for `prunekit doctor --calibrate`."""
+
+
+DEFAULT_BACKEND = "numba"
+"""The backend of a recipe that names none."""
+
 KINDS = {declaration.kind: declaration for declaration in Component.__subclasses__()}
 """Kind -> its declaration, for all kinds; each has a hook `prunekit_<kind>s`."""
 KIND_OF: dict[Any, str] = {declaration.builds: kind for kind, declaration in KINDS.items()}

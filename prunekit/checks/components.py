@@ -17,11 +17,13 @@ from torch import nn
 
 from prunekit.catalog.component import Use
 from prunekit.checks import moving, training
+from prunekit.checks.backends import check_backend
 from prunekit.checks.examples import BATCH, example_events, tiny_batches, tiny_network
 from prunekit.checks.methods import build, check_methods
 from prunekit.checks.training import same, snapshot
 from prunekit.contexts import (
     ArchitectureContext,
+    BackendContext,
     Context,
     DatasetContext,
     EvaluatorContext,
@@ -134,5 +136,6 @@ CHECKS: dict[str, tuple[type[Context], Callable[[Use[Any], Any], None]]] = {
     "rewirer": (NetworkContext, moving.check_rewirer),
     "wrapper": (NetworkContext, moving.check_wrapper),
     "reporter": (ReporterContext, _check_reporter),
+    "backend": (BackendContext, check_backend),
 }
 """Kind -> (the context that such a component is built with, what it must do in it)."""

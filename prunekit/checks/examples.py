@@ -124,6 +124,7 @@ def _example_values(model: nn.Module) -> dict[str, Callable[[], Any]]:
         "classes": lambda: CLASSES,
         "fresh": lambda: True,
         "model": lambda: model,
+        "everything": lambda: True,
         "device": lambda: torch.device("cpu"),
         "stage": lambda: "pretrain",
         "sparsity": lambda: SPARSITY,

@@ -49,6 +49,7 @@ FRAGMENTS = {
     "sparsity_schedule": '[[stage]]\nkind = "prune"\nepochs = 20\nsparsity = 0.98\n'
     "sparsity_schedule = {}",
     "rewirer": '[[stage]]\nkind = "pretrain"\nepochs = 100\nsparsity = 0.9\nrewire = {}',
+    "backend": "[compute]\nbackend = {}",
     "wrapper": '[[stage]]\nkind = "pretrain"\nepochs = 100\nwrap = [{}]',
 }
 """Kind -> a piece of a recipe around the component; the other kinds have a section of their own."""

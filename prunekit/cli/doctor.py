@@ -12,14 +12,16 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from prunekit.catalog.containment import held
+from prunekit.catalog.kinds import DEFAULT_BACKEND, BackendComponent
 from prunekit.catalog.registry import Registry, load_registry
-from prunekit.cli.group import as_json, count, echo, print_json
-from prunekit.errors import explain_briefly
+from prunekit.cli.group import PATH, as_json, count, echo, print_json
+from prunekit.errors import UserError, explain_briefly, relative
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
@@ -39,12 +41,18 @@ class Finding:
 
 
 @click.command()
+@click.option(
+    "--calibrate", type=PATH, help="Measure what sparse layers cost here, into this file."
+)
 @as_json
-def doctor(as_json: bool) -> None:
+def doctor(calibrate: Path | None, as_json: bool) -> None:
     """Check this installation: versions, devices, plugins; show how to fix what is broken.
 
     The exit code is 1 if something is broken.
     """
+    if calibrate is not None:
+        _calibrate(calibrate, load_registry())
+        return
     findings = diagnose(load_registry())
     broken = sum(finding.broken for finding in findings)
     if as_json:
@@ -54,6 +62,23 @@ def doctor(as_json: bool) -> None:
         echo(render(findings))
     if broken:
         click.get_current_context().exit(1)
+
+
+def _calibrate(file: Path, registry: Registry) -> None:
+    """Write what the backend that is installed measures of this machine."""
+    from prunekit.store.files import write_text
+
+    entry = registry.find("backend", DEFAULT_BACKEND)
+    component = entry.component
+    assert isinstance(component, BackendComponent)
+    if file.exists():
+        raise UserError(f"{relative(file)} exists; write another name")
+    module, _, function = component.calibrate.partition(":")
+    with held():
+        text = getattr(importlib.import_module(module), function)()
+    write_text(file, text)
+    echo(f"{relative(file)} has what layers cost here; write in a recipe:")
+    echo(f'[compute]\nbackend = {{ use = "{component.name}", costs = "{relative(file)}" }}')
 
 
 def diagnose(registry: Registry) -> list[Finding]:

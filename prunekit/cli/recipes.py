@@ -137,6 +137,11 @@ def _print_networks(networks: list[dict[str, Any]]) -> None:
 @group.store_option
 @group.device_option
 @click.option("--threads", type=click.IntRange(1), help="Threads on a CPU; by default [compute]'s.")
+@click.option(
+    "--sparse",
+    type=click.Choice(["auto", "off", "on"]),
+    help="Kernels for layers with few kept weights; by default [compute]'s.",
+)
 @click.option("--dry-run", is_flag=True, help="Print what would be done, and do nothing.")
 @click.option("--smoke", is_flag=True, help="Try the recipe: all stages, two tiny batches each.")
 @click.option("--force", is_flag=True, help="Move files that are in the way aside.")
@@ -149,6 +154,7 @@ def run(
     store: Path | None,
     device: str | None,
     threads: int | None,
+    sparse: str | None,
     dry_run: bool,
     smoke: bool,
     force: bool,
@@ -156,7 +162,7 @@ def run(
     as_json: bool,
 ) -> None:
     """Run a recipe: pretrain, prune, finetune, evaluate, compare."""
-    given = {"device": device, "threads": threads}
+    given = {"device": device, "threads": threads, "sparse": sparse}
     settings += tuple(f"compute.{key}={value}" for key, value in given.items() if value)
     folder = Path.cwd()  # before plugins run, which may change it
     plan = plan_recipe(recipe, settings, smoke=smoke, trust=trust)

@@ -96,8 +96,9 @@ def _hash_uses(
 ) -> str:
     """The hash of what a stage or an evaluator computes, and of the files and the code it uses."""
     networks = list(_find_networks(uses))
-    uses = [*uses, *networks]
-    files: list[Any] = [describe(network, hash_file) for network in networks]
+    backend = [] if compute.sparse is None else [compute.sparse.use]
+    uses = [*uses, *networks, *backend]
+    files: list[Any] = [describe(use, hash_file) for use in (*networks, *backend)]
     for paths in (ask(u, "files") for u in uses):
         files += map(hash_file, paths[:1])
         # The first may call the others by their names.

@@ -9,7 +9,7 @@ from typing import Any
 from prunekit.catalog.containment import ask
 from prunekit.data.batches import Feed
 from prunekit.engine.keys import make_keys
-from prunekit.engine.work import Inputs, Loaded, build_state
+from prunekit.engine.work import Inputs, Loaded, build_state, open_place
 from prunekit.errors import relative
 from prunekit.judging import LOOKS
 from prunekit.models.failures import explained
@@ -18,7 +18,7 @@ from prunekit.recipe.plan import Plan, Run
 from prunekit.recipe.stages import Stage
 from prunekit.report import Event, Note
 from prunekit.store.stages import Store
-from prunekit.training.compute import Compute, open_compute
+from prunekit.training.compute import Compute
 
 
 def preview_plan(plan: Plan, out: Path, store: Path) -> dict[str, Any]:
@@ -33,7 +33,7 @@ def preview_plan(plan: Plan, out: Path, store: Path) -> dict[str, Any]:
         if isinstance(event, Note):
             notes.append(event.text)
 
-    place = open_compute(plan.compute.device, plan.compute.threads)
+    place = open_place(plan)
     inputs = Inputs(place, report, plan.smoke, preview=True)
     seen: set[str] = set()
     counts: dict[str, dict[str, int]] = {}

@@ -14,14 +14,14 @@ from prunekit.catalog.containment import held
 from prunekit.contexts import ReporterContext
 from prunekit.engine.engine import Engine
 from prunekit.engine.keys import make_keys
-from prunekit.engine.work import Inputs
+from prunekit.engine.work import Inputs, open_place
 from prunekit.errors import Interrupted, PluginError, UserError, explain_briefly
 from prunekit.recipe.plan import Plan
 from prunekit.report import Closing, Event, Note, Report, Reporter, RunStarted, Stop, Tell
 from prunekit.store.files import OTHER_FOLDER, relative_link, set_aside
 from prunekit.store.runs import ANEW, OutFolder, RunFolder
 from prunekit.store.stages import Store
-from prunekit.training.compute import Compute, open_compute
+from prunekit.training.compute import Compute
 
 
 def run_plan(
@@ -42,7 +42,7 @@ def run_plan(
     `anew` what was made with other sources. Errors say how to write `elsewhere`.
     """
     plan.permit()
-    compute = open_compute(plan.compute.device, plan.compute.threads)
+    compute = open_place(plan)
     folder = OutFolder(out, plan, elsewhere, anew)
     known = folder.prepare(tell, force=force)
     changed = folder.find_changed(done=known is not None)
@@ -109,11 +109,11 @@ def _is_current(
     before = known.get("compute", now["compute"])
     if before != now["compute"]:
         told = " and ".join(
-            f"{v} instead of {before.get(k)}"
-            for k, v in now["compute"].items()
-            if v != before.get(k)
+            f"{'with sparse = ' if k == 'sparse' else 'on '}{new} instead of {old}"
+            for k in sorted(now["compute"].keys() | before.keys())
+            if (new := now["compute"].get(k, "off")) != (old := before.get(k, "off"))
         )
-        tell(f"this run computes on {told}: running it again")
+        tell(f"this run computes {told}: running it again")
         return False
     if known.get("stages", now["stages"]) != now["stages"]:
         tell(

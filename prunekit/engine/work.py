@@ -30,14 +30,20 @@ from prunekit.pruning.masks import (
 from prunekit.reading import hash_file
 from prunekit.recipe import reduction
 from prunekit.recipe.describing import describe
-from prunekit.recipe.plan import Run
+from prunekit.recipe.plan import Plan, Run
 from prunekit.recipe.stages import Stage
 from prunekit.recipe.toml.sections import DataOptions
 from prunekit.report import Note, Report, Stop
 from prunekit.store.stages import StageFolder
 from prunekit.store.tensors.checkpoint import read_model
 from prunekit.store.tensors.weights import start_from
-from prunekit.training.compute import Compute
+from prunekit.training.compute import Compute, open_compute
+
+
+def open_place(plan: Plan) -> Compute:
+    """Where a plan computes, on this machine. Raises `UserError` as `open_compute`."""
+    place = plan.compute
+    return open_compute(place.device, place.threads, place.sparse, plan.backend)
 
 
 @dataclass(frozen=True)

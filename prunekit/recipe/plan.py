@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from prunekit.catalog.component import Use
+from prunekit.catalog.kinds import DEFAULT_BACKEND
 from prunekit.catalog.registry import Registry
 from prunekit.contracts import Architecture, Data, Threat
 from prunekit.errors import Problem, RecipeError, in_order, suggest, translate
@@ -41,6 +42,7 @@ from prunekit.recipe.toml.sections import (
 )
 from prunekit.recipe.toml.sweep import label, unroll
 from prunekit.report import Reporter
+from prunekit.steps import Backend
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,8 @@ class Plan:
     document: Mapping[str, Any]
     """The recipe with overrides and `extends` applied, its sweep kept."""
     compute: ComputeOptions = field(default_factory=ComputeOptions)
+    backend: Use[Backend] | None = None
+    """What layers with few kept weights run on."""
     notes: tuple[str, ...] = ()
     smoke: bool = False
 
@@ -127,6 +131,7 @@ def make_plan(recipe: Recipe, registry: Registry) -> Plan:
     _check_top(recipe, top)
     reporters = _resolve_reporters(recipe, top)
     compute = _resolve_compute(recipe, top)
+    backend = _find_backend(compute, top)
     combinations = list(unroll(recipe, top.problems))
     addresses = {address for settings, _ in combinations for address in settings}
     top.problems += _find_hidden(recipe, top, addresses)
@@ -144,7 +149,7 @@ def make_plan(recipe: Recipe, registry: Registry) -> Plan:
     document = {"format": FORMAT, "name": name, **recipe.data}
     document = {key: _with_whole_paths(document[key], top.files) for key in document}
     told = tuple(dict.fromkeys(notes))
-    return Plan(name, recipe.path, tuple(runs), reporters, document, compute, told)
+    return Plan(name, recipe.path, tuple(runs), reporters, document, compute, backend, told)
 
 
 def _find_hidden(recipe: Recipe, top: Resolver, addresses: Iterable[str]) -> list[Problem]:
@@ -228,6 +233,16 @@ def _resolve_compute(recipe: Recipe, resolver: Resolver) -> ComputeOptions:
         return ComputeOptions()
     found = resolver.options(ComputeOptions, table, ("compute",), "[compute]")
     return found or ComputeOptions()
+
+
+def _find_backend(compute: ComputeOptions, resolver: Resolver) -> Use[Backend] | None:
+    """What sparse layers run on; None where they are dense, as where "auto" finds nothing."""
+    if compute.sparse == "off" or compute.backend is not None:
+        return None if compute.sparse == "off" else compute.backend
+    entries = resolver.registry.search(DEFAULT_BACKEND, "backend")
+    if compute.sparse == "auto" and (len(entries) != 1 or entries[0].missing):
+        return None
+    return resolver.use("backend", DEFAULT_BACKEND, ("compute", "sparse"))
 
 
 def _resolve_run(

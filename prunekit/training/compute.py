@@ -5,12 +5,35 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from prunekit.contexts import BackendContext
 from prunekit.errors import UserError
+from prunekit.evaluation import BACKEND
+from prunekit.steps import Backend
+
+
+@dataclass(frozen=True)
+class Sparse:
+    """What layers with few kept weights run on, a `Use` of a backend, and the recipe's `sparse`."""
+
+    use: Any
+    mode: str
+
+    def key(self) -> dict[str, Any]:
+        """What decides which layers run on it, and how, beside options, sources and versions."""
+        return {"sparse": f"{self.mode} ({self.use.component.name})"}
+
+    def open(self, device: torch.device) -> Backend:
+        """Build it."""
+        everything = self.mode == "on"
+        context = BackendContext(seed=0, folder=Path(), device=device, everything=everything)
+        built: Backend = self.use.build(context)
+        return built
 
 
 @dataclass(frozen=True)
@@ -19,14 +42,22 @@ class Compute:
 
     device: torch.device
     threads: int = field(default_factory=torch.get_num_threads)
+    sparse: Sparse | None = None
 
     def key(self) -> dict[str, Any]:
         """The part of it that decides the bits of a result; threads are only recorded."""
-        return {"device": self.device.type, "precision": "fp32", "ranks": 1}
+        sparse = {} if self.sparse is None else self.sparse.key()
+        return {"device": self.device.type, "precision": "fp32", "ranks": 1, **sparse}
 
     def describe(self) -> dict[str, Any]:
-        """What is recorded with a result."""
-        return {"device": str(self.device), "threads": self.threads, "precision": "fp32"}
+        """What is recorded with a result, and which layers were sparse since the last time."""
+        found = {"device": str(self.device), "threads": self.threads, "precision": "fp32"}
+        if self.sparse is None or (backend := BACKEND.get()) is None:
+            return found
+        chosen = backend.chosen()
+        dense = {name: why for name, why in chosen.items() if why != "sparse"}
+        found |= self.sparse.key()
+        return {**found, "sparse_layers": len(chosen) - len(dense), "dense_layers": dense}
 
     def place(self, model: nn.Module) -> nn.Module:
         """The model on the device."""
@@ -34,18 +65,35 @@ class Compute:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Inside, torch uses so many threads."""
+        """Inside, torch uses so many threads, and networks run on the backend."""
         before = torch.get_num_threads()
         torch.set_num_threads(self.threads)
+        token = BACKEND.set(self.sparse.open(self.device) if self.sparse else None)
         try:
             yield
         finally:
+            BACKEND.reset(token)
             torch.set_num_threads(before)
 
 
-def open_compute(device: str = "auto", threads: int | None = None) -> Compute:
-    """What [compute] of a recipe says, on this machine. Raises `UserError` as `find_device`."""
-    return Compute(find_device(device), threads or torch.get_num_threads())
+def open_compute(
+    device: str = "auto", threads: int | None = None, mode: str = "off", use: Any = None
+) -> Compute:
+    """What [compute] of a recipe says, on this machine: its `sparse` is `mode`, `use` a backend.
+
+    Raises `UserError` as `find_device`, and if the backend is not for the device but demanded.
+    """
+    found = find_device(device)
+    sparse = None if use is None else Sparse(use, mode)
+    if use is not None and found.type not in use.component.devices:
+        if mode == "on":
+            known = " or ".join(use.component.devices)
+            raise UserError(
+                f"backend {use.component.name!r} computes on {known}, not on {found.type}; write "
+                'sparse = "auto" in [compute]'
+            )
+        sparse = None
+    return Compute(found, threads or torch.get_num_threads(), sparse)
 
 
 def find_device(name: str) -> torch.device:

@@ -52,6 +52,9 @@ class LearnedWeights(Weights):
         self.parts = {n: TrainedWeight(left[n], factors.get(n)) for n in self.trained}
         attach(model, self.parts)
 
+    def kept_only(self, clock: Clock) -> Masks:
+        return {}  # its weights are made from parameters, under masks
+
     def prepare(self, clock: Clock) -> None:
         """Before every pass; a step may have several, so what is done once is noted in a buffer."""
 

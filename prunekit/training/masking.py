@@ -49,6 +49,9 @@ class Weights:
         named = self._named.items()
         return {name: p.grad for name, p in named if p.dim() > 1 and p.grad is not None}
 
+    def kept_only(self, clock: Clock) -> Masks:
+        return self.masks
+
     def penalty(self, clock: Clock) -> dict[str, Tensor]:
         return {}
 
@@ -206,6 +209,9 @@ class LearnedScores:
                 # A tied weight has a gradient in each of its layers.
                 found[name] = found[name] + kept if name in found else kept
         return found
+
+    def kept_only(self, clock: Clock) -> Masks:
+        return {}
 
     def penalty(self, clock: Clock) -> dict[str, Tensor]:
         return {}

@@ -84,6 +84,10 @@ class Rewired(Weights):
     def _at_target(self) -> bool:
         return bool(self.model.get_buffer("rewired"))
 
+    def kept_only(self, clock: Clock) -> Masks:
+        dense = self.rewiring.gradients and self.due(clock)
+        return {} if dense else self.masks
+
     def settled(self, clock: Clock) -> bool:
         return self._at_target
 

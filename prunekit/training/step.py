@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from prunekit.contracts import Attacking, Clock, Loss, Objective, OptimizerChoice, Stepping
 from prunekit.data import seeds
+from prunekit.evaluation import running
 from prunekit.steps import Around, Following, Masking, Now, Wrapper
 from prunekit.training.masking import LearnedScores
 from prunekit.training.rewiring import Rewired
@@ -20,16 +21,18 @@ from prunekit.training.rewiring import Rewired
 class Step(nn.Module):
     """The loss of a training step as a module: it registers the model, never the objective."""
 
-    def __init__(self, model: nn.Module, objective: Objective) -> None:
+    def __init__(self, masking: Masking, objective: Objective) -> None:
         super().__init__()
-        self.model = model
-        self._objective = (objective,)
+        self.model = masking.model
+        self._parts = (masking, objective)
 
     def forward(self, x: Tensor, y: Tensor, clock: Clock, *prepared: Any) -> Loss:
         """The loss at images x (B, C, H, W) with labels y (B,), or at what was `prepared`."""
-        objective: Any = self._objective[0]
-        loss: Loss = objective.loss(*prepared, clock) if prepared else objective(x, y, clock)
-        return loss
+        masking, objective = self._parts
+        with running(self.model, masking.kept_only(clock)):
+            loss: Any = objective.loss if isinstance(objective, Attacking) else None
+            found: Loss = loss(*prepared, clock) if prepared else objective(x, y, clock)
+        return found
 
 
 def look(masking: Masking, clock: Clock) -> Now:
@@ -62,7 +65,7 @@ class Stepper:
         ]
         if own:
             self.optimizer = self.choice.make(own)
-        self._module = Step(self.masking.model, self.objective)
+        self._module = Step(self.masking, self.objective)
         self._around = [wrapper for wrapper in self.wrappers if isinstance(wrapper, Around)]
 
     @property

@@ -110,6 +110,8 @@ def test_the_fragment_that_show_prints_is_right_in_a_recipe(entry, here, call, r
     parts = [sections, fragment if entry.kind in SECTIONS else "", FIRST]
     if entry.kind == "reporter":
         parts.insert(0, fragment)
+    elif entry.kind == "backend":
+        parts.insert(1, fragment)
     elif entry.kind not in SECTIONS:
         parts = [sections, fragment]
     (here / "r.toml").write_text("\n".join(parts))

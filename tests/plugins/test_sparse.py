@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import json
+import math
 from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner, Result
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from prunekit_sparse.costs import Costs, calibrate, read_costs
 from prunekit_sparse.index import Geometry, Index
 from prunekit_sparse.layers import Convolution
+from prunekit_sparse.memory import empty
 from prunekit_sparse.running import Running
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from prunekit.catalog import registry
+from prunekit.cli.group import main
+from prunekit.errors import RunError, UserError
+from prunekit.evaluation import eval_mode, plainly
 
 pytest.importorskip("numba")
 
@@ -23,7 +36,8 @@ def close(found: Tensor, wanted: Tensor, tolerance: float = 2e-5) -> None:
     """Equal to rounding, on the scale of the largest number."""
     scale = float(wanted.abs().max()) if wanted.numel() else 0.0
     assert found.shape == wanted.shape
-    assert float((found.double() - wanted.double()).abs().max()) <= tolerance * max(scale, 0.05)
+    found, wanted = found.detach().double(), wanted.detach().double()
+    assert float((found - wanted).abs().max()) <= tolerance * max(scale, 0.05)
 
 
 def thin(weight: Tensor, density: float, generator: torch.Generator) -> Tensor:
@@ -129,6 +143,10 @@ def test_layers_are_those_of_torch(data: Any) -> None:
         close(one, other)
 
 
+def call(*words: str) -> Result:
+    return CliRunner().invoke(main, words)
+
+
 def conv(i: int, o: int, *args: Any, **kwargs: Any) -> nn.Conv2d:
     return nn.Conv2d(i, o, 3, *args, padding=1, **kwargs)
 
@@ -210,3 +228,245 @@ def test_networks_are_those_of_torch(name: str, batch: int) -> None:
             if isinstance(module, nn.BatchNorm2d):
                 module.momentum = 0.2
     compare(net, (batch, 3, 8, 8), 0.2)
+
+
+def test_a_step_with_an_attack_inside() -> None:
+    """The attack stands still, and the step around it has the gradients that it has without it."""
+    torch.manual_seed(0)
+    net = small(conv(3, 6), nn.BatchNorm2d(6), nn.ReLU(), conv(6, 6))
+    x, y = torch.rand(9, 3, 8, 8), torch.randint(0, 3, (9,))
+    net(x)
+    masks = masked(net)
+    wanted = gradients(net, x, y, masks, still=False)
+    running = Running(None)
+    with running.around(net, masks, still=False):
+        with running.around(net, {}, still=True), eval_mode(net):
+            moved = x.clone().requires_grad_()
+            torch.autograd.grad(net(moved).sum(), moved)
+        net.zero_grad()
+        net.train()
+        F.cross_entropy(net(x), y).backward()
+    for name, parameter in net.named_parameters():
+        assert torch.equal(parameter.grad, wanted[name])
+
+
+def test_learned_scores_get_whole_gradients() -> None:
+    """A weight that is made in the pass, such as one under a mask of scores."""
+    torch.manual_seed(0)
+    x, frozen_weight = torch.rand(9, 3, 8, 8), torch.randn(6, 3, 3, 3)
+    mask = (torch.rand(6, 3, 3, 3) < 0.1).float()
+    found = []
+    for running in (Running(None), None):
+        soft = mask.clone().requires_grad_()
+        net = nn.Conv2d(3, 6, 3, bias=False)
+        with nullcontext() if running is None else running.around(net, {}, still=False):
+            F.conv2d(x, frozen_weight * soft, padding=1).square().sum().backward()
+        assert soft.grad is not None
+        found.append(soft.grad)
+    close(found[0], found[1])
+    assert found[0][mask == 0].abs().min() > 0
+
+
+def test_the_index_follows_masks_that_move() -> None:
+    net = small(conv(3, 6), conv(6, 4))
+    x = torch.rand(9, 3, 8, 8)
+    net(x)
+    masks = masked(net, 0.2)
+    running = Running(None)
+    for _ in range(3):
+        with running.around(net, masks, still=False):
+            found = net(x) * 1
+        close(found, net(x))
+        for mask in masks.values():
+            mask.copy_(mask.flip(0))
+        for name, weight in net.named_parameters():
+            if name in masks:
+                weight.data = torch.randn_like(weight) * masks[name]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_stays_so(value: float) -> None:
+    net = small(conv(3, 6), nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(2), conv(6, 4))
+    x = torch.rand(9, 3, 8, 8)
+    net(x)
+    net.eval()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in net.parameters():
+        if parameter.dim() > 1:
+            thin(parameter, 0.5, generator)
+    x[4] = value
+    with Running(None).around(net, {}, still=True):
+        found = net(x) * 1
+    assert found.isfinite().all(1).tolist() == [i != 4 for i in range(9)]
+
+
+def test_threads_do_not_change_bits() -> None:
+    net = small(conv(3, 8), nn.BatchNorm2d(8), nn.ReLU(), conv(8, 8), nn.ReLU(), conv(8, 8, 2))
+    x = torch.rand(32, 3, 24, 24)
+    net(x)
+    masks = masked(net)
+    state = copy.deepcopy(net.state_dict())
+    found = []
+    before = torch.get_num_threads()
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        net.load_state_dict(state)
+        with Running(None).around(net, masks, still=False):
+            features = net[:-2](x)
+        features.square().sum().backward()
+        found.append([features.detach(), *(p.grad for p in net[:-2].parameters())])
+        net.zero_grad(set_to_none=True)
+    torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_a_gradient_of_a_gradient_is_torchs() -> None:
+    torch.manual_seed(0)
+    net = small(conv(3, 6), nn.BatchNorm2d(6), nn.Softplus(), nn.MaxPool2d(2), conv(6, 4))
+    images = torch.rand(9, 3, 8, 8)
+    net(images)
+    masks, found = masked(net, 0.5), []
+    for running in (Running(None), None):
+        x = images.clone().requires_grad_()
+        with nullcontext() if running is None else running.around(net, masks, still=False):
+            (g,) = torch.autograd.grad(net(x).square().sum(), x, create_graph=True)
+            found.append(torch.autograd.grad(g.square().sum(), x)[0])
+    close(found[0], found[1], 1e-4)
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0] * 2
+
+
+def test_a_gradient_that_would_be_lost_is_told() -> None:
+    """An autograd Function of the network gets no activation: its gradient would go nowhere."""
+
+    class Own(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return Doubled.apply(x)
+
+    net = small(conv(3, 6), Own(), conv(6, 4))
+    x = torch.rand(9, 3, 8, 8)
+    net(x)
+    masks = masked(net, 0.5)
+    with Running(None).around(net, masks, still=False), pytest.raises(RunError, match="sparse ="):
+        net(x).sum().backward()
+
+
+def test_bounds_are_computed_plainly() -> None:
+    net = small(conv(3, 6), conv(6, 4))
+    x = torch.rand(9, 3, 8, 8)
+    net(x)
+    masked(net)
+    running = Running(None)
+    with running.around(net, {}, still=True):
+        with plainly():
+            plain = net(x)
+        assert not running.chosen()
+        net(x)
+    assert torch.equal(plain, net(x))
+    assert running.chosen()
+
+
+def test_what_was_chosen_is_told_once() -> None:
+    net = nn.Sequential(conv(3, 6), nn.Conv2d(6, 6, 3, groups=2), nn.Conv2d(6, 6, 1, (1, 2)))
+    masked(net)
+    running = Running(None)
+    with running.around(net, {}, still=True):
+        net(torch.rand(9, 3, 8, 8))
+    chosen = {"0.weight": "sparse", "1.weight": "2 groups", "2.weight": "stride (1, 2)"}
+    assert running.chosen() == chosen
+    assert running.chosen() == {}
+
+
+def test_costs_decide() -> None:
+    costs = Costs(dense=1, single=1, sparse=2, visit=0, output=0, layout=0)
+    layer = Geometry(10, 4, 4, 10, (3, 3), padding=(1, 1))
+    assert costs.pays(layer, 449, 8, whole=False)
+    assert not costs.pays(layer, 451, 8, whole=False)
+    # A row of 4 pixels times 8 images is visited once: 32 multiplications of 2, and 100.
+    slow = dataclasses.replace(costs, visit=100)
+    assert slow.pays(layer, 175, 8, whole=False)
+    assert not slow.pays(layer, 176, 8, whole=False)
+    # Two of three parts of a step against copies of 160 numbers an image, in and out.
+    turned = dataclasses.replace(costs, layout=1)
+    assert turned.pays(layer, 454, 8, whole=False)
+    assert not turned.pays(layer, 456, 8, whole=False)
+
+
+def test_costs_are_read_as_they_were_written(tmp_path: Path) -> None:
+    file = tmp_path / "costs.json"
+    file.write_text(calibrate())
+    assert all(value >= 0 for value in vars(read_costs(file)).values())
+    assert read_costs(None) == Costs()
+    for text in ("{}", "[1]", "no", '{"dense": "fast"}', file.read_text().replace(":", ": -", 1)):
+        file.write_text(text)
+        with pytest.raises(UserError, match="calibrate"):
+            read_costs(file)
+
+
+def test_memory_is_used_again() -> None:
+    first = empty((2, 3, 4, 5))
+    place = first.data_ptr()
+    del first
+    assert empty((2, 3, 4, 5)).data_ptr() == place
+
+
+RECIPE = """
+name = "thin"
+[dataset]
+use = "digits"
+[architecture]
+use = "cifar-small"
+[threat]
+eps = 0.1
+[objective]
+use = "pgd-at"
+[[stage]]
+kind = "prune"
+sparsity = 0.95
+epochs = 1
+[[stage]]
+kind = "finetune"
+epochs = 1
+[[stage]]
+kind = "evaluate"
+with = ["clean", "pgd"]
+"""
+
+
+def test_a_recipe_runs_on_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stages say which layers were sparse; another setting is another result."""
+    monkeypatch.chdir(tmp_path)
+    Path("r.toml").write_text(RECIPE)
+    keys = []
+    for mode in ("on", "off"):
+        assert not call("run", "r.toml", "--smoke", "--sparse", mode, "--out", mode).exit_code
+        stages = json.loads(Path(mode, "run.json").read_text())["stages"]
+        keys.append({stage["key"] for stage in stages})
+        told = [stage["compute"].get("sparse_layers", 0) for stage in stages]
+        assert min(told) > 0 if mode == "on" else told == [0, 0, 0]
+    assert not keys[0] & keys[1]
+
+
+def test_without_numba_it_is_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("r.toml").write_text(RECIPE)
+    found = registry._is_installed
+    monkeypatch.setattr(registry, "_is_installed", lambda name: name != "numba" and found(name))
+    assert not call("run", "r.toml", "--smoke", "--out", "auto").exit_code
+    assert not call("run", "r.toml", "--smoke", "--sparse", "off", "--out", "off").exit_code
+    one, other = (
+        [s["key"] for s in json.loads(Path(name, "run.json").read_text())["stages"]]
+        for name in ("auto", "off")
+    )
+    assert one == other
+    refused = call("check", "r.toml", "--set", "compute.sparse=on")
+    assert refused.exit_code == 2
+    assert 'pip install "prunekit[sparse]"' in refused.output

@@ -674,7 +674,8 @@ def test_compute_is_one_for_all_runs(plan, refuse):
     text = SMALL + '[compute]\ndevice = "cpu"\nthreads = 2\n'
     found = plan(text)
     assert (found.compute.device, found.compute.threads) == ("cpu", 2)
-    assert found.describe(found.runs[0])["compute"] == {"device": "cpu", "threads": 2}
+    written = {"device": "cpu", "threads": 2, "sparse": "auto"}
+    assert found.describe(found.runs[0])["compute"] == written
     assert plan(text, "compute.threads=1").compute.threads == 1
     assert plan(SMALL).describe(plan(SMALL).runs[0]).keys() == found.describe(
         found.runs[0]

@@ -19,7 +19,7 @@ from prunekit.contracts import (
     read_ratio,
 )
 from prunekit.errors import OptionError, relative, translate
-from prunekit.steps import Budget, Pruner, Rewirer, SparsitySchedule, Wrapper
+from prunekit.steps import Backend, Budget, Pruner, Rewirer, SparsitySchedule, Wrapper
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +28,12 @@ class ComputeOptions:
 
     device: str = option("auto", help="auto (the fastest there is), cpu, cuda, cuda:1 or mps")
     threads: int | None = option(None, help="threads on a CPU; default: as torch chooses", low=1)
+    sparse: Literal["auto", "off", "on"] = option(
+        "auto",
+        help="layers with few kept weights run on kernels: where these are installed and faster, "
+        "never, or wherever they can",
+    )
+    backend: Use[Backend] | None = option(None, help='what these kernels are; default: "numba"')
 
 
 @dataclass(frozen=True, kw_only=True)
