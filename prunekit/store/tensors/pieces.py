@@ -10,12 +10,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
 from prunekit.errors import UserError, relative
 from prunekit.store.files import seal, write_bytes
 from prunekit.store.tensors.checkpoint import FORMAT, read_checkpoint
+
+TYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.complex64: "C64",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
+    torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8",
+}  # fmt: skip
+"""How the format calls the types of tensors."""
 
 
 def hash_piece(value: Tensor) -> str:
@@ -38,13 +45,12 @@ def write_pieces(
         names[name] = piece = _hash(packed, value)
         if piece in known or piece in pieces:
             continue
-        # Cloned: different views of the same memory are refused.
-        pieces[piece] = packed.clone()
+        pieces[piece] = packed
         if value.dtype == torch.bool:
             bits[piece] = list(value.shape)
     told = {"format": FORMAT, **header, "tensors": names, "bits": bits}
     text = json.dumps({**told, "sha256": seal(told)})
-    write_bytes(path, save(pieces, metadata={"prunekit": text}))
+    write_bytes(path, *_encode(pieces, text))
     return set(names.values())
 
 
@@ -87,5 +93,27 @@ def _unpack(packed: Tensor, shape: list[int]) -> Tensor:
 
 def _hash(packed: Tensor, value: Tensor) -> str:
     digest = hashlib.sha256(f"{value.dtype}\0{tuple(value.shape)}\0".encode())
-    digest.update(packed.flatten().view(torch.uint8).numpy().data)
+    digest.update(_bytes(packed))
     return digest.hexdigest()
+
+
+def _bytes(value: Tensor) -> memoryview:
+    return value.flatten().view(torch.uint8).numpy().data
+
+
+def _encode(pieces: Mapping[str, Tensor], text: str) -> list[bytes | memoryview]:
+    """A safetensors file in parts: its own package would copy every tensor three times.
+
+    The format: 8 bytes that say how long the JSON table is, the table, and the tensors.
+    """
+    # The widest first, so that each begins at a multiple of its entries.
+    pieces = dict(sorted(pieces.items(), key=lambda piece: -piece[1].itemsize))
+    table: dict[str, Any] = {"__metadata__": {"prunekit": text}}
+    end = 0
+    for name, value in pieces.items():
+        start, end = end, end + value.nbytes
+        kind = TYPES[value.dtype]
+        table[name] = {"dtype": kind, "shape": list(value.shape), "data_offsets": [start, end]}
+    told = json.dumps(table).encode()
+    told += b" " * (-len(told) % 8)  # tensors begin at a multiple of 8
+    return [len(told).to_bytes(8, "little"), told, *map(_bytes, pieces.values())]

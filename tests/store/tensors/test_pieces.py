@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file
 
 from prunekit.errors import UserError
-from prunekit.store.tensors.pieces import hash_piece, read_pieces, write_pieces
+from prunekit.store.tensors.pieces import TYPES, hash_piece, read_pieces, write_pieces
 
 WHOLE = torch.arange(12.0).reshape(3, 4)
 TENSORS = {
@@ -36,6 +36,14 @@ def test_every_bit_comes_back(tmp_path):
     assert (header["x"][0], header["x"][2]) == (1.5, None)
     found["a"].add_(1)
     assert torch.equal(found["again"], WHOLE)
+
+
+@pytest.mark.parametrize("kind", [t for t in TYPES if not t.is_complex], ids=str)
+def test_other_programs_read_every_type(tmp_path, kind):
+    value = torch.tensor([[1, 2], [3, 0]]).to(kind)
+    write_pieces(tmp_path / "p", {"odd": torch.zeros(3, dtype=torch.uint8), "v": value}, {})
+    assert bits(load_file(tmp_path / "p")[hash_piece(value)]) == bits(value)
+    assert bits(read_pieces(tmp_path / "p", {})[0]["v"]) == bits(value)
 
 
 def test_what_is_known_or_equal_is_not_written(tmp_path):
