@@ -125,18 +125,22 @@ class Standing:
         return tuple(sorted([*changed, *(now.keys() ^ self._kept.keys())]))
 
     @torch.no_grad()
-    def restore(self) -> None:
-        """Make them what they were; a tensor that nothing changed is not touched."""
+    def restore(self) -> tuple[str, ...]:
+        """Make them what they were; returns the names of what `moved`, all that is touched."""
+        moved, now = self.moved(), dict(_state(self._model))
         for module, buffers in self._owners:
             for name in set(module._buffers.keys()) - buffers.keys():
                 del module._buffers[name]
             for name, buffer in buffers.items():  # one by one: scripted modules know no other way
                 module._buffers[name] = buffer
-        for value, kept in self._kept.values():
+        for name, (value, kept) in self._kept.items():
+            if now.get(name) is value and name not in moved:
+                continue
             if _lies(value) != _lies(kept):  # another was put into its `.data`
                 value.data = kept.clone()
             elif not _same(value, kept):
                 value.copy_(kept)
+        return moved
 
 
 def _state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

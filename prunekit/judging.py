@@ -126,8 +126,7 @@ def examine(model: nn.Module, x: Tensor) -> Examination:
 
     def look(images: Tensor) -> Tensor:
         output = find_answer(model, images)
-        moved.update(dict.fromkeys(standing.moved()))
-        standing.restore()
+        moved.update(dict.fromkeys(standing.restore()))
         return output
 
     with own_generators(), eval_mode(model):

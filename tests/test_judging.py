@@ -373,8 +373,7 @@ def test_what_a_network_changed_is_put_back():
     net(torch.rand(2, *SHAPE))
     net.register_buffer("late", torch.ones(1))
     net.fc.bias.data.fill_(3)
-    assert standing.moved() == ("fc.bias", "late", "seen")
-    standing.restore()
+    assert standing.moved() == standing.restore() == ("fc.bias", "late", "seen")
     assert standing.moved() == ()
     assert net.seen is buffer
 

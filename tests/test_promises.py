@@ -66,6 +66,20 @@ def test_reading_and_refusing_import_no_torch(arguments):
     assert done.returncode == 0, done.stderr
 
 
+def test_a_small_run_imports_no_more_than_torch(tmp_path):
+    """Each of these takes longer to import than the rest of a small run takes."""
+    code = (
+        "import sys\n"
+        "from prunekit.cli.group import main\n"
+        "main(sys.argv[1:], standalone_mode=False)\n"
+        "heavy = {'torch._dynamo', 'torchvision', 'timm', 'scipy', 'sympy', 'auto_LiRPA'}\n"
+        "assert 'torch' in sys.modules and not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+    )
+    recipe = str(ROOT / "recipes/quickstart.toml")
+    arguments = ["run", recipe, "--smoke", "--device", "cpu", "--out", str(tmp_path / "out")]
+    subprocess.run([sys.executable, "-c", code, *arguments], check=True, capture_output=True)
+
+
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)
 def test_recipe_resolves(recipe):
     plan = make_plan(load_recipe(recipe), load_registry())

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from prunekit.contexts import Context
 from prunekit.contracts import Clock, OptimizerChoice, Schedule
@@ -67,8 +69,22 @@ def _warmed(epochs: float, factor: Schedule) -> Schedule:
     return warm
 
 
+def _eager(kind: type[Optimizer]) -> Callable[..., Optimizer]:
+    """The optimizer without what torch puts around its methods for a step that is compiled.
+
+    That imports torch's compiler, which takes longer than torch itself. Nothing else changes:
+    hooks and the profiler see it, and so does `torch.compile`.
+    """
+    around = ("add_param_group", "load_state_dict", "state_dict", "zero_grad")
+    own = {name: inspect.unwrap(getattr(kind, name)) for name in around}
+    return type(kind.__name__, (kind,), {**own, "step": torch.no_grad()(inspect.unwrap(kind.step))})
+
+
+_SGD, _ADAM, _ADAMW = map(_eager, (SGD, Adam, AdamW))
+
+
 def _choice(
-    make: Callable[[Iterable[torch.nn.Parameter]], torch.optim.Optimizer],
+    make: Callable[[Iterable[torch.nn.Parameter]], Optimizer],
     options: Any,
     context: Context,
 ) -> OptimizerChoice:
@@ -78,7 +94,7 @@ def _choice(
 def sgd(options: SgdOptions, context: Context) -> OptimizerChoice:
     """`torch.optim.SGD` with these options and their schedule."""
     return _choice(
-        lambda parameters: torch.optim.SGD(
+        lambda parameters: _SGD(
             parameters,
             lr=options.lr,
             momentum=options.momentum,
@@ -93,7 +109,7 @@ def sgd(options: SgdOptions, context: Context) -> OptimizerChoice:
 def adam(options: AdamOptions, context: Context) -> OptimizerChoice:
     """`torch.optim.Adam` with these options and their schedule (Kingma and Ba, ICLR 2015)."""
     return _choice(
-        lambda parameters: torch.optim.Adam(
+        lambda parameters: _ADAM(
             parameters, lr=options.lr, betas=options.betas, weight_decay=options.weight_decay
         ),
         options,
@@ -104,7 +120,7 @@ def adam(options: AdamOptions, context: Context) -> OptimizerChoice:
 def adamw(options: AdamWOptions, context: Context) -> OptimizerChoice:
     """`torch.optim.AdamW` with these options and their schedule (Loshchilov and Hutter, 2019)."""
     return _choice(
-        lambda parameters: torch.optim.AdamW(
+        lambda parameters: _ADAMW(
             parameters, lr=options.lr, betas=options.betas, weight_decay=options.weight_decay
         ),
         options,

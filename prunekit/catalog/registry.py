@@ -11,7 +11,8 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint, entry_points
+from functools import cache
+from importlib.metadata import Distribution, EntryPoint, entry_points
 
 import pluggy
 
@@ -135,7 +136,7 @@ def load_registry(points: Iterable[EntryPoint] | None = None) -> Registry:
     entries: list[Entry] = []
     broken: list[BrokenPlugin] = []
     for name, point in _name_plugins(entry_points(group=GROUP) if points is None else points):
-        distribution = f"{point.dist.name} {point.dist.version}" if point.dist else "unknown"
+        distribution = " ".join(_read_dist(point.dist)) if point.dist else "unknown"
         try:
             # A filter of warnings that a plugin sets would be one for everybody.
             with contained(), warnings.catch_warnings():
@@ -255,7 +256,14 @@ def _mark_conflicts(entries: Sequence[Entry]) -> Iterator[Entry]:
 
 
 def _is_builtin(point: EntryPoint) -> bool:
-    return point.dist is not None and point.dist.name == "prunekit"
+    return point.dist is not None and _read_dist(point.dist)[0] == "prunekit"
+
+
+@cache
+def _read_dist(dist: Distribution) -> tuple[str, str]:
+    """(name, version); the distribution itself would parse its metadata each time."""
+    metadata = dist.metadata
+    return metadata["Name"], metadata["Version"]
 
 
 def _is_installed(name: str) -> bool:

@@ -74,8 +74,7 @@ def judge(state: State, stage: Stage, use: Use[Evaluator], work: Work) -> Outcom
             recall(watch, work.folder)
             result = evaluator(model, _watched(work, stage, use.name, index, seed, watch))
     finally:
-        moved = standing.moved()
-        standing.restore()
+        moved = standing.restore()
     examination = replace(examination, moved=examination.moved or moved)
     for name, value in result.metrics.items():
         if not math.isfinite(value):

@@ -23,10 +23,10 @@ from prunekit.reading import LARGEST_JSON, parse_json, read_arrays, read_bytes
 T = TypeVar("T")
 
 
-def write_bytes(path: Path, content: bytes) -> None:
+def write_bytes(path: Path, *parts: bytes | memoryview) -> None:
     """Write a file, or leave the old one as it is. Raises `RunError` if it cannot be written."""
     with _replacing(path) as part, open(part, "wb") as file:
-        file.write(content)
+        file.writelines(parts)
         file.flush()
         os.fsync(file.fileno())
 

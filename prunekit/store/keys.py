@@ -32,6 +32,7 @@ DECIDING = (
     "recipe/stages.py",
     "steps.py",
     "store/tensors/checkpoint.py",
+    "store/tensors/pieces.py",
     "store/tensors/states.py",
     "store/tensors/weights.py",
     "training/",

@@ -68,6 +68,10 @@ class StageFolder:
         """The checkpoint of a stage that is being computed."""
         return self.path / PROGRESS
 
+    def _find_beside(self) -> list[Path]:
+        """What `training/progress` keeps beside the checkpoint."""
+        return list(self.path.glob(f"{self.progress.stem}-*{self.progress.suffix}"))
+
     def scratch(self) -> Path:
         """A folder for intermediate results, deleted when the stage is done."""
         folder = self.path / SCRATCH
@@ -151,7 +155,7 @@ class StageFolder:
 
         Who reads such a file looks at its content.
         """
-        for path in (self.model, self.records, self.progress):
+        for path in (self.model, self.records, self.progress, *self._find_beside()):
             if os.path.lexists(path) and (path.is_symlink() or not path.is_file()):
                 raise UserError(f"{path.name} is not a file")
         scratch = self.path / SCRATCH
@@ -172,6 +176,7 @@ class StageFolder:
         told = {**vars(result), "metrics": write_metrics(result.metrics)}
         content = {**told, "stage": description, "key": self.path.name}
         write_json(self.path / RESULT, {**content, "sha256": seal(content)})
-        self.progress.unlink(missing_ok=True)
+        for path in (self.progress, *self._find_beside()):
+            path.unlink(missing_ok=True)
         shutil.rmtree(self.path / SCRATCH, ignore_errors=True)
         return result

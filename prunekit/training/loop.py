@@ -27,7 +27,7 @@ from prunekit.errors import RunError, UserError
 from prunekit.pruning.masks import find_broken
 from prunekit.report import Note, Progress, Report, StageStarted, Stop
 from prunekit.steps import Averaging, Masking, Wrapper
-from prunekit.training.progress import Position, label_metrics, restore, save, tell_epoch
+from prunekit.training.progress import Checkpoint, Position, label_metrics, tell_epoch
 from prunekit.training.rewiring import Rewired
 from prunekit.training.statistics import recalibrated
 from prunekit.training.step import Stepper
@@ -132,7 +132,8 @@ def fit(job: Fit) -> list[dict[str, Any]]:
     stepper = Stepper(*own)
     if not stepper.trains:
         raise RunError(f"stage {job.stage!r}: nothing to train, every parameter is frozen")
-    at, best = restore(job.checkpoint, stepper, job.feed.device, job.report)
+    checkpoint = Checkpoint(job.checkpoint, stepper)
+    at, best = checkpoint.restore(job.feed.device, job.report)
     batches = job.feed.count()
     if not batches:
         raise UserError("there is no training batch: too few images for batch_size")
@@ -156,7 +157,7 @@ def fit(job: Fit) -> list[dict[str, Any]]:
     validation = Validation(*judged_by, job.stage, job.epochs, job.report)
     while at.epoch < job.epochs and not at.ended:
         began = time.monotonic() - at.spent
-        _train_epoch(job, stepper, at, best, began)
+        _train_epoch(job, stepper, checkpoint, at, best, began)
         job.masking.check()
         if changed := sorted(model.state_dict().keys() ^ names):
             raise RunError(
@@ -183,7 +184,7 @@ def fit(job: Fit) -> list[dict[str, Any]]:
             row["ended"] = failure
         elif _is_stuck(job, at):
             row["ended"] = job.stuck
-        save(job.checkpoint, stepper, at, best)
+        checkpoint.save(at, best)
         tell(row, stored=False)
         job.stop.check()
     if at.ended:
@@ -195,7 +196,12 @@ def fit(job: Fit) -> list[dict[str, Any]]:
 
 
 def _train_epoch(
-    job: Fit, stepper: Stepper, at: Position, best: Mapping[str, Tensor], began: float
+    job: Fit,
+    stepper: Stepper,
+    checkpoint: Checkpoint,
+    at: Position,
+    best: Mapping[str, Tensor],
+    began: float,
 ) -> None:
     """Train the rest of an epoch; write a checkpoint if it takes long or is stopped."""
     device = job.feed.device
@@ -227,7 +233,7 @@ def _train_epoch(
             job.report(Progress(job.stage, *progress, means, "training"))
         if halt:
             saved, at.sums, at.spent = now, sums.read(), now - began
-            save(job.checkpoint, stepper, at, best)
+            checkpoint.save(at, best)
             job.stop.check()
     at.sums = sums.read()
 

@@ -15,7 +15,8 @@ from prunekit.contracts import Metric, Stateful
 from prunekit.errors import UserError, relative
 from prunekit.report import EpochDone, Note, Report
 from prunekit.store.files import set_aside
-from prunekit.store.tensors.checkpoint import read_checkpoint, write_checkpoint
+from prunekit.store.tensors.checkpoint import read_header
+from prunekit.store.tensors.pieces import hash_piece, read_pieces, write_pieces
 from prunekit.training.step import Stepper
 
 
@@ -39,66 +40,105 @@ class Position:
         return str(self.history[-1].get("ended", "")) if self.history else ""
 
 
-def save(path: Path, stepper: Stepper, at: Position, best: Mapping[str, Tensor]) -> None:
-    """Write the model, the best one so far, and what the steps still need: the states of the
-    optimizer, its groups, the objective and the wrappers."""
-    tensors = {f"model/{k}": v for k, v in stepper.masking.model.state_dict().items()}
-    tensors |= {f"best/{k}": v for k, v in best.items()}
-    state = stepper.optimizer.state_dict()
-    scalars: dict[str, dict[str, Any]] = {"state": {}, "groups": {}}
-    parts = {"state": state["state"], "groups": dict(enumerate(state["param_groups"]))}
-    for part, owners in parts.items():
-        for index, values in owners.items():
-            for name, value in values.items():
-                if isinstance(value, Tensor):
-                    tensors[f"optimizer/{part}/{index}/{name}"] = value
-                elif value is not None and name != "params":
-                    scalars[part].setdefault(str(index), {})[name] = value
-    for owner, part in _find_stateful(stepper):
-        tensors |= {f"{owner}/{k}": v for k, v in part.state_dict().items()}
-    write_checkpoint(path, tensors, {"at": vars(at), "optimizer": scalars}, sealed=True)
+class Checkpoint:
+    """The checkpoint of one training: the file `path`, and beside it that of the best epoch.
 
-
-def restore(
-    path: Path, stepper: Stepper, device: torch.device, report: Report
-) -> tuple[Position, dict[str, Tensor]]:
-    """Load what `save` wrote; the position, and the best model's state.
-
-    That is the start if there is nothing, or if it is damaged: then it is told, and moved aside.
+    Neither holds what the network freezes, which the stage begins with each time, and the best
+    epoch is written once. Made before anything trains.
     """
-    if not path.exists():
-        return Position(), {}
-    try:
-        tensors, header = read_checkpoint(path, sealed=True)
-    except UserError as error:
-        aside = relative(set_aside(path))
-        told = f"{error}: the stage starts anew, and what was there is now in {aside}"
-        report(Note(told, warning=True))
-        return Position(), {}
 
-    def part(prefix: str) -> dict[str, Tensor]:
-        return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    def __init__(self, path: Path, stepper: Stepper) -> None:
+        self.path, self._stepper = path, stepper
+        frozen = (p for p in stepper.masking.model.parameters() if not p.requires_grad)
+        self._frozen = {hash_piece(p): p.detach() for p in frozen}
+        self._best: Mapping[str, Tensor] = {}
+        self._beside = ""
+        self._pieces: set[str] = set()
 
-    stepper.masking.model.load_state_dict(part("model/"))
-    optimizer = stepper.optimizer
-    content = optimizer.state_dict()
-    for name, owners in (("state", content["state"]), ("groups", content["param_groups"])):
-        found: dict[int, dict[str, Any]] = {
-            int(index): {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-            for index, values in header["optimizer"][name].items()
-        }
-        for key, value in part(f"optimizer/{name}/").items():
-            number, own = key.split("/", 1)
-            found.setdefault(int(number), {})[own] = value
-        for index, values in found.items():
-            if name == "state":
-                owners[index] = values
-            else:
-                owners[index] |= values
-    optimizer.load_state_dict(content)
-    for owner, stateful in _find_stateful(stepper):
-        stateful.load_state_dict({n: v.to(device) for n, v in part(f"{owner}/").items()})
-    return Position(**header["at"]), part("best/")
+    def save(self, at: Position, best: Mapping[str, Tensor]) -> None:
+        """Write the model, the best one so far, and what the steps still need: the states of the
+        optimizer, its groups, the objective and the wrappers."""
+        stepper = self._stepper
+        tensors = {f"model/{k}": v for k, v in stepper.masking.model.state_dict().items()}
+        state = stepper.optimizer.state_dict()
+        scalars: dict[str, dict[str, Any]] = {"state": {}, "groups": {}}
+        parts = {"state": state["state"], "groups": dict(enumerate(state["param_groups"]))}
+        for part, owners in parts.items():
+            for index, values in owners.items():
+                for name, value in values.items():
+                    if isinstance(value, Tensor):
+                        tensors[f"optimizer/{part}/{index}/{name}"] = value
+                    elif value is not None and name != "params":
+                        scalars[part].setdefault(str(index), {})[name] = value
+        for owner, stateful in _find_stateful(stepper):
+            tensors |= {f"{owner}/{k}": v for k, v in stateful.state_dict().items()}
+        if best and best is not self._best:
+            # Under a name of its own: the old one counts until `path` names another.
+            beside = self.path.with_stem(f"{self.path.stem}-{at.epoch}")
+            self._pieces = write_pieces(beside, best, {}, self._frozen)
+            self._best, self._beside = best, beside.name
+        header = {"at": vars(at), "optimizer": scalars, "beside": self._beside}
+        write_pieces(self.path, tensors, header, {*self._frozen, *self._pieces})
+        for old in self._find_beside():
+            if old.name != self._beside:
+                old.unlink(missing_ok=True)
+
+    def restore(self, device: torch.device, report: Report) -> tuple[Position, dict[str, Tensor]]:
+        """Load what `save` wrote; the position, and the best model's state.
+
+        That is the start if there is nothing, or if it is damaged: then it is told, and moved
+        aside.
+        """
+        if not self.path.exists():
+            return Position(), {}
+        try:
+            tensors, header, best = self._read()
+        except UserError as error:
+            aside = [relative(set_aside(file)) for file in (self.path, *self._find_beside())]
+            told = f"{error}: the stage starts anew, and what was there is now in "
+            report(Note(told + " and ".join(aside), warning=True))
+            return Position(), {}
+
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+        stepper = self._stepper
+        stepper.masking.model.load_state_dict(part("model/"))
+        optimizer = stepper.optimizer
+        content = optimizer.state_dict()
+        for name, owners in (("state", content["state"]), ("groups", content["param_groups"])):
+            found: dict[int, dict[str, Any]] = {
+                int(index): {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+                for index, values in header["optimizer"][name].items()
+            }
+            for key, value in part(f"optimizer/{name}/").items():
+                number, own = key.split("/", 1)
+                found.setdefault(int(number), {})[own] = value
+            for index, values in found.items():
+                if name == "state":
+                    owners[index] = values
+                else:
+                    owners[index] |= values
+        optimizer.load_state_dict(content)
+        for owner, stateful in _find_stateful(stepper):
+            stateful.load_state_dict({n: v.to(device) for n, v in part(f"{owner}/").items()})
+        self._best, self._beside = best, header["beside"]
+        return Position(**header["at"]), best
+
+    def _read(self) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Tensor]]:
+        """(tensors, header, best model's state)."""
+        name, best = read_header(self.path).get("beside"), {}
+        if name:
+            beside = {file.name: file for file in self._find_beside()}
+            if name not in beside:
+                raise UserError(f"{relative(self.path)} is damaged ({name} beside it is missing)")
+            best = read_pieces(beside[name], self._frozen)[0]
+        pieces = {hash_piece(value): value for value in best.values()}
+        self._pieces = set(pieces)
+        return (*read_pieces(self.path, {**self._frozen, **pieces}), best)
+
+    def _find_beside(self) -> list[Path]:
+        return sorted(self.path.parent.glob(f"{self.path.stem}-*{self.path.suffix}"))
 
 
 def _find_stateful(stepper: Stepper) -> Iterator[tuple[str, Any]]:

@@ -421,6 +421,8 @@ def test_a_damaged_checkpoint_starts_the_stage_anew(bench, damage):
     (folder,) = bench.run()
     assert folder.status == "done"
     assert any("is damaged" in event.text for event in bench.of(Note))
+    left = (bench.folder / "store/v3").glob("*/progress*.safetensors")
+    assert not [file for file in left if "damaged" not in file.parent.name]
     model = "model.safetensors"
     assert (folder.path / model).read_bytes() == (whole.path / model).read_bytes()
 

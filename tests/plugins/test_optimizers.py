@@ -1,5 +1,7 @@
 """Schedules and warm-up by hand, and the optimisers' settings."""
 
+import subprocess
+import sys
 from math import cos, pi, sqrt
 
 import pytest
@@ -101,3 +103,22 @@ def test_optimizer_steps_by_hand(name, options, expected):
 def test_nesterov_needs_momentum():
     with pytest.raises(OptionError, match="momentum above 0"):
         FOUND["optimizer", "sgd"].options(momentum=0.0, nesterov=True)
+
+
+def test_a_step_leaves_the_compiler_of_torch_alone():
+    """Importing it takes longer than all of a small run; what torch offers beside stays."""
+    code = (
+        "import sys, torch\n"
+        "from prunekit_optimizers import optimizers\n"
+        "for kind in (optimizers._SGD, optimizers._ADAM, optimizers._ADAMW):\n"
+        "    weight, seen = torch.nn.Parameter(torch.ones(2)), []\n"
+        "    optimizer = kind([weight], lr=0.1)\n"
+        "    optimizer.register_step_post_hook(lambda *_: seen.append(1))\n"
+        "    optimizer.zero_grad()\n"
+        "    weight.sum().backward()\n"
+        "    optimizer.step()\n"
+        "    optimizer.load_state_dict(optimizer.state_dict())\n"
+        "    assert seen and (weight < 1).all()\n"
+        "assert 'torch._dynamo' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

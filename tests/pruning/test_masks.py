@@ -10,6 +10,7 @@ from prunekit.pruning.masks import (
     apply_masks,
     assert_masked,
     count_weights,
+    find_broken,
     find_zeros,
     hash_masks,
     measure_sparsity,
@@ -91,3 +92,20 @@ def test_zeros_count_in_a_layer_and_in_all():
     weights["0.weight"].view(-1)[:77] = 0
     found = {name: int(mask.sum()) for name, mask in find_zeros(weights).items()}
     assert found == {"0.weight": 9923, "1.weight": 67}
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "broken"),
+    [
+        ("weight", [3e38, 3e38], False),  # their sum is infinity
+        ("weight", [torch.inf, -torch.inf], True),
+        ("weight", [1.0, -torch.inf], True),
+        ("hidden", [0.0, -torch.inf], False),  # as masks of attention
+        ("hidden", [torch.inf, -torch.inf], True),
+    ],
+)
+def test_what_cannot_be_computed_with_is_named(name, values, broken):
+    net = nn.Linear(2, 1)
+    net.register_buffer("hidden", torch.zeros(1, 2))
+    getattr(net, name).data.copy_(torch.tensor([values]))
+    assert find_broken(net) == (f"NaN or infinity in {name}" if broken else "")

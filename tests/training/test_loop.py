@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
@@ -16,7 +17,7 @@ from prunekit.pruning.masks import apply_masks
 from prunekit.pruning.selection import Selection
 from prunekit.report import EpochDone, Note, Progress, StageStarted, Stop
 from prunekit.store.tensors.checkpoint import read_checkpoint
-from prunekit.training import loop
+from prunekit.training import loop, progress
 from prunekit.training.loop import Fit, fit
 from prunekit.training.masking import LearnedScores, Weights
 
@@ -286,6 +287,91 @@ def train_told(folder, values, ramp=0, notes=None, made=Told, **changes):
     final = snapshot(job.masking.model)
     (kept,) = [epoch for epoch, end in ends.items() if same(end, final)]
     return [row["epoch"] for row in history if row["best"]], kept
+
+
+def make_told(folder, values, kind="scores", report=nothing):
+    objective = Told(values)
+    job = make_job(folder, kind, report=report, epochs=len(values), select="told",
+                   objective=objective)  # fmt: skip
+    objective.model, objective.watch = job.masking.model, nothing
+    return job
+
+
+def test_a_checkpoint_holds_what_changed(tmp_path):
+    """Neither the frozen weights, nor the best epoch a second time, are in what an epoch writes."""
+    seen = []
+
+    def report(event):
+        if isinstance(event, EpochDone):
+            files = {f.name: (f.stat().st_ino, load_file(f)) for f in sorted(tmp_path.iterdir())}
+            seen.append(files)
+
+    job = make_told(tmp_path, [0.5, 0.1, 0.6], report=report)
+    frozen = [p.detach().clone() for p in job.masking.model.parameters() if not p.requires_grad]
+    assert [tuple(p.shape) for p in frozen] == [(5,), (5, 64), (3,), (3, 5)]
+    fit(job)
+    beside = [[name for name in files if name != "progress.safetensors"] for files in seen]
+    assert beside == [["progress-1.safetensors"]] * 2 + [["progress-3.safetensors"]]
+    first, second = (files["progress-1.safetensors"][0] for files in seen[:2])
+    assert first == second
+    for files in seen:
+        written = [value for _, tensors in files.values() for value in tensors.values()]
+        assert not any(v.shape == p.shape and torch.equal(v, p) for v in written for p in frozen)
+    # Scores of the newest epoch lie beside if it is the best; their momentum is always here.
+    shapes = [
+        sum(v.shape == (5, 64) for v in files["progress.safetensors"][1].values()) for files in seen
+    ]
+    assert shapes == [1, 2, 1]
+
+
+@pytest.mark.parametrize("written", [False, True])
+@pytest.mark.parametrize("number", range(7))
+def test_a_kill_between_the_files_changes_no_bit(tmp_path, monkeypatch, number, written):
+    values, writes = [0.1, 0.5, 0.3, 0.6], []
+    (tmp_path / "whole").mkdir()
+    whole = make_told(tmp_path / "whole", values)
+    expected = fit(whole)
+    really = progress.write_pieces
+
+    def write(*args):
+        writes.append(args[0].name)
+        if len(writes) == number + 1:
+            if written:
+                really(*args)
+            raise KeyboardInterrupt
+        return really(*args)
+
+    monkeypatch.setattr(progress, "write_pieces", write)
+    with pytest.raises(KeyboardInterrupt):
+        fit(make_told(tmp_path, values))
+    job = make_told(tmp_path, values, report=refuse_notes)
+    assert fit(job) == expected
+    assert same(snapshot(job.masking.model), snapshot(whole.masking.model))
+    left = {f.name for f in tmp_path.glob("progress-*")} - {"progress-4.safetensors"}
+    # What the last save did not come to remove is the store's to delete.
+    assert left == ({"progress-2.safetensors"} if number == 6 and written else set())
+
+
+def refuse_notes(event):
+    assert not isinstance(event, Note), event.text
+
+
+@pytest.mark.parametrize("harm", ["change", "remove"])
+def test_a_damaged_best_epoch_starts_the_stage_anew(tmp_path, harm):
+    values, told = [0.5, 0.1], []
+    job = make_told(tmp_path, values)
+    fit(job)
+    beside = tmp_path / "progress-1.safetensors"
+    content = beside.read_bytes()
+    beside.unlink()
+    if harm == "change":
+        beside.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    again = make_told(tmp_path, values, report=told.append)
+    fit(again)
+    (note,) = (event for event in told if isinstance(event, Note))
+    assert re.search(r"progress.*\.safetensors is damaged.*: the stage starts anew", note.text)
+    assert same(snapshot(again.masking.model), snapshot(job.masking.model))
+    assert len(list(tmp_path.glob("*damaged*"))) == (2 if harm == "change" else 1)
 
 
 NAN = float("nan")

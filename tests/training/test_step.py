@@ -7,7 +7,7 @@ from torch import nn
 from prunekit.contracts import Clock, Loss, OptimizerChoice
 from prunekit.steps import ParamGroup
 from prunekit.training.masking import Weights
-from prunekit.training.progress import Position, restore, save
+from prunekit.training.progress import Checkpoint, Position
 from prunekit.training.step import Stepper
 
 
@@ -77,9 +77,9 @@ def test_a_checkpoint_holds_the_groups(make, tmp_path):
     stopped, _ = make_stepper(make)
     for stepper in (whole, stopped):
         take(stepper, 0)
-    save(tmp_path / "p.safetensors", stopped, Position(batch=1), {})
+    Checkpoint(tmp_path / "p.safetensors", stopped).save(Position(batch=1), {})
     resumed, net = make_stepper(make)
-    at, best = restore(tmp_path / "p.safetensors", resumed, torch.device("cpu"), print)
+    at, best = Checkpoint(tmp_path / "p.safetensors", resumed).restore(torch.device("cpu"), print)
     assert (at.batch, best) == (1, {})
     for stepper in (whole, resumed):
         take(stepper, 1)

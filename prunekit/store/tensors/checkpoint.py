@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -32,47 +31,24 @@ PRUNED = {".k_score": "harp", ".popup_scores": "hydra", "_orig": "torch-prune"}
 """Endings of names in files of pruned networks -> how `prunekit import` calls their kind."""
 
 
-def write_checkpoint(
-    path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any], *, sealed: bool = False
-) -> None:
+def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
     """Write tensors and a header in one step. The same content gives the same bytes.
 
-    If it is `sealed`, the header says the SHA-256 of all that. Raises `RunError` if the file cannot
-    be written; what was there before is kept.
+    Raises `RunError` if the file cannot be written; what was there before is kept.
     """
     # Cloned: tied weights share memory, which safetensors refuses.
     plain = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
-    told = {"format": FORMAT, **header}
-    if sealed:
-        told = json.loads(json.dumps(told))
-        told["sha256"] = _hash(plain, told)
-    # A checkpoint, which is sealed, keeps the order in which metrics are told.
-    text = json.dumps(told, sort_keys=not sealed)
+    text = json.dumps({"format": FORMAT, **header}, sort_keys=True)
     write_bytes(path, save(plain, metadata={"prunekit": text}))
 
 
-def _hash(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> str:
-    """SHA-256 of tensors and header: safetensors files have no checksum."""
-    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
-    for name, value in sorted(tensors.items()):
-        digest.update(f"\0{name}\0{value.dtype}\0{tuple(value.shape)}\0".encode())
-        digest.update(value.flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def read_checkpoint(
-    path: Path, *, sealed: bool = False
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(tensors, header) of a safetensors file; the header is empty if prunekit did not write it.
 
-    Raises `UserError` for a file that is missing, damaged, of another format, or if it should be
-    `sealed` and is not, or has changed.
+    Raises `UserError` for a file that is missing, damaged, or of another format.
     """
     with _open(path) as (file, header):
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if sealed and header.pop("sha256", None) != _hash(tensors, header):
-            raise ValueError("its content has changed since it was written")
-    return tensors, header
+        return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118
 
 
 def read_header(path: Path) -> dict[str, Any]:
