@@ -22,7 +22,7 @@ from prunekit.errors import Interrupted, UserError
 from prunekit.evaluation import proportion
 from prunekit_lirpa import VerifiedOptions
 from prunekit_lirpa.bounds import Bounds
-from prunekit_lirpa.margins import check_threat, is_certain, surround
+from prunekit_lirpa.margins import allow_rounding, check_threat, is_certain, surround
 
 OPEN, MISCLASSIFIED, FAILED, LATE = "open", "misclassified", "error", "timeout"
 """Values of the record `method` for images that no method verified."""
@@ -109,7 +109,8 @@ class Verified:
                             found = one.margins(box, y[index], each).detach()
                             lower[index] = torch.fmax(lower[index], found)
                         margin[index.cpu().numpy()] = lower[index].amin(1).cpu().numpy()
-                        index = index[is_certain(lower[index], one.least(x[index]))]
+                        least = allow_rounding(logits[index], one.operations)
+                        index = index[is_certain(lower[index], least)]
                         if not len(index):
                             break
             except OutOfTimeError:
