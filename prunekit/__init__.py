@@ -42,9 +42,10 @@ if TYPE_CHECKING:
     from prunekit.engine.evaluating import judge_batches
     from prunekit.models.building import find_fragile, normalize_inputs
     from prunekit.pruning.budgets import count_kept, share_out, uniform
-    from prunekit.pruning.learning import copy_plain, effective_parameters, straight_through
+    from prunekit.pruning.learning import copy_plain, effective_parameters
     from prunekit.pruning.masks import apply_masks
     from prunekit.pruning.selection import count_units, select_masks
+    from prunekit.pruning.straight_through import straight_through
     from prunekit.reading import hash_file
     from prunekit.results.metrics import format_metric, format_setting, is_fraction, is_main
     from prunekit.store.files import read_json, read_kept, write_json
@@ -84,9 +85,10 @@ _HOMES = {
     "prunekit.models.building": ("find_fragile", "normalize_inputs"),
     "prunekit.store.keys": ("version_of",),
     "prunekit.pruning.budgets": ("count_kept", "share_out", "uniform"),
-    "prunekit.pruning.learning": ("copy_plain", "effective_parameters", "straight_through"),
+    "prunekit.pruning.learning": ("copy_plain", "effective_parameters"),
     "prunekit.pruning.masks": ("apply_masks",),
     "prunekit.pruning.selection": ("count_units", "select_masks"),
+    "prunekit.pruning.straight_through": ("straight_through",),
     "prunekit.training.learned_weights": ("LearnedWeights",),
     "prunekit.training.masking": ("LearnedScores",),
     "prunekit.reading": ("hash_file",),

@@ -17,7 +17,7 @@ from prunekit.errors import UserError
 from prunekit.evaluation import plainly
 from prunekit_lirpa import versions
 from prunekit_lirpa.failures import explain
-from prunekit_lirpa.margins import Box, allow_rounding, compare_classes
+from prunekit_lirpa.margins import Box, compare_classes
 
 METHODS = {
     "ibp": "IBP",
@@ -95,14 +95,11 @@ class Bounds:
         """
         return self._bound(box, y, "crown-ibp")
 
-    @plainly()
-    def least(self, x: Tensor) -> Tensor:
-        """The margins (B,) that `allow_rounding` asks for at images x (B, C, H, W)."""
+    @property
+    def operations(self) -> int:
+        """How many operations lie between images and logits."""
         self.prepare()
-        operations = sum(1 for node in self._bounded._modules.values() if node.perturbed)
-        with torch.no_grad(), full_precision(self.dtype):
-            self._bind()
-            return allow_rounding(self._bounded(x.to(self.dtype or x.dtype)), operations)
+        return sum(1 for node in self._bounded._modules.values() if node.perturbed)
 
     @plainly()
     def prepare(self) -> None:
@@ -208,11 +205,16 @@ class Bounds:
 
         auto_LiRPA ignores a bias that is NaN, such as 0 * inf, and would return a false proof.
         """
-        finite = torch.ones(images, dtype=torch.bool, device=self._bounded.device)
-        for node in self._bounded._modules.values():
-            for bound in (getattr(node, "lower", None), getattr(node, "upper", None)):
-                if node.perturbed and isinstance(bound, Tensor) and len(bound) == images:
-                    finite &= bound.flatten(1).isfinite().all(1)
+        nodes = [node for node in self._bounded._modules.values() if node.perturbed]
+        sides = [getattr(node, side, None) for node in nodes for side in ("lower", "upper")]
+        flat = [s.flatten(1) for s in sides if isinstance(s, Tensor) and len(s) == images]
+        # A finite sum, which is quick, has finite terms.
+        total = torch.zeros(images, device=self._bounded.device)
+        for bound in flat:
+            total = total + bound.sum(1)
+        finite = total.isfinite()
+        if not finite.all():
+            finite = torch.stack([bound.isfinite().all(1) for bound in flat]).all(0)
         return finite
 
     def _bind(self) -> None:

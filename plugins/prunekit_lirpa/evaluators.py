@@ -19,10 +19,10 @@ from prunekit import judge_batches
 from prunekit.contexts import EvaluatorContext
 from prunekit.contracts import Metric, Result
 from prunekit.errors import Interrupted, UserError
-from prunekit.evaluation import proportion
+from prunekit.evaluation import plainly, proportion
 from prunekit_lirpa import VerifiedOptions
 from prunekit_lirpa.bounds import Bounds
-from prunekit_lirpa.margins import check_threat, is_certain, surround
+from prunekit_lirpa.margins import allow_rounding, check_threat, is_certain, surround
 
 OPEN, MISCLASSIFIED, FAILED, LATE = "open", "misclassified", "error", "timeout"
 """Values of the record `method` for images that no method verified."""
@@ -81,6 +81,7 @@ class Verified:
         bounds.prepare()
         return bounds
 
+    @plainly()
     def _verify(self, bounds: Sequence[Bounds], x: Tensor, y: Tensor) -> dict[str, np.ndarray]:
         """The records `method`, `margin` and `failure`, (B,) each, of images x (B, C, H, W) with
         labels y (B,). The last of `bounds` decides; one before it finds what is worth deciding."""
@@ -109,7 +110,8 @@ class Verified:
                             found = one.margins(box, y[index], each).detach()
                             lower[index] = torch.fmax(lower[index], found)
                         margin[index.cpu().numpy()] = lower[index].amin(1).cpu().numpy()
-                        index = index[is_certain(lower[index], one.least(x[index]))]
+                        least = allow_rounding(logits[index], one.operations)
+                        index = index[is_certain(lower[index], least)]
                         if not len(index):
                             break
             except OutOfTimeError:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
-from math import ceil
+from functools import cached_property, partial
+from math import ceil, log
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,17 @@ from prunekit.contexts import EvaluatorContext
 from prunekit.contracts import Metric, Result
 from prunekit.evaluation import proportion
 from prunekit_smoothing import CHUNK, CertifyOptions, name_radius, plan_looks
-from prunekit_smoothing.bounds import certified_radius, lower_bound, upper_bound
+from prunekit_smoothing.bounds import (
+    certified_radius,
+    log_evidence,
+    lower_bound,
+    needed,
+    upper_bound,
+)
 from prunekit_smoothing.sampling import NO_CLASS, Chunk, Sampler
 
+AT_ONCE = 4
+"""So many times the images that fill a forward pass are sampled together."""
 SAVE_SECONDS = 5.0
 """Seconds between two saves; the most sampling that is lost when the process is killed."""
 
@@ -97,12 +105,14 @@ class Certify:
     units; for each image this is wrong with probability at most `alpha`. If p cannot be bounded
     above 1/2, the classifier abstains.
 
-    With `sequential`, p is bounded at several looks that share `alpha`: all bounds hold together,
-    so the largest one counts. Sampling of an image stops once each of the given radii is either
-    certified or futile. Futile means that the last look would not certify it either, even if the
-    remaining samples hit as often as the upper bound at level `alpha` allows. Stopping for futility
-    uses up no alpha, because its only consequence is "not certified". The radius of an image is
-    then the largest of the given radii that is certified, or 0.
+    With `sequential`, the given radii (and 0) are tested from the smallest on, each once the one
+    before it is certified, and each at level `alpha` at any number of samples (`log_evidence`): the
+    first one that does not hold is certified with probability `alpha` at most, and larger ones
+    only after it. Sampling stops once the next radius is futile, or none is left. Futile means
+    that n samples would not certify it either, even if the remaining ones hit as often as the
+    upper bound at level `alpha` allows. Stopping for futility uses up no alpha, because its only
+    consequence is "not certified". The radius of an image is then the largest that is certified,
+    or 0.
 
     Metrics: `accuracy` (correct and not abstained), `abstained`, `certified@R`, and `acr`, the mean
     of radius * [correct] over all images; if sequential, instead of `acr`, `passes`, the mean
@@ -120,15 +130,15 @@ class Certify:
     scratch: Path | None = None
     pause: Callable[[], None] = lambda: None
 
-    @property
+    @cached_property
     def looks(self) -> tuple[int, ...]:
-        """The numbers of samples at which p is bounded."""
+        """The numbers of samples at which a decision is tried."""
         return plan_looks(self.options)
 
-    @property
-    def alpha(self) -> float:
-        """The alpha of one look: by Bonferroni, all looks together have `options.alpha`."""
-        return self.options.alpha / len(self.looks)
+    @cached_property
+    def steps(self) -> tuple[float, ...]:
+        """The bounds on p that certify radius 0 and the given radii, increasing."""
+        return tuple(needed(r, self.options.sigma) for r in sorted((0.0, *self.options.radii)))
 
     @torch.no_grad()
     def __call__(self, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Result:
@@ -141,8 +151,8 @@ class Certify:
             precision = name_precision(model, x)
             batch = self.options.batch or (50 if x.device.type == "cpu" else 1000)
             sampler = Sampler(model, self.options.sigma, self.seed, batch)
-            # As many images at once as fill a forward pass with one chunk each.
-            for part in torch.split(x, sampler.together):
+            # More images than fill a forward pass with a chunk each: some are decided early.
+            for part in torch.split(x, AT_ONCE * sampler.together):
                 if seen >= len(work.done):
                     self._judge(sampler, part, work, keeper)
                 seen += len(part)
@@ -199,19 +209,16 @@ class Certify:
 
     def _decide(self, tally: Tally) -> None:
         """Update the bound of a tally with its samples so far, and whether it is decided."""
-        n = self.options.n
-        bound = lower_bound(tally.hits, tally.samples, self.alpha)
-        tally.lower = max(tally.lower, bound)
-        plausible = upper_bound(tally.hits, tally.samples, self.options.alpha)
+        n, alpha, enough = self.options.n, self.options.alpha, log(1 / self.options.alpha)
+        if not self.options.sequential:
+            tally.lower, tally.decided = lower_bound(tally.hits, n, alpha), True
+            return
+        left = [p for p in self.steps if p > tally.lower]
+        while left and log_evidence(tally.hits, tally.samples, left[0]) >= enough:
+            tally.lower = left.pop(0)
+        plausible = upper_bound(tally.hits, tally.samples, alpha)
         hits = tally.hits + ceil((n - tally.samples) * plausible)
-        best = max(tally.lower, lower_bound(hits, n, self.alpha))
-        reached = self._count_reached(tally.lower)
-        tally.decided = tally.samples == n or reached == self._count_reached(best)
-
-    def _count_reached(self, p: float) -> int:
-        """How many of the radii 0 and `options.radii` a lower bound p certifies."""
-        radius = certified_radius(p, self.options.sigma)
-        return sum(radius >= r for r in (0.0, *self.options.radii))
+        tally.decided = tally.samples == n or not left or log_evidence(hits, n, left[0]) < enough
 
     def _conclude(self, tallies: Sequence[Tally], y: np.ndarray, precision: str) -> Result:
         """Metrics and records of all images, with labels y (N,)."""

@@ -28,8 +28,11 @@ class Arrays:
     labels: Tensor
 
     def batches(self, indices: Sequence[Tensor]) -> Iterator[Tensor]:
-        for index in indices:
-            yield self.images[index.to(self.images.device)]
+        if indices:
+            # Moved together: a copy for each batch would have the device wait.
+            sizes = [len(index) for index in indices]
+            for index in move(torch.cat(list(indices)), self.images.device).split(sizes):
+                yield self.images[index]
 
 
 @dataclass(frozen=True)
@@ -107,9 +110,16 @@ def fingerprint(data: Data) -> str:
     return digest.hexdigest()
 
 
+def move(values: Tensor, device: torch.device | str) -> Tensor:
+    """On the device. A GPU goes on with its work meanwhile: for that, memory has to be pinned."""
+    if torch.device(device).type == "cuda" and values.device.type == "cpu":
+        return values.pin_memory().to(device, non_blocking=True)
+    return values.to(device)
+
+
 def to_pixels(images: Tensor, device: torch.device | str) -> Tensor:
     """uint8 (B, C, H, W), or floats in [0, 1] -> float32 in [0, 1] on the device."""
-    moved = images.to(device, non_blocking=True)
+    moved = move(images, device)
     return moved.float() if moved.is_floating_point() else moved.float().div_(255)
 
 
@@ -128,13 +138,13 @@ def augment(images: Tensor, names: Sequence[str], generator: torch.Generator) ->
     if "crop" in names:
         b, _, h, w = images.shape
         pad = max(h // 8, 1)
-        rows = torch.randint(2 * pad + 1, (b,), generator=generator).to(device)
-        columns = torch.randint(2 * pad + 1, (b,), generator=generator).to(device)
+        rows = move(torch.randint(2 * pad + 1, (b,), generator=generator), device)
+        columns = move(torch.randint(2 * pad + 1, (b,), generator=generator), device)
         # (B, C, 2 pad + 1, 2 pad + 1, H, W): a view of all windows, of which one each is copied.
         windows = F.pad(images, (pad, pad, pad, pad)).unfold(2, h, 1).unfold(3, w, 1)
         images = windows[torch.arange(b, device=device), :, rows, columns]
     if "flip" in names:
-        flips = (torch.rand(len(images), generator=generator) < 0.5).to(device)
+        flips = move(torch.rand(len(images), generator=generator) < 0.5, device)
         images = torch.where(flips[:, None, None, None], images.flip(3), images)
     return images.contiguous()
 
@@ -215,8 +225,8 @@ class Feed:
             streams.append(_augmented(source, chosen[skip:], self.augment, drawn))
         for number, images in enumerate(zip(*streams, strict=True), start=skip):
             labels = [source.labels[chosen[number]] for source, chosen, _ in sources]
-            x = torch.cat([part.to(self.device) for part in images]) if self.extra else images[0]
-            yield to_pixels(x, self.device), torch.cat(labels).to(self.device)
+            x = torch.cat([move(part, self.device) for part in images]) if self.extra else images[0]
+            yield to_pixels(x, self.device), move(torch.cat(labels), self.device)
 
     def validate(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The validation images in their own order, or some of them, evenly spaced."""
@@ -254,4 +264,4 @@ def eval_batches(
     """All images in their own order, or those of `index` (M,), as batches (x, y) on the device."""
     chunks = list((torch.arange(len(split.labels)) if index is None else index).split(size))
     for index, batch in zip(chunks, split.batches(chunks), strict=True):
-        yield to_pixels(batch, device), split.labels[index].to(device)
+        yield to_pixels(batch, device), move(split.labels[index], device)

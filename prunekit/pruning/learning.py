@@ -16,30 +16,7 @@ from prunekit.graph.channels import align
 from prunekit.graph.groups import Group, average_units, join_units
 from prunekit.graph.leaking import LEAK
 from prunekit.pruning.layers import WEIGHTS, find_weights
-
-
-class _StraightThrough(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, mask: Tensor, soft: Tensor) -> Tensor:
-        return mask.to(soft.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor]:
-        return None, gradients[0]
-
-
-def straight_through(mask: Tensor, soft: Tensor) -> Tensor:
-    """The bool `mask` as numbers, its gradient going straight through to `soft`; shapes are equal.
-
-    With w_eff = w * straight_through(mask, |s|): ds = dL/dw_eff * w * sign(s) (HYDRA, section 3).
-
-    >>> soft = torch.tensor([0.2, 0.9], requires_grad=True)
-    >>> straight_through(torch.tensor([False, True]), soft).sum().backward()
-    >>> soft.grad
-    tensor([1., 1.])
-    """
-    through: Tensor = _StraightThrough.apply(mask, soft)
-    return through
+from prunekit.pruning.straight_through import MaskedWeight
 
 
 class _Part(nn.Module):
@@ -66,7 +43,9 @@ class ScoredWeight(_Part):
     """Parametrization of a frozen weight by trained scores."""
 
     def forward(self, weight: Tensor) -> Tensor:
-        return weight.detach() * straight_through(self.mask, self.soften(self.score.abs()))
+        rate = None if self.rate is None else self.rate()
+        masked: Tensor = MaskedWeight.apply(weight.detach(), self.mask, self.score, rate)
+        return masked
 
 
 class TrainedWeight(nn.Module):

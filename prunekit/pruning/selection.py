@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -196,36 +197,54 @@ def check_layers(masks: Masks, sparsity: float) -> None:
 
 def keep_top(values: Tensor, kept: int) -> Tensor:
     """Bool mask of the `kept` largest values; how ties are broken depends on the values alone."""
-    flat = values.flatten()
-    if flat.device.type == "cpu" and flat.dtype == torch.float32:
-        mask, undecided, missing = _split_by_exponent(flat, kept)
-        chosen = torch.topk(flat[undecided], missing, sorted=False).indices
-        mask[undecided[chosen]] = True
+    flat = values.detach().flatten()
+    mask = torch.zeros_like(flat, dtype=torch.bool)
+    if flat.device.type == "cpu" and flat.dtype == torch.float32 and kept:
+        undecided, missing = _split_by_exponent(flat.numpy(), kept, mask.numpy())
+        mask[undecided[torch.topk(flat[undecided], missing, sorted=False).indices]] = True
     else:
-        mask = torch.zeros_like(flat, dtype=torch.bool)
         mask[torch.topk(flat, kept, sorted=False).indices] = True
     return mask.view_as(values)
 
 
-def _split_by_exponent(flat: Tensor, kept: int) -> tuple[Tensor, Tensor, int]:
+STRIDE = 127
+"""One of so many values is looked at first; a prime, so that it meets all places of a kernel."""
+
+
+def _split_by_exponent(flat: np.ndarray, kept: int, mask: np.ndarray) -> tuple[Tensor, int]:
     """Decide about nearly all values by their upper 16 bits: one step of a radix selection.
 
-    Returns the mask of those that are surely among the `kept` largest, the indices of the
-    undecided, and how many of them are still missing. On a CPU it halves the time of `topk` or
-    better, from some 100,000 values on (benchmarks/selection.py).
+    Writes into `mask` which are surely among the `kept` largest. Returns the indices of the
+    undecided, and how many of them are still missing. A sample says where about the edge is, which
+    leaves a few comparisons with all values (benchmarks/selection.py).
     """
-    bits = flat.view(torch.int32)
-    if (flat < 0).any():
+    keys = flat.view(np.int32)
+    if keys.min() < 0:
         # As integers, negative floats run backwards.
-        bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    high = bits >> 16
-    lowest = int(high.min())
-    # At i: how many values have one of the i + 1 highest patterns.
-    counts = torch.bincount(high - lowest).flip(0).cumsum(0)
-    edge = int(torch.searchsorted(counts, kept))
-    sure = int(counts[edge - 1]) if edge else 0
-    edge_bits = lowest + len(counts) - 1 - edge
-    return high > edge_bits, (high == edge_bits).nonzero().flatten(), kept - sure
+        keys = keys ^ ((keys >> 31) & 0x7FFFFFFF)
+
+    def count(high: int) -> int:
+        """How many values have these upper bits, or higher ones; `mask` says which."""
+        np.greater_equal(keys, high << 16, out=mask)
+        return int(np.count_nonzero(mask))
+
+    sample = keys[::STRIDE]
+    place = len(sample) - 1 - kept * (len(sample) - 1) // len(keys)
+    edge = int(np.partition(sample, place)[place]) >> 16
+    # Looked for are the highest bits that at least `kept` values reach.
+    step = 1
+    while count(edge) < kept:
+        edge, step = edge - step, 2 * step
+    over, step = edge + 1, 1
+    while count(over) >= kept:
+        edge, over, step = over, over + step, 2 * step
+    while over - edge > 1:
+        middle = (edge + over) // 2
+        edge, over = (middle, over) if count(middle) >= kept else (edge, middle)
+    reached = keys >= edge << 16
+    sure = count(over)
+    undecided = np.flatnonzero(np.not_equal(reached, mask, out=reached))
+    return torch.from_numpy(undecided), kept - sure
 
 
 def _root_mean_square(values: Tensor, alive: Tensor | None) -> Tensor:

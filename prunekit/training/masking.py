@@ -128,6 +128,7 @@ class LearnedScores:
         named = dict(model.named_parameters())
         self._frozen = {name: named[name] for name in start.values}
         self._lent: list[tuple[Tensor, Tensor]] = []
+        self._moving: dict[str, Tensor] = {}
         norms = [module for module in model.modules() if isinstance(module, NORMS)]
         trains = [p for norm in norms for p in norm.parameters() if p.requires_grad]
         model.requires_grad_(False)
@@ -155,8 +156,13 @@ class LearnedScores:
         return Scores(values, self.start.layerwise)
 
     def moving(self) -> Scores:
-        """What masks follow while scores train."""
-        return self.scores()
+        """What masks follow while scores train; good until the next call."""
+        for name, part in self.parts.items():
+            # The same memory each time: fresh memory costs more than the magnitudes.
+            if name not in self._moving:
+                self._moving[name] = torch.empty_like(part.mask, dtype=part.score.dtype)
+            torch.abs(part.score.detach(), out=self._moving[name])
+        return Scores(self._moving, self.start.layerwise)
 
     @torch.no_grad()
     def _refresh(self, scores: Scores, sparsity: float) -> None:

@@ -100,6 +100,17 @@ def test_straight_through_gradient_by_hand():
     assert net.parametrizations.weight.original.grad is None
 
 
+def test_the_gradient_of_scores_can_be_differentiated():
+    """L = x w_eff: ds = x w sign(s), whose derivative by x is w sign(s)."""
+    part = ScoredWeight(torch.tensor([[1.0, -1.0]]))
+    x = torch.tensor([[5.0, 7.0]], requires_grad=True)
+    loss = (x * part(torch.tensor([[2.0, 3.0]]))).sum()
+    (gradient,) = torch.autograd.grad(loss, part.score, create_graph=True)
+    assert gradient.tolist() == [[10.0, -21.0]]
+    gradient.sum().backward()
+    assert x.grad.tolist() == [[2.0, -3.0]]
+
+
 def test_a_trained_weight_gets_no_gradient_either():
     part = ScoredWeight(torch.tensor([1.0, -1.0]))
     weight = torch.tensor([2.0, 3.0], requires_grad=True)

@@ -67,6 +67,16 @@ def test_ties_keep_the_exact_count_and_nothing_smaller(values, sparsity):
     assert torch.equal(mask, select_masks(Scores({"w": values.clone()}), Selection(sparsity))["w"])
 
 
+@pytest.mark.parametrize("misleading", [1e30, 1e-30, -1e30])
+def test_a_sample_that_misleads_changes_no_mask(misleading):
+    torch.manual_seed(0)
+    values = torch.rand(5000)
+    values[:: module.STRIDE] = misleading
+    expected = torch.zeros(5000, dtype=torch.bool)
+    expected[values.argsort(descending=True)[:500]] = True
+    assert torch.equal(module.keep_top(values, 500), expected)
+
+
 def test_nothing_removed(choose):
     assert select_masks(Scores({"w": torch.rand(10)}), Selection(0.05))["w"].all()
     assert select_masks(Scores({"w": torch.rand(10)}), choose(0.05, "global"))["w"].all()
