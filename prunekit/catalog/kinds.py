@@ -226,6 +226,9 @@ class ReporterComponent(Component):
     builds = report.Reporter
     abilities = (report.Closing,)
 
+    gathers: bool = False
+    """Whether runs that go side by side share one, which gets their events as `FromRun`."""
+
 
 KINDS = {declaration.kind: declaration for declaration in Component.__subclasses__()}
 """Kind -> its declaration, for all kinds; each has a hook `prunekit_<kind>s`."""
