@@ -97,6 +97,7 @@ SHOWING = (
     "engine/rehearsal.py",
     "engine/running.py",
     "engine/schedule.py",
+    "engine/submitting.py",
     "engine/worker.py",
     "errors.py",
     "models/contract.py",
