@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -77,8 +77,8 @@ class Engine:
         folders = []
         while waiting:
             self.stop.check()
-            alone = len(waiting) == 1
-            run = next((r for r in waiting if alone or not self._is_awaited(r)), waiting[0])
+            free = (r for r in waiting if len(waiting) == 1 or not self._is_awaited(r))
+            run = next(free, waiting[0])
             waiting.remove(run)
             if folder := self.take(plan, run, out, broken.get(run.label)):
                 folders.append(folder)
@@ -94,10 +94,8 @@ class Engine:
     def take(
         self, plan: Plan, run: Run, out: Path, broken: BaseException | None = None
     ) -> RunFolder | None:
-        """Execute a run, or record as what it is `broken`; returns its folder.
-
-        None if another process is running in it, or ended it since `seen` was seen.
-        """
+        """Execute a run, or record why it is `broken`; its folder, None where another process is
+        running in it, or ended it since `seen`."""
         folder = RunFolder(out / run.label if plan.swept else out, plan, run)
         with folder.alone() as mine:
             if not mine or (self.seen and self.seen.get(run.label) != folder.stamp):
@@ -109,8 +107,8 @@ class Engine:
         self, plan: Plan, run: Run, folder: RunFolder, broken: BaseException | None
     ) -> None:
         folder.start(self.compute.describe())
-        names, total = tuple(s.name for s in run.stages), len(plan.runs)
-        number = plan.runs.index(run) + 1
+        names = tuple(s.name for s in run.stages)
+        number, total = plan.runs.index(run) + 1, len(plan.runs)
         told = (run.label, folder.path, names, run.settings, number, total, plan.smoke)
         self.report(RunStarted(*told))
         started = time.monotonic()
@@ -142,20 +140,30 @@ class Engine:
             beside = folder.path.parent.name == EVALUATIONS
             if not beside and {stage.kind for stage in run.stages} == {"evaluate"}:
                 self._write(folder.model, at, {})
+        late = []
         for stage, key in zip(run.stages, keys, strict=True):
-            if stage.kind == "evaluate":
-                result, reused, records = self._judge(stage, key, at)
-                files: dict[str, Any] = {"records": records}
+            # Nothing follows from an evaluation: another process may compute it meanwhile.
+            if stage.kind == "evaluate" and any(map(self.store.is_held, key.parts)):
+                late.append((stage, key, replace(at, _state=None)))
             else:
-                result, reused, stored = self._train(stage, key.key, at)
-                files = {"model": stored.model}
-            judged = stage.kind == "evaluate"
-            for text in result.notes if judged or reused else ():
-                self.report(Note(text, warning=judged))
-            spent = 0.0 if reused else result.seconds
-            self.report(StageDone(stage.name, stage.kind, key.key, result.metrics, spent, reused))
-            if folder is not None:
-                folder.add(stage, key.key, result, reused, **files)
+                self._fold(stage, key, at, folder)
+        for stage, key, then in late:
+            self._fold(stage, key, then, folder)
+
+    def _fold(self, stage: Stage, key: StageKey, at: Place, folder: RunFolder | None) -> None:
+        judged = stage.kind == "evaluate"
+        if judged:
+            result, reused, records = self._judge(stage, key, at)
+            files: dict[str, Any] = {"records": records}
+        else:
+            result, reused, stored = self._train(stage, key.key, at)
+            files = {"model": stored.model}
+        for text in result.notes if judged or reused else ():
+            self.report(Note(text, warning=judged))
+        spent = 0.0 if reused else result.seconds
+        self.report(StageDone(stage.name, stage.kind, key.key, result.metrics, spent, reused))
+        if folder is not None:
+            folder.add(stage, key.key, result, reused, **files)
 
     def _train(self, stage: Stage, key: str, at: Place) -> tuple[StageResult, bool, StageFolder]:
         """(result, whether it was stored, where it is stored) of a stage that makes a network."""

@@ -46,7 +46,10 @@ class Schedule:
             with suppress(Exception), held():
                 run = self.waiting[label]
                 keys = make_keys(run, engine.inputs.load(run), engine.compute)
-                self.parts[label] = {key.key: key.parts for key in keys}
+                pairs = zip(keys, run.stages, strict=True)
+                # A run goes on without an evaluation that another one computes.
+                ordered = sorted(pairs, key=lambda pair: pair[1].kind == "evaluate")
+                self.parts[label] = {key.key: key.parts for key, _ in ordered}
         known = {part for parts in self.parts.values() for ps in parts.values() for part in ps}
         self.stored = {part for part in known if engine.store.folder(part).done}
 

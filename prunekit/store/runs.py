@@ -64,8 +64,8 @@ class RunFolder:
     cause: BaseException | None = None
     """The exception that stopped the run, for `--debug`."""
     _record: dict[str, Any] = field(default_factory=dict)
-    _arrays: dict[str, Any] = field(default_factory=dict)
-    """What evaluators recorded of each image, as "stage/evaluator.record"."""
+    _arrays: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    """What evaluators recorded of each image: name of a stage -> "evaluator.record" -> array."""
     _files: dict[str, str] = field(default_factory=dict)
     """SHA-256 of the recipe, the model and the records, by name."""
 
@@ -143,10 +143,10 @@ class RunFolder:
         model: Path | None = None,
         records: Mapping[str, Any] | None = None,
     ) -> None:
-        """Record a finished stage; copy its model, or write its records of images."""
+        """Record a finished stage, in its place; copy its model, or write its records of images."""
         metrics = {k: v for k, v in result.metrics.items() if k != "counts"}
-        self._record["sparsity"] = result.metrics["counts"]
-        self._record["stages"].append(
+        order, stages = [s.name for s in self.run.stages], self._record["stages"]
+        stages.append(
             {
                 "name": stage.name,
                 "kind": stage.kind,
@@ -160,10 +160,15 @@ class RunFolder:
                 "metrics": write_metrics(metrics),
             }
         )
+        stages.sort(key=lambda told: order.index(told["name"]))
+        if stages[-1]["name"] == stage.name:
+            self._record["sparsity"] = result.metrics["counts"]
         self.metrics[stage.name] = metrics
         if records is not None:
-            self._arrays |= {f"{stage.name}/{k}": v for k, v in records.items()}
-            write_npz(self.path / RECORDS, self._arrays)
+            self._arrays[stage.name] = records
+            done = [name for name in order if name in self._arrays]
+            arrays = {f"{name}/{k}": v for name in done for k, v in self._arrays[name].items()}
+            write_npz(self.path / RECORDS, arrays)
             self._files[RECORDS] = hash_file(self.path / RECORDS)
         if model is not None:
             copy(model, self.model)

@@ -5,12 +5,17 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
+from prunekit.engine.keys import make_keys
 from prunekit.engine.schedule import choose
+from prunekit.engine.work import Inputs
+from prunekit.report import StageDone
 from prunekit.store.runs import claim
+from prunekit.store.stages import Store
 
 SWEEP = """
 name = "s"
@@ -150,6 +155,30 @@ def test_mistakes_are_answered_in_one_line(sweep, call, arguments, told):
     assert not (sweep / "runs").exists()
 
 
+def test_a_run_goes_on_while_another_process_evaluates(bench):
+    dense = '[[stage]]\nkind = "evaluate"\nname = "dense"\nwith = ["clean"]\n'
+    recipe = bench.recipe.replace('[[stage]]\nkind = "prune"', f'{dense}[[stage]]\nkind = "prune"')
+    bench.run(recipe=recipe, out="one", store="one-store")
+    (run,) = bench.plan(recipe=recipe).runs
+    keys = make_keys(run, Inputs(bench.compute, bench.events.append).load(run), bench.compute)
+    ends, told = ExitStack(), []
+
+    def report(event):
+        if isinstance(event, StageDone):
+            told.append(event.stage)
+            if event.stage == "finetune":
+                ends.close()
+
+    with ends:
+        ends.enter_context(Store(bench.folder / "store").locked(keys[1].parts[0], pytest.fail))
+        bench.run(recipe=recipe, report=report)
+    assert told == ["pretrain", "prune", "finetune", "evaluate", "dense"]
+    first, second = read(bench.folder / "one"), read(bench.folder / "out")
+    assert [s["name"] for s in second["stages"]] == [s["name"] for s in first["stages"]]
+    assert second["sparsity"] == first["sparsity"]
+    assert second["files"] == first["files"]
+
+
 SLOW = SWEEP.replace("fraction = 0.1", "").replace("[0.1, 1e30, 0.05]", "[0.1, 0.05]")
 
 
@@ -202,6 +231,21 @@ def test_a_signal_stops_all_and_everything_goes_on_from_there(tmp_path, start, n
     }
     assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
     assert len(list((tmp_path / "runs/.stages/v3").glob("*/progress.safetensors"))) == 2
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_folder(sweep):
+    recipe = SWEEP.replace("[0.1, 1e30, 0.05]", "[0.1, 0.05]").replace("fraction = 0.1", "")
+    (sweep / "s.toml").write_text(recipe)
+    command = [sys.executable, "-m", "prunekit", "run", "s.toml"]
+    both = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    told = [process.communicate(timeout=120)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], told
+    assert json.loads((sweep / "runs/s/plan.json").read_text())["done"]
+    # Whoever took it: a run began once, and what they share was computed once.
+    text = "".join(told)
+    assert [text.count(f"run {n}/2 finetune.optimizer.lr=") for n in (1, 2)] == [2, 2]
+    assert text.count("pretrain  done in") == 1
 
 
 @pytest.mark.slow
