@@ -145,7 +145,8 @@ class RunFolder:
     ) -> None:
         """Record a finished stage, in its place; copy its model, or write its records of images."""
         metrics = {k: v for k, v in result.metrics.items() if k != "counts"}
-        order, stages = [s.name for s in self.run.stages], self._record["stages"]
+        place = {s.name: number for number, s in enumerate((stage, *self.run.stages))}
+        stages = self._record["stages"]
         stages.append(
             {
                 "name": stage.name,
@@ -160,13 +161,13 @@ class RunFolder:
                 "metrics": write_metrics(metrics),
             }
         )
-        stages.sort(key=lambda told: order.index(told["name"]))
+        stages.sort(key=lambda told: place[told["name"]])
         if stages[-1]["name"] == stage.name:
             self._record["sparsity"] = result.metrics["counts"]
         self.metrics[stage.name] = metrics
         if records is not None:
             self._arrays[stage.name] = records
-            done = [name for name in order if name in self._arrays]
+            done = sorted(self._arrays, key=place.__getitem__)
             arrays = {f"{name}/{k}": v for name in done for k, v in self._arrays[name].items()}
             write_npz(self.path / RECORDS, arrays)
             self._files[RECORDS] = hash_file(self.path / RECORDS)
