@@ -180,7 +180,25 @@ class RunFailed:
     error: str
 
 
-Event = RunStarted | StageStarted | Progress | EpochDone | StageDone | Note | RunDone | RunFailed
+@dataclass(frozen=True)
+class FromRun:
+    """What one of several runs that go side by side reports; `run` is its label."""
+
+    run: str
+    event: Event
+
+
+Event = (
+    RunStarted
+    | StageStarted
+    | Progress
+    | EpochDone
+    | StageDone
+    | Note
+    | RunDone
+    | RunFailed
+    | FromRun
+)
 Report = Callable[[Event], None]
 
 

@@ -14,6 +14,7 @@ def prunekit_reporters() -> Iterable[ReporterComponent]:
         name="console",
         summary="Live progress on a terminal, otherwise one plain line per epoch (stderr)",
         build="prunekit_reporters.console:build",
+        gathers=True,
     )
     yield ReporterComponent(
         name="jsonl",

@@ -11,13 +11,12 @@ from statistics import median
 
 import numpy as np
 import torch
-from scipy.optimize import nnls
+from torch import nn
 from torch.nn import functional as F
 
 from prunekit.errors import UserError, relative
 from prunekit.reading import parse_json, read_bytes
 from prunekit_sparse.index import Geometry, Index
-from prunekit_sparse.layers import Convolution
 from prunekit_sparse.memory import inner
 
 
@@ -28,15 +27,17 @@ class Costs:
     `dense` is of a multiplication in a dense convolution, `single` in one of 1 x 1 pixels or a
     linear layer, `sparse` in one by a kept weight; `visit` of applying a kept weight to a row of
     pixels, `output` of each number that is written, and `layout` of each that is brought into the
-    other layout, as behind a dense layer among sparse ones.
+    other layout, as behind a dense layer among sparse ones, `call` of a call of a layer beyond a
+    dense one, whatever its size.
     """
 
-    dense: float = 0.016
-    single: float = 0.016
-    sparse: float = 0.05
-    visit: float = 8.0
-    output: float = 0.12
-    layout: float = 0.5
+    dense: float = 0.017
+    single: float = 0.024
+    sparse: float = 0.035
+    visit: float = 5.0
+    output: float = 0.23
+    layout: float = 0.9
+    call: float = 80_000
 
     def pays(self, g: Geometry, kept: int, images: int, *, whole: bool) -> bool:
         """Whether kernels are faster for `kept` of the weights and a batch of `images`.
@@ -48,6 +49,7 @@ class Costs:
         outputs, inputs = g.outputs * p * q * images, g.channels * g.height * g.width * images
         dense = one * g.weights * p * q * images + self.layout * outputs
         sparse = kept * p * (q * images * self.sparse + self.visit) + self.output * outputs
+        sparse += self.call
         # The two parts of a step that are not the weights' gradient, against two copies for it.
         return (
             2 * sparse + self.layout * (inputs + outputs) < 2 * dense if whole else sparse < dense
@@ -92,6 +94,11 @@ SIZES = ((32, 32, 32), (64, 16, 32), (128, 8, 32), (64, 16, 8))
 
 
 def _measure() -> Costs:
+    from scipy.optimize import nnls
+
+    from prunekit_sparse.layers import Convolution
+    from prunekit_sparse.running import Running
+
     generator = torch.Generator().manual_seed(0)
     rows, times = [], []
     found: dict[int, list[float]] = {0: [], 1: [], 3: []}  # layout, and kernels of this size
@@ -112,11 +119,16 @@ def _measure() -> Costs:
                 given = (inner(x), weight, None, None, None, index, True, True)
                 times.append(_time(Convolution.apply, *given))
                 rows.append((count * pixels, count * side, channels * pixels))
+    tiny, layer = torch.rand(8, 2, 2, 2), nn.Conv2d(2, 2, 1)
+    call = -_time(layer, tiny)
+    with Running(None).around(layer, {}, still=True):
+        layer.weight.zero_()
+        call += _time(lambda: layer(tiny) * 1)
     spent, made = np.array(times), np.array(rows, float)
     # Relative errors count alike.
     (sparse, visit, output), _ = nnls(made / spent[:, None], np.ones(len(spent)))
     layout, single, dense = (median(found[kernel]) for kernel in (0, 1, 3))
-    return Costs(dense, single, sparse, visit, output, layout)
+    return Costs(dense, single, sparse, visit, output, layout, max(0.0, call))
 
 
 def _time(run: Callable[..., object], *args: object) -> float:

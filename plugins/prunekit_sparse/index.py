@@ -9,7 +9,6 @@ from functools import cached_property
 import numpy as np
 from torch import Tensor
 
-from prunekit_sparse.loops import sort_entries
 from prunekit_sparse.memory import Array
 
 
@@ -123,6 +122,8 @@ class Index:
         *,
         forward: bool,
     ) -> Part:
+        from prunekit_sparse.loops import sort_entries  # numba takes a second to import
+
         g = self.geometry
         shifts = sorted(set(taps.values())) or [(0, 0)]
         ranks = np.full(g.taps, -1, np.int64)

@@ -13,8 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prunekit_sparse.pixels import turn
-
 Array = np.ndarray[Any, Any]
 
 INNER, OUTER = (1, 2, 3, 0), (3, 0, 1, 2)
@@ -32,6 +30,8 @@ def inner(x: Tensor) -> Tensor:
     """x (N, C, H, W) with memory [C][H][W][N]: itself if it is so, otherwise a copy."""
     if is_inner(x):
         return x
+    from prunekit_sparse.pixels import turn  # numba takes a second to import
+
     y = empty(x.shape)
     own, to, rows, columns = x.detach().reshape(-1).numpy(), flat(y), len(x), x[0].numel()
     share(lambda a, b: turn(own, to, rows, columns, a, b), columns, x.numel())

@@ -14,12 +14,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from prunekit_sparse.index import Geometry
-from prunekit_sparse.layers import Convolution, MaxPooling, Normalization
 from prunekit_sparse.memory import is_inner
 from prunekit_sparse.pending import Finish, Pending, settle
 
 if TYPE_CHECKING:
     from prunekit_sparse.running import Running
+
+
+def _layers() -> Any:
+    """Imported for the first layer that is sparse: numba takes a second."""
+    from prunekit_sparse import layers
+
+    return layers
 
 
 def _fits(x: Any) -> bool:
@@ -62,7 +68,9 @@ def conv2d(
 
     def begin(bias: Tensor | None, scale: Tensor | None = None) -> Finish:
         def finish(residual: Tensor | None, relu: bool) -> Tensor:
-            made: Tensor = Convolution.apply(x, own, bias, residual, scale, index, relu, kept_only)
+            made: Tensor = _layers().Convolution.apply(
+                x, own, bias, residual, scale, index, relu, kept_only
+            )
             return made
 
         return finish
@@ -85,7 +93,9 @@ def linear(
         return None
     x = settle(input)[:, :, None, None]
     kept_only = running.is_kept_only(weight)
-    y: Tensor = Convolution.apply(x, running.own(weight), bias, None, None, index, False, kept_only)
+    y: Tensor = _layers().Convolution.apply(
+        x, running.own(weight), bias, None, None, index, False, kept_only
+    )
     return y[:, :, 0, 0]
 
 
@@ -123,7 +133,7 @@ def batch_norm(
 
     def finish(residual: Tensor | None, relu: bool) -> Tensor:
         nonlocal counted
-        y, mean, variance = Normalization.apply(x, weight, bias, residual, relu, eps)
+        y, mean, variance = _layers().Normalization.apply(x, weight, bias, residual, relu, eps)
         if running_mean is not None and running_var is not None and not counted:
             counted = True
             with torch.no_grad():
@@ -195,7 +205,7 @@ def max_pool2d(
     sizes = [_pair(kernel_size), _pair(stride or kernel_size), _pair(padding)]
     if _pair(dilation) != (1, 1) or any(a != b for a, b in sizes) or sizes[0][0] > 15:
         return None
-    made: Tensor = MaxPooling.apply(settle(input), *(a for a, _ in sizes))
+    made: Tensor = _layers().MaxPooling.apply(settle(input), *(a for a, _ in sizes))
     return made
 
 

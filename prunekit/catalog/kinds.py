@@ -226,6 +226,9 @@ class ReporterComponent(Component):
     builds = report.Reporter
     abilities = (report.Closing,)
 
+    gathers: bool = False
+    """Whether runs that go side by side share one, which gets their events as `FromRun`."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class BackendComponent(Component):

@@ -55,7 +55,7 @@ COMMANDS = {
     "list": "components:list_components",
     "new": "new:new",
     "results": "results:results",
-    "run": "recipes:run",
+    "run": "run:run",
     "show": "components:show",
 }
 """Name of a command -> its "module:function" in this folder, imported when it is used."""

@@ -1,23 +1,21 @@
-"""Commands on recipes: check, run."""
+"""The command check, and recipes of the command line made plans."""
 
 from __future__ import annotations
 
 import os
-import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from prunekit.cli import group
-from prunekit.cli.results import print_results
-from prunekit.errors import RecipeError, UserError, printable, relative
-from prunekit.report import Stop
-from prunekit.store.layout import STORE
+from prunekit.errors import RecipeError, UserError
 
 if TYPE_CHECKING:
     from prunekit.recipe.plan import Plan
-    from prunekit.store.runs import RunFolder
+
+MOST_NAMED = 10
+"""Most runs that a message names."""
 
 
 def plan_recipe(
@@ -128,109 +126,3 @@ def _print_networks(networks: list[dict[str, Any]]) -> None:
         ):
             if found[key]:
                 group.echo(f"    {word}: {', '.join(found[key])}")
-
-
-@click.command()
-@click.argument("recipe", type=group.PATH)
-@group.settings_option
-@click.option("--out", type=group.PATH, help="Folder to write; by default runs/NAME.")
-@group.store_option
-@group.device_option
-@click.option("--threads", type=click.IntRange(1), help="Threads on a CPU; by default [compute]'s.")
-@click.option(
-    "--sparse",
-    type=click.Choice(["auto", "off", "on"]),
-    help="Kernels for layers with few kept weights; by default [compute]'s.",
-)
-@click.option("--dry-run", is_flag=True, help="Print what would be done, and do nothing.")
-@click.option("--smoke", is_flag=True, help="Try the recipe: all stages, two tiny batches each.")
-@click.option("--force", is_flag=True, help="Move files that are in the way aside.")
-@group.trust_option
-@group.as_json
-def run(
-    recipe: Path,
-    settings: tuple[str, ...],
-    out: Path | None,
-    store: Path | None,
-    device: str | None,
-    threads: int | None,
-    sparse: str | None,
-    dry_run: bool,
-    smoke: bool,
-    force: bool,
-    trust: bool,
-    as_json: bool,
-) -> None:
-    """Run a recipe: pretrain, prune, finetune, evaluate, compare."""
-    given = {"device": device, "threads": threads, "sparse": sparse}
-    settings += tuple(f"compute.{key}={value}" for key, value in given.items() if value)
-    folder = Path.cwd()  # before plugins run, which may change it
-    plan = plan_recipe(recipe, settings, smoke=smoke, trust=trust)
-    out = out or Path("runs") / (plan.name + ("-smoke" if smoke else ""))
-    store = store or out.parent / STORE
-    stop = Stop()
-    # Includes the imports, which take seconds and would break if Ctrl-C interrupted them.
-    with stop.listen():
-        from prunekit.engine.preview import preview_plan
-        from prunekit.engine.running import run_plan
-
-        stop.check()
-        if dry_run:
-            _print_preview(plan, preview_plan(plan, out, store), as_json)
-            return
-        folders = run_plan(
-            plan,
-            folder / out,
-            folder / store,
-            force=force,
-            resume=group.command_line(),
-            tell=group.warn,
-            stop=stop,
-        )
-    os.chdir(folder)
-    if folders is None:
-        group.warn(f"{relative(out)} is done already: these are its results")
-    print_results(out, as_json)
-    failed = [folder for folder in folders or [] if folder.status == "failed"]
-    for error in dict.fromkeys(folder.error for folder in failed):
-        _print_failures([folder for folder in failed if folder.error == error])
-    if failed:
-        click.get_current_context().exit(1)
-    group.warn(f"in {relative(out)}")
-
-
-def _print_preview(plan: Plan, preview: dict[str, Any], as_json: bool) -> None:
-    """Print what a run would do, as comments around the recipe itself."""
-    import tomli_w
-
-    if as_json:
-        group.print_json(preview)
-        return
-    for text in preview["notes"]:
-        group.note(text)
-    document = plan.document if plan.swept else plan.describe(plan.runs[0])
-    group.echo(printable(f"# into {preview['out']}, stages in {preview['store']}", keep="") + "\n")
-    group.echo(tomli_w.dumps(dict(document)))
-    for run in preview["runs"]:
-        weights = f"{run['parameters']:,} parameters, {run['prunable']:,} prunable"
-        group.echo(f"# {run['run']}: {weights}")
-        for stage in run["stages"]:
-            group.echo(
-                f"#   {stage['name']:<12} {stage['status']:<7} {stage['steps']:>9,} steps "
-                f"{stage['forward_passes']:>11,} forward passes   {stage['key'][:12]}"
-            )
-    todo = [s for run in preview["runs"] for s in run["stages"] if s["status"] == "to do"]
-    passes = sum(stage["forward_passes"] for stage in todo)
-    group.echo(f"# to do: {group.count(len(todo), 'stage')}, {passes:,} forward passes of a batch")
-    if todo and not preview["smoke"]:
-        group.echo("# not counted: the rehearsal before, which sends one batch through every stage")
-
-
-def _print_failures(folders: list[RunFolder]) -> None:
-    """Print why these runs failed, all for the same reason."""
-    first = folders[0]
-    if click.get_current_context().find_root().params.get("debug") and first.cause is not None:
-        traceback.print_exception(first.cause)
-    name = f"run {first.run.label!r}" if first.plan.swept else "the run"
-    more = f" and {len(folders) - 1} more" if len(folders) > 1 else ""
-    group.warn(f"prunekit: {name}{more} failed: {first.error}")

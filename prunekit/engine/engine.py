@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,15 +15,15 @@ from prunekit.catalog.component import Use
 from prunekit.catalog.containment import held
 from prunekit.engine.evaluating import assemble, judge
 from prunekit.engine.keys import StageKey, describe_stage, make_keys
+from prunekit.engine.rehearsal import rehearse
 from prunekit.engine.stages import STAGES
 from prunekit.engine.work import Inputs, Loaded, Outcome, Place, Work
-from prunekit.errors import DataMissingError, Interrupted, RunError
+from prunekit.errors import Interrupted, RunError
 from prunekit.models.building import describe_model
 from prunekit.models.failures import explain, release
 from prunekit.pruning.masks import describe_counts
 from prunekit.recipe.describing import uses_in
 from prunekit.recipe.plan import Plan, Run
-from prunekit.recipe.reduction import reduce_run
 from prunekit.recipe.stages import Stage
 from prunekit.report import (
     EpochDone,
@@ -37,7 +36,6 @@ from prunekit.report import (
     StageDone,
     StageStarted,
     Stop,
-    rehearsing,
 )
 from prunekit.store.files import read_npz, write_npz
 from prunekit.store.keys import used_version
@@ -59,90 +57,82 @@ class Engine:
     stop: Stop = field(default_factory=Stop)
     smoke: bool = False
     inputs: Inputs = field(init=False)
-    _failed: dict[str, str] = field(default_factory=dict)
+    seen: Mapping[str, Any] = field(default_factory=dict)
+    """Label -> stamp of its record when this began, where other processes share the runs."""
+    failed: dict[str, str] = field(default_factory=dict)
+    """Keys of the results that could not be computed, and why."""
 
     def __post_init__(self) -> None:
         self.inputs = Inputs(self.compute, self.report, self.smoke)
 
-    def run(self, plan: Plan, out: Path) -> list[RunFolder]:
-        """Execute all runs of a plan; a failed one does not stop the others.
+    def run(self, plan: Plan, out: Path, runs: Sequence[Run] | None = None) -> list[RunFolder]:
+        """Execute the runs, by default all of a plan; a failed one does not stop the others.
 
-        Returns the run folders, in the plan's order. Raises `Interrupted` where a stop was asked
-        for; the same call then goes on from there.
+        Returns the folders of those that this process executed, in their order. Those come last
+        of which another process is computing a result now. Raises `Interrupted` where a stop was
+        asked for; the same call then goes on from there.
         """
+        waiting = list(plan.runs if runs is None else runs)
+        broken = {} if self.smoke else rehearse(self, waiting)
         folders = []
-        broken = {} if self.smoke else self._rehearse(plan)
-        for number, run in enumerate(plan.runs, start=1):
+        while waiting:
             self.stop.check()
-            folder = RunFolder(out / run.label if plan.swept else out, plan, run)
-            folder.start(self.compute.describe())
-            names, total = tuple(s.name for s in run.stages), len(plan.runs)
-            told = (run.label, folder.path, names, run.settings, number, total, plan.smoke)
-            self.report(RunStarted(*told))
-            started = time.monotonic()
-            try:
-                if run.label in broken:
-                    raise broken[run.label]
-                with held():
-                    self._run_one(run, self.inputs.load(run), folder)
-            except (Interrupted, KeyboardInterrupt):
-                folder.close("interrupted")
-                raise Interrupted from None
-            except Exception as error:
-                message = explain(error, run)
-                folder.close("failed", message)
-                self.report(RunFailed(run.label, folder.path, message))
-                release(error)
-                folder.cause = error
-            else:
-                folder.close("done")
-                spent = time.monotonic() - started
-                self.report(RunDone(run.label, folder.path, folder.metrics, spent))
-            folders.append(folder)
-        return folders
+            free = (r for r in waiting if len(waiting) == 1 or not self._is_awaited(r))
+            run = next(free, waiting[0])
+            waiting.remove(run)
+            if folder := self.take(plan, run, out, broken.get(run.label)):
+                folders.append(folder)
+        return sorted(folders, key=lambda folder: plan.runs.index(folder.run))
 
-    def _rehearse(self, plan: Plan) -> dict[str, BaseException]:
-        """Send one batch through every missing stage before hours are spent on the first.
+    def _is_awaited(self, run: Run) -> bool:
+        """Whether another process is computing a result of the run."""
+        with suppress(Exception), held():  # what is wrong with it is told when its turn comes
+            keys = make_keys(run, self.inputs.load(run), self.compute)
+            return any(self.store.is_held(part) for key in keys for part in key.parts)
+        return False
 
-        Returns label -> what would fail. Of runs that differ in numbers only, one that passes
-        speaks for the others. Raises `DataMissingError` where all runs lack the same data.
-        """
-        failures: dict[str, BaseException] = {}
-        told = False
-        seen: set[frozenset[tuple[str, str]]] = set()
-        for run in plan.runs:
-            parts = frozenset((u.kind, u.component.name) for u in run.uses())
-            if parts in seen:
-                continue
-            try:
-                with held():
-                    loaded = self.inputs.load(run)
-                keys = make_keys(run, loaded, self.compute)
-                if all(self.store.folder(part).done for key in keys for part in key.parts):
-                    continue
-                if not told:
-                    self.report(Note("rehearsing: one batch through every stage"))
-                    told = True
-                with tempfile.TemporaryDirectory(prefix="prunekit-") as scratch:
-                    small = reduce_run(run, batches=1)
-                    store, report = Store(Path(scratch)), rehearsing(self.report)
-                    quiet = Engine(store, self.compute, report, self.stop, True)
-                    with held():
-                        quiet._run_one(small, loaded, None)
-                seen.add(parts)
-            except (Interrupted, KeyboardInterrupt):
-                raise Interrupted from None
-            except Exception as error:
-                release(error)
-                if isinstance(error, RunError):
-                    error = RunError(f"rehearsal, one batch a stage: {error}")
-                failures[run.label] = error
-        missing = {str(e) for e in failures.values() if isinstance(e, DataMissingError)}
-        if len(missing) == 1 and len(failures) == len(plan.runs):
-            raise DataMissingError(missing.pop())
-        return failures
+    def take(
+        self, plan: Plan, run: Run, out: Path, broken: BaseException | None = None
+    ) -> RunFolder | None:
+        """Execute a run, or record why it is `broken`; its folder, None where another process is
+        running in it, or ended it since `seen`."""
+        folder = RunFolder(out / run.label if plan.swept else out, plan, run)
+        with folder.alone() as mine:
+            if not mine or (self.seen and self.seen.get(run.label) != folder.stamp):
+                return None
+            self._execute(plan, run, folder, broken)
+        return folder
 
-    def _run_one(self, run: Run, loaded: Loaded, folder: RunFolder | None) -> None:
+    def _execute(
+        self, plan: Plan, run: Run, folder: RunFolder, broken: BaseException | None
+    ) -> None:
+        folder.start(self.compute.describe())
+        names = tuple(s.name for s in run.stages)
+        number, total = plan.runs.index(run) + 1, len(plan.runs)
+        told = (run.label, folder.path, names, run.settings, number, total, plan.smoke)
+        self.report(RunStarted(*told))
+        started = time.monotonic()
+        try:
+            if broken is not None:
+                raise broken
+            with held():
+                self.run_one(run, self.inputs.load(run), folder)
+        except (Interrupted, KeyboardInterrupt):
+            folder.close("interrupted")
+            raise Interrupted from None
+        except Exception as error:
+            message = explain(error, run)
+            folder.close("failed", message)
+            self.report(RunFailed(run.label, folder.path, message))
+            release(error)
+            folder.cause = error
+        else:
+            folder.close("done")
+            spent = time.monotonic() - started
+            self.report(RunDone(run.label, folder.path, folder.metrics, spent))
+
+    def run_one(self, run: Run, loaded: Loaded, folder: RunFolder | None) -> None:
+        """Fold over the stages of a run; without a folder nothing but the store has them."""
         keys, at = make_keys(run, loaded, self.compute), Place(run, loaded, self.compute)
         if folder is not None:
             folder.expect([part for key in keys for part in key.parts])
@@ -150,20 +140,30 @@ class Engine:
             beside = folder.path.parent.name == EVALUATIONS
             if not beside and {stage.kind for stage in run.stages} == {"evaluate"}:
                 self._write(folder.model, at, {})
+        late = []
         for stage, key in zip(run.stages, keys, strict=True):
-            if stage.kind == "evaluate":
-                result, reused, records = self._judge(stage, key, at)
-                files: dict[str, Any] = {"records": records}
+            # Nothing follows from an evaluation: another process may compute it meanwhile.
+            if stage.kind == "evaluate" and any(map(self.store.is_held, key.parts)):
+                late.append((stage, key, replace(at, _state=None)))
             else:
-                result, reused, stored = self._train(stage, key.key, at)
-                files = {"model": stored.model}
-            judged = stage.kind == "evaluate"
-            for text in result.notes if judged or reused else ():
-                self.report(Note(text, warning=judged))
-            spent = 0.0 if reused else result.seconds
-            self.report(StageDone(stage.name, stage.kind, key.key, result.metrics, spent, reused))
-            if folder is not None:
-                folder.add(stage, key.key, result, reused, **files)
+                self._fold(stage, key, at, folder)
+        for stage, key, then in late:
+            self._fold(stage, key, then, folder)
+
+    def _fold(self, stage: Stage, key: StageKey, at: Place, folder: RunFolder | None) -> None:
+        judged = stage.kind == "evaluate"
+        if judged:
+            result, reused, records = self._judge(stage, key, at)
+            files: dict[str, Any] = {"records": records}
+        else:
+            result, reused, stored = self._train(stage, key.key, at)
+            files = {"model": stored.model}
+        for text in result.notes if judged or reused else ():
+            self.report(Note(text, warning=judged))
+        spent = 0.0 if reused else result.seconds
+        self.report(StageDone(stage.name, stage.kind, key.key, result.metrics, spent, reused))
+        if folder is not None:
+            folder.add(stage, key.key, result, reused, **files)
 
     def _train(self, stage: Stage, key: str, at: Place) -> tuple[StageResult, bool, StageFolder]:
         """(result, whether it was stored, where it is stored) of a stage that makes a network."""
@@ -226,8 +226,8 @@ class Engine:
 
         Raises `RunError` if it failed before in this plan.
         """
-        if key in self._failed:
-            raise RunError(self._failed[key])
+        if key in self.failed:
+            raise RunError(self.failed[key])
         told = f"stage {stage.name!r} is being computed by another process; waiting for it"
         with self.store.locked(key, partial(self._note, told), self.stop) as stored:
             yield stored, stored.repair(partial(self._note, warning=True), asked)
@@ -273,7 +273,7 @@ class Engine:
                 outcome = compute(stage=stage, work=work)
         except Exception as error:
             if not isinstance(error, Interrupted):
-                self._failed[key] = explain(error, at.run)
+                self.failed[key] = explain(error, at.run)
             raise
         metrics = _finite(outcome.metrics)
         if stage.kind == "evaluate":

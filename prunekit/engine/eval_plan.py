@@ -20,8 +20,8 @@ from prunekit.report import Tell
 from prunekit.store.files import refuse_link
 from prunekit.store.layout import RECIPE
 from prunekit.store.networks import Network
+from prunekit.store.out_folder import digest
 from prunekit.store.records import read_run, tell_changed
-from prunekit.store.runs import digest
 
 UNUSED = ("extra", "extra_ratio", "extra_fraction")
 """Keys of [dataset] that only training uses."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,15 @@ from prunekit.catalog.component import Use
 from prunekit.catalog.containment import held
 from prunekit.contexts import ReporterContext
 from prunekit.engine.engine import Engine
+from prunekit.engine.jobs import Jobs, run_beside
 from prunekit.engine.keys import make_keys
 from prunekit.engine.work import Inputs, open_place
-from prunekit.errors import Interrupted, PluginError, UserError, explain_briefly
-from prunekit.recipe.plan import Plan
+from prunekit.errors import Interrupted, PluginError, UserError, explain_briefly, relative
+from prunekit.recipe.plan import Plan, Run
 from prunekit.report import Closing, Event, Note, Report, Reporter, RunStarted, Stop, Tell
 from prunekit.store.files import OTHER_FOLDER, relative_link, set_aside
-from prunekit.store.runs import ANEW, OutFolder, RunFolder
+from prunekit.store.out_folder import ANEW, MOMENT, OutFolder
+from prunekit.store.runs import RunFolder
 from prunekit.store.stages import Store
 from prunekit.training.compute import Compute
 
@@ -35,11 +37,15 @@ def run_plan(
     anew: str = ANEW,
     tell: Tell,
     stop: Stop | None = None,
+    runs: Sequence[Run] | None = None,
+    jobs: Jobs | None = None,
 ) -> list[RunFolder] | None:
-    """Run a plan into a folder; None if its results are there already.
+    """Run a plan into a folder, or only some of its `runs`; None if its results are there already.
 
-    `tell` gets messages that are not events: how to `resume` after `Interrupted`, or to compute
-    `anew` what was made with other sources. Errors say how to write `elsewhere`.
+    A sweep may be run by several processes in the same folder: each takes runs that no other has
+    begun, and only its own are returned. `tell` gets messages that are not events: how to `resume`
+    after `Interrupted`, or to compute `anew` what was made with other sources. Errors say how to
+    write `elsewhere`.
     """
     plan.permit()
     compute = open_place(plan)
@@ -53,11 +59,18 @@ def run_plan(
     except UserError:
         folder.withdraw()
         raise
+    joined, seen = folder.look()
+    if joined:
+        tell(f"another process is running in {relative(out)}: this one takes what is not begun")
+    chosen = plan.runs if runs is None else runs
+    gathers = jobs is not None or None
     try:
         with (
-            folder.alone(),
+            nullcontext() if plan.swept else folder.alone(),
             compute.active(),
-            reporters(plan, out, tell) as report,
+            reporters(
+                plan, folder.runs()[plan.runs.index(chosen[0])].path, tell, gathers
+            ) as report,
         ):
             for file in changed:
                 where = relative_link(file)
@@ -69,15 +82,30 @@ def run_plan(
             for note in plan.notes:
                 report(Note(note))
             engine = Engine(Store(store), compute, report, stop or Stop(), smoke=plan.smoke)
+            engine.seen = seen if plan.swept else {}
             with engine.stop.listen():
-                folders = engine.run(plan, out)
-            done = all(f.status == "done" for f in folders)
-            folder.mark(done=done, **(_describe_making(plan, engine.inputs) if done else {}))
+                if jobs is None:
+                    folders = engine.run(plan, out, chosen)
+                else:
+                    folders = run_beside(engine, plan, out, chosen, jobs, tell)
+            _finish(folder, engine.inputs)
     except Interrupted:
         # Not earlier: the live display would draw over it.
         tell(f"everything so far is saved; resume with: {resume}")
         raise
     return folders
+
+
+def _finish(folder: OutFolder, inputs: Inputs) -> None:
+    """Record whether the plan is done: who ends the last of its runs finds that it is."""
+    made: dict[str, Any] = {}
+    if set(folder.find_statuses().values()) == {"done"}:
+        # Here or on another machine: what its runs read may not be at hand.
+        with suppress(Exception), held():
+            made = _describe_making(folder.plan, inputs)
+    with folder.alone(MOMENT) if folder.plan.swept else nullcontext():
+        done = bool(made) and folder.is_complete(made["stages"])
+        folder.mark(done=done, **(made if done else {}))
 
 
 def _describe_making(plan: Plan, inputs: Inputs) -> dict[str, Any]:
@@ -124,16 +152,19 @@ def _is_current(
 
 
 @contextmanager
-def reporters(plan: Plan, out: Path, tell: Tell) -> Iterator[Report]:
+def reporters(
+    plan: Plan, folder: Path, tell: Tell, gathers: bool | None = None
+) -> Iterator[Report]:
     """One report function for all reporters; a reporter that fails is dropped with a message.
 
     They are built anew for each run, with its folder; what is told before the first run goes to
-    that run's. Raises `UserError` if a reporter says so when it is built.
+    that run's, in `folder`. With `gathers`, only those whose declaration says the same. Raises
+    `UserError` if a reporter says so when it is built.
     """
     live = (
         sys.stderr.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
     )
-    kept = list(plan.reporters)
+    kept = [u for u in plan.reporters if gathers is None or u.component.gathers == gathers]
     listeners: list[tuple[Use[Reporter], Reporter]] = []
 
     def drop(use: Use[Reporter], error: BaseException) -> None:
@@ -143,12 +174,12 @@ def reporters(plan: Plan, out: Path, tell: Tell) -> Iterator[Report]:
         told = str(error) if isinstance(error, PluginError) else told
         tell(f"{told}; the run goes on without it")
 
-    def build(folder: Path, *, first: bool = False) -> None:
+    def build(place: Path, *, first: bool = False) -> None:
+        nonlocal folder
+        folder = place
         for use in list(kept):
             try:
-                listeners.append(
-                    (use, use.build(ReporterContext(seed=0, folder=folder, live=live)))
-                )
+                listeners.append((use, use.build(ReporterContext(seed=0, folder=place, live=live))))
             except Exception as error:
                 if first and isinstance(error, UserError) and not isinstance(error, PluginError):
                     raise
@@ -159,7 +190,7 @@ def reporters(plan: Plan, out: Path, tell: Tell) -> Iterator[Report]:
             _close(listeners.pop()[1])
 
     def report(event: Event) -> None:
-        if isinstance(event, RunStarted) and event.number > 1:
+        if isinstance(event, RunStarted) and event.folder != folder:
             close()
             build(event.folder)
         for use, listener in list(listeners):
@@ -171,7 +202,7 @@ def reporters(plan: Plan, out: Path, tell: Tell) -> Iterator[Report]:
                 _close(listener)
                 drop(use, error)
 
-    build(out / plan.runs[0].label if plan.swept else out, first=True)
+    build(folder, first=True)
     try:
         yield report
     finally:

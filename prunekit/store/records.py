@@ -126,11 +126,7 @@ def _find_status(folder: Path, told: str) -> str:
     """What a record says of its run; a process that was killed has left "running" in it."""
     if told != "running":
         return told
-    # That of a sweep is in the folder around its runs.
-    held = {is_held(place / RUN_LOCK) for place in (folder, folder.absolute().parent)}
-    if True in held:
-        return told
-    return "stopped" if False in held else "running or stopped"
+    return {True: told, False: "stopped", None: "running or stopped"}[is_held(folder / RUN_LOCK)]
 
 
 def find_changed(folder: Path, *, done: bool = False) -> list[str]:

@@ -1,33 +1,27 @@
-"""The folders that a plan writes to: one for each run, and for a sweep one around them."""
+"""The folder of a run: what a plan writes of it."""
 
 from __future__ import annotations
 
 import datetime
-import hashlib
-import json
-import shutil
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import filelock
 import tomli_w
 
-from prunekit.errors import UserError, relative
+from prunekit.errors import UserError
 from prunekit.reading import hash_file
 from prunekit.recipe.plan import Plan, Run
 from prunekit.recipe.stages import Stage
-from prunekit.report import Tell
 from prunekit.store.files import (
-    OTHER_FOLDER,
     copy,
     find_partial,
     make_folder,
-    next_free,
+    make_inner,
     refuse_link,
     seal,
     write_json,
@@ -37,12 +31,24 @@ from prunekit.store.files import (
 from prunekit.store.keys import find_versions
 from prunekit.store.layout import MODEL, PLAN, RECIPE, RECORDS, RUN, RUN_FORMAT, RUN_LOCK
 from prunekit.store.metrics import write_metrics
-from prunekit.store.records import find_blocking, find_changed, read_record
+from prunekit.store.records import read_record
 from prunekit.store.stages import StageResult
 
-ANEW = "move it aside with --force"
-MADE_WITH = {"inputs": list, "compute": dict, "stages": list}
-"""Key of a `plan.json` that says what its runs were made with -> the type of its value."""
+
+@contextmanager
+def claim(folder: Path, timeout: float = 0.2) -> Iterator[bool]:
+    """Hold the lock of a folder; False if another process holds it for so long (seconds).
+
+    Not 0: who looks whether it is held holds it for a moment.
+    """
+    refuse_link(folder / RUN_LOCK)
+    try:
+        held = filelock.FileLock(folder / RUN_LOCK).acquire(timeout=timeout)
+    except filelock.Timeout:
+        yield False
+        return
+    with held:
+        yield True
 
 
 @dataclass
@@ -58,8 +64,8 @@ class RunFolder:
     cause: BaseException | None = None
     """The exception that stopped the run, for `--debug`."""
     _record: dict[str, Any] = field(default_factory=dict)
-    _arrays: dict[str, Any] = field(default_factory=dict)
-    """What evaluators recorded of each image, as "stage/evaluator.record"."""
+    _arrays: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    """What evaluators recorded of each image: name of a stage -> "evaluator.record" -> array."""
     _files: dict[str, str] = field(default_factory=dict)
     """SHA-256 of the recipe, the model and the records, by name."""
 
@@ -97,6 +103,27 @@ class RunFolder:
         }
         self._write()
 
+    @contextmanager
+    def alone(self) -> Iterator[bool]:
+        """Lock the folder; False if another process is running in it.
+
+        That of the only run of a plan is the folder that `OutFolder.alone` locks.
+        """
+        if not self.plan.swept:
+            yield True
+            return
+        make_inner(self.path)
+        with claim(self.path) as mine:
+            yield mine
+
+    @property
+    def stamp(self) -> tuple[int, int] | None:
+        """What changes whenever its record is written; None without one."""
+        with suppress(OSError):
+            found = (self.path / RUN).stat()
+            return found.st_mtime_ns, found.st_ino
+        return None
+
     @property
     def model(self) -> Path:
         """The file of its network."""
@@ -116,10 +143,11 @@ class RunFolder:
         model: Path | None = None,
         records: Mapping[str, Any] | None = None,
     ) -> None:
-        """Record a finished stage; copy its model, or write its records of images."""
+        """Record a finished stage, in its place; copy its model, or write its records of images."""
         metrics = {k: v for k, v in result.metrics.items() if k != "counts"}
-        self._record["sparsity"] = result.metrics["counts"]
-        self._record["stages"].append(
+        place = {s.name: number for number, s in enumerate((stage, *self.run.stages))}
+        stages = self._record["stages"]
+        stages.append(
             {
                 "name": stage.name,
                 "kind": stage.kind,
@@ -133,10 +161,15 @@ class RunFolder:
                 "metrics": write_metrics(metrics),
             }
         )
+        stages.sort(key=lambda told: place[told["name"]])
+        if stages[-1]["name"] == stage.name:
+            self._record["sparsity"] = result.metrics["counts"]
         self.metrics[stage.name] = metrics
         if records is not None:
-            self._arrays |= {f"{stage.name}/{k}": v for k, v in records.items()}
-            write_npz(self.path / RECORDS, self._arrays)
+            self._arrays[stage.name] = records
+            done = sorted(self._arrays, key=place.__getitem__)
+            arrays = {f"{name}/{k}": v for name in done for k, v in self._arrays[name].items()}
+            write_npz(self.path / RECORDS, arrays)
             self._files[RECORDS] = hash_file(self.path / RECORDS)
         if model is not None:
             copy(model, self.model)
@@ -164,117 +197,6 @@ class RunFolder:
     def _write(self) -> None:
         record = {**self._record, "files": self._files}
         write_json(self.path / RUN, {**record, "sha256": seal(record)})
-
-
-@dataclass(frozen=True)
-class OutFolder:
-    """Where a plan writes: the run folder, or for a sweep the folder of its run folders.
-
-    `plan.json` says which plan it belongs to, so that another one cannot overwrite it.
-    """
-
-    path: Path
-    plan: Plan
-    elsewhere: str = OTHER_FOLDER
-    """What to do where it cannot be written to."""
-    anew: str = ANEW
-    """What to do where other things are in it."""
-
-    def prepare(self, tell: Tell, *, force: bool) -> dict[str, Any] | None:
-        """Claim the folder for the plan. If the plan is done in it already, returns its `mark`.
-
-        With `force`, a folder that exists is moved aside first. Raises `UserError` if runs of
-        another plan, or files that prunekit did not write, are in the way.
-        """
-        where, marker = relative(self.path), self.path / PLAN
-        aside = f"{self.elsewhere}, or {self.anew}"
-        if self.path.is_file():
-            raise UserError(f"{where} is a file; {self.elsewhere}")
-        if force and self.path.exists():
-            self._move_aside(tell)
-        if marker.is_file():
-            content = read_record(marker, aside)
-            if content.get("plan") != digest(self.plan):
-                raise UserError(
-                    f"{where} holds the runs of another recipe ({content.get('recipe', '?')}); "
-                    f"{aside}"
-                )
-            kept = all(isinstance(content.get(k, t()), t) for k, t in MADE_WITH.items())
-            return content if content.get("done") and kept else None
-        ours = {self.path / RUN_LOCK, *find_partial(self.path)}
-        if self.path.is_dir() and set(self.path.iterdir()) - ours:
-            raise UserError(f"{where} holds files that are not runs of prunekit; {aside}")
-        make_folder(self.path, self.elsewhere)
-        self.mark(done=False)
-        if self.plan.swept:
-            write_text(self.path / RECIPE, tomli_w.dumps(dict(self.plan.document)))
-        return None
-
-    def withdraw(self) -> None:
-        """Remove what `prepare` has written, if no run has begun."""
-        if {path.name for path in self.path.iterdir()} <= {PLAN, RECIPE}:
-            shutil.rmtree(self.path, ignore_errors=True)
-
-    def find_changed(self, *, done: bool) -> list[Path]:
-        """Files of its runs that are lost or not what the runs wrote; unless the plan is done, only
-        what they cannot be written over."""
-        find = partial(find_changed, done=True) if done else find_blocking
-        labels = [run.label for run in self.plan.runs] if self.plan.swept else ["."]
-        folders = [self.path / label for label in labels]
-        return [folder / name for folder in folders for name in find(folder)]
-
-    @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Lock the folder. Raises `UserError` if another process is running in it."""
-        make_folder(self.path, self.elsewhere)
-        refuse_link(self.path / RUN_LOCK)
-        try:
-            # Not 0: who looks whether it is held holds it for a moment.
-            held = filelock.FileLock(self.path / RUN_LOCK).acquire(timeout=0.2)
-        except filelock.Timeout:
-            raise UserError(
-                f"another process is running in {relative(self.path)}; wait for it, or "
-                f"{self.elsewhere}"
-            ) from None
-        with held:
-            for part in find_partial(self.path):
-                part.unlink()
-            yield
-
-    def mark(self, *, done: bool, **made_with: Any) -> None:
-        """Record which plan the folder belongs to and, if it is done, what it was `made_with`."""
-        content = {
-            "format": RUN_FORMAT,
-            "recipe": relative(self.plan.path),
-            "plan": digest(self.plan),
-            "runs": [run.label for run in self.plan.runs],
-            "done": done,
-            **made_with,
-        }
-        write_json(self.path / PLAN, content)
-
-    def _move_aside(self, tell: Tell) -> None:
-        where = relative(self.path)
-        if self.path.resolve() in (Path.cwd(), *self.plan.path.resolve().parents):
-            raise UserError(
-                f"{where} is the current folder or holds the recipe, and is not moved aside; name "
-                "a folder for the results with --out"
-            )
-        if (self.path / RUN_LOCK).exists():
-            with self.alone():
-                pass
-        aside = next_free(self.path, ".old")
-        try:
-            shutil.move(self.path, aside)
-        except OSError as error:
-            raise UserError(f"cannot move {where} aside: {error.strerror}") from None
-        tell(f"moved {where} to {relative(aside)}")
-
-
-def digest(plan: Plan) -> str:
-    """SHA-256 of what a plan computes: its name and its resolved runs."""
-    content = [plan.name, plan.smoke, [[run.label, run.describe()] for run in plan.runs]]
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _now() -> str:

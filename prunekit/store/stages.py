@@ -17,6 +17,7 @@ from prunekit.report import Stop, Tell
 from prunekit.store.files import (
     OTHER_STORE,
     find_partial,
+    is_held,
     make_folder,
     make_inner,
     refuse_link,
@@ -58,6 +59,10 @@ class Store:
     def folder(self, key: str) -> StageFolder:
         """The folder of the stage with this key, whether it exists or not."""
         return StageFolder(self.stages / key)
+
+    def is_held(self, key: str) -> bool:
+        """Whether a process is computing the stage with this key."""
+        return bool(is_held(self.folder(key).path / STAGE_LOCK))
 
     @contextmanager
     def locked(

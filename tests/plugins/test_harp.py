@@ -19,7 +19,7 @@ from prunekit.errors import Interrupted
 from prunekit.graph.groups import find_groups
 from prunekit.pruning.selection import Selection, check_keep, count_units, select_masks
 from prunekit.report import Stop
-from prunekit.store.tensors.checkpoint import read_checkpoint
+from prunekit.store.tensors.pieces import hash_piece, read_pieces
 from prunekit.testing import example_context
 from prunekit.training.loop import Fit, fit
 
@@ -307,7 +307,8 @@ def continue_job(folder, structure, stop):
 
 def finish(job):
     fit(job)
-    tensors, header = read_checkpoint(job.checkpoint)
+    known = {hash_piece(v): v for v in job.masking.model.state_dict().values()}
+    tensors, header = read_pieces(job.checkpoint, known)
     return tensors, header["at"]["history"]
 
 

@@ -22,6 +22,7 @@ from prunekit.contracts import Metric
 from prunekit.report import (
     EpochDone,
     Event,
+    FromRun,
     Note,
     Progress,
     RunDone,
@@ -205,6 +206,29 @@ def test_time_left_of_evaluators_is_counted_for_each() -> None:
     assert part.estimate(111.0) is None
     part = part.advance(Progress("evaluate", 10, 10, label="pgd"), 120.0)
     assert part.estimate(120.0) is None
+
+
+def test_runs_side_by_side_have_a_line_each_and_their_labels(tmp_path: Path) -> None:
+    screen, file = make_live_screen()
+    for label in ("a", "b"):
+        screen(FromRun(label, RunStarted(label, tmp_path, ("prune",))))
+        screen(FromRun(label, StageStarted("prune", "prune", "k", epochs=4)))
+    for label in ("a", "b"):
+        screen(FromRun(label, Progress("prune", 1, 2, epoch=1, epochs=4)))
+    drawn = file.getvalue()
+    for label in ("a", "b"):
+        assert f"{label}  prune  1/1  epoch 2/4  batch 1/2" in drawn
+    screen(FromRun("b", Note("slow")))
+    assert "b  note: slow" in file.getvalue()
+    screen(FromRun("a", RunDone("a", tmp_path, {}, 3.0)))
+    assert screen.display is not None
+    # A process may die before its run begins.
+    screen(FromRun("c", RunFailed("c", tmp_path, "killed")))
+    assert "c  run c FAILED: killed" in file.getvalue()
+    screen(FromRun("b", RunDone("b", tmp_path, {}, 3.0)))
+    assert screen.display is None
+    shown = file.getvalue()
+    assert shown.rfind("\x1b[?25h") > shown.rfind("\x1b[?25l")
 
 
 def test_a_long_attack_is_named_and_ticks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

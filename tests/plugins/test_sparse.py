@@ -386,7 +386,7 @@ def test_what_was_chosen_is_told_once() -> None:
 
 
 def test_costs_decide() -> None:
-    costs = Costs(dense=1, single=1, sparse=2, visit=0, output=0, layout=0)
+    costs = Costs(dense=1, single=1, sparse=2, visit=0, output=0, layout=0, call=0)
     layer = Geometry(10, 4, 4, 10, (3, 3), padding=(1, 1))
     assert costs.pays(layer, 449, 8, whole=False)
     assert not costs.pays(layer, 451, 8, whole=False)
@@ -394,9 +394,12 @@ def test_costs_decide() -> None:
     slow = dataclasses.replace(costs, visit=100)
     assert slow.pays(layer, 175, 8, whole=False)
     assert not slow.pays(layer, 176, 8, whole=False)
-    # Two of three parts of a step against copies of 160 numbers an image, in and out.
+    # A dense layer has to bring its 1,280 outputs into the other layout.
     turned = dataclasses.replace(costs, layout=1)
     assert turned.pays(layer, 454, 8, whole=False)
+    called = dataclasses.replace(costs, call=1600)
+    assert called.pays(layer, 443, 8, whole=False)
+    assert not called.pays(layer, 444, 8, whole=False)
     assert not turned.pays(layer, 456, 8, whole=False)
 
 

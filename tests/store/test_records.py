@@ -43,19 +43,16 @@ def test_runs_are_found_everywhere_but_in_hidden_folders(tmp_path: Path, write_r
         find_runs(tmp_path / "none")
 
 
-@pytest.mark.parametrize("place", ["runs/a", "runs"])
-def test_a_run_whose_process_was_killed_is_stopped(tmp_path: Path, write_run, place: str) -> None:
-    """The lock of a sweep is around its runs."""
-
+def test_a_run_whose_process_was_killed_is_stopped(tmp_path: Path, write_run) -> None:
     def status(name: str) -> str:
         (run,) = find_runs(tmp_path / "runs" / name)
         return run.status
 
     write_run(tmp_path / "runs/a", {}, status="running")
     assert status("a") == "running or stopped"
-    with filelock.FileLock(tmp_path / place / ".lock"):
+    with filelock.FileLock(tmp_path / "runs/a/.lock"):
         assert status("a") == "running"
-    (tmp_path / place / ".lock").touch()
+    (tmp_path / "runs/a/.lock").touch()
     assert status("a") == "stopped"
     write_run(tmp_path / "runs/b", {}, status="failed")
     assert status("b") == "failed"
