@@ -112,6 +112,11 @@ class RadmmOptions:
     growth: float = option(1.3, help="what the factor is multiplied by after a round", low=1)
 
 
+def count_start(options: ScoreOptions | HarpOptions, batches: int, loss: int) -> int:
+    """Forward passes that make the scores to start from: those of `snip` take one."""
+    return int(options.start == "snip")
+
+
 @hookimpl
 def prunekit_pruners() -> Iterator[PrunerComponent]:
     """Declare the pruners."""
@@ -122,6 +127,7 @@ def prunekit_pruners() -> Iterator[PrunerComponent]:
         options=ScoreOptions,
         learns=True,
         cost="no more passes; a selection of masks in every step",
+        forward_passes=count_start,
         paper=_HYDRA,
     )
     yield PrunerComponent(
@@ -137,6 +143,7 @@ def prunekit_pruners() -> Iterator[PrunerComponent]:
         build="prunekit_pruners.scores:build_snip",
         paper="Lee et al., SNIP, ICLR 2019, arXiv 1810.02340",
         cost="once: a forward and backward pass of the clean loss on a batch",
+        forward_passes=lambda options, batches, loss: 1,
     )
     yield PrunerComponent(
         name="random",
@@ -155,6 +162,7 @@ def prunekit_pruners() -> Iterator[PrunerComponent]:
         paper="Zhao and Wressnegger, HARP, ICLR 2023, arXiv 2412.14714",
         details=_HARP,
         cost="nothing beyond `score`: a rate a layer, whose gradient comes with the scores'",
+        forward_passes=count_start,
     )
     yield PrunerComponent(
         name="fashapley",
@@ -163,6 +171,7 @@ def prunekit_pruners() -> Iterator[PrunerComponent]:
         options=FaShapleyOptions,
         paper="Kang et al., FaShapley, SaTML 2023, openreview mJF9_Fs52ut",
         cost="once: `steps` forward and backward passes of the loss on each of `batches` batches",
+        forward_passes=lambda options, batches, loss: options.steps * options.batches * loss,
         details="The loss is the stage's objective, or the cross-entropy on clean images if the "
         "recipe has none. All prunable weights are scaled together. The size of a contribution "
         "counts, whether it lowers the loss or raises it: of a trained network without "
@@ -177,6 +186,7 @@ def prunekit_pruners() -> Iterator[PrunerComponent]:
         options=MovementOptions,
         paper="Sanh et al., Movement Pruning, NeurIPS 2020, arXiv 2005.07683",
         cost="once: a forward and backward pass of the loss on each of `batches` batches",
+        forward_passes=lambda options, batches, loss: (options.batches or batches) * loss,
         details="The loss is the stage's objective, or the cross-entropy on clean images if the "
         "recipe has none. Scores are signed: weights that move towards zero go first, so that "
         'budget = "lamp" refuses them. The weights stand still meanwhile; the paper sums up while '

@@ -65,6 +65,11 @@ def count_batches(options: AverageOptions) -> int:
     return options.batches if options.bn == "recalibrate" else 0
 
 
+def count_idle(options: SwaOptions, epochs: int) -> int:
+    """The epochs of a stage before the first that counts in the mean."""
+    return int(options.start * epochs)
+
+
 AWP_DETAILS = """\
 The authors' gamma is 0.01 for adversarial training (pgd-at), and 0.005 from epoch 10 on for TRADES.
 Where training stops learning, as it may on small networks, lower it or start later. Kept weights
@@ -100,6 +105,7 @@ def prunekit_wrappers() -> Iterable[WrapperComponent]:
         paper="Wu et al., NeurIPS 2020, arXiv 2004.05884",
         details=AWP_DETAILS,
         passes=lambda options: 2,
+        idle=lambda options, epochs: options.start,
     )
     yield WrapperComponent(
         name="ema",
@@ -122,6 +128,7 @@ def prunekit_wrappers() -> Iterable[WrapperComponent]:
         cost="a copy of what is trained; recalibrating, the forward passes of `batches` an epoch",
         averages=True,
         batches=count_batches,
+        idle=count_idle,
     )
     yield WrapperComponent(
         name="s2ap",
@@ -130,5 +137,6 @@ def prunekit_wrappers() -> Iterable[WrapperComponent]:
         options=S2apOptions,
         paper="S2AP, arXiv 2510.18381",
         passes=lambda options: 2,
+        idle=lambda options, epochs: options.start,
         scores=True,
     )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from prunekit.contexts import NetworkContext
 from prunekit.contracts import Clock
 from prunekit.steps import Now
-from prunekit_wrappers import EmaOptions, SwaOptions, count_batches
+from prunekit_wrappers import EmaOptions, SwaOptions, count_batches, count_idle
 
 
 @dataclass
@@ -92,7 +92,7 @@ def build_swa(options: SwaOptions, context: NetworkContext) -> Average:
 
     def rate(clock: Clock) -> float:
         last = (clock.step + 1) % (clock.steps // clock.epochs) == 0
-        n = clock.epoch + 1 - int(options.start * clock.epochs)
+        n = clock.epoch + 1 - count_idle(options, clock.epochs)
         return 1 / n if last and n > 0 else 0.0
 
     return Average(rate, count_batches(options))

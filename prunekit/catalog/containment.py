@@ -51,14 +51,16 @@ def contained() -> Iterator[None]:
                 os.chdir(folder)
 
 
-def ask(use: Any, what: str) -> Any:
+def ask(use: Any, what: str, *more: Any) -> Any:
     """What a function of the declaration of a `Use`, such as `passes`, says of its options.
+
+    `more` is what else the function takes.
 
     Raises `PluginError` if it fails, and `UserError` if that is what it raises.
     """
     try:
         with contained():
-            said = getattr(use.component, what)(use.options)
+            said = getattr(use.component, what)(use.options, *more)
             # A generator is a plugin's code still.
             return tuple(said) if isinstance(said, Iterator) else said
     except UserError:

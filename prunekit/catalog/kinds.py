@@ -82,6 +82,9 @@ class PrunerComponent(Component):
     """It decides itself what it removes by when, so a recipe gives no `sparsity_schedule`."""
     trains_weights: bool = False
     """It trains the weights and has no scores to learn, so wrappers of scores refuse it."""
+    forward_passes: Callable[[Any, int, int], int] = lambda options, batches, loss: 0
+    """options, training batches of an epoch, forward passes of the stage's loss on a batch ->
+    forward passes of a batch that it makes beside training."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,6 +219,9 @@ class WrapperComponent(Component):
     """Its network is judged and stored in place of the trained one: one such a stage, at most."""
     batches: Callable[[Any], int] = lambda options: 0
     """options -> the most training batches that `Recalibrating.batches` asks for in an epoch."""
+    idle: Callable[[Any, int], int] = lambda options, epochs: 0
+    """options, epochs of the stage -> how many of them pass before it begins; `passes` and
+    `batches` are those from then on."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -165,9 +165,15 @@ def describe_component(entry: Entry) -> dict[str, Any]:
 
 def describe_cost(component: Component) -> str:
     """What a component costs, as it says; or from the passes that it declares, by its defaults."""
-    if component.cost or any(map(_is_required, dataclasses.fields(component.options))):
+    if any(map(_is_required, dataclasses.fields(component.options))):
         return component.cost
     options = component.options()
+    if isinstance(component, PrunerComponent):
+        passes = component.forward_passes(options, 100, 1)
+        once = f"{passes} forward passes by default, of a loss of one and epochs of 100 batches"
+        return "; ".join(filter(None, (component.cost, once if passes > 1 else "")))
+    if component.cost:
+        return component.cost
     if isinstance(component, ObjectiveComponent):
         return f"forward passes of an image in a training step: {component.forward_passes(options)}"
     if isinstance(component, EvaluatorComponent):

@@ -97,20 +97,24 @@ def _count_work(run: Run, loaded: Loaded, stage: Stage, compute: Compute) -> tup
         return 0, int(batches) * passes + LOOKS * len(options.with_)
     parts, limits = (loaded.data.train, loaded.validation), (stage.limit, options.validation_images)
     feed = Feed(*parts, size, compute.device, (), None, *limits)
-    recalibrates = stage.kind == "prune" and options.bn == "recalibrate"
-    after = feed.count() if recalibrates else 0
+    use, batches = options.objective, feed.count()
+    once = ask(use, "forward_passes") if use else 1
+    beside = 0
+    if stage.kind == "prune":
+        beside = ask(options.pruner, "forward_passes", batches, once)
+        beside += batches if options.bn == "recalibrate" else 0
     if options.epochs is None:
-        return 0, after
-    use = options.objective
-    steps = stage.epochs * feed.count() * stage.replays
+        return 0, beside
+    steps = stage.epochs * batches * stage.replays
     judged = ask(use, "validation_passes")
     if options.validate:
         judged += ask(options.validate, "forward_passes")
     validation = feed.count_validation()
     checked = stage.epochs * validation * judged + (LOOKS if validation else 0)
-    once = ask(use, "forward_passes")
     again = once - ask(use, "attack_passes")
-    measured = sum(min(ask(wrapper, "batches"), feed.count()) for wrapper in options.wrap)
-    checked += stage.epochs * measured * once
-    more = sum(ask(wrapper, "passes") - 1 for wrapper in options.wrap)
-    return steps, steps * (once + more * again) + checked + after
+    more = 0
+    for wrapper in options.wrap:
+        active = max(0, stage.epochs - ask(wrapper, "idle", stage.epochs))
+        more += active * batches * stage.replays * (ask(wrapper, "passes") - 1) * again
+        more += active * min(ask(wrapper, "batches"), batches) * once
+    return steps, steps * once + more + checked + beside

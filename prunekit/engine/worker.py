@@ -74,7 +74,7 @@ def _work(order: Order, tasks: queue.Queue[Task | None], stop: Stop, heard: IO[b
     if digest(plan) != order.digest:
         raise RunError(f"{order.recipe} has changed meanwhile; run it again")
     plan.permit()
-    compute = open_compute(order.device, order.threads)
+    compute = open_compute(order.device, order.threads, plan.compute.sparse, plan.backend)
     listeners: list[Report] = []
     drawn = 0.0
 

@@ -164,6 +164,7 @@ def resolve_stages(
             resolver.problem(path, "finetune before any prune; put a prune stage before it")
         names.add(name)
         own = {k: v for k, v in table.items() if k not in ("kind", "name")}
+        own = _drop_misplaced(kind, own, resolver, path)
         own = _drop_unused(kind, own, resolver, path, name, swept, notes)
         options = resolver.options(STAGE_OPTIONS[kind], own, path, f"stage {name!r}")
         if options is None:
@@ -232,6 +233,22 @@ def _check_select(options: Any, resolver: Resolver, path: KeyPath, name: str) ->
             f"stage {name!r}: objective {component.name!r} has no validation metric "
             f"{options.select!r}; {suggest(options.select, known)}",
         )
+
+
+def _drop_misplaced(
+    kind: str, own: dict[str, Any], resolver: Resolver, path: KeyPath
+) -> dict[str, Any]:
+    """The keys of a stage, without those that only other kinds have: mistakes."""
+    known = {k: [key_of(f.name) for f in dataclasses.fields(o)] for k, o in STAGE_OPTIONS.items()}
+    kept = {}
+    for key, value in own.items():
+        owners = [other for other, keys in known.items() if key in keys]
+        if kind in owners or not owners:
+            kept[key] = value
+        else:
+            message = f"{key} is for stages of kind {', '.join(owners)}, not {kind}; remove it"
+            resolver.problem((*path, key), message)
+    return kept
 
 
 def _drop_unused(

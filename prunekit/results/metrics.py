@@ -40,14 +40,14 @@ def format_metric(value: float, unit: str = "%") -> str:
 def format_setting(value: Any) -> str:
     """A value of a recipe as short text; a component with its options in parentheses.
 
-    >>> format_setting(0.9), format_setting({"use": "snip", "batches": 2})
-    ('0.9', 'snip(batches=2)')
+    >>> format_setting(0.9), format_setting({"use": "snip", "batches": 2}), format_setting([])
+    ('0.9', 'snip(batches=2)', 'none')
     """
     if isinstance(value, Mapping):
         options = [f"{k}={format_setting(v)}" for k, v in value.items() if k != "use"]
         return str(value.get("use", "")) + (f"({', '.join(options)})" if options else "")
     if isinstance(value, list):
-        return ", ".join(map(format_setting, value))
+        return ", ".join(map(format_setting, value)) or "none"
     if value is None:
         return "-"
     return value if isinstance(value, str) else json.dumps(value)

@@ -71,7 +71,8 @@ def _describe(recipe: Mapping[str, Any], given: Mapping[str, Any]) -> Settings:
         table = {key: value for key, value in stage.items() if key not in ("kind", "name", "with")}
         if stage.get("kind") == "evaluate":
             judging[name] = dict(_flatten(table, "evaluate"))
-            judging[name] |= _flatten(stage.get("with"), "")
+            for own, use in _list_components(stage.get("with")):
+                judging[name] |= _flatten(use, own)
             before[name] = len(training)
         else:
             training.append(name)
@@ -79,25 +80,53 @@ def _describe(recipe: Mapping[str, Any], given: Mapping[str, Any]) -> Settings:
     names = {a: _name(recipe, a) for a in given if a.partition(".")[0] not in ELSEWHERE}
     swept: dict[str, Any] = {}
     for address, name in names.items():
-        swept |= _flatten(given[address], name)
+        value = given[address]
+        if name == "evaluate.with" or isinstance(general.get(name), str):
+            value = _as_tables(value)
+        # The evaluators' options are at the addresses that `judging` has.
+        told = _flatten(value, name)
+        swept |= {a.removeprefix("evaluate.with."): v for a, v in told}
     return Settings(general, judging, swept, names, tuple(training), before)
 
 
 def _flatten(value: Any, address: str) -> Iterator[tuple[str, Any]]:
-    """(address, value) of all that is in a table; a component has the address of its options."""
+    """(address, value) of all that is in a table; a component has the address of its options.
+
+    A list of components has their names, joined, and below its address the options of each.
+    """
     if isinstance(value, dict):
         if "use" in value:
             yield address, value["use"]
         for key, inner in value.items():
             if key != "use":
                 yield from _flatten(inner, f"{address}.{key}")
-    elif isinstance(value, list) and all(isinstance(i, dict) and "use" in i for i in value):
-        for item in value:
-            name = str(item.get("name", item["use"])).rpartition(":")[2]
-            table = {key: inner for key, inner in item.items() if key != "name"}
-            yield from _flatten(table, f"{address}.{name}".removeprefix("."))
+    elif components := _list_components(value):
+        yield address, ", ".join(name for name, _ in components)
+        for name, table in components:
+            options = {key: inner for key, inner in table.items() if key != "use"}
+            yield from _flatten(options, f"{address}.{name}")
     else:
         yield address, value
+
+
+def _list_components(value: Any) -> list[tuple[str, dict[str, Any]]]:
+    """(name, table without it) of each component, where a value is a list of them; else none."""
+    if not isinstance(value, list) or not all(isinstance(i, dict) and "use" in i for i in value):
+        return []
+    return [
+        (
+            str(item.get("name", item["use"])).rpartition(":")[2],
+            {key: inner for key, inner in item.items() if key != "name"},
+        )
+        for item in value
+    ]
+
+
+def _as_tables(value: Any) -> Any:
+    """A list of components as a sweep wrote it, names alone among them, as a recipe has it."""
+    if not isinstance(value, list):
+        return value
+    return [{"use": item} if isinstance(item, str) else item for item in value]
 
 
 def _name(recipe: Mapping[str, Any], address: str) -> str:

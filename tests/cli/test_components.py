@@ -62,6 +62,12 @@ def test_show_tells_options_with_types_limits_and_defaults(call, read):
         ("awp", "forward and backward passes in a training step: 2"),
         ("trades", "forward passes of an image in a training step: 13"),
         ("autoattack", "forward passes of an image: "),
+        (
+            "fashapley",
+            "once: `steps` forward and backward passes of the loss on each of `batches` "
+            "batches; 100 forward passes by default, ",
+        ),
+        ("lwm", "no passes"),
         ("sgd", ""),
     ],
 )

@@ -37,6 +37,30 @@ TAUGHT = [{**FINETUNE, "kind": "pretrain", "objective": "benign"}, FINETUNE]
 PRUNE = {"kind": "prune", "sparsity": 0.5}
 
 
+def make_plan(objective, stages):
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randint(256, (50, 1, 8, 8), generator=draw, dtype=torch.uint8)
+    y = torch.zeros(50, dtype=torch.int64)
+    y[[0, 49]] = 1
+    recipe = {
+        "dataset": {"use": "given", "batch_size": 8, "validation": 8 / 38},
+        "threat": {"eps": 1e-4},
+        "objective": objective,
+        "stage": stages,
+    }
+    return plan_recipe(recipe, Counting(), (x[:38], y[:38], x[38:], y[38:]), None, "cpu")
+
+
+@pytest.mark.parametrize("pruner", ["score", "harp"])
+def test_scores_that_start_as_sensitivities_take_a_pass_before_training(pruner, tmp_path):
+    passes = []
+    for start in ("scaled", "snip"):
+        stage = {**PRUNE, "pruner": {"use": pruner, "start": start}, "epochs": 1}
+        told = preview_plan(make_plan("benign", [stage]), tmp_path / "out", tmp_path / "store")
+        passes.append(told["runs"][0]["stages"][0]["forward_passes"])
+    assert passes == [LOOKS + 4 + 1, LOOKS + 4 + 1 + 1]
+
+
 @pytest.mark.parametrize(
     ("objective", "stages", "passes"),
     [
@@ -82,6 +106,22 @@ PRUNE = {"kind": "prune", "sparsity": 0.5}
             [{**FINETUNE, "wrap": [{"use": "swa", "start": 0}]}],
             [LOOKS + 8 * 3 + 2 * (5 + 4 * 3)],
         ),
+        # It begins with the second epoch: before, there is no average to measure.
+        (PGD, [{**FINETUNE, "wrap": ["swa"]}], [LOOKS + 8 * 3 + 2 * 5 + 4 * 3]),
+        (
+            PGD,
+            [{**FINETUNE, "wrap": [{"use": "awp", "start": 1}]}],
+            [LOOKS + 8 * 3 + 4 * 1 + 2 * 5],
+        ),
+        # At 2 points of the way, on 5 batches: those of an epoch and one more.
+        (
+            PGD,
+            [{**PRUNE, "pruner": {"use": "fashapley", "steps": 2, "batches": 5}}],
+            [2 * 5 * 3],
+        ),
+        (PGD, [{**PRUNE, "pruner": "movement"}], [4 * 3]),
+        (PGD, [{**PRUNE, "pruner": {"use": "movement", "batches": 3}}], [3 * 3]),
+        (PGD, [{**PRUNE, "pruner": "snip", "bn": "recalibrate"}], [1 + 4]),
         # Statistics are made anew with one pass over the images, also after scores were learned.
         ("benign", [{**PRUNE, "epochs": 1, "bn": "recalibrate"}], [LOOKS + 4 + 1 + 4]),
         ("benign", [{**PRUNE, "pruner": "lwm", "bn": "recalibrate"}], [4]),
@@ -99,17 +139,7 @@ PRUNE = {"kind": "prune", "sparsity": 0.5}
     ],
 )
 def test_the_forward_passes_that_are_told_are_made(objective, stages, passes, tmp_path):
-    draw = torch.Generator().manual_seed(0)
-    x = torch.randint(256, (50, 1, 8, 8), generator=draw, dtype=torch.uint8)
-    y = torch.zeros(50, dtype=torch.int64)
-    y[[0, 49]] = 1
-    recipe = {
-        "dataset": {"use": "given", "batch_size": 8, "validation": 8 / 38},
-        "threat": {"eps": 1e-4},
-        "objective": objective,
-        "stage": stages,
-    }
-    plan = plan_recipe(recipe, Counting(), (x[:38], y[:38], x[38:], y[38:]), None, "cpu")
+    plan = make_plan(objective, stages)
     told = preview_plan(plan, tmp_path / "out", tmp_path / "store")["runs"][0]["stages"]
     assert [stage["forward_passes"] for stage in told] == passes
     json.dumps(told)

@@ -143,11 +143,61 @@ def test_two_processes_with_other_components_show_all_common_differences(
     assert columns == ["finetune.optimizer", "finetune.optimizer.lr"]
 
 
-def test_what_only_one_run_has_is_a_column(tmp_path: Path, write) -> None:
+def test_wrappers_are_in_one_column_and_their_options_in_others(tmp_path: Path, write) -> None:
+    ema, awp = {"use": "ema", "decay": 0.99}, {"use": "awp", "gamma": 0.01}
     write("a")
-    write("b", {"stage.3.wrap": [{"use": "ema", "decay": 0.99}]})
-    found = [row.settings for row in rows_of(tmp_path)]
-    assert found == [{"finetune.wrap.ema": None}, {"finetune.wrap.ema": "ema"}]
+    for name, wrap in (("b", [ema]), ("c", [{**ema, "decay": 0.9}]), ("d", [awp, ema])):
+        write(name, {"stage.3.wrap": wrap})
+    decay = "finetune.wrap.ema.decay"
+    expected = [
+        {"finetune.wrap": [], decay: None},
+        {"finetune.wrap": "ema", decay: 0.99},
+        {"finetune.wrap": "ema", decay: 0.9},
+        {"finetune.wrap": "awp, ema", decay: 0.99},
+    ]
+    rows = rows_of(tmp_path)
+    assert [row.settings for row in rows] == expected
+    assert [row["settings"] for row in to_json(rows)["rows"]] == expected
+    assert [line[1:3] for line in tabulate(rows)] == [
+        ["wrap", "decay"],
+        ["none", "-"],
+        ["ema", "0.99"],
+        ["ema", "0.9"],
+        ["awp, ema", "0.99"],
+    ]
+
+
+def test_a_sweep_names_wrappers_with_and_without_options(tmp_path: Path, write) -> None:
+    s2ap: dict[str, Any] = {"use": "s2ap", "start": 1}
+    ema = {"use": "ema", "decay": 0.99}
+    cases = [
+        ("score", [s2ap], [s2ap | {"gamma": 0.01}]),
+        ("harp", ["ema"], [ema]),
+        ("snip", ["ema", s2ap], [ema, s2ap | {"gamma": 0.01}]),
+        ("radmm", None, []),
+    ]
+    for pruner, written, resolved in cases:
+        swept = {"prune.pruner": pruner} | ({"prune.wrap": written} if written else {})
+        changes = {"stage.2.pruner": {"use": pruner}, "stage.2.wrap": resolved}
+        write(f"s/{pruner}", changes, swept)
+    (tmp_path / "s/plan.json").write_text("{}")
+    # That the others have no start follows from their wrappers.
+    names = {row.settings["prune.pruner"]: row.settings for row in rows_of(tmp_path)}
+    assert {pruner: settings["prune.wrap"] for pruner, settings in names.items()} == {
+        "score": "s2ap",
+        "harp": "ema",
+        "snip": "ema, s2ap",
+        "radmm": [],
+    }
+    assert {s.get("prune.wrap.s2ap.start") for s in names.values()} <= {1, None}
+
+
+def test_a_sweep_of_evaluators_names_them(tmp_path: Path, write) -> None:
+    pgd: dict[str, Any] = {"use": "pgd", "steps": 5}
+    write("a", {"stage.4.with": [{"use": "clean"}]}, {"pruned.with": ["clean"]})
+    write("b", {"stage.4.with": [{"use": "clean"}, pgd]}, {"pruned.with": ["clean", pgd]})
+    found = [row.settings["evaluate.with"] for row in rows_of(tmp_path)]
+    assert found == ["clean", "clean, pgd"]
 
 
 def test_an_objective_of_all_stages_has_one_column(tmp_path: Path, write) -> None:
