@@ -116,6 +116,7 @@ def _measure() -> Costs:
                 count = max(1, int(density * g.weights))
                 kept = torch.randperm(g.weights, generator=generator)[:count]
                 index = Index(np.sort(kept.numpy()), g)
+                index.read(weight, 0)
                 given = (inner(x), weight, None, None, None, index, True, True)
                 times.append(_time(Convolution.apply, *given))
                 rows.append((count * pixels, count * side, channels * pixels))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -75,15 +75,16 @@ class Index:
 
     def __init__(self, positions: Array, geometry: Geometry) -> None:
         self.positions, self.geometry = positions, geometry
-        self._of: weakref.ref[Tensor] | None = None
-        self._version, self._values = -1, np.empty(0, np.float32)
+        self.values = np.empty(0, np.float32)
+        """The kept weights (E,)."""
+        self._read: tuple[Any, ...] = ()
 
-    def values(self, weight: Tensor) -> Array:
-        """The kept weights (E,); gathered once for a weight that stands."""
-        if self._of is None or self._of() is not weight or self._version != weight._version:
-            self._values = weight.detach().reshape(-1).numpy()[self.positions]
-            self._of, self._version = weakref.ref(weight), weight._version
-        return self._values
+    def read(self, weight: Tensor, pass_: int) -> None:
+        """Gather the kept weights, once a pass for a weight that stands."""
+        read = (id(weight), weight._version, pass_)
+        if self._read != read:
+            self.values = weight.detach().reshape(-1).numpy()[self.positions]
+            self._read = read
 
     @cached_property
     def outputs(self) -> Array:

@@ -53,7 +53,7 @@ class Convolution(torch.autograd.Function):
     ) -> Tensor:
         ctx.index, ctx.relu, ctx.kept_only, ctx.scale = index, relu, kept_only, scale
         given, x, g = x, inner(x), index.geometry
-        values = index.values(weight)
+        values = index.values
         if scale is not None:
             values = values * scale.numpy()[index.outputs]
         y = empty((len(x), g.outputs, *g.out))

@@ -47,7 +47,7 @@ class Running(TorchFunctionMode):
         self._still = False
         self._names: dict[int, str] = {}
         self._chosen: dict[str, str] = {}
-        self._depth = 0
+        self._depth = self._pass = 0
 
     @contextmanager
     def around(
@@ -61,6 +61,7 @@ class Running(TorchFunctionMode):
         if not still:
             self._masks = {id(named[n]): mask for n, mask in masks.items() if n in named}
             self._trained = {id(p) for p in named.values() if p.requires_grad} - self._masks.keys()
+        self._pass += self._depth == 0
         self._depth += 1
         try:
             if self._depth > 1:
@@ -144,10 +145,12 @@ class Running(TorchFunctionMode):
             return None
         mask = self._masks.get(id(weight))
         pattern = weight if mask is None else mask
+        # What is written into `.data` has no version: weights are looked at once a pass.
+        state = (pattern._version, self._pass if mask is None else 0)
         known = self._indices.get(pattern)
-        if known is None or known[0] != pattern._version:
+        if known is None or known[0] != state:
             kept = np.flatnonzero(pattern.detach().reshape(-1).numpy())
-            known = (pattern._version, kept, {})
+            known = (state, kept, {})
             self._indices[pattern] = known
         _, kept, made = known
         if geometry not in made:
@@ -158,8 +161,11 @@ class Running(TorchFunctionMode):
         else:
             pays = self._costs.pays(geometry, len(kept), images, whole=whole)
         self.leave(weight, "sparse" if pays else f"density {len(kept) / geometry.weights:.2f}")
+        if not pays:
+            return None
         found: Index = made[geometry]
-        return found if pays else None
+        found.read(weight, self._pass)
+        return found
 
 
 def _name(model: nn.Module) -> dict[int, str]:

@@ -60,10 +60,13 @@ def _measure(
         net.eval()
         with inside(still=True):
             moved = x.clone().requires_grad_()
-            (attacked,) = torch.autograd.grad(F.cross_entropy(net(moved), y), moved)
+            judged = net(moved)
+            (attacked,) = torch.autograd.grad(F.cross_entropy(judged, y), moved)
+            judged = judged.detach() * 1
         net.train()
         logits = net(x)
         loss = F.cross_entropy(logits, y)
     loss.backward()
     gradients = {n: p.grad for n, p in net.named_parameters() if p.grad is not None}
-    return {"logits": logits.detach() * 1, "input gradient": attacked, **gradients}
+    found = {"logits": logits.detach() * 1, "logits in evaluation": judged}
+    return {**found, "input gradient": attacked, **gradients}

@@ -213,7 +213,7 @@ class Engine:
             seconds=sum(result.seconds for result in new or [r for _, r in results]),
             notes=list(outcome.notes),
             versions={k: v for _, result in results for k, v in result.versions.items()},
-            compute=results[-1][1].compute,
+            compute=_join([result.compute for _, result in results]),
             files=files,
         )
         return whole, not new, outcome.records
@@ -289,9 +289,21 @@ class Engine:
             times.get(0, 0.0) + time.monotonic() - started,
             list(dict.fromkeys((*told, *outcome.notes))),
             {n: used_version(n) for use in uses for n in use.component.needs},
-            self.compute.describe(),
+            self.compute.take_chosen(),
         )
         return stored.finish(result, describe_stage(stage))
+
+
+def _join(places: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Where evaluators computed, as the last did, with the layers of all."""
+    whole = dict(places[-1])
+    for place in places:
+        for name, layers in place.items():
+            if name == "sparse_layers":
+                whole[name] = sorted({*whole[name], *layers})
+            elif name == "dense_layers":
+                whole[name] = {**whole[name], **layers}
+    return whole
 
 
 def _finite(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -67,8 +67,11 @@ def plan_evaluation(network: Network, request: EvalRequest) -> Plan:
         known = short.partition(".")[0] in names
         given[short if known else address.strip()] = parse_value(value)
     data = {"name": label, "seed": seed, **sections, "stage": [stage], "report": ["console"]}
-    if request.device is not None:
-        data["compute"] = {"device": request.device}
+    place = {} if request.device is None else {"device": request.device}
+    if network.run is not None:  # numbers that are added are computed as the others were
+        place["sparse"] = read_run(network.run).sparse
+    if place:
+        data["compute"] = place
     options = {
         ("stage",): ("--with", ",".join(request.evaluators)),
         ("compute", "device"): ("--device", request.device),

@@ -23,7 +23,14 @@ from prunekit.data.batches import eval_batches, spread
 from prunekit.engine.watched import recall
 from prunekit.engine.work import Loaded, Outcome, Work, describe_masks
 from prunekit.errors import RunError
-from prunekit.evaluation import Standing, balanced_proportion, eval_mode, frozen, is_unbalanced
+from prunekit.evaluation import (
+    Standing,
+    balanced_proportion,
+    eval_mode,
+    frozen,
+    is_unbalanced,
+    running,
+)
 from prunekit.judging import Examination, Watch, examine, watching
 from prunekit.pruning.masks import State, describe_counts, find_broken
 from prunekit.recipe.plan import Run
@@ -109,7 +116,8 @@ def _look(model: nn.Module, use: Use[Evaluator], index: Tensor, work: Work) -> E
     """
     test, size = work.loaded.data.test, work.run.data.batch_size
     x, _ = next(iter(eval_batches(test, size, work.device, index[:: -(-len(index) // size)])))
-    found = examine(model, x)
+    with running(model, {}, still=True):
+        found = examine(model, x)
     if not found.finite:
         with eval_mode(model), torch.no_grad():
             batches = eval_batches(test, size, work.device, index)

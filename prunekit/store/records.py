@@ -48,6 +48,8 @@ class RunRecord:
     """Keys of all its stages, also of those that have not been computed."""
     layers: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     """Weight -> how many are "kept" of its "weights"."""
+    sparse: str = "off"
+    """`sparse` of [compute]."""
 
 
 def open_recipe(path: Path, settings: Sequence[str] = (), *, trust: bool = False) -> Recipe:
@@ -91,6 +93,13 @@ def find_runs(folder: Path, tell: Tell | None = None) -> list[RunRecord]:
     return sorted(runs, key=lambda run: (run.folder.parent, run.number, run.folder))
 
 
+def _read_sparse(compute: Any) -> str:
+    """The setting `sparse` of [compute] that a run was made with."""
+    told = compute.get("sparse") if isinstance(compute, dict) else None
+    mode = str(told).partition(" ")[0]
+    return mode if mode in ("auto", "on") else "off"
+
+
 def read_run(folder: Path) -> RunRecord:
     """The run of a folder. Raises `UserError` if its `run.json` cannot be read."""
     advice = "run the recipe again"
@@ -116,6 +125,7 @@ def read_run(folder: Path) -> RunRecord:
             number=_take({"number": 0, **told}, "number", int),
             keys=tuple(map(str, _take({"keys": [], **told}, "keys", list))),
             layers=_read_layers(told.get("sparsity") or {}),
+            sparse=_read_sparse(told.get("compute")),
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         reason = f"lacks {error}" if isinstance(error, KeyError) else f"is damaged ({error})"

@@ -50,14 +50,19 @@ class Compute:
         return {"device": self.device.type, "precision": "fp32", "ranks": 1, **sparse}
 
     def describe(self) -> dict[str, Any]:
-        """What is recorded with a result, and which layers were sparse since the last time."""
+        """What is recorded with a run."""
+        sparse = {} if self.sparse is None else self.sparse.key()
         found = {"device": str(self.device), "threads": self.threads, "precision": "fp32"}
+        return {**found, **sparse}
+
+    def take_chosen(self) -> dict[str, Any]:
+        """What is recorded with a result: that, and how layers ran since this was last asked."""
         if self.sparse is None or (backend := BACKEND.get()) is None:
-            return found
+            return self.describe()
         chosen = backend.chosen()
         dense = {name: why for name, why in chosen.items() if why != "sparse"}
-        found |= self.sparse.key()
-        return {**found, "sparse_layers": len(chosen) - len(dense), "dense_layers": dense}
+        sparse = [name for name in chosen if name not in dense]
+        return {**self.describe(), "sparse_layers": sparse, "dense_layers": dense}
 
     def place(self, model: nn.Module) -> nn.Module:
         """The model on the device."""
