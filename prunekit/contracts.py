@@ -113,8 +113,9 @@ class Halting(Protocol):
     """An objective that sees that its training fails; the stage ends with an earlier epoch."""
 
     def halts(self, history: Sequence[Mapping[str, Any]]) -> str:
-        """What went wrong in the last of these epochs, "" if nothing; asked once one was the best.
+        """What went wrong in the last of these epochs, "" if nothing.
 
+        The best epoch is kept then; before one could be, as it had not settled, the last before.
         Each has its metrics, such as `accuracy` and `validation.accuracy`; nothing else decides.
         """
 

@@ -148,8 +148,9 @@ class Moment:
     now, in the `first` call (before step 0, to choose what to start with) those of the stages
     before, or all True. `gradients` are those of the step's loss at all weights, removed ones
     included; empty in the first call, and unless `RewirerComponent.gradients` asks for them.
-    `history` has the metrics of each epoch so far. `final` says that this is the last step, and
-    `trained` that the weights were trained before the stage, so that magnitudes mean something.
+    `select(scores)` gives the masks that the core would choose by these scores now. `history` has
+    the metrics of each epoch so far. `final` says that this is the last step, and `trained` that
+    the weights were trained before the stage, so that magnitudes mean something.
     """
 
     clock: Clock
@@ -159,6 +160,7 @@ class Moment:
     gradients: Mapping[str, Tensor]
     history: Sequence[Mapping[str, Any]]
     generator: torch.Generator
+    select: Callable[[Scores], Masks]
     first: bool = False
     final: bool = False
     trained: bool = False

@@ -89,8 +89,8 @@ class SingleStepOptions(Threatened, LabelOptions):
     ramp: float = option(0.0, help="epochs in which eps grows from 0", unit="epochs", low=0)
     drop: float = option(
         0.05,
-        help="fall of the robust validation accuracy that ends the stage, if accuracy in training "
-        "rose meanwhile (catastrophic overfitting); 1: never",
+        help="fall of the robust validation accuracy within an epoch that ends the stage, if "
+        "accuracy in training rose meanwhile (catastrophic overfitting); 1: never",
         low=0,
         high=1,
     )
@@ -246,7 +246,8 @@ def prunekit_objectives() -> Iterable[ObjectiveComponent]:
             options=options,
             paper=paper,
             details="The stage ends at the first epoch that shows catastrophic overfitting, and "
-            "keeps an earlier one. A fall by `drop` should be more than noise: with 100 validation "
+            "keeps an earlier one: the best, or where it comes before the end of `ramp`, the last. "
+            "A fall by `drop` should be more than noise: with 100 validation "
             "images, 5 points are not. The attack is made in eval mode, theirs in train mode.",
             forward_passes=lambda options: 2,
             attack_passes=lambda options: 1,

@@ -115,8 +115,8 @@ def prunekit_rewirers() -> Iterable[RewirerComponent]:
         "optimizer steps all the same, without effect. Masks are nested: what is removed stays "
         "removed (with budgets of whole counts, erk and igq, rounding may ask a layer for one "
         "weight more than before). An n:m structure has no schedule, and does not go with it.\n\n"
-        "regrow = true exchanges weights as well, as GraNet does (Liu et al., NeurIPS 2021), a "
-        "part that falls with the cosine to 0 at the end.\n\n"
+        "regrow = true exchanges weights as well, as GraNet does (Liu et al., NeurIPS 2021): of "
+        "what a step keeps, a part that falls with the cosine to 0 at the end.\n\n"
         "Not as in the paper: removed weights are zero, and do not wait with their old values.",
     )
     yield RewirerComponent(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, cos, pi
 
 import torch
@@ -24,8 +24,7 @@ def drop_and_grow(
     |w| of the mask go; of all that are then free, those just dropped included, the ones with the
     largest |gradient| come, or those that a random permutation puts first. Ties go by position.
 
-    What is new has the highest scores, the others have |w|: where the sparsity rises meanwhile, the
-    core removes more of the small ones.
+    What is new has the highest scores, the others have |w|.
     """
     top = 1 + max(float(weight.abs().max()) for weight in moment.weights.values())
     values = {}
@@ -41,9 +40,14 @@ def drop_and_grow(
             wanted = torch.randperm(size.numel(), generator=moment.generator).to(size.device)
         order = wanted.masked_fill(~free, -1).argsort(descending=True, stable=True)
         new = order[: min(grown, int(free.sum()))]
-        scores = size.clamp_min(torch.finfo(size.dtype).tiny).masked_fill(free, 0)
+        scores = measure(weight, ~free.view_as(weight)).flatten()
         values[name] = scores.index_fill_(0, new, top).view_as(weight)
     return values
+
+
+def measure(weight: Tensor, mask: Tensor) -> Tensor:
+    """|w|, above 0 for what the mask keeps, also where w is 0, and 0 elsewhere."""
+    return weight.abs().clamp_min(torch.finfo(weight.dtype).tiny).masked_fill(~mask, 0)
 
 
 def choose_first(moment: Moment, start: str | None) -> Scores:
@@ -63,7 +67,12 @@ def anneal(first: float, last: float, done: float) -> float:
 
 @dataclass(frozen=True)
 class Exchange:
-    """Every so many steps each layer drops and grows the same number of weights."""
+    """Every so many steps each layer drops and grows the same number of weights.
+
+    Where the sparsity rises, the smallest |w| go first, down to what the step keeps, and of that a
+    part is exchanged (GraNet, Liu et al., NeurIPS 2021, section 4.1): among what is free then are
+    the weights that went first, as there.
+    """
 
     every: Callable[[Clock], int]
     count: Callable[[Clock, int], int]
@@ -80,11 +89,14 @@ class Exchange:
         """The next masks; the last step of a stage grows nothing that could not be trained."""
         if moment.first:
             return choose_first(moment, self.start)
-        changes = {}
-        for name, mask in moment.masks.items():
-            n = 0 if moment.final else self.count(moment.clock, int(mask.sum()))
-            changes[name] = (n, n)
-        return Scores(drop_and_grow(moment, changes, self.growth))
+        before = {n: measure(weight, moment.masks[n]) for n, weight in moment.weights.items()}
+        left, changes = {}, {}
+        for name, mask in moment.select(Scores(before)).items():
+            left[name] = mask & moment.masks[name]
+            kept = int(left[name].sum())
+            n = 0 if moment.final else self.count(moment.clock, kept)
+            changes[name] = (n, n + int(mask.sum()) - kept)  # budgets may ask for more than before
+        return Scores(drop_and_grow(replace(moment, masks=left), changes, self.growth))
 
 
 def build_set(options: SetOptions, context: NetworkContext) -> Rewirer:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from prunekit.contexts import NetworkContext
 from prunekit.contracts import Clock, Scores
 from prunekit.errors import RunError
 from prunekit.steps import Moment, Rewirer
 from prunekit_rewirers import GradualOptions
-from prunekit_rewirers.exchange import Exchange, anneal
+from prunekit_rewirers.exchange import Exchange, anneal, measure
 
 
 @dataclass(frozen=True)
@@ -42,11 +40,8 @@ class Gradual:
             )
         if self.regrow and not moment.first:
             return self.exchange(moment)
-        values = {}
-        for name, weight in moment.weights.items():
-            least = torch.finfo(weight.dtype).tiny  # of what is left, also where it is 0
-            values[name] = weight.abs().clamp_min(least) * (moment.masks[name] | moment.first)
-        return Scores(values)
+        masks, first = moment.masks, moment.first
+        return Scores({n: measure(w, masks[n] | first) for n, w in moment.weights.items()})
 
 
 def build(options: GradualOptions, context: NetworkContext) -> Rewirer:

@@ -175,13 +175,17 @@ def fit(job: Fit) -> list[dict[str, Any]]:
             row = _summarize(job, at, validation)
             failure = _find_failure(job, at, row)
             row["best"] = not failure and _is_best(job, at, row)
-            if row["best"]:
+            if at.best_value is None and not failure and _is_spare(job, at):
+                at.spare = at.epoch + 1
+            if row["best"] or at.spare == at.epoch + 1:
                 best = {name: value.detach().clone() for name, value in model.state_dict().items()}
         at.history.append(row)
         at.times.append(time.monotonic() - began)
         at.epoch, at.batch, at.sums, at.spent = at.epoch + 1, 0, {}, 0.0
         if failure:
             row["ended"] = failure
+            if at.best_value is None:
+                at.history[at.spare - 1]["best"] = True
         elif _is_stuck(job, at):
             row["ended"] = job.stuck
         checkpoint.save(at, best)
@@ -190,6 +194,8 @@ def fit(job: Fit) -> list[dict[str, Any]]:
     if at.ended:
         kept = max(row["epoch"] for row in at.history if row["best"])
         told = f"ends after epoch {at.epoch} of {job.epochs} with the weights of epoch {kept}"
+        if at.best_value is None:
+            told += ", whose objective had not settled"
         job.report(Note(f"stage {job.stage!r} {told}: {at.ended}", at.ended != job.stuck))
     model.load_state_dict(best)
     return at.history
@@ -255,9 +261,19 @@ def _summarize(job: Fit, at: Position, validation: Validation) -> dict[str, Any]
 
 def _find_failure(job: Fit, at: Position, row: Mapping[str, Any]) -> str:
     """Why the objective goes no further, and an epoch before this one is kept; "" if it does."""
-    if at.best_value is None or not isinstance(job.objective, Halting):
+    if not isinstance(job.objective, Halting):
         return ""
-    return job.objective.halts([*at.history, row])
+    failure = job.objective.halts([*at.history, row])
+    if failure and at.best_value is None and not at.spare:
+        told = f"epoch {at.epoch + 1} fails, and there is none before it to go back to: {failure}"
+        job.report(Note(f"stage {job.stage!r}: {told}", warning=True))
+        return ""
+    return failure
+
+
+def _is_spare(job: Fit, at: Position) -> bool:
+    """Whether to go back to this epoch, whose objective has not settled, if the next one fails."""
+    return isinstance(job.objective, Halting) and job.masking.settled(job.end(at.epoch))
 
 
 def _is_stuck(job: Fit, at: Position) -> bool:

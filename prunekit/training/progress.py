@@ -29,6 +29,8 @@ class Position:
     sums: dict[str, float] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     best_value: float | None = None
+    spare: int = 0
+    """The epoch that is kept should the objective halt before one was the best; 0: none."""
     times: list[float] = field(default_factory=list)
     """Seconds of each epoch, over all processes; checkpoints of older versions have none."""
     spent: float = 0.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -116,6 +117,7 @@ class Rewired(Weights):
         end = Clock(clock.steps, clock.steps, clock.epochs, clock.epochs)
         target = plan.selection.sparsity
         sparsity = target * plan.schedule(end if final else clock)
+        choose = partial(select_masks, selection=replace(plan.selection, sparsity=sparsity))
         weights = {name: self._named[name].detach() for name in plan.weights}
         moment = Moment(
             clock,
@@ -125,6 +127,7 @@ class Rewired(Weights):
             gradients or {},
             history,
             seeds.generator(*plan.seed, "rewire", clock.step),
+            choose,
             first=gradients is None,
             final=final,
             trained=plan.trained,
@@ -132,7 +135,7 @@ class Rewired(Weights):
         seeds.seed_all(*plan.seed, "rewire", clock.step)
         scores = plan.rewirer(moment)
         check_scores(scores, weights, f"rewirer {plan.name!r}", allocates=plan.allocates)
-        chosen = select_masks(scores, replace(plan.selection, sparsity=sparsity))
+        chosen = choose(scores)
         check_layers(chosen, sparsity)
         reached = meets(scores, plan.selection) if scores.keep else sparsity == target
         if final and not reached:

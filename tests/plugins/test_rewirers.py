@@ -4,6 +4,7 @@ import math
 import subprocess
 import sys
 import time
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -31,7 +32,7 @@ from prunekit.data.batches import Arrays, Feed
 from prunekit.data.seeds import generator
 from prunekit.errors import Interrupted, OptionError, RunError
 from prunekit.pruning.budgets import count_kept
-from prunekit.pruning.selection import Selection
+from prunekit.pruning.selection import Selection, select_masks
 from prunekit.report import Stop
 from prunekit.steps import Moment
 from prunekit.store.tensors.checkpoint import read_checkpoint, read_masks
@@ -124,8 +125,10 @@ def refer(growth, count, until=STEPS, schedule=constant):
                     ranks = sorted(old, key=lambda i: -drawn[i])
                 else:
                     w = weight.flatten().tolist()
-                    dropped = sorted(sorted(old), key=lambda i: abs(w[i]))[: count(step, len(old))]
-                    stay = sorted(set(old) - set(dropped), key=lambda i: -abs(w[i]))
+                    after = n - math.floor(sparsity * n + 1e-9)
+                    left = sorted(sorted(old), key=lambda i: abs(w[i]))[len(old) - after :]
+                    dropped = left[: count(step, after)]
+                    stay = left[len(dropped) :][::-1]
                     free = [i for i in range(n) if i not in stay]
                     if growth == "gradient":
                         first = weight.grad.abs().flatten().tolist()
@@ -161,6 +164,9 @@ CASES = {
     "gradual": (make("gradual"), "random", lambda t, k: 0, {"schedule": ramp}),
     "gradual-regrow": (make("gradual", regrow=True), "gradient",
                        lambda t, k: int(half_cosine(0.5, 0, t, 24) * k), {"schedule": ramp}),
+    "flyingbird-rising": (make("flyingbird"), "random",
+                          lambda t, k: math.ceil(half_cosine(0.5, 0.005, t, 24) * k),
+                          {"schedule": ramp}),
 }  # fmt: skip
 
 
@@ -184,12 +190,39 @@ def test_masks_weights_and_momentum_are_those_of_the_reference(case):
     assert momenta[0]
 
 
+def make_moment(clock, sparsity, weights, masks, gradients=None, history=(), final=False):
+    select = partial(select_masks, selection=Selection(sparsity))
+    return Moment(clock, sparsity, weights, masks, gradients or {}, history, generator(0), select,
+                  final=final)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "small", "large"),
+    [
+        (0.1, [1, 2, 3, 4, 6, 7, 8, 9, 10], [2, 3, 4, 5, 6, 7, 8, 9, 10]),
+        (0.5, [1, 2, 8, 9, 10], [6, 7, 8, 9, 10]),
+        (0.7, [1, 9, 10], [8, 9, 10]),
+    ],
+)
+def test_the_smallest_go_before_a_part_of_what_is_left_is_exchanged(sparsity, small, large):
+    """|w| = 1 to 10, all kept. Of 9, 5 and 3 that stay, 4, 2 and 1 are exchanged: for the smallest
+    weights where gradients are largest there, for themselves where those grow with |w|."""
+    weight, every = torch.arange(1.0, 11), torch.ones(10, dtype=torch.bool)
+    rewirer = make("gradual", regrow=True)  # 0.4995 of them in step 2 of 100
+    for gradient, expected in ((weight.flip(0), small), (weight, large)):
+        moment = make_moment(
+            Clock(2, 100, 0, 1), sparsity, {"w": weight}, {"w": every}, {"w": gradient}
+        )
+        scores = rewirer(moment)
+        assert weight[moment.select(scores)["w"]].tolist() == expected
+        assert torch.equal(scores.values["w"] > 0, moment.select(scores)["w"])
+
+
 def test_growth_is_by_the_largest_dense_gradient():
     """3 of 6 kept, one dropped: |w| = 1 goes; of 0, 5, 2 and its own 3 the gradient 5 grows."""
     weight = torch.tensor([[9.0, -7.0, 1.0, 0.0, 0.0, 0.0]])
     gradient = torch.tensor([[8.0, 8.0, 3.0, 0.0, -5.0, 2.0]])
-    moment = Moment(Clock(0, 9, 0, 1), 0.5, {"w": weight}, {"w": weight != 0}, {"w": gradient}, (),
-                    generator(0))  # fmt: skip
+    moment = make_moment(Clock(0, 9, 0, 1), 0.5, {"w": weight}, {"w": weight != 0}, {"w": gradient})
     (values,) = exchange.drop_and_grow(moment, {"w": (1, 1)}, "gradient").values()
     assert (values > 0).tolist() == [[True, True, False, False, True, False]]
     # Two dropped and two grown: of 3 and 8 at those just dropped, the 8 comes back.
@@ -199,8 +232,8 @@ def test_growth_is_by_the_largest_dense_gradient():
 
 def test_ties_go_by_position():
     weight, mask = torch.tensor([1.0, 1.0, 1.0, 0.0, 0.0]), torch.tensor([True] * 3 + [False] * 2)
-    moment = Moment(Clock(0, 9, 0, 1), 0.4, {"w": weight}, {"w": mask},
-                    {"w": torch.tensor([0.0, 0.0, 0.0, 2.0, 2.0])}, (), generator(0))  # fmt: skip
+    gradient = torch.tensor([0.0, 0.0, 0.0, 2.0, 2.0])
+    moment = make_moment(Clock(0, 9, 0, 1), 0.4, {"w": weight}, {"w": mask}, {"w": gradient})
     (values,) = exchange.drop_and_grow(moment, {"w": (1, 1)}, "gradient").values()
     assert (values > 0).tolist() == [False, True, True, True, False]
 
@@ -277,7 +310,7 @@ def test_the_density_follows_overfitting(accuracies, robust, kept):
 
     def count(clock):
         history = describe_epochs(accuracies, robust)
-        moment = Moment(clock, 0.5, weights, masks, {}, history, generator(0))
+        moment = make_moment(clock, 0.5, weights, masks, history=history)
         scores = rewirer(moment)
         assert all(int((v > 0).sum()) == scores.keep[n] for n, v in scores.values.items())
         return scores.keep
@@ -294,7 +327,7 @@ def test_flyingbird_plus_ends_at_the_target(counts, expected):
     rewirer = FlyingBirdPlus(FlyingBirdPlusOptions(), uniform)
     weights = {"a": torch.arange(1.0, 21), "b": torch.arange(1.0, 21)}
     masks = {n: torch.arange(20) >= 20 - k for n, k in zip("ab", counts, strict=True)}
-    moment = Moment(Clock(19, 20, 9, 10), 0.5, weights, masks, {}, (), generator(0), final=True)
+    moment = make_moment(Clock(19, 20, 9, 10), 0.5, weights, masks, final=True)
     scores = rewirer(moment)
     assert list(scores.keep.values()) == expected
     for (name, value), k, old in zip(scores.values.items(), expected, counts, strict=True):
@@ -317,7 +350,7 @@ def test_flyingbird_plus_drifts_and_comes_back(until, last):
 def test_flyingbird_plus_still_exchanges_at_the_target():
     rewirer = FlyingBirdPlus(FlyingBirdPlusOptions(fraction=0.4, last=0.4), uniform)
     weights, masks = {"a": torch.arange(1.0, 21)}, {"a": torch.arange(20) >= 12}
-    moment = Moment(Clock(18, 20, 9, 10), 0.5, weights, masks, {}, (), generator(0))
+    moment = make_moment(Clock(18, 20, 9, 10), 0.5, weights, masks)
     scores = rewirer(moment)
     assert scores.keep == {"a": 10}
     assert (scores.values["a"] > 0)[16:].all()  # of 8, 4 go; 6 come

@@ -418,7 +418,7 @@ class Fails(Told):
     """Fails where the metric is below that of the epoch before."""
 
     def halts(self, history):
-        *_, before, now = [1.0, *(row["validation.told"] for row in history)]
+        before, now = [0.0, *(row["validation.told"] for row in history)][-2:]
         return f"{now:g} after {before:g}" if now < before else ""
 
 
@@ -429,7 +429,11 @@ class Fails(Told):
         ([0.5, 0.6, 0.2, 0.9], 0, 2, "0.2 after 0.6"),
         ([0.5, 0.6, 0.2], 0, 2, "0.2 after 0.6"),  # the last epoch is not kept either
         ([0.5, 0.5, 0.6], 0, 3, ""),
-        ([0.5, 0.1, 0.2, 0.1, 0.3], 2, 3, "0.1 after 0.2"),  # none is asked about before it settles
+        ([0.5, 0.7, 0.6, 0.8, 0.7], 2, 2, "0.6 after 0.7"),  # the first that settles is not kept
+        ([0.3, 0.35, 0.42, 0.0, 0.0], 3, 3, "0 after 0.42"),
+        ([0.5, 0.1, 0.2, 0.1, 0.3], 2, 1, "0.1 after 0.5"),  # nor one before it settles
+        ([0.5, 0.6, 0.2], 9, 2, "0.2 after 0.6"),  # nor the last, where none ever does
+        ([0.5, 0.6, 0.7], 9, 3, ""),
     ],
 )
 def test_a_training_that_fails_ends_with_an_epoch_before(
@@ -442,10 +446,28 @@ def test_a_training_that_fails_ends_with_an_epoch_before(
     assert [note.text.endswith(f": {ended}") and note.warning for note in notes] == [True] * bool(
         ended
     )
+    assert [", whose objective had not settled: " in n.text for n in notes] == [
+        kept <= ramp
+    ] * bool(ended)
+
+
+def test_a_training_that_fails_with_nothing_to_go_back_to_goes_on(tmp_path, monkeypatch):
+    """Masks that are not at their target cannot be kept."""
+    notes, objective = [], Fails([0.5, 0.25, 0.75, 0.125])
+    job = make_job(tmp_path, report=lambda e: notes.append(e) if isinstance(e, Note) else None,
+                   epochs=4, objective=objective, select="told")  # fmt: skip
+    objective.model, objective.watch = job.masking.model, nothing
+    monkeypatch.setattr(job.masking, "settled", lambda clock: clock.epoch >= 2)
+    assert [row["best"] for row in fit(job)] == [False, False, True, False]
+    assert [note.text for note in notes] == [
+        "stage 'pretrain': epoch 2 fails, and there is none before it to go back to: 0.25 after "
+        "0.5",
+        "stage 'pretrain' ends after epoch 4 of 4 with the weights of epoch 3: 0.125 after 0.75",
+    ]
 
 
 @pytest.mark.parametrize("epoch", [1, 2, 3, 4])
-@pytest.mark.parametrize("kind", ["patience", "halts"])
+@pytest.mark.parametrize("kind", ["patience", "halts", "unsettled"])
 def test_a_training_resumed_before_its_early_end_ends_there(tmp_path, kind, epoch):
     """Killed behind any epoch, that of the end among them: nothing is trained any more then."""
     values = [0.5, 0.6, 0.6, 0.2, 0.9]
@@ -465,7 +487,7 @@ def test_a_training_resumed_before_its_early_end_ends_there(tmp_path, kind, epoc
                 if event.epoch == killed_after:
                     raise Kill
 
-        objective = (Fails if kind == "halts" else Told)(values)
+        objective = (Told if kind == "patience" else Fails)(values, 9 * (kind == "unsettled"))
         job = make_job(folder, report=report, epochs=5, objective=objective, select="told",
                        patience=2 if kind == "patience" else None)  # fmt: skip
         objective.model, objective.watch = job.masking.model, nothing
