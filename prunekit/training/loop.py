@@ -39,7 +39,10 @@ IMAGES = "#"
 RESERVED = {IMAGES, "loss", "accuracy", "epoch", "best", "ended", "seconds"}
 """Names that a term of a loss cannot have."""
 
-IDLE = "its rewirer is due in none of its steps, so that masks do not move; lower `every`"
+IDLE = (
+    "its rewirer is due in none of its steps, so that masks do not move; lower `every`, or raise "
+    "`until` where it has one"
+)
 
 CHECKPOINT_SECONDS = 300.0
 """In epochs longer than this, a checkpoint is also written between batches."""

@@ -627,6 +627,8 @@ def test_wrappers_that_cannot_serve_are_refused(refuse, plan):
         trained = PRUNE.replace("score", pruner) + 'wrap = ["s2ap"]\n'
         (found,) = refuse(TOP + PRETRAIN + trained)
         assert f"'s2ap' needs learned scores, {pruner!r} has none; remove it" in found
+    (found,) = refuse(TOP + PRETRAIN + 'wrap = ["awp", { use = "awp", gamma = 0.1 }]\n')
+    assert found.endswith("stage 'pretrain': 'awp' is listed twice; keep one")
     plan(TOP + several.replace('"awp"', '"ema"') + threat)
     plan(TOP + several.replace('"free-adv"', '"trades"') + threat)
 

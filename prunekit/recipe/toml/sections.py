@@ -106,6 +106,9 @@ class FitOptions:
     def __post_init__(self) -> None:
         if sum(use.component.averages for use in self.wrap) > 1:
             raise OptionError("wrap", "only one average can be judged and stored; keep one")
+        names = [use.component.name for use in self.wrap]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise OptionError("wrap", f"{min(twice)!r} is listed twice; keep one")
         if self.validate is not None and not self.validate.component.verdict:
             name = self.validate.component.name
             raise OptionError("validate", f'{name!r} is no attack and no proof; write use = "pgd"')
