@@ -37,6 +37,7 @@ from prunekit.pruning.selection import (
     select_masks,
 )
 from prunekit.pruning.structures import fits
+from prunekit.recipe.agreement import tell_validation
 from prunekit.recipe.stages import REWIRING, Stage
 from prunekit.report import Note, StageStarted
 from prunekit.steps import Masking
@@ -251,6 +252,9 @@ def _fit(
     masking: Masking, objective: Objective, stage: Stage, work: Work, context: NetworkContext
 ) -> list[dict[str, Any]]:
     options = stage.options
+    if stage.limit is None and not work.run.dataset.component.facts:  # else the plan has said it
+        for note in tell_validation(stage, len(work.loaded.validation.labels)):
+            work.report(Note(note))
     job = Fit(
         masking=masking,
         objective=objective,

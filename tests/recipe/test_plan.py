@@ -656,6 +656,15 @@ def test_what_validates_beside_the_objective(refuse, plan):
         assert f"{key.split()[0]} has no effect" in found
 
 
+def test_more_validation_images_than_are_held_out_are_told(plan):
+    half = '{ use = "digits", fraction = 0.5, validation = 0.1 }'
+    text = TOP.replace('"digits"', half) + PRETRAIN
+    # Of 1437 images 718 are used, and 72 of them held out.
+    assert plan(text + "validation_images = 72\n").notes == ()
+    told = "stage 'pretrain': validation_images = 73, but 72 are held out: all are used"
+    assert plan(text + "validation_images = 73\n").notes == (told,)
+
+
 def test_steps_longer_than_eps_are_told(plan):
     text = TOP.replace('"benign"', '{ use = "pgd-at", step_size = "8/255" }')
     text += 'threat = { eps = "2/255" }\n' + PRETRAIN
