@@ -87,7 +87,7 @@ class FlyingBirdPlusOptions(FlyingBirdOptions):
         super().__post_init__()
         if self.until <= self.after:
             raise OptionError("until", f"until must be above after = {self.after:g}")
-        if isinstance(self.budget, Use) and self.budget.component.compares:
+        if isinstance(self.budget, Use) and not self.budget.component.counts:
             told = f"{self.budget.name} compares scores and gives no counts"
             raise OptionError("budget", f'{told}; write budget = "igq"')
 

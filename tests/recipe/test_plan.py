@@ -599,6 +599,10 @@ def test_a_plan_of_a_rewiring_stage_comes_back_from_its_description(plan, with_r
             'rewire.budget = "global"\n',
             "global compares scores and gives no counts; write budget =",
         ),
+        (
+            'rewire.budget = "lamp"\n',
+            "lamp compares scores and gives no counts; write budget =",
+        ),
     ],
 )
 def test_flyingbird_plus_says_what_it_does_not_take(refuse, line, told):
