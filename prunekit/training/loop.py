@@ -86,7 +86,8 @@ class Fit:
     @property
     def stuck(self) -> str:
         """Why it ends when `patience` is over."""
-        return f"validation.{self.select} was no better for {self.patience} epochs"
+        epochs = "1 epoch" if self.patience == 1 else f"{self.patience} epochs"
+        return f"validation.{self.select} has not risen for {epochs}"
 
     def end(self, epoch: int) -> Clock:
         """The last step of an epoch."""

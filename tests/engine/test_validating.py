@@ -86,5 +86,5 @@ def test_an_early_end_is_told_now_and_when_it_is_used_again(bench):
     assert epochs == [1, 2]
     assert text == (
         "stage 'pretrain' ends after epoch 2 of 9 with the weights of epoch 2: "
-        "validation.accuracy was no better for 1 epochs"
+        "validation.accuracy has not risen for 1 epoch"
     )

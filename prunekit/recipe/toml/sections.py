@@ -98,7 +98,7 @@ class FitOptions:
         None, help="number of validation images, evenly spaced; default: all", low=1
     )
     patience: int | None = option(
-        None, help="epochs without a better one after which the stage ends", low=1
+        None, help="the stage ends after so many epochs without a better one", low=1
     )
     clip_norm: float | None = option(None, help="largest norm of the gradients in a step", above=0)
     wrap: tuple[Use[Wrapper], ...] = option((), help="what goes around or follows training steps")
