@@ -637,6 +637,14 @@ def test_wrappers_that_cannot_serve_are_refused(refuse, plan):
     plan(TOP + several.replace('"free-adv"', '"trades"') + threat)
 
 
+def test_a_prune_stage_trains_where_its_pruner_trains_weights(plan):
+    for pruner, trains in (("score", False), ("lwm", False), ("radmm", True)):
+        prune = PRUNE.replace("score", pruner)
+        prune = prune.replace("epochs = 1\n", "") if pruner == "lwm" else prune
+        (run,) = plan(TOP + PRETRAIN + prune + EVALUATE).runs
+        assert [stage.trains for stage in run.stages] == [True, trains, False]
+
+
 def test_what_validates_beside_the_objective(refuse, plan):
     threat = "[threat]\neps = 0.1\n"
     validate = 'validate = "pgd"\n'
