@@ -33,6 +33,7 @@ def prunekit_budgets() -> Iterable[BudgetComponent]:
         summary="The best weights of all layers are kept; layers compete",
         build="prunekit_budgets.budgets:build_global",
         compares=True,
+        counts=False,
     )
     yield BudgetComponent(
         name="erk",
@@ -50,6 +51,7 @@ def prunekit_budgets() -> Iterable[BudgetComponent]:
         name="lamp",
         summary="By scores that compare across layers (LAMP)",
         build="prunekit_budgets.budgets:build_lamp",
+        counts=False,
         paper="Lee et al., LAMP, ICLR 2021, arXiv 2010.07611",
     )
 

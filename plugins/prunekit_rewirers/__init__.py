@@ -61,6 +61,10 @@ class FlyingBirdOptions(StartOptions):
     last: float = option(0.005, help="what `fraction` falls to at the end", low=0, below=1)
     growth: Literal["random", "gradient"] = option("random", help="where weights grow")
 
+    def __post_init__(self) -> None:
+        if self.last > self.fraction:
+            raise OptionError("last", f"last must be at most fraction = {self.fraction:g}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class FlyingBirdPlusOptions(FlyingBirdOptions):
@@ -80,9 +84,10 @@ class FlyingBirdPlusOptions(FlyingBirdOptions):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.until <= self.after:
             raise OptionError("until", f"until must be above after = {self.after:g}")
-        if isinstance(self.budget, Use) and self.budget.component.compares:
+        if isinstance(self.budget, Use) and not self.budget.component.counts:
             told = f"{self.budget.name} compares scores and gives no counts"
             raise OptionError("budget", f'{told}; write budget = "igq"')
 

@@ -171,6 +171,8 @@ class BudgetComponent(Component):
 
     compares: bool = False
     """Scores of layers are compared: the core makes those comparable that are not."""
+    counts: bool = True
+    """It says how many weights layers keep; false where it gives scores of them instead."""
 
 
 @dataclass(frozen=True, kw_only=True)

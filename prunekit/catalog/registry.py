@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import Distribution, EntryPoint, entry_points
+from types import FunctionType
 
 import pluggy
 
@@ -232,14 +233,19 @@ def _check_declaration(kind: str, component: object) -> None:
         if isinstance(component, Component):
             raise TypeError(f"{way}, but {component.name!r} is declared as {given.__name__}")
         raise TypeError(f"{way}, not {given.__name__}")
-    for field in ("name", "summary", "build"):
-        if not isinstance(value := getattr(component, field), str):
-            raise TypeError(f"{field} of {component.name!r} is not a str: {value!r}")
-    for field in ("needs", "sources", "beats", "validates"):
-        value = getattr(component, field, ())
+    for key in ("name", "summary", "build"):
+        if not isinstance(value := getattr(component, key), str):
+            raise TypeError(f"{key} of {component.name!r} is not a str: {value!r}")
+    for key in ("needs", "sources", "beats", "validates"):
+        value = getattr(component, key, ())
         # needs=("torch") lacks a comma, and a str is a sequence of letters.
         if not isinstance(value, tuple | list) or not all(isinstance(v, str) for v in value):
-            raise TypeError(f'{field} of {component.name!r} is {value!r}; write ("...",)')
+            raise TypeError(f'{key} of {component.name!r} is {value!r}; write ("...",)')
+    for field in dataclasses.fields(expected):
+        value = getattr(component, field.name)
+        if isinstance(field.default, FunctionType) and not callable(value):
+            way = f"{field.name}=lambda options: {value!r}"
+            raise TypeError(f"{field.name} of {component.name!r} is {value!r}; write {way}")
     if not dataclasses.is_dataclass(component.options):
         raise TypeError(f"options of {component.name!r} is not a dataclass: {component.options!r}")
     typing.get_type_hints(component.options)

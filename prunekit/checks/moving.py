@@ -62,6 +62,10 @@ def check_budget(use: Use[Any], context: Context) -> None:
         assert found.keys() == scores.keys(), "must name every layer, and no other"
         tensors = [isinstance(value, Tensor) for value in found.values()]
         assert all(tensors) or not any(tensors), "gives counts for some layers, scores for others"
+        told = "gives counts, and declares that it gives scores"
+        if any(tensors):
+            told = "gives scores; declare counts=False"
+        assert use.component.counts != any(tensors), told
     for name, value in found.items():
         whole = isinstance(value, Tensor) or (
             isinstance(value, int) and 0 <= value <= scores[name].numel()

@@ -37,7 +37,8 @@ from prunekit.pruning.selection import (
     select_masks,
 )
 from prunekit.pruning.structures import fits
-from prunekit.recipe.stages import REWIRING, Stage
+from prunekit.recipe.agreement import tell_validation
+from prunekit.recipe.stages import Stage
 from prunekit.report import Note, StageStarted
 from prunekit.steps import Masking
 from prunekit.training.loop import Fit, fit
@@ -88,7 +89,7 @@ def _rewire(state: State, stage: Stage, work: Work) -> Rewired:
         allocates=use.component.allocates,
         groups=groups,
         trained=work.run.starts_given
-        or any(s.kind in REWIRING for s in work.run.stages if s.position < stage.position),
+        or any(s.trains for s in work.run.stages if s.position < stage.position),
         rehearsed=stage.limit is not None,
     )
     return Rewired(state.model, state.masks, rewiring)
@@ -159,6 +160,9 @@ def prune(state: State, stage: Stage, work: Work) -> Outcome:
                 f"{named} keeps {scores.keep[name]} of {name}, where earlier stages left {kept}; "
                 "what is left is in context.masks"
             )
+    if all(n in state.masks and torch.equal(mask, state.masks[n]) for n, mask in masks.items()):
+        told = "as much was removed before; write a larger sparsity"
+        work.report(Note(f"stage {stage.name!r} removes nothing: {told}", warning=True))
     state.masks = {**state.masks, **masks, **follow(masks, selection.groups)}
     apply_masks(state.model, state.masks)
     _tell_sparsity(state, stage, work)
@@ -251,6 +255,9 @@ def _fit(
     masking: Masking, objective: Objective, stage: Stage, work: Work, context: NetworkContext
 ) -> list[dict[str, Any]]:
     options = stage.options
+    if stage.limit is None and not work.run.dataset.component.facts:  # else the plan has said it
+        for note in tell_validation(stage, len(work.loaded.validation.labels)):
+            work.report(Note(note))
     job = Fit(
         masking=masking,
         objective=objective,

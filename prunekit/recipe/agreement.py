@@ -48,6 +48,23 @@ def note_extra(dataset: Use[Data], extra: Use[Data] | None) -> Iterator[str]:
         )
 
 
+def note_validation(
+    dataset: Use[Data], images: DataOptions, stages: tuple[Stage, ...]
+) -> Iterator[str]:
+    """What may be a mistake: more validation images than a data set of known size holds out."""
+    if facts := dataset.component.facts and ask(dataset, "facts"):
+        held = round(images.validation * round(images.fraction * facts.train))
+        yield from (note for stage in stages for note in tell_validation(stage, held))
+
+
+def tell_validation(stage: Stage, held: int) -> Iterator[str]:
+    """What there is to say of a stage's `validation_images` where so many are held out."""
+    asked = getattr(stage.options, "validation_images", None) or 0
+    if asked > held:
+        told = f"validation_images = {asked}, but {held} are held out: all are used"
+        yield f"stage {stage.name!r}: {told}"
+
+
 def check_counts(stage: Stage, resolver: Resolver) -> None:
     """A ratio n:m decides what layers keep, and so does a component that allocates."""
     for use in stage.choosing:

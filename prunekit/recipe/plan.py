@@ -19,6 +19,7 @@ from prunekit.recipe.agreement import (
     check_wrappers,
     note_extra,
     note_threats,
+    note_validation,
 )
 from prunekit.recipe.describing import describe, uses_in
 from prunekit.recipe.resolver import THREAT_EXAMPLE, Resolver
@@ -269,6 +270,7 @@ def _resolve_run(
     check_images(images, stages, resolver)
     threat, folder = resolver.threat, recipe.path.parent
     notes += (*note_extra(dataset, images.extra), *note_threats(threat, stages))
+    notes += note_validation(dataset, images, stages)
     yield Run(
         label, settings, folder, seed, dataset, images, architecture, start.init, threat, stages
     )

@@ -103,6 +103,12 @@ class Stage:
         return [use for use in named if use is not None]
 
     @property
+    def trains(self) -> bool:
+        """Whether it trains the weights, and not only scores of them."""
+        pruner = getattr(self.options, "pruner", None)
+        return self.kind in REWIRING or (pruner is not None and pruner.component.trains_weights)
+
+    @property
     def prunes(self) -> bool:
         """Whether masks come out of this stage, with a pruner or with a rewirer."""
         return bool(self.choosing)

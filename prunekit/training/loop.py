@@ -39,7 +39,10 @@ IMAGES = "#"
 RESERVED = {IMAGES, "loss", "accuracy", "epoch", "best", "ended", "seconds"}
 """Names that a term of a loss cannot have."""
 
-IDLE = "its rewirer is due in none of its steps, so that masks do not move; lower `every`"
+IDLE = (
+    "its rewirer is due in none of its steps, so that masks do not move; lower `every`, or raise "
+    "`until` where it has one"
+)
 
 CHECKPOINT_SECONDS = 300.0
 """In epochs longer than this, a checkpoint is also written between batches."""
@@ -83,7 +86,8 @@ class Fit:
     @property
     def stuck(self) -> str:
         """Why it ends when `patience` is over."""
-        return f"validation.{self.select} was no better for {self.patience} epochs"
+        epochs = "1 epoch" if self.patience == 1 else f"{self.patience} epochs"
+        return f"validation.{self.select} has not risen for {epochs}"
 
     def end(self, epoch: int) -> Clock:
         """The last step of an epoch."""

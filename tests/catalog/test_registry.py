@@ -106,6 +106,10 @@ BROKEN = {
     "return [PrunerComponent(name='x', summary='', build='m:b', options=int)]": (
         "TypeError: options of 'x' is not a dataclass: <class 'int'>"
     ),
+    "from prunekit import RewirerComponent, hookimpl\n@hookimpl\ndef prunekit_rewirers():\n    "
+    "return [RewirerComponent(name='x', summary='', build='m:b', gradients=True)]": (
+        "TypeError: gradients of 'x' is True; write gradients=lambda options: True"
+    ),
 }  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from prunekit.report import StageDone, StageStarted
+from prunekit.report import Note, StageDone, StageStarted
 from prunekit.training.masking import LearnedScores
 
 
@@ -117,3 +117,12 @@ def test_state_that_comes_late_or_stays_is_told_before_anything_is_lost(bench, m
     monkeypatch.setattr(LearnedScores, "detach", stay)
     (folder,) = bench.run(recipe=recipe)
     assert "pruner 'score' leaves another network behind: left came or went" in folder.error
+
+
+@pytest.mark.parametrize(("sparsity", "told"), [("0.500001", True), ("0.6", False)])
+def test_a_prune_stage_that_removes_nothing_is_told(bench, sparsity, told):
+    more = f'[[stage]]\nkind = "prune"\nname = "more"\npruner = "lwm"\nsparsity = {sparsity}\n'
+    first, rest = bench.recipe.split('[[stage]]\nkind = "finetune"')
+    bench.run(recipe=f'{first}{more}[[stage]]\nkind = "finetune"{rest}')
+    notes = [n.text for n in bench.of(Note) if "removes nothing" in n.text]
+    assert [n.startswith("stage 'more' removes nothing") for n in notes] == [True] * told

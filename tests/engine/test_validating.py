@@ -65,6 +65,12 @@ def test_it_is_part_of_the_key(bench):
     assert len({*keys}) == 3
 
 
+def test_more_images_than_are_held_out_are_told_where_only_the_files_say_how_many(bench):
+    bench.run(recipe=with_validate(bench, "validation_images = 6"))
+    told = "stage 'pretrain': validation_images = 6, but 5 are held out: all are used"
+    assert [n.text for n in bench.of(Note)].count(told) == 1
+
+
 def test_an_early_end_is_told_now_and_when_it_is_used_again(bench):
     """At a rate of 1e-9 no epoch is better than the first."""
     recipe = with_validate(bench, "patience = 1").replace("epochs = 2", "epochs = 9", 1)
@@ -80,5 +86,5 @@ def test_an_early_end_is_told_now_and_when_it_is_used_again(bench):
     assert epochs == [1, 2]
     assert text == (
         "stage 'pretrain' ends after epoch 2 of 9 with the weights of epoch 2: "
-        "validation.accuracy was no better for 1 epochs"
+        "validation.accuracy has not risen for 1 epoch"
     )

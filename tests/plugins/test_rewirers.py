@@ -358,6 +358,13 @@ def test_flyingbird_plus_still_exchanges_at_the_target():
         FlyingBirdPlusOptions(until=0.5)
 
 
+@pytest.mark.parametrize("options", [FlyingBirdOptions, FlyingBirdPlusOptions])
+def test_what_is_exchanged_does_not_grow(options):
+    with pytest.raises(OptionError, match=r"last must be at most fraction = 0\.3"):
+        options(fraction=0.3, last=0.4)
+    assert options(fraction=0.4, last=0.4).last == 0.4
+
+
 def test_flyingbird_plus_says_what_it_lacks():
     rewirer = FlyingBirdPlus(FlyingBirdPlusOptions(every=3, after=0), uniform)
     masking = make_masking(rewirer)

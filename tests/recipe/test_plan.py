@@ -604,6 +604,10 @@ def test_a_plan_of_a_rewiring_stage_comes_back_from_its_description(plan, with_r
             'rewire.budget = "global"\n',
             "global compares scores and gives no counts; write budget =",
         ),
+        (
+            'rewire.budget = "lamp"\n',
+            "lamp compares scores and gives no counts; write budget =",
+        ),
     ],
 )
 def test_flyingbird_plus_says_what_it_does_not_take(refuse, line, told):
@@ -632,8 +636,18 @@ def test_wrappers_that_cannot_serve_are_refused(refuse, plan):
         trained = PRUNE.replace("score", pruner) + 'wrap = ["s2ap"]\n'
         (found,) = refuse(TOP + PRETRAIN + trained)
         assert f"'s2ap' needs learned scores, {pruner!r} has none; remove it" in found
+    (found,) = refuse(TOP + PRETRAIN + 'wrap = ["awp", { use = "awp", gamma = 0.1 }]\n')
+    assert found.endswith("stage 'pretrain': 'awp' is listed twice; keep one")
     plan(TOP + several.replace('"awp"', '"ema"') + threat)
     plan(TOP + several.replace('"free-adv"', '"trades"') + threat)
+
+
+def test_a_prune_stage_trains_where_its_pruner_trains_weights(plan):
+    for pruner, trains in (("score", False), ("lwm", False), ("radmm", True)):
+        prune = PRUNE.replace("score", pruner)
+        prune = prune.replace("epochs = 1\n", "") if pruner == "lwm" else prune
+        (run,) = plan(TOP + PRETRAIN + prune + EVALUATE).runs
+        assert [stage.trains for stage in run.stages] == [True, trains, False]
 
 
 def test_what_validates_beside_the_objective(refuse, plan):
@@ -657,6 +671,15 @@ def test_what_validates_beside_the_objective(refuse, plan):
         one_shot = PRUNE.replace('"score"', '"lwm"').replace("epochs = 1", key)
         (found,) = refuse(TOP + one_shot)
         assert f"{key.split()[0]} has no effect" in found
+
+
+def test_more_validation_images_than_are_held_out_are_told(plan):
+    half = '{ use = "digits", fraction = 0.5, validation = 0.1 }'
+    text = TOP.replace('"digits"', half) + PRETRAIN
+    # Of 1437 images 718 are used, and 72 of them held out.
+    assert plan(text + "validation_images = 72\n").notes == ()
+    told = "stage 'pretrain': validation_images = 73, but 72 are held out: all are used"
+    assert plan(text + "validation_images = 73\n").notes == (told,)
 
 
 def test_steps_longer_than_eps_are_told(plan):

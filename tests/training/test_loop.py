@@ -408,7 +408,7 @@ def test_patience_ends_a_training(tmp_path, values, ramp, kept, epochs):
     assert train_told(tmp_path, values, ramp, notes, patience=2)[1] == kept
     why = (
         f"stage 'pretrain' ends after epoch {epochs} of {len(values)} with the weights of epoch "
-        f"{kept}: validation.told was no better for 2 epochs"
+        f"{kept}: validation.told has not risen for 2 epochs"
     )
     assert [n.text for n in notes] == ([why] if epochs < len(values) else [])
     assert not any(n.warning for n in notes)

@@ -104,7 +104,7 @@ class FitOptions:
         None, help="number of validation images, evenly spaced; default: all", low=1
     )
     patience: int | None = option(
-        None, help="epochs without a better one after which the stage ends", low=1
+        None, help="the stage ends after so many epochs without a better one", low=1
     )
     clip_norm: float | None = option(None, help="largest norm of the gradients in a step", above=0)
     wrap: tuple[Use[Wrapper], ...] = option((), help="what goes around or follows training steps")
@@ -112,6 +112,9 @@ class FitOptions:
     def __post_init__(self) -> None:
         if sum(use.component.averages for use in self.wrap) > 1:
             raise OptionError("wrap", "only one average can be judged and stored; keep one")
+        names = [use.component.name for use in self.wrap]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise OptionError("wrap", f"{min(twice)!r} is listed twice; keep one")
         if self.validate is not None and not self.validate.component.verdict:
             name = self.validate.component.name
             raise OptionError("validate", f'{name!r} is no attack and no proof; write use = "pgd"')
