@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from prunekit.results.comparison import Row
+    from prunekit.store.records import RunRecord
 
 
 @click.command()
@@ -89,8 +90,22 @@ def print_results(
         group.echo(tables.to_csv(rows), end="")
     else:
         print_comparison(rows, Console(file=group.stdout()))
+        for text in _tell_ended(runs):
+            group.echo(text)
     for choice in choices:
         group.echo(f"chosen for {tell(choice)}", err=as_csv)
+
+
+def _tell_ended(runs: Sequence[RunRecord]) -> list[str]:
+    """Which stages ended early and why, once for all runs of which that is true."""
+    told: dict[str, list[str]] = {}
+    for run in runs:
+        for stage in run.stages:
+            if reason := stage.metrics.get("ended"):
+                text = f"stage {stage.name!r} ended early: {reason}"
+                told.setdefault(text, []).append(relative(run.folder))
+    more = {t: f" and {len(folders) - 1} more" * (len(folders) > 1) for t, folders in told.items()}
+    return [f"{folders[0]}{more[text]}: {text}" for text, folders in told.items()]
 
 
 def print_comparison(rows: Sequence[Row], console: Console) -> None:

@@ -125,10 +125,10 @@ def find_prunable(model: nn.Module, exclude: Sequence[str] = ()) -> dict[str, Te
     faults = find_faults(model)
     for pattern in exclude:
         if not any(fnmatchcase(name, pattern) for name in faults):
-            raise RunError(
-                f"exclude pattern {pattern!r} matches no prunable weight; there are: "
-                f"{', '.join(faults)}"
-            )
+            advice = f"there are: {', '.join(faults)}"
+            if any(name.startswith(f"{pattern}.") for name in faults):
+                advice = f'write "{pattern}.*"'
+            raise RunError(f"exclude pattern {pattern!r} matches no prunable weight; {advice}")
     kept = [n for n, f in faults.items() if not f and not any(fnmatchcase(n, p) for p in exclude)]
     if not kept:
         told = "the network has no Conv2d or Linear left"

@@ -72,6 +72,16 @@ def test_vanished_gradients_are_told(tmp_path: Path, evaluate, write_run) -> Non
     assert "certify: up to 0.25 images of a network gave no gradient" in text
 
 
+def test_stages_that_ended_early_are_told_once_for_all_runs(here, evaluate, write_run, call):
+    reason = "validation.accuracy has not risen for 3 epochs"
+    stage = {"name": "pretrain", "kind": "pretrain", "key": "p", "metrics": {"ended": reason}}
+    for name in ("a", "b", "c"):
+        write_run(here / "runs" / name, {"seed": 0}, stage, evaluate(name, 0.7, 0.9))
+    out, _ = call("results", "runs")
+    assert out.endswith(f"runs/a and 2 more: stage 'pretrain' ended early: {reason}\n")
+    assert out.count("ended early") == 1
+
+
 def test_results_in_three_forms(ran, call, read):
     out, err = call("results", "runs")
     assert "evaluate" in out

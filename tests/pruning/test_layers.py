@@ -1,5 +1,8 @@
 """Which weights can be pruned, and by what name."""
 
+import re
+from collections import OrderedDict
+
 import pytest
 import torch
 from torch import nn
@@ -36,6 +39,14 @@ def test_exclude_patterns():
         find_prunable(net, ["*"])
     with pytest.raises(RunError, match="nothing to prune"):
         find_prunable(nn.BatchNorm2d(2))
+
+
+def test_an_exclude_pattern_that_matches_nothing_says_what_to_write():
+    net = nn.Sequential(OrderedDict(conv=nn.Conv2d(1, 2, 3), fc=nn.Linear(2, 3)))
+    for pattern, advice in (("fc", 'write "fc.*"'), ("fcc.*", "there are: conv.weight, fc.weight")):
+        told = f"exclude pattern {pattern!r} matches no prunable weight; {advice}"
+        with pytest.raises(RunError, match=f"^{re.escape(told)}$"):
+            find_prunable(net, [pattern])
 
 
 def test_a_weight_tied_to_an_embedding_goes_by_the_models_name():
