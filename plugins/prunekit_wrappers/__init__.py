@@ -16,7 +16,9 @@ class AwpOptions:
     gamma: float = option(
         0.01, help="length of the perturbation, as a fraction of each weight's norm", above=0
     )
-    start: int = option(0, help="epochs of the stage before it begins", unit="epochs", low=0)
+    start: int = option(
+        0, help="epochs of the stage before it begins", unit="epochs", delays=True, low=0
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +47,9 @@ class S2apOptions:
     gamma: float = option(
         0.01, help="length of the perturbation, as a fraction of each layer's scores", above=0
     )
-    start: int = option(5, help="epochs of the stage before it begins", unit="epochs", low=0)
+    start: int = option(
+        5, help="epochs of the stage before it begins", unit="epochs", delays=True, low=0
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
