@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from prunekit import exact
 from prunekit.contexts import NetworkContext
 from prunekit.contracts import Clock
 from prunekit.steps import Now
@@ -92,7 +93,7 @@ def build_swa(options: SwaOptions, context: NetworkContext) -> Average:
 
     def rate(clock: Clock) -> float:
         last = (clock.step + 1) % (clock.steps // clock.epochs) == 0
-        n = clock.epoch + 1 - int(options.start * clock.epochs)
+        n = clock.epoch + 1 - int(exact(options.start) * clock.epochs)
         return 1 / n if last and n > 0 else 0.0
 
     return Average(rate, count_batches(options))
