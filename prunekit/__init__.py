@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from prunekit.data.seeds import derive_seed
     from prunekit.engine.evaluating import judge_batches
     from prunekit.models.building import find_fragile, normalize_inputs
-    from prunekit.pruning.budgets import count_kept, share_out, uniform
+    from prunekit.pruning.budgets import count_kept, exact, share_out, uniform
     from prunekit.pruning.learning import copy_plain, effective_parameters
     from prunekit.pruning.masks import apply_masks
     from prunekit.pruning.selection import count_units, select_masks
@@ -61,7 +61,7 @@ __all__ = [
     "OptionError", "PrunerComponent", "Radius", "ReporterComponent", "RewirerComponent",
     "RunError", "RunResult", "ScheduleComponent", "SparsityScheduleComponent", "Threatened",
     "Use", "UserError", "WrapperComponent", "apply_masks", "copy_plain", "count_kept",
-    "count_units", "derive_seed", "effective_parameters", "evaluate", "find_fragile",
+    "count_units", "derive_seed", "effective_parameters", "evaluate", "exact", "find_fragile",
     "format_metric", "format_setting", "hash_file", "hookimpl", "is_fraction", "is_main",
     "judge_batches", "load", "make_masks", "normalize_inputs", "option", "read_json",
     "read_kept", "run", "run_sweep", "select_masks", "share_out", "straight_through", "suggest",
@@ -84,7 +84,7 @@ _HOMES = {
     "prunekit.engine.evaluating": ("judge_batches",),
     "prunekit.models.building": ("find_fragile", "normalize_inputs"),
     "prunekit.store.keys": ("version_of",),
-    "prunekit.pruning.budgets": ("count_kept", "share_out", "uniform"),
+    "prunekit.pruning.budgets": ("count_kept", "exact", "share_out", "uniform"),
     "prunekit.pruning.learning": ("copy_plain", "effective_parameters"),
     "prunekit.pruning.masks": ("apply_masks",),
     "prunekit.pruning.selection": ("count_units", "select_masks"),

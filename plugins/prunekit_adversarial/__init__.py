@@ -86,7 +86,9 @@ class SingleStepOptions(Threatened, LabelOptions):
 
     norms = ("linf",)  # the step follows the signs of the gradient
 
-    ramp: float = option(0.0, help="epochs in which eps grows from 0", unit="epochs", low=0)
+    ramp: float = option(
+        0.0, help="epochs in which eps grows from 0", unit="epochs", delays=True, low=0
+    )
     drop: float = option(
         0.05,
         help="fall of the robust validation accuracy within an epoch that ends the stage, if "

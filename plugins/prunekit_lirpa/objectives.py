@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from prunekit import exact
 from prunekit.contexts import ObjectiveContext
 from prunekit.contracts import Clock, Loss
 from prunekit.errors import UserError
@@ -32,7 +33,7 @@ class Ramp:
     def length(self, clock: Clock) -> float:
         """The ramp's length in epochs; raises `UserError` if the stage ends before the ramp."""
         if self.epochs is None:
-            return self.share * clock.epochs
+            return float(exact(self.share) * clock.epochs)
         if self.epochs >= clock.epochs and self.epochs > 0:
             raise UserError(
                 f"ramp_epochs = {self.epochs:g} leaves none of the stage's {clock.epochs} epochs "

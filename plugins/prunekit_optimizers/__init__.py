@@ -11,7 +11,7 @@ from prunekit.contracts import Schedule
 
 
 def _warmup() -> Any:
-    return option(0.0, help="epochs of linear warmup from 0", unit="epochs", low=0)
+    return option(0.0, help="epochs of linear warmup from 0", unit="epochs", delays=True, low=0)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from prunekit import LearnedScores, UserError, count_kept, count_units, select_masks, share_out
+from prunekit import (
+    LearnedScores,
+    UserError,
+    count_kept,
+    count_units,
+    exact,
+    select_masks,
+    share_out,
+)
 from prunekit.contexts import PrunerContext
 from prunekit.contracts import Clock, Masks, Scores
 from prunekit.evaluation import eval_mode
@@ -67,7 +75,8 @@ class Harp(LearnedScores):
         self.total = count_kept(sum(count_units(whole, selection).values()), selection.sparsity)
         self.target = self.total / sum(self.sizes.values())
         floor = options.floor * self.target
-        self.least = {n: max(1, ceil(floor * size)) for n, size in self.sizes.items()}
+        least = exact(options.floor) * self.total / sum(self.sizes.values())
+        self.least = {n: max(1, ceil(least * size)) for n, size in self.sizes.items()}
         if sum(self.least.values()) > self.total:
             raise UserError(
                 f"floor = {options.floor:g} keeps {sum(self.least.values())} in all layers, where "

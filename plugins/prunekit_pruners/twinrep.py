@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunekit import LearnedWeights, count_units, select_masks
+from prunekit import LearnedWeights, count_units, exact, select_masks
 from prunekit.contexts import PrunerContext
 from prunekit.contracts import Clock, Masks, Scores
 from prunekit.steps import Layers, ParamGroup, Pruner
@@ -55,10 +55,11 @@ class Twins(LearnedWeights):
 
     def _lift(self, layers: Layers) -> dict[str, Tensor]:
         """The scores, with the best of each layer before all others: as many as its floor."""
-        density = layers.total / sum(score.numel() for score in layers.scores.values())
+        size = sum(score.numel() for score in layers.scores.values())
+        floor = exact(self._options.floor) * layers.total / size
         lifted = {}
         for name, score in layers.scores.items():
-            least = ceil(self._options.floor * density * score.numel())
+            least = ceil(floor * score.numel())
             best = score.flatten().topk(least).indices
             lifted[name] = score.flatten().index_fill(0, best, inf).view_as(score)
         return lifted

@@ -9,6 +9,7 @@ from math import ceil, cos, pi
 import torch
 from torch import Tensor
 
+from prunekit import exact
 from prunekit.contexts import NetworkContext
 from prunekit.contracts import Clock, Scores
 from prunekit.steps import Moment, Rewirer
@@ -103,7 +104,7 @@ def build_set(options: SetOptions, context: NetworkContext) -> Rewirer:
     """Drop zeta of the weights, grow as many at random (Mocanu et al. 2018, algorithm 1)."""
     return Exchange(
         every=lambda clock: options.every or max(2, clock.steps // clock.epochs),
-        count=lambda clock, kept: int(options.fraction * kept),
+        count=lambda clock, kept: int(exact(options.fraction) * kept),
         growth="random",
         start=options.start,
     )

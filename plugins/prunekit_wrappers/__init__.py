@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Literal
 
 from prunekit import WrapperComponent, hookimpl, option
@@ -16,7 +17,9 @@ class AwpOptions:
     gamma: float = option(
         0.01, help="length of the perturbation, as a fraction of each weight's norm", above=0
     )
-    start: int = option(0, help="epochs of the stage before it begins", unit="epochs", low=0)
+    start: int = option(
+        0, help="epochs of the stage before it begins", unit="epochs", delays=True, low=0
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +48,9 @@ class S2apOptions:
     gamma: float = option(
         0.01, help="length of the perturbation, as a fraction of each layer's scores", above=0
     )
-    start: int = option(5, help="epochs of the stage before it begins", unit="epochs", low=0)
+    start: int = option(
+        5, help="epochs of the stage before it begins", unit="epochs", delays=True, low=0
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +72,7 @@ def count_batches(options: AverageOptions) -> int:
 
 def count_idle(options: SwaOptions, epochs: int) -> int:
     """The epochs of a stage before the first that counts in the mean."""
-    return int(options.start * epochs)
+    return int(Fraction(repr(options.start)) * epochs)  # of the decimal that was written
 
 
 AWP_DETAILS = """\

@@ -171,6 +171,7 @@ def option(
     *,
     help: str,
     unit: str = "",
+    delays: bool = False,
     low: float | None = None,
     high: float | None = None,
     above: float | None = None,
@@ -183,7 +184,9 @@ def option(
 
     `low` and `high` are inclusive limits, `above` and `below` exclusive ones; `smoke` is the most
     that `--smoke` uses (attack steps, samples); `exists` says that a path must exist, and `norm`
-    that a radius is always of this norm. Without `default` a recipe has to give a value.
+    that a radius is always of this norm. `delays` is for a number of epochs of a stage after which
+    something holds: a stage that is over by then is told. Without `default` a recipe has to give a
+    value.
 
     >>> @dataclass(frozen=True)
     ... class Options:
@@ -192,7 +195,7 @@ def option(
     10
     """
     metadata = {"help": help, "unit": unit, "smoke": smoke, "exists": exists, "norm": norm}
-    metadata |= {"low": low, "high": high, "above": above, "below": below}
+    metadata |= {"low": low, "high": high, "above": above, "below": below, "delays": delays}
     if isinstance(default, dict):  # a component with options: mutable, so it needs a factory
         return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)

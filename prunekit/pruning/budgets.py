@@ -8,15 +8,22 @@ from fractions import Fraction
 from prunekit.steps import Layers
 
 
-def count_kept(n: int, sparsity: float) -> int:
-    """How many of n weights are kept: n minus the rounded down sparsity * n, in exact decimals.
+def exact(value: float) -> Fraction:
+    """The decimal that was written, to count with: as a binary fraction, 0.57 of 100 is less.
 
-    The sparsity is the decimal that was written: as binary fractions, 0.7 of 90 are less than 63.
+    >>> int(0.57 * 100), int(exact(0.57) * 100)
+    (56, 57)
+    """
+    return Fraction(repr(float(value)))
+
+
+def count_kept(n: int, sparsity: float) -> int:
+    """How many of n weights are kept: n minus the rounded down sparsity * n, in `exact` decimals.
 
     >>> count_kept(1000, 0.9), count_kept(10, 0.7), count_kept(90, 0.7)
     (100, 3, 27)
     """
-    return n - int(Fraction(repr(float(sparsity))) * n)
+    return n - int(exact(sparsity) * n)
 
 
 def uniform(layers: Layers) -> dict[str, int]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 from prunekit.catalog.component import Use
 from prunekit.catalog.containment import ask
 from prunekit.contracts import Data, Threat, read_ratio
-from prunekit.recipe.describing import uses_in
+from prunekit.recipe.describing import key_of, uses_in
 from prunekit.recipe.resolver import Resolver
 from prunekit.recipe.stages import Stage
 from prunekit.recipe.toml.sections import DataOptions
@@ -96,6 +97,20 @@ def check_wrappers(stage: Stage, resolver: Resolver) -> None:
                 f"{stage.options.objective.name!r} takes several steps on a batch; use another "
                 "objective, or remove it",
             )
+
+
+def note_delays(stages: tuple[Stage, ...]) -> Iterator[str]:
+    """What may be a mistake: a stage that is over before what an option delays, see `option`."""
+    for stage in stages:
+        for use in stage.uses() if getattr(stage.options, "epochs", None) else ():
+            for field in dataclasses.fields(use.options):
+                value = getattr(use.options, field.name)
+                if field.metadata.get("delays") and value is not None and value >= stage.epochs:
+                    yield (
+                        f"stage {stage.name!r} has {stage.epochs} epochs, so that "
+                        f"{key_of(field.name)} = {value:g} of {use.name!r} is never over; write "
+                        "less, or more epochs"
+                    )
 
 
 def note_threats(threat: Threat | None, stages: tuple[Stage, ...]) -> Iterator[str]:

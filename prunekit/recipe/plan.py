@@ -17,6 +17,7 @@ from prunekit.recipe.agreement import (
     check_counts,
     check_images,
     check_wrappers,
+    note_delays,
     note_extra,
     note_threats,
     note_validation,
@@ -271,6 +272,7 @@ def _resolve_run(
     threat, folder = resolver.threat, recipe.path.parent
     notes += (*note_extra(dataset, images.extra), *note_threats(threat, stages))
     notes += note_validation(dataset, images, stages)
+    notes += note_delays(stages)
     yield Run(
         label, settings, folder, seed, dataset, images, architecture, start.init, threat, stages
     )

@@ -277,6 +277,16 @@ def test_floors_that_are_more_than_the_target_are_told():
         make(sparsity=0.995)
 
 
+def test_floors_are_counted_in_decimals():
+    """0.1 of the 100 that sparsity 0.9 leaves of 1,000 are 10, and not 11."""
+    net = nn.Sequential(nn.Linear(40, 25, bias=False))
+    start = Scores({"0.weight": net[0].weight.detach().clone()})
+    given = (net, start, Selection(0.9), {})
+    assert Harp(*given, options=options(floor=0.1), budget=uniform, prices={}).least == {
+        "0.weight": 10
+    }
+
+
 class Watched:
     def __init__(self, model):
         self.model, self.watch = model, lambda step: None

@@ -147,6 +147,8 @@ def test_a_fraction_of_a_ramp_is_rounded_up_to_epochs() -> None:
     objective = build("mixtrain", make_net(), ramp=0.25)
     assert objective.ramp.by_epoch(at(29)) == pytest.approx(2 / 3)
     assert objective.ramp.by_epoch(at(30)) == 1
+    seven = build("mixtrain", make_net(), ramp=0.07)  # of 100 epochs, in decimals: 7, not 8
+    assert seven.ramp.by_epoch(Clock(7, 100, 7, 100)) == 1
 
 
 @pytest.mark.parametrize("name", ["ibp", "mixtrain"])

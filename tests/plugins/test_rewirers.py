@@ -230,6 +230,11 @@ def test_growth_is_by_the_largest_dense_gradient():
     assert (values > 0).tolist() == [[True, True, False, False, True, False]]
 
 
+def test_set_exchanges_a_part_in_decimals():
+    rewirer = make("set", fraction=0.57)
+    assert rewirer.count(Clock(2, 9, 0, 1), 100) == 57
+
+
 def test_ties_go_by_position():
     weight, mask = torch.tensor([1.0, 1.0, 1.0, 0.0, 0.0]), torch.tensor([True] * 3 + [False] * 2)
     gradient = torch.tensor([0.0, 0.0, 0.0, 2.0, 2.0])

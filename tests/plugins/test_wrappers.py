@@ -254,6 +254,14 @@ def test_swa_by_hand():
     assert found == [[2.5, 0]]
 
 
+def test_swa_counts_epochs_in_decimals():
+    """0.57 of 100 epochs are 57."""
+    net, swa = nn.Linear(2, 1), make_swa(start=0.57)
+    for epoch in (56, 57):
+        swa.after_step(Now(Clock(epoch, 100, epoch, 100), net, {}, {}, dict))
+        assert bool(swa.average) == (epoch == 57)
+
+
 def test_what_grows_again_starts_in_the_mean_at_its_value():
     net, swa = nn.Linear(2, 1, bias=False), make_swa()
     masks = {"weight": torch.tensor([[True, False]])}

@@ -428,6 +428,26 @@ def test_stages_are_resolved_with_names_positions_and_sparsity(plan):
     }
 
 
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ('wrap = ["s2ap"]', "start = 5 of 's2ap'"),
+        ('wrap = [{ use = "s2ap", start = 3 }]', ""),
+        ('wrap = [{ use = "awp", start = 4 }]', "start = 4 of 'awp'"),
+        ('objective = { use = "fgsm-rs", eps = 0.1, ramp = 9 }', "ramp = 9 of 'fgsm-rs'"),
+        ('objective = { use = "fgsm-rs", eps = 0.1, ramp = 3.5 }', ""),
+        ('optimizer = { use = "sgd", schedule = { use = "cosine", warmup = 4 } }',
+         "warmup = 4 of 'cosine'"),
+    ],
+)  # fmt: skip
+def test_what_a_stage_is_too_short_for_is_told(plan, changed, told):
+    text = TOP + PRETRAIN + PRUNE.replace("epochs = 1", f"epochs = 4\n{changed}")
+    expected = (
+        f"stage 'prune' has 4 epochs, so that {told} is never over; write less, or more epochs",
+    )
+    assert plan(text).notes == (expected if told else ())
+
+
 def test_an_objective_of_a_stage_goes_before_that_of_the_recipe(plan):
     text = "threat = { eps = 0.1 }\n" + TOP + PRETRAIN + 'objective = "trades"\n' + PRUNE
     (run,) = plan(text).runs
