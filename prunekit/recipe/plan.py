@@ -13,13 +13,7 @@ from prunekit.catalog.kinds import DEFAULT_BACKEND
 from prunekit.catalog.registry import Registry
 from prunekit.contracts import Architecture, Data, Threat
 from prunekit.errors import Problem, RecipeError, in_order, suggest, translate
-from prunekit.recipe.agreement import (
-    check_counts,
-    check_images,
-    check_wrappers,
-    note_extra,
-    note_threats,
-)
+from prunekit.recipe.agreement import check_run, check_stages, note_extra, note_threats
 from prunekit.recipe.describing import describe, uses_in
 from prunekit.recipe.resolver import THREAT_EXAMPLE, Resolver
 from prunekit.recipe.stages import Stage, resolve_stages
@@ -261,12 +255,10 @@ def _resolve_run(
     if "stage" not in data and is_misspelt(data, "stage"):
         return
     stages = resolve_stages(data, resolver, bool(settings), notes)
-    for stage in stages:
-        check_counts(stage, resolver)
-        check_wrappers(stage, resolver)
+    check_stages(stages, resolver)
     if len(resolver.problems) > before or dataset is None or architecture is None:
         return
-    check_images(images, stages, resolver)
+    check_run(images, stages, resolver)
     threat, folder = resolver.threat, recipe.path.parent
     notes += (*note_extra(dataset, images.extra), *note_threats(threat, stages))
     yield Run(
