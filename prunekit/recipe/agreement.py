@@ -129,7 +129,8 @@ def check_wrappers(stage: Stage, resolver: Resolver) -> None:
 
 
 def note_threats(threat: Threat | None, stages: tuple[Stage, ...]) -> Iterator[str]:
-    """What may be a mistake: another threat model than the recipe's, a step longer than eps."""
+    """What may be a mistake: another threat model than the recipe's, a step longer than eps, and
+    what components doubt."""
     for stage in stages:
         for use in uses_in(stage.options):
             if threat and use.threat and use.threat != threat:
@@ -137,6 +138,8 @@ def note_threats(threat: Threat | None, stages: tuple[Stage, ...]) -> Iterator[s
                     f"stage {stage.name!r}: {use.name!r} has norm {use.threat.norm}, eps "
                     f"{use.threat.eps:.6g}; the recipe's threat is {threat.norm}, {threat.eps:.6g}"
                 )
+            if doubt := ask(use, "doubts"):
+                yield f"stage {stage.name!r}: {use.name!r} {doubt}"
             step = getattr(use.options, "step_size", None)
             if use.threat and isinstance(step, float) and step > use.threat.eps:
                 yield (

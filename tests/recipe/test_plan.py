@@ -712,6 +712,11 @@ def test_steps_longer_than_eps_are_told(plan):
     # A single step that is longer than eps is how the method is meant.
     single = text.replace('{ use = "pgd-at", step_size = "8/255" }', '"fgsm-rs"')
     assert not plan(single).notes
+    assert not plan(single.replace('"fgsm-rs"', '{ use = "fgsm-rs", step = 2.0 }')).notes
+    assert plan(single.replace('"fgsm-rs"', '{ use = "fgsm-rs", step = 3.0 }')).notes == (
+        "stage 'pretrain': 'fgsm-rs' takes a step of 3 times eps, and 2 cross the whole ball; "
+        "write 2 or less",
+    )
 
 
 def test_compute_is_one_for_all_runs(plan, refuse):
