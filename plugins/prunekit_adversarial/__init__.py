@@ -145,6 +145,15 @@ class AutoAttackOptions(Threatened):
             )
 
 
+def doubt_step(options: SingleStepOptions) -> str:
+    """A step of `fgsm-rs` after which every start ends at a corner of the ball."""
+    if not isinstance(options, FgsmRsOptions) or options.step <= 2:
+        return ""
+    return (
+        f"takes a step of {options.step:g} times eps, and 2 cross the whole ball; write 2 or less"
+    )
+
+
 def count_autoattack(options: AutoAttackOptions) -> int:
     """Forward passes for an image that withstands every attack, for a network with 10 classes."""
     single = options.restarts * (options.steps + 1)
@@ -253,6 +262,7 @@ def prunekit_objectives() -> Iterable[ObjectiveComponent]:
             "images, 5 points are not. The attack is made in eval mode, theirs in train mode.",
             forward_passes=lambda options: 2,
             attack_passes=lambda options: 1,
+            doubts=doubt_step,
             accuracy_of=tell_attacked,
             **VALIDATION,
         )

@@ -52,6 +52,7 @@ def prunekit_budgets() -> Iterable[BudgetComponent]:
         summary="By scores that compare across layers (LAMP)",
         build="prunekit_budgets.budgets:build_lamp",
         counts=False,
+        unsigned=True,
         paper="Lee et al., LAMP, ICLR 2021, arXiv 2010.07611",
     )
 
@@ -63,6 +64,7 @@ def prunekit_sparsity_schedules() -> Iterable[SparsityScheduleComponent]:
         name="constant",
         summary="All of the sparsity, from the first step on",
         build="prunekit_budgets.schedules:build_constant",
+        constant=True,
     )
     yield SparsityScheduleComponent(
         name="linear",

@@ -73,6 +73,7 @@ They average the network over the last epochs, as the wrapper `swa` does.
 _COMMON: dict[str, Any] = {
     "sources": ("prunekit_adversarial",),
     "accuracy_of": tell_attacked,
+    "teacher": "teacher",
     **VALIDATION,
 }
 

@@ -186,6 +186,7 @@ def prunekit_pruners() -> Iterator[PrunerComponent]:
         options=MovementOptions,
         paper="Sanh et al., Movement Pruning, NeurIPS 2020, arXiv 2005.07683",
         cost="once: a forward and backward pass of the loss on each of `batches` batches",
+        signed=True,
         forward_passes=lambda options, batches, loss: (options.batches or batches) * loss,
         details="The loss is the stage's objective, or the cross-entropy on clean images if the "
         "recipe has none. Scores are signed: weights that move towards zero go first, so that "

@@ -112,6 +112,7 @@ def prunekit_rewirers() -> Iterable[RewirerComponent]:
         build="prunekit_rewirers.gradual:build",
         options=GradualOptions,
         gradients=lambda options: options.regrow,
+        grows="cubic",
         cost=_COST,
         paper="Zhu and Gupta, To prune or not to prune, 2017, arXiv 1710.01878",
         details="How many are removed by when is the stage's: sparsity_schedule = "

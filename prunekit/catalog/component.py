@@ -86,6 +86,10 @@ class Component:
     Python file net.py" or "would fetch OWNER/NAME"; empty if it does not run code from a file or
     fetch what its options name. Where a run folder or a model file names it, the user is asked."""
 
+    doubts: Callable[[Any], str] = lambda options: ""
+    """options -> what may be a mistake in them, which `prunekit check` notes after the name of the
+    component, as in "takes steps longer than the ball"; empty if nothing."""
+
     @property
     def package(self) -> str:
         """The import name of the top-level package that implements it."""

@@ -61,6 +61,9 @@ class ObjectiveComponent(Component):
     refuses_extra: Callable[[Any], str] = lambda options: ""
     """options -> why it is not for extra training images, and what allows them; a recipe that adds
     some to its data set is then refused. Empty if it takes them."""
+    teacher: str = ""
+    """The option that it gives to `context.network`: a model file, or None for the run's dense
+    network. A recipe without either is refused."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +85,8 @@ class PrunerComponent(Component):
     """It decides itself what it removes by when, so a recipe gives no `sparsity_schedule`."""
     trains_weights: bool = False
     """It trains the weights and has no scores to learn, so wrappers of scores refuse it."""
+    signed: bool = False
+    """Scores may be below 0, so a recipe cannot give a budget that is `unsigned`."""
     forward_passes: Callable[[Any, int, int], int] = lambda options, batches, loss: 0
     """options, training batches of an epoch, forward passes of the stage's loss on a batch ->
     forward passes of a batch that it makes beside training."""
@@ -173,6 +178,8 @@ class BudgetComponent(Component):
     """Scores of layers are compared: the core makes those comparable that are not."""
     counts: bool = True
     """It says how many weights layers keep; false where it gives scores of them instead."""
+    unsigned: bool = False
+    """It takes scores from 0 on only."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,6 +188,9 @@ class SparsityScheduleComponent(Component):
 
     kind = "sparsity_schedule"
     builds = steps.SparsitySchedule
+
+    constant: bool = False
+    """The whole sparsity holds from the first step on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,6 +206,9 @@ class RewirerComponent(Component):
     """`Scores.keep` says what each layer keeps, so a recipe gives no budget."""
     elements: bool = False
     """It chooses single weights, so a recipe cannot ask for whole channels."""
+    grows: str = ""
+    """It needs a sparsity that grows: the `sparsity_schedule` to write in place of a `constant`
+    one."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,7 @@ from prunekit.catalog.kinds import (
     EvaluatorComponent,
     ObjectiveComponent,
     PrunerComponent,
+    RewirerComponent,
     WrapperComponent,
 )
 from prunekit.catalog.registry import Entry, load_registry
@@ -266,6 +267,8 @@ def fragment(entry: Entry, *, example: bool = True) -> str:
     fields = dataclasses.fields(component.options)
     types = field_types(component.options)
     pairs = [f"{key_of(f.name)} = {example_of(types[f.name])}" for f in fields if _is_required(f)]
+    if example and isinstance(component, ObjectiveComponent) and component.teacher:
+        pairs.append(f"{component.teacher} = {example_of(types[component.teacher])}")
     if example and not pairs:
         shown = [f for f in fields if default_of(f) is not None]
         pairs = [f"{key_of(f.name)} = {write_value(default_of(f))}" for f in shown[:1]]
@@ -276,5 +279,7 @@ def fragment(entry: Entry, *, example: bool = True) -> str:
     text = FRAGMENTS[entry.kind].format(inline)
     if isinstance(component, WrapperComponent) and component.scores:
         text = text.replace('"pretrain"\nepochs = 100', '"prune"\nsparsity = 0.9\nepochs = 20')
+    if isinstance(component, RewirerComponent) and component.grows:
+        text += f'\nsparsity_schedule = "{component.grows}"'
     learns = isinstance(component, PrunerComponent) and component.learns
     return text.replace("\npruner", "\nepochs = 20\npruner") if learns else text

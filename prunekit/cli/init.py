@@ -11,7 +11,7 @@ from string import Template
 
 import click
 
-from prunekit.catalog.kinds import DatasetComponent
+from prunekit.catalog.kinds import DatasetComponent, ObjectiveComponent
 from prunekit.catalog.registry import load_registry
 from prunekit.cli.completion import component_option
 from prunekit.cli.components import fragment
@@ -86,6 +86,7 @@ def write_recipe(file: Path, dataset: str, model: str | None, objective: str) ->
     registry = load_registry()
     data, loss = registry.find("dataset", dataset), registry.find("objective", objective)
     assert isinstance(data.component, DatasetComponent)
+    assert isinstance(loss.component, ObjectiveComponent)
     facts = data.component.facts and data.component.facts(data.component.options())
     height = facts.shape[1] if facts else 0
     network = registry.find("architecture", model or _choose_model(height, dataset, objective))
@@ -103,6 +104,8 @@ def write_recipe(file: Path, dataset: str, model: str | None, objective: str) ->
     for stage, n, lr in zip(("pretrain", "prune", "finetune"), epochs, rates, strict=True):
         optimizer = f"{rate.format(lr):<32}{comment}".rstrip()
         words |= {f"{stage}_epochs": str(n), f"{stage}_rate": optimizer}
+    if loss.component.teacher:
+        words["pretrain_rate"] += '\nobjective = "trades"            # of the teacher'
     return Template((HERE / "templates/recipe.txt").read_text("utf-8")).substitute(
         words,
         file=shlex.quote(str(file)),

@@ -13,7 +13,7 @@ from typing import Any
 
 from prunekit.catalog.component import Use
 from prunekit.catalog.containment import held
-from prunekit.engine.evaluating import assemble, judge
+from prunekit.engine.evaluating import assemble, join_places, judge
 from prunekit.engine.keys import StageKey, describe_stage, make_keys
 from prunekit.engine.rehearsal import rehearse
 from prunekit.engine.stages import STAGES
@@ -213,7 +213,7 @@ class Engine:
             seconds=sum(result.seconds for result in new or [r for _, r in results]),
             notes=list(outcome.notes),
             versions={k: v for _, result in results for k, v in result.versions.items()},
-            compute=_join([result.compute for _, result in results]),
+            compute=join_places([result.compute for _, result in results]),
             files=files,
         )
         return whole, not new, outcome.records
@@ -292,18 +292,6 @@ class Engine:
             self.compute.take_chosen(),
         )
         return stored.finish(result, describe_stage(stage))
-
-
-def _join(places: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Where evaluators computed, as the last did, with the layers of all."""
-    whole = dict(places[-1])
-    for place in places:
-        for name, layers in place.items():
-            if name == "sparse_layers":
-                whole[name] = sorted({*whole[name], *layers})
-            elif name == "dense_layers":
-                whole[name] = {**whole[name], **layers}
-    return whole
 
 
 def _finite(row: Mapping[str, Any]) -> dict[str, Any]:

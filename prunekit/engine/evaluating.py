@@ -192,6 +192,18 @@ def assemble(stage: Stage, run: Run, loaded: Loaded, found: Mapping[str, Outcome
     return Outcome({**metrics, **network}, records=records, notes=tuple(notes))
 
 
+def join_places(places: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Where evaluators computed, as the last did, with the layers of all."""
+    whole = dict(places[-1])
+    for place in places:
+        for name, layers in place.items():
+            if name == "sparse_layers":
+                whole[name] = sorted({*whole[name], *layers})
+            elif name == "dense_layers":
+                whole[name] = {**whole[name], **layers}
+    return whole
+
+
 def judge_batches(
     judge: Callable[[Tensor, Tensor], Mapping[str, np.ndarray]],
     batches: Iterable[tuple[Tensor, Tensor]],

@@ -9,6 +9,8 @@ from torch import nn
 from prunekit.engine.work import Work, build_state
 from prunekit.errors import UserError, relative
 from prunekit.models.stored import find_architecture, load_network
+from prunekit.pruning.masks import count_weights, measure_sparsity
+from prunekit.report import Note
 from prunekit.store.networks import read_network
 
 
@@ -48,5 +50,9 @@ def _load(work: Work, file: Path) -> nn.Module:
             f"{why}, and no recipe of yours did so before; if you trust it, name it as the "
             "[architecture] of a recipe and give that one to prunekit run --dry-run first"
         ) from None
-    model: nn.Module = load_network(network)[0]
+    model: nn.Module
+    model, masks = load_network(network)
+    if sparsity := measure_sparsity(count_weights(model, masks)):
+        told = f"the network of {relative(file)} is pruned, {sparsity:.1%} of its weights are 0"
+        work.report(Note(f"{told}; a dense one may teach more"))
     return model

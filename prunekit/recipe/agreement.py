@@ -14,6 +14,20 @@ from prunekit.recipe.stages import Stage
 from prunekit.recipe.toml.sections import DataOptions
 
 
+def check_stages(stages: tuple[Stage, ...], resolver: Resolver) -> None:
+    """What the parts of each stage ask of each other."""
+    for stage in stages:
+        check_counts(stage, resolver)
+        check_selection(stage, resolver)
+        check_wrappers(stage, resolver)
+
+
+def check_run(images: DataOptions, stages: tuple[Stage, ...], resolver: Resolver) -> None:
+    """What the sections of a run ask of each other, if each is right by itself."""
+    check_images(images, stages, resolver)
+    check_teachers(stages, resolver)
+
+
 def check_images(images: DataOptions, stages: tuple[Stage, ...], resolver: Resolver) -> None:
     """Stages that train need images to validate on, and a metric of them to be patient for; some
     objectives are not for extra images."""
@@ -38,6 +52,21 @@ def check_images(images: DataOptions, stages: tuple[Stage, ...], resolver: Resol
             message = f"extra is not for objective {use.name!r} of stage {stage.name!r}: {reason}"
             resolver.problem(("dataset", "extra"), message)
             return  # it is the same in the others
+
+
+def check_teachers(stages: tuple[Stage, ...], resolver: Resolver) -> None:
+    """An objective with a teacher names its file, or follows a stage that leaves one."""
+    for stage in stages:
+        use = getattr(stage.options, "objective", None)
+        if use and (key := use.component.teacher) and getattr(use.options, key) is None:
+            resolver.problem(
+                ("stage", stage.position),
+                f"objective {use.name!r} of stage {stage.name!r} has no teacher: no pretrain stage "
+                "before it leaves a dense network; put one there, or name a model file: "
+                f'{key_of(key)} = "dense.safetensors"',
+            )
+        if stage.kind == "pretrain" and not stage.sparsity:
+            return
 
 
 def note_extra(dataset: Use[Data], extra: Use[Data] | None) -> Iterator[str]:
@@ -80,6 +109,24 @@ def check_counts(stage: Stage, resolver: Resolver) -> None:
             resolver.problem(("stage", stage.position, "structure"), message)
 
 
+def check_selection(stage: Stage, resolver: Resolver) -> None:
+    """Signed scores need a budget that takes them, and some rewirers a sparsity that grows."""
+    path, options = ("stage", stage.position), stage.options
+    for use in stage.choosing:
+        component = use.component
+        if getattr(component, "signed", False) and options.budget.component.unsigned:
+            message = f"scores of {use.kind} {use.name!r} may be below 0, and budget "
+            message += f"{options.budget.name!r} takes none that are; remove it, or write another"
+            resolver.problem((*path, "budget"), message)
+        if getattr(component, "grows", "") and options.sparsity_schedule.component.constant:
+            message = f"{use.kind} {use.name!r} needs a sparsity that grows during the stage"
+            if read_ratio(options.structure):
+                message += f', and {options.structure} fixes it; write structure = "element"'
+            else:
+                message += f'; write sparsity_schedule = "{component.grows}"'
+            resolver.problem((*path, "rewire"), message)
+
+
 def check_wrappers(stage: Stage, resolver: Resolver) -> None:
     """Wrappers of scores are for prune stages; several passes do not go with several steps."""
     path = ("stage", stage.position, "wrap")
@@ -114,7 +161,8 @@ def note_delays(stages: tuple[Stage, ...]) -> Iterator[str]:
 
 
 def note_threats(threat: Threat | None, stages: tuple[Stage, ...]) -> Iterator[str]:
-    """What may be a mistake: another threat model than the recipe's, a step longer than eps."""
+    """What may be a mistake: another threat model than the recipe's, a step longer than eps, and
+    what components doubt."""
     for stage in stages:
         for use in uses_in(stage.options):
             if threat and use.threat and use.threat != threat:
@@ -122,6 +170,8 @@ def note_threats(threat: Threat | None, stages: tuple[Stage, ...]) -> Iterator[s
                     f"stage {stage.name!r}: {use.name!r} has norm {use.threat.norm}, eps "
                     f"{use.threat.eps:.6g}; the recipe's threat is {threat.norm}, {threat.eps:.6g}"
                 )
+            if doubt := ask(use, "doubts"):
+                yield f"stage {stage.name!r}: {use.name!r} {doubt}"
             step = getattr(use.options, "step_size", None)
             if use.threat and isinstance(step, float) and step > use.threat.eps:
                 yield (

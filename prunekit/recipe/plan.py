@@ -9,19 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from prunekit.catalog.component import Use
-from prunekit.catalog.kinds import DEFAULT_BACKEND
 from prunekit.catalog.registry import Registry
 from prunekit.contracts import Architecture, Data, Threat
 from prunekit.errors import Problem, RecipeError, in_order, suggest, translate
 from prunekit.recipe.agreement import (
-    check_counts,
-    check_images,
-    check_wrappers,
+    check_run,
+    check_stages,
     note_delays,
     note_extra,
     note_threats,
     note_validation,
 )
+from prunekit.recipe.computing import find_backend, resolve_compute
 from prunekit.recipe.describing import describe, uses_in
 from prunekit.recipe.resolver import THREAT_EXAMPLE, Resolver
 from prunekit.recipe.stages import Stage, resolve_stages
@@ -132,8 +131,8 @@ def make_plan(recipe: Recipe, registry: Registry) -> Plan:
     top = Resolver(registry, recipe.path.parent, recipe.locate, foreign=recipe.foreign)
     _check_top(recipe, top)
     reporters = _resolve_reporters(recipe, top)
-    compute = _resolve_compute(recipe, top)
-    backend = _find_backend(compute, top)
+    compute = resolve_compute(recipe, top)
+    backend = find_backend(compute, top)
     combinations = list(unroll(recipe, top.problems))
     addresses = {address for settings, _ in combinations for address in settings}
     top.problems += _find_hidden(recipe, top, addresses)
@@ -228,25 +227,6 @@ def _resolve_reporters(recipe: Recipe, resolver: Resolver) -> tuple[Use[Reporter
     return tuple(use for use in uses if use)
 
 
-def _resolve_compute(recipe: Recipe, resolver: Resolver) -> ComputeOptions:
-    table = recipe.data.get("compute", {})
-    if not isinstance(table, dict):
-        resolver.problem(("compute",), 'write [compute] with device = "cpu"')
-        return ComputeOptions()
-    found = resolver.options(ComputeOptions, table, ("compute",), "[compute]")
-    return found or ComputeOptions()
-
-
-def _find_backend(compute: ComputeOptions, resolver: Resolver) -> Use[Backend] | None:
-    """What sparse layers run on; None where they are dense, as where "auto" finds nothing."""
-    if compute.sparse == "off" or compute.backend is not None:
-        return None if compute.sparse == "off" else compute.backend
-    entries = resolver.registry.search(DEFAULT_BACKEND, "backend")
-    if compute.sparse == "auto" and (len(entries) != 1 or entries[0].missing):
-        return None
-    return resolver.use("backend", DEFAULT_BACKEND, ("compute", "sparse"))
-
-
 def _resolve_run(
     recipe: Recipe, resolver: Resolver, label: str, settings: Mapping[str, Any], notes: list[str]
 ) -> Iterator[Run]:
@@ -263,12 +243,10 @@ def _resolve_run(
     if "stage" not in data and is_misspelt(data, "stage"):
         return
     stages = resolve_stages(data, resolver, bool(settings), notes)
-    for stage in stages:
-        check_counts(stage, resolver)
-        check_wrappers(stage, resolver)
+    check_stages(stages, resolver)
     if len(resolver.problems) > before or dataset is None or architecture is None:
         return
-    check_images(images, stages, resolver)
+    check_run(images, stages, resolver)
     threat, folder = resolver.threat, recipe.path.parent
     notes += (*note_extra(dataset, images.extra), *note_threats(threat, stages))
     notes += note_validation(dataset, images, stages)

@@ -241,9 +241,7 @@ def _check_select(options: Any, resolver: Resolver, path: KeyPath, name: str) ->
         )
 
 
-def _drop_misplaced(
-    kind: str, own: dict[str, Any], resolver: Resolver, path: KeyPath
-) -> dict[str, Any]:
+def _drop_misplaced(kind: str, own: Any, resolver: Resolver, path: KeyPath) -> dict[str, Any]:
     """The keys of a stage, without those that only other kinds have: mistakes."""
     known = {k: [key_of(f.name) for f in dataclasses.fields(o)] for k, o in STAGE_OPTIONS.items()}
     kept = {}
@@ -251,9 +249,9 @@ def _drop_misplaced(
         owners = [other for other, keys in known.items() if key in keys]
         if kind in owners or not owners:
             kept[key] = value
-        else:
-            message = f"{key} is for stages of kind {', '.join(owners)}, not {kind}; remove it"
-            resolver.problem((*path, key), message)
+            continue
+        told = f"{key} is for stages of kind {', '.join(owners)}, not {kind}; remove it"
+        resolver.problem((*path, key), told)
     return kept
 
 

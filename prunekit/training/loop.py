@@ -13,14 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunekit.contracts import (
-    Clock,
-    Halting,
-    Loss,
-    Objective,
-    OptimizerChoice,
-    Settling,
-)
+from prunekit.contracts import Clock, Halting, Loss, Objective, OptimizerChoice, Settling
 from prunekit.data import seeds
 from prunekit.data.batches import Feed
 from prunekit.errors import RunError, UserError
@@ -38,7 +31,6 @@ IMAGES = "#"
 
 RESERVED = {IMAGES, "loss", "accuracy", "epoch", "best", "ended", "seconds"}
 """Names that a term of a loss cannot have."""
-
 IDLE = (
     "its rewirer is due in none of its steps, so that masks do not move; lower `every`, or raise "
     "`until` where it has one"

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from prunekit.errors import Interrupted
-from prunekit.report import StageDone
+from prunekit.report import Note, StageDone
 
 TAUGHT = """
 [[stage]]
@@ -66,6 +66,15 @@ def test_it_is_that_of_a_file(bench, look, tmp_path):
     assert folder.error == ""
     found = seen[-1].state_dict()
     assert all(torch.equal(found[name], value) for name, value in load_file(file).items())
+
+
+@pytest.mark.parametrize(("kind", "times"), [("pretrain", 0), ("prune", 1)])
+def test_a_pruned_file_is_noted(kind, times, bench, look):
+    bench.run()
+    folder, _ = look(find_model(bench, kind))
+    told = [note.text for note in bench.of(Note) if "may teach more" in note.text]
+    assert (folder.error, len(told)) == ("", times)
+    assert all("/model.safetensors is pruned, " in text for text in told)
 
 
 def change(file, out, **header):

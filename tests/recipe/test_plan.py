@@ -636,6 +636,45 @@ def test_flyingbird_plus_says_what_it_does_not_take(refuse, line, told):
     assert told in found
 
 
+def test_gradual_needs_a_sparsity_that_grows(refuse, plan):
+    text = TOP + REWIRED.replace('"told"', '"gradual"')
+    (found,) = refuse(text)
+    assert found == (
+        "r.toml:8: rewirer 'gradual' needs a sparsity that grows during the stage; "
+        'write sparsity_schedule = "cubic"'
+    )
+    assert plan(text + 'sparsity_schedule = "linear"\n').runs
+    (found,) = refuse(text.replace("sparsity = 0.8", 'structure = "2:4"'))
+    assert found.endswith('grows during the stage, and 2:4 fixes it; write structure = "element"')
+
+
+def test_a_budget_that_takes_no_signed_scores(refuse, plan):
+    text = TOP + PRETRAIN + PRUNE.replace('"score"\nepochs = 1', '"movement"\nbudget = "lamp"')
+    assert refuse(text) == [
+        "r.toml:11: scores of pruner 'movement' may be below 0, and budget 'lamp' takes none that "
+        "are; remove it, or write another"
+    ]
+    assert plan(text.replace("lamp", "global")).runs
+    assert plan(text.replace("movement", "lwm")).runs
+
+
+@pytest.mark.parametrize("name", ["rslad", "saad"])
+def test_a_teacher_is_a_file_or_a_dense_network_of_the_run(name, refuse, plan, here):
+    threat = "[threat]\neps = 0.1\n"
+    own = PRETRAIN + f'name = "taught"\nobjective = "{name}"\n'
+    told = f"objective '{name}' of stage 'taught' has no teacher: no pretrain stage before it "
+    told += 'leaves a dense network; put one there, or name a model file: teacher = "dense.safet'
+    (found,) = refuse(TOP + own + threat)
+    assert found == f'r.toml:4: {told}ensors"'
+    sparse = REWIRED.replace('"told"', '"set"')
+    (found,) = refuse(TOP + sparse + own + threat)
+    assert told in found
+    assert plan(TOP + PRETRAIN + own + threat).runs
+    (here / "t.safetensors").touch()
+    named = own.replace(f'"{name}"', f'{{ use = "{name}", teacher = "t.safetensors" }}')
+    assert plan(TOP + named + threat).runs
+
+
 def test_the_budget_within_a_rewirer_is_among_what_a_stage_uses(plan):
     """So its source is in the stage's key."""
     (run,) = plan(TOP + REWIRED.replace('"told"', '"flyingbird-plus"')).runs
@@ -716,6 +755,11 @@ def test_steps_longer_than_eps_are_told(plan):
     # A single step that is longer than eps is how the method is meant.
     single = text.replace('{ use = "pgd-at", step_size = "8/255" }', '"fgsm-rs"')
     assert not plan(single).notes
+    assert not plan(single.replace('"fgsm-rs"', '{ use = "fgsm-rs", step = 2.0 }')).notes
+    assert plan(single.replace('"fgsm-rs"', '{ use = "fgsm-rs", step = 3.0 }')).notes == (
+        "stage 'pretrain': 'fgsm-rs' takes a step of 3 times eps, and 2 cross the whole ball; "
+        "write 2 or less",
+    )
 
 
 def test_compute_is_one_for_all_runs(plan, refuse):

@@ -107,6 +107,7 @@ SHOWING = (
     "models/stored.py",
     "recipe/agreement.py",
     "recipe/describing.py",
+    "recipe/computing.py",
     "recipe/plan.py",
     "recipe/reduction.py",
     "recipe/resolver.py",
