@@ -492,10 +492,11 @@ def run(folder):
 def _is_in_the_middle(folder):
     for file in folder.glob(".stages/*/*/progress.safetensors"):
         try:
-            tensors, header = read_checkpoint(file)
+            _, header = read_checkpoint(file)
         except Exception:
             continue
-        if header["at"]["epoch"] >= 2 and any(name.endswith("_kept") for name in tensors):
+        names = header["tensors"]
+        if header["at"]["epoch"] >= 2 and any(name.endswith("_kept") for name in names):
             return True
     return False
 
