@@ -136,7 +136,8 @@ class Running(TorchFunctionMode):
 
     def leave(self, weight: Tensor, why: str) -> None:
         """Note why a layer is dense."""
-        if (name := self._names.get(id(weight))) is not None:
+        name = self._names.get(id(weight))
+        if name is not None and self._chosen.get(name) != "sparse":  # once, for some batch
             self._chosen[name] = why
 
     def find(self, weight: Tensor, geometry: Geometry, images: int) -> Index | None:
